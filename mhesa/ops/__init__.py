@@ -1,0 +1,7 @@
+"""The operator: one signature, one file a backend, a slow reference that is its definition."""
+
+from mhesa.ops.backends import BACKENDS
+from mhesa.ops.fft import conv1d_fft
+from mhesa.ops.smoothing import exponential_smoothing, exponential_smoothing_step
+
+__all__ = ["BACKENDS", "conv1d_fft", "exponential_smoothing", "exponential_smoothing_step"]

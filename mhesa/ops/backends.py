@@ -1,0 +1,64 @@
+"""Which implementations of the operator exist, and which of them can serve a tensor.
+
+A backend is a module of this package with one function,
+
+    scan(x, alpha, decay, skip, initial_state, cu_seqlens, reverse) -> (y, final_state)
+
+over inputs that `exponential_smoothing` has checked: `alpha`, `decay`, `skip` and `initial_state` come
+in the accumulation type (fp32, or fp64 for fp64 `x`). Modules are imported when first used, so that
+`import mhesa` stays fast and a missing optional package matters only to those who ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+Scan = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor]
+]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a backend lives and what it needs; no `devices` means any."""
+
+    module: str
+    devices: frozenset[str] = frozenset()
+    package: str | None = None
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether tensors on `device` can be scanned on this machine."""
+        on_device = not self.devices or device.type in self.devices
+        return on_device and (self.package is None or find_spec(self.package) is not None)
+
+
+# In order of preference: the first that serves is the default.
+BACKENDS: dict[str, Backend] = {
+    "chunked": Backend("mhesa.ops.chunked"),
+    "fft": Backend("mhesa.ops.fft"),
+    "reference": Backend("mhesa.ops.reference"),
+}
+
+
+def check_backend(name: str | None) -> None:
+    """Raise `ValueError`, listing the valid names, unless `name` is a backend or `None`."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+
+
+def resolve(name: str | None, device: torch.device) -> Scan:
+    """The scan function of the named backend, or of the best one for `device` if `name` is `None`."""
+    check_backend(name)
+    serving = [known for known, backend in BACKENDS.items() if backend.serves(device)]
+    if name is not None and name not in serving:
+        raise ValueError(
+            f"backend {name!r} cannot serve a {device.type} tensor here; these can: {', '.join(serving)}"
+        )
+    scan: Scan = import_module(BACKENDS[name or serving[0]].module).scan
+    return scan

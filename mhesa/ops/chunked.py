@@ -1,0 +1,68 @@
+"""The scan in plain torch, for any device: a triangular product within chunks, a carry between them.
+
+The carry from chunk to chunk is the same recurrence, over chunk ends, with decay `decay ** CHUNK`; so it
+is computed by the same function, `CHUNK` times shorter each time, in `log(length)` rounds. Only powers
+of the decay with positive exponents occur, so decays near 0 and near 1 stay finite at any length.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mhesa.ops.packing import per_sequence
+
+CHUNK = 64
+
+
+@per_sequence
+def scan(
+    x: Tensor,
+    alpha: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `mhesa.ops.exponential_smoothing`."""
+    batch, _, heads, head_dim = x.shape
+    state = alpha.new_zeros(batch, heads, head_dim) if initial_state is None else initial_state
+    if x.numel() == 0:
+        return torch.empty_like(x), state
+    wide = x.to(alpha.dtype)
+    if reverse:
+        wide = wide.flip(1)
+    # Powers taken in fp32 would lose three digits by the end of a chunk. Apple's GPUs have no fp64.
+    precise = decay if x.device.type == "mps" else decay.double()
+    columns = alpha[:, None, None] * wide.permute(2, 1, 0, 3).flatten(2)
+    h = _smooth(columns, precise, state.permute(1, 0, 2).reshape(heads, 1, -1))
+    h = h.unflatten(2, (batch, head_dim)).permute(2, 1, 0, 3)
+    y = h if skip is None else h + skip * wide
+    return (y.flip(1) if reverse else y).to(x.dtype), h[:, -1]
+
+
+def _smooth(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    """`h[t] = decay * h[t-1] + x[t]` over `x` of `(heads, length, columns)`, from `(heads, 1, columns)`."""
+    length = x.shape[1]
+    chunk = min(CHUNK, length)
+    powers = _powers(decay, chunk)
+    lag = torch.arange(chunk, device=x.device)
+    lag = lag[:, None] - lag
+    kernel = powers[:, lag.clamp(min=0)].tril().to(x.dtype)
+    chunks = F.pad(x, (0, 0, 0, -length % chunk)).unflatten(1, (-1, chunk))
+    local = kernel[:, None] @ chunks
+    if length > chunk:
+        ends = local[:, :-1, -1]
+        entering = torch.cat([state, _smooth(ends, powers[:, -1], state)], dim=1)
+    else:
+        entering = state
+    h = local + powers[:, None, 1:, None].to(x.dtype) * entering[:, :, None]
+    return h.flatten(1, 2)[:, :length]
+
+
+def _powers(decay: Tensor, n: int) -> Tensor:
+    """`decay ** [0, 1, .., n]`, `(heads, n + 1)`."""
+    # The power 0 apart: its derivative at decay 0 is 0 * 0 ** -1 on the way to higher orders.
+    positive = decay[:, None] ** torch.arange(1, n + 1, device=decay.device)
+    return torch.cat([torch.ones_like(decay)[:, None], positive], dim=1)

@@ -1,0 +1,88 @@
+"""The long convolution by FFT, in O(L log L): how the operator was first computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mhesa.ops.packing import per_sequence
+
+
+def conv1d_fft(x: Tensor, weights: Tensor, dim: int = -2, weight_dim: int = -1) -> Tensor:
+    """Convolve `x` with a kernel as long as the sequence, by FFT.
+
+    The kernel is stored with the weight of the present last: for `x` of length `L` along `dim`,
+
+        out[t] = sum over i of weights[i] * x[t - (L - 1) + i]
+
+    which is causal for a kernel of `L` weights. Outside `0 .. L-1`, `x` is zero if the kernel has `L`
+    weights or more; with fewer, the convolution wraps around as the original's does: put zeros before
+    the kernel to avoid it.
+
+    Args:
+        x: any shape.
+        weights: a shape that, with `weight_dim - dim` dimensions of size 1 added behind, broadcasts
+            against `x`.
+        dim: the dimension of `x` that is time.
+        weight_dim: the dimension of `weights` that is time, not before `dim`.
+
+    Returns:
+        A tensor of the broadcast shape, `L` long along `dim`, in the type of `x`.
+
+    Raises:
+        ValueError: `weight_dim < dim`.
+
+    >>> x = torch.tensor([1.0, 0.0, 0.0, 2.0])
+    >>> conv1d_fft(x[:, None], torch.tensor([0.0, 0.25, 0.5, 1.0])).flatten().round(decimals=4).tolist()
+    [1.0, 0.5, 0.25, 2.0]
+    """
+    if weight_dim < dim:
+        raise ValueError(f"weight_dim must not come before dim, but {weight_dim} < {dim}")
+    length, taps = x.shape[dim], weights.shape[weight_dim]
+    if length == 0:
+        return x.clone()
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
+    period = _fast_length(length + taps - 1)
+    spectrum = torch.fft.rfft(weights.to(dtype), period, weight_dim).conj()
+    spectrum = spectrum.reshape(spectrum.shape + (1,) * (weight_dim - dim))
+    correlation = torch.fft.irfft(torch.fft.rfft(x.to(dtype), period, dim) * spectrum, period, dim)
+    # Lag -(L-1) comes first, lag 0 last.
+    return correlation.roll(length - 1, dim).narrow(dim, 0, length).to(x.dtype)
+
+
+def _fast_length(n: int) -> int:
+    """The least number from `n` up whose only prime factors are 2, 3 and 5."""
+    best = 1 << (n - 1).bit_length()
+    fives = 1
+    while fives < best:
+        odd = fives
+        while odd < best:
+            best = min(best, odd << (-(-n // odd) - 1).bit_length())
+            odd *= 3
+        fives *= 5
+    return best
+
+
+@per_sequence
+def scan(
+    x: Tensor,
+    alpha: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `mhesa.ops.exponential_smoothing`."""
+    batch, length, heads, head_dim = x.shape
+    state = alpha.new_zeros(batch, heads, head_dim) if initial_state is None else initial_state
+    if length == 0:
+        return torch.empty_like(x), state
+    wide = x.to(alpha.dtype)
+    if reverse:
+        wide = wide.flip(1)
+    powers = decay ** torch.arange(length + 1, device=x.device)[:, None]
+    h = conv1d_fft(wide, (alpha * powers[:-1]).flip(0), dim=-3, weight_dim=-2)
+    if initial_state is not None:
+        h = h + powers[1:, :, None] * initial_state[:, None]
+    y = h if skip is None else h + skip * wide
+    return (y.flip(1) if reverse else y).to(x.dtype), h[:, -1]

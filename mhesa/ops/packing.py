@@ -1,0 +1,47 @@
+"""Packed sequences for the backends that scan a plain batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from mhesa.ops.backends import Scan
+
+DenseScan = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor]]
+
+
+def per_sequence(scan: DenseScan) -> Scan:
+    """Let a scan over a batch also take `cu_seqlens`: every packed sequence is scanned alone.
+
+    Nothing can leak between sequences, at the price of one call a sequence.
+    """
+
+    @wraps(scan)
+    def packed(
+        x: Tensor,
+        alpha: Tensor,
+        decay: Tensor,
+        skip: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if cu_seqlens is None:
+            return scan(x, alpha, decay, skip, initial_state, reverse)
+        pieces = x.split(cu_seqlens.diff().tolist(), dim=1)
+        if not pieces:
+            return torch.empty_like(x), alpha.new_empty(0, *x.shape[2:])
+        states = [None] * len(pieces) if initial_state is None else initial_state.split(1)
+        outputs, finals = zip(
+            *(
+                scan(piece, alpha, decay, skip, state, reverse)
+                for piece, state in zip(pieces, states, strict=True)
+            ),
+            strict=True,
+        )
+        return torch.cat(outputs, dim=1), torch.cat(finals)
+
+    return packed
