@@ -1,0 +1,121 @@
+"""The language model against the original package, and its state against one pass."""
+
+import pytest
+import torch
+from gated_state_spaces_pytorch import GatedExponentialSmoothingLM as OriginalLM
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layers import LENGTHS, TOLERANCE, relative_error
+
+from mhesa import GatedExponentialSmoothingLM
+
+SIZES = [
+    {"dim": 16, "depth": 2, "heads": 1, "dim_mhesa": 8},
+    {"dim": 8, "depth": 3, "heads": 8, "dim_mhesa": 8, "dim_expansion_factor": 1.5},
+    {"dim": 16, "depth": 1},
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("sizes", SIZES, ids=["one head", "heads = dim", "defaults"])
+def test_the_model_equals_the_original(sizes, batch, length, dtype):
+    torch.manual_seed(length)
+    original = OriginalLM(num_tokens=11, **sizes).to(dtype)
+    ours = GatedExponentialSmoothingLM(num_tokens=11, **sizes).to(dtype)
+    ours.load_state_dict(original.state_dict(), strict=True)
+    original.load_state_dict(ours.state_dict(), strict=True)
+    ids, labels = torch.randint(11, (2, batch, length))
+    tolerance = TOLERANCE[dtype]
+    assert relative_error(ours(ids), original(ids)) <= tolerance
+    losses = ours(ids, labels=labels), original(ids, labels=labels)
+    assert relative_error(*losses) <= tolerance
+    for loss in losses:
+        loss.backward()
+    expected = gradients(original)
+    for name, gradient in gradients(ours).items():
+        assert relative_error(gradient, expected[name]) <= tolerance, name
+
+
+def gradients(model):
+    """Every parameter's gradient by name; those of the gates as one vector.
+
+    A gate's gradient is one number, a sum whose terms may cancel: alone, either package's fp32 result
+    can be farther than 1e-5 from the fp64 one.
+    """
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gates = [found.pop(name) for name in list(found) if name.endswith(("alphas", "dampen_factors"))]
+    return found | {"gates": torch.cat(gates)}
+
+
+def test_the_same_seed_gives_the_original_initial_values():
+    states = []
+    for model in (GatedExponentialSmoothingLM, OriginalLM):
+        torch.manual_seed(3)
+        states.append(model(num_tokens=11, dim=8, depth=2, heads=2, dim_mhesa=6).state_dict())
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_labels_of_minus_100_do_not_count():
+    model = GatedExponentialSmoothingLM(num_tokens=11, dim=8, depth=1, heads=2, dim_mhesa=6)
+    ids = torch.randint(11, (1, 6))
+    labels = ids.clone()
+    labels[:, 3:] = -100
+    assert torch.allclose(model(ids, labels=labels), model(ids[:, :3], labels=ids[:, :3]))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return GatedExponentialSmoothingLM(num_tokens=11, dim=8, depth=3, heads=2, dim_mhesa=6).double()
+
+
+@settings(deadline=None, max_examples=50)
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), batch=st.integers(1, 3))
+def test_any_split_gives_the_logits_of_one_pass(model, lengths, batch):
+    ids = torch.randint(11, (batch, sum(lengths)))
+    whole, final = model(ids, return_state=True)
+    state, logits = model.initial_state(batch), []
+    for piece in ids.split(lengths, dim=1):
+        out, state = model(piece, state=state, return_state=True)
+        logits.append(out)
+    assert torch.allclose(torch.cat(logits, 1), whole, rtol=0, atol=1e-12)
+    assert torch.allclose(state, final, rtol=0, atol=1e-12)
+
+
+def test_steps_give_the_logits_of_one_pass(model):
+    ids = torch.randint(11, (2, 50))
+    whole, final = model(ids, return_state=True)
+    state = model.initial_state(2)
+    for position, token in enumerate(ids.unbind(1)):
+        before = state.clone()
+        logits, new_state = model.step(token, state)
+        assert torch.equal(state, before)
+        assert torch.allclose(logits, whole[:, position], rtol=0, atol=1e-12)
+        state = new_state
+    assert torch.allclose(state, final, rtol=0, atol=1e-12)
+
+
+def test_packed_sequences_equal_separate_ones(model):
+    pieces = [torch.randint(11, (1, length)) for length in (4, 1, 9)]
+    logits, state = model(torch.cat(pieces, 1), return_state=True, cu_seqlens=torch.tensor([0, 4, 5, 14]))
+    alone = [model(piece, return_state=True) for piece in pieces]
+    assert torch.allclose(logits, torch.cat([out for out, _ in alone], 1), rtol=0, atol=1e-12)
+    assert torch.allclose(state, torch.cat([final for _, final in alone], 1), rtol=0, atol=1e-12)
+
+
+def test_state_is_one_small_fp32_tensor():
+    model = GatedExponentialSmoothingLM(num_tokens=11, dim=8, depth=12, dim_mhesa=512).bfloat16()
+    state = model.initial_state(1)
+    assert (state.shape, state.dtype) == ((12, 1, 512), torch.float32)
+    assert state.nbytes == 24 * 1024
+    _, state = model.step(torch.tensor([3]), state)
+    assert (state.shape, state.dtype) == ((12, 1, 512), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 6), (3, 6), (3, 1, 5), (3, 2, 6)], ids=str)
+def test_a_state_of_another_shape_is_refused(model, shape):
+    with pytest.raises(ValueError, match="state must be"):
+        model(torch.zeros(1, 4, dtype=torch.long), state=torch.zeros(shape))
