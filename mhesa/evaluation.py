@@ -1,0 +1,107 @@
+"""How well a model predicts text: loss, bits per byte, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mhesa.data import Document, Tokenizer
+from mhesa.model import GatedExponentialSmoothingLM
+
+WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class Score:
+    """The cost of predicting some text; scores add up.
+
+    >>> score = Score(nats=1386.29, tokens=1000, bytes=1000) + Score(nats=0, tokens=1000, bytes=1000)
+    >>> round(score.bits_per_byte, 3)
+    1.0
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to encode one byte of the text: comparable between any models and any tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures under the names they have in JSON."""
+        return {
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity": self.perplexity,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
+
+
+def token_nats(
+    model: GatedExponentialSmoothingLM, inputs: Tensor, targets: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The cost of each target token in nats, and the state behind the last input.
+
+    Args:
+        model: the language model.
+        inputs: ids the model reads, `(batch, length)`.
+        targets: ids it should predict, `(batch, length)`: `inputs` moved by one.
+        state: `(depth, batch, dim_mhesa)`, from the window before; `None` at the start.
+
+    Returns:
+        `(batch, length)` in fp32, and the state.
+    """
+    logits, state = model(inputs, state=state, return_state=True)
+    return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none"), state
+
+
+@torch.inference_mode()
+def evaluate(
+    model: GatedExponentialSmoothingLM,
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    on_progress: Callable[[int], object] = lambda tokens: None,
+) -> Score:
+    """Score whole documents, window after window, with the state carried on within each.
+
+    Every token is predicted, the first from an end-of-text token alone.
+
+    Args:
+        model: the language model; it is used as it is, in whatever precision.
+        tokenizer: turns bytes into the model's ids.
+        documents: the texts; each starts from an empty state.
+        on_progress: called with the number of tokens of each window when it is done.
+    """
+    total = Score(0.0, 0, 0)
+    device = model.to_logits.weight.device
+    for document in documents:
+        ids = torch.from_numpy(tokenizer.encode_bytes(document.data).astype("int64"))
+        inputs = torch.cat([torch.tensor([tokenizer.eos_token_id]), ids[:-1]])
+        state = None
+        for window, targets in zip(inputs.split(WINDOW), ids.split(WINDOW), strict=True):
+            nats, state = token_nats(model, window[None].to(device), targets[None].to(device), state)
+            total += Score(nats.double().sum().item(), len(targets), 0)
+            on_progress(len(targets))
+        total += Score(0.0, 0, len(document.data))
+    return total

@@ -1,0 +1,33 @@
+"""The training curve as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def draw_curve(rows: Sequence[Mapping[str, float]], levels: Mapping[str, float], path: Path) -> None:
+    """Draw bits per byte over training, with horizontal lines to compare with.
+
+    Args:
+        rows: the training rows of `metrics.jsonl`.
+        levels: bits per byte by label: of held-out text, of compressors.
+        path: the PNG to write.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    tokens = [row["tokens"] / 1e6 for row in rows]
+    axes.plot(tokens, [row["bits_per_byte"] for row in rows], linewidth=1.3, label="training")
+    for index, (label, level) in enumerate(levels.items(), start=1):
+        axes.axhline(level, color=f"C{index}", linewidth=1.1, linestyle="--", label=f"{label}: {level:.2f}")
+    axes.set_xlabel("million tokens read")
+    axes.set_ylabel("bits per byte")
+    axes.set_ylim(0, min(9.0, max(row["bits_per_byte"] for row in rows) * 1.05))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)

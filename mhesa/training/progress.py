@@ -1,0 +1,83 @@
+"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mhesa.training.trainer import Budget
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressDisplay(TrainerCallback):
+    """Shows how far a run is, its loss and its speed.
+
+    Use it as a context; `train` and `evaluate` open the two bars there are.
+    """
+
+    def __init__(self, console: Console, budget: Budget) -> None:
+        self.console = console
+        self.budget = budget
+        self.figures = ""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> ProgressDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def open(self, description: str, total: float) -> None:
+        """Start a bar of its own for the next part of the run."""
+        self._task = self._progress.add_task(description, total=total, figures="")
+
+    def advance(self, amount: float) -> None:
+        """Move the present bar on."""
+        if self._task is not None:
+            self._progress.advance(self._task, amount)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the training bar to where the budget stands."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=min(self.budget.spent(state.global_step), 1.0))
+
+    def show(self, row: dict[str, float]) -> None:
+        """Show a row of figures: in the bar, or as a line where there is no terminal."""
+        figures = (
+            f"step {row['step']:,}  loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte  "
+            f"{row['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self.console.is_terminal:
+            if self._task is not None:
+                self._progress.update(self._task, figures=figures)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            done = self.budget.spent(int(row["step"]))
+            left = self.budget.seconds * (1 - done) / max(done, 1e-9)
+            self.console.print(f"{done:4.0%}  {figures}  {max(left, 0):,.0f} s left", highlight=False)

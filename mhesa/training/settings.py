@@ -1,0 +1,183 @@
+"""What a training run is asked to do, and what was chosen where nothing was asked."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mhesa.data import Holdout
+from mhesa.errors import InputError
+from mhesa.hf.configuration import MhesaConfig
+
+PRECISIONS = ("auto", "bf16", "fp32")
+TOKENIZERS = ("bytes",)
+# Enough tokens a step to keep the processor's matrix products busy.
+TOKENS_A_STEP = {"cpu": 8192}
+TOKENS_A_STEP_ON_ACCELERATORS = 65536
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything that decides a training run.
+
+    Args:
+        out: folder for the model, its metrics and its checkpoints.
+        sources: text files, folders, patterns, `-`; none is the Python standard library's source text.
+        steps: optimizer steps to train for.
+        minutes: or how long to train for; 3 if neither is given.
+        dim, depth, heads, dim_mhesa, dim_expansion_factor: the model, see `GatedExponentialSmoothingLM`.
+        context: tokens a training window.
+        batch_size: windows a step; enough to keep the device busy if omitted.
+        lr: peak learning rate; it warms up over the first `warmup` of the budget and falls along a
+            cosine to a tenth.
+        warmup: that part of the budget.
+        weight_decay: on matrices; vectors have none.
+        seed: of the initial values and of the order of the windows.
+        tokenizer: `bytes`.
+        holdout: what is kept from training to measure the model on, see `mhesa.data.Holdout`.
+        device: a torch device; the best one here if `auto`.
+        precision: `bf16` (autocast), `fp32`, or `auto`: bf16 where the device computes in it natively.
+        backend: the operator's backend; the best one if omitted.
+        save_every: steps between checkpoints.
+
+    Raises:
+        InputError: a value that cannot be.
+    """
+
+    out: str
+    sources: tuple[str, ...] = ()
+    steps: int | None = None
+    minutes: float | None = None
+    dim: int = 128
+    depth: int = 4
+    heads: int = 8
+    dim_mhesa: int = 256
+    dim_expansion_factor: float = 4.0
+    context: int = 256
+    batch_size: int | None = None
+    lr: float = 3e-3
+    warmup: float = 0.02
+    weight_decay: float = 0.1
+    seed: int = 0
+    tokenizer: str = "bytes"
+    holdout: str = "content:0.05"
+    device: str = "auto"
+    precision: str = "auto"
+    backend: str | None = None
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.minutes is not None:
+            raise InputError("give steps or minutes as the budget, not both")
+        for name in ("steps", "context", "batch_size", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}")
+        for name in ("minutes", "lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} must be a positive number, not {value}")
+        if self.context < 2:
+            raise InputError("context must be at least 2: a window of one token has nothing to predict")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup must be at least 0 and below 1, not {self.warmup}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be 0 or more, not {self.weight_decay}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("tokenizer", self.tokenizer, TOKENIZERS)
+        _check_device(self.device)
+        Holdout.parse(self.holdout)
+        try:
+            self.model_config(vocab_size=1)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def model_config(self, vocab_size: int) -> MhesaConfig:
+        """The configuration of the model to train."""
+        return MhesaConfig(
+            vocab_size=vocab_size,
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            dim_mhesa=self.dim_mhesa,
+            dim_expansion_factor=self.dim_expansion_factor,
+            backend=self.backend,
+        )
+
+    def resolve(self) -> TrainingSettings:
+        """The same settings with every automatic choice made for this machine."""
+        device = _best_device() if self.device == "auto" else self.device
+        kind = torch.device(device).type
+        precision = self.precision
+        if precision == "auto":
+            precision = "bf16" if _computes_in_bf16(kind) else "fp32"
+        tokens = TOKENS_A_STEP.get(kind, TOKENS_A_STEP_ON_ACCELERATORS)
+        return replace(
+            self,
+            device=device,
+            precision=precision,
+            batch_size=self.batch_size or max(tokens // self.context, 1),
+            minutes=3.0 if self.steps is None and self.minutes is None else self.minutes,
+        )
+
+    @property
+    def windows_a_step(self) -> int:
+        """The batch size of resolved settings."""
+        assert self.batch_size is not None, "only resolved settings have a batch size"
+        return self.batch_size
+
+    def save(self, path: Path, **facts: dict[str, Any]) -> None:
+        """Write the settings as JSON, and under their names other facts of the run."""
+        path.write_text(json.dumps({"settings": asdict(self), **facts}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> TrainingSettings:
+        """Read settings that `save` wrote.
+
+        Raises:
+            InputError: the file is not there, or holds something else.
+        """
+        try:
+            values = json.loads(path.read_text())["settings"]
+            unknown = set(values) - {field.name for field in fields(cls)}
+            if unknown:
+                raise InputError(f"{path} holds unknown settings: {', '.join(sorted(unknown))}")
+            return cls(**{**values, "sources": tuple(values["sources"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} does not hold the settings of a training run: {error}") from error
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value}")
+
+
+def _check_device(name: str) -> None:
+    if name == "auto":
+        return
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}; use cpu, cuda, cuda:1, mps, xpu or auto") from error
+    accelerator = torch.accelerator.current_accelerator()
+    here = ["cpu"] + ([accelerator.type] if accelerator and torch.accelerator.is_available() else [])
+    if kind not in here:
+        raise InputError(f"there is no {kind} device on this machine; devices here: {', '.join(here)}")
+
+
+def _best_device() -> str:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator else "cpu"
+
+
+def _computes_in_bf16(kind: str) -> bool:
+    if kind == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return kind == "xpu" or (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
