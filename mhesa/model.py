@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, cast, overload
 
 import torch
@@ -112,10 +112,10 @@ class GatedExponentialSmoothingLM(nn.Module):
         """
         if state is not None:
             self._check_state(state)
-        hidden, state = run_blocks(self.layers, self.token_emb(x), state, cu_seqlens)
+        hidden, states = run_blocks(self.layers, self.token_emb(x), state, cu_seqlens)
         logits = self.to_logits(hidden)
         out = logits if labels is None else F.cross_entropy(logits.transpose(1, 2), labels)
-        return (out, state) if return_state else out
+        return (out, torch.stack(states)) if return_state else out
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token a sequence.
@@ -153,14 +153,21 @@ class GatedExponentialSmoothingLM(nn.Module):
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    state: Sequence[Tensor] | Tensor | None,
+    cu_seqlens: Tensor | None,
+    trace: list[Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
     """Pass `x` of `(batch, length, dim)` through `GatedMHESA` blocks.
 
-    Returns the output and the blocks' final states, stacked to `(depth, batch, dim_mhesa)`.
+    Returns the output and each block's final state, `(batch, dim_mhesa)`. What enters a block is appended
+    to `trace`.
     """
     states = []
     for index, block in enumerate(blocks):
+        if trace is not None:
+            trace.append(x)
         x, final = block(
             x,
             initial_state=None if state is None else state[index],
@@ -168,4 +175,4 @@ def run_blocks(
             cu_seqlens=cu_seqlens,
         )
         states.append(final)
-    return x, torch.stack(states)
+    return x, states

@@ -1,0 +1,509 @@
+"""The model as transformers knows it: `AutoModel`, `AutoModelForCausalLM`, `generate`, `Trainer`.
+
+Padding never reaches the model. Where a batch has any, the tokens that are real are packed end to end,
+scanned as sequences of their own and put back in place, so that left, right or scattered padding is all
+the same: it changes no output, no gradient and no state.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from mhesa.hf.configuration import END_OF_TEXT_ID, MhesaConfig
+from mhesa.layers import MHESA, GatedMHESA
+from mhesa.model import GatedExponentialSmoothingLM, run_blocks
+
+IGNORED_LABEL = -100
+
+
+class MhesaCacheLayer(CacheLayerMixin):
+    """One block's state, `(batch, dim_mhesa)` in fp32, and how many tokens went into it.
+
+    The state is replaced and never written to: a shallow copy of it stays what it was.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.state: Tensor | None = None
+        self.seen = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first."""
+        return -1 if self.state is None else self.state.shape[0]
+
+    def advance(self, state: Tensor, length: int) -> None:
+        """Take the state after `length` more tokens."""
+        self.state = state
+        self.seen += length
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise `TypeError`: there are no keys and values."""
+        raise TypeError("a MhesaCache holds states, not keys and values; it serves mhesa models only")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Raise `TypeError`: there are no keys and values."""
+        self.lazy_initialization(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over what was seen and `query_length` more tokens."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Any length fits: -1."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """`get_max_length` by the name that transformers 5.6 calls."""
+        return self.get_max_length()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state = None
+        self.seen = 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row `i` continue what was row `beam_idx[i]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Follow every row by `repeats - 1` copies of itself."""
+        if self.state is not None:
+            self.state = self.state.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`."""
+        if self.state is not None:
+            self.state = self.state[indices.to(self.state.device)]
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Raise `ValueError`: a state cannot go back."""
+        raise ValueError("a state cannot forget its last tokens; copy.deepcopy the cache before they come")
+
+
+class MhesaCache(Cache):
+    """What a model remembers of its sequences, for `past_key_values`: a few kilobytes at any length.
+
+    Args:
+        config: of the model that it is for.
+
+    >>> config = MhesaConfig(hidden_size=16, num_hidden_layers=2, heads=2, dim_mhesa=8)
+    >>> model, cache = MhesaForCausalLM(config).eval(), MhesaCache(config)
+    >>> ids = torch.randint(256, (1, 10))
+    >>> _ = model(ids[:, :6], past_key_values=cache)
+    >>> rest = model(ids[:, 6:], past_key_values=cache).logits
+    >>> torch.allclose(rest, model(ids).logits[:, 6:], atol=1e-5)
+    True
+    >>> cache.get_seq_length()
+    10
+    """
+
+    def __init__(self, config: MhesaConfig) -> None:
+        super().__init__(layers=[MhesaCacheLayer() for _ in range(config.num_hidden_layers)])
+
+    def states(self, sequences: int) -> list[Tensor] | None:
+        """Each block's state, `None` before the first token.
+
+        Raises:
+            ValueError: the cache holds another number of sequences.
+        """
+        states = [state for layer in self.layers if (state := cast(MhesaCacheLayer, layer).state) is not None]
+        if not states:
+            return None
+        if states[0].shape[0] != sequences:
+            raise ValueError(
+                f"past_key_values holds {states[0].shape[0]} sequences and this batch has {sequences}: "
+                "pass the cache of these sequences, or none to begin anew"
+            )
+        return states
+
+    def advance(self, states: list[Tensor], length: int) -> None:
+        """Take the blocks' states after `length` more tokens."""
+        for layer, state in zip(self.layers, states, strict=True):
+            cast(MhesaCacheLayer, layer).advance(state, length)
+
+
+class MhesaBlock(GradientCheckpointingLayer, GatedMHESA):
+    """`GatedMHESA` whose activations transformers can choose to recompute."""
+
+
+class MhesaPreTrainedModel(PreTrainedModel):
+    """What both models share: how weights begin, load and are named."""
+
+    config: MhesaConfig
+    config_class = MhesaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _is_stateful = True
+    _no_split_modules = ["MhesaBlock"]  # noqa: RUF012 not a ClassVar there
+    # A decay near 1 is a long memory, and bf16 knows only two values between 0.99 and 1.
+    _keep_in_fp32_modules_strict = {"alphas", "dampen_factors"}  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+            # Only the guard keeps what a checkpoint has already filled.
+            with init.guard_torch_init_functions():
+                module.reset_parameters()
+        elif isinstance(module, MHESA):
+            for parameter in (module.alphas, module.dampen_factors, module.param_D):
+                init.normal_(parameter)
+
+
+class MhesaModel(MhesaPreTrainedModel):
+    """Embedding and blocks, without a head; parameters are named as in `GatedExponentialSmoothingLM`.
+
+    >>> config = MhesaConfig(hidden_size=16, num_hidden_layers=2, heads=2, dim_mhesa=8)
+    >>> MhesaModel(config)(torch.randint(256, (1, 5))).last_hidden_state.shape
+    torch.Size([1, 5, 16])
+    """
+
+    def __init__(self, config: MhesaConfig) -> None:
+        super().__init__(config)
+        self.token_emb = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            MhesaBlock(
+                dim=config.hidden_size,
+                heads=config.heads,
+                dim_mhesa=config.dim_mhesa,
+                dim_expansion_factor=config.dim_expansion_factor,
+                backend=config.backend,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.token_emb
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.token_emb = cast(nn.Embedding, value)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch.
+
+        Args:
+            input_ids: `(batch, length)`.
+            attention_mask: `(batch, length)`, or longer by what `past_key_values` has seen; 0 is padding,
+                wherever it is. Outputs there are 0.
+            past_key_values: the `MhesaCache` of the tokens before; it moves on with this call.
+            inputs_embeds: `(batch, length, hidden_size)` in place of `input_ids`.
+            use_cache: return the state; by default what the configuration says, and not in training.
+            cu_seqlens: offsets of sequences packed into a batch of 1, `(sequences + 1,)`; the cache then
+                holds as many sequences. Taken from `cu_seq_lens_q`, or from `position_ids` that start
+                again at 0, as `DataCollatorWithFlattening` sends them, where not given.
+            output_hidden_states: also return what enters each block, and the output.
+            kwargs: ignored but for those two.
+
+        Raises:
+            TypeError: a cache of another class.
+            ValueError: not exactly one of ids and embeddings, a mask of another shape, padding within
+                packed sequences, a cache for other sequences or for another depth.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        x: Tensor = self.token_emb(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(past_key_values, use_cache)
+        real = _real_tokens(attention_mask, x)
+        cu_seqlens = _offsets(cu_seqlens, attention_mask, kwargs)
+        if real is not None and cu_seqlens is not None:
+            raise ValueError("sequences are either padded or packed: leave out attention_mask or cu_seqlens")
+        trace: list[Tensor] | None = [] if self._traces(output_hidden_states) else None
+
+        length = (
+            x.shape[1] if cu_seqlens is None or cache is None else max(cu_seqlens.diff().tolist(), default=0)
+        )
+        if real is not None:
+            x, cu_seqlens = x[real][None], F.pad(real.sum(dim=1).cumsum(dim=0), (1, 0))
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        states = None if cache is None else cache.states(sequences)
+        x, states = run_blocks(self.layers, x, states, cu_seqlens, trace)
+        if cache is not None:
+            cache.advance(states, length)
+        return BaseModelOutputWithPast(
+            last_hidden_state=_in_place(x, real),
+            past_key_values=cache,
+            hidden_states=None if trace is None else tuple(_in_place(h, real) for h in (*trace, x)),
+        )
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> MhesaCache | None:
+        if given is None:
+            wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+            return MhesaCache(self.config) if wanted else None
+        _check_cache(given)
+        if use_cache is False:
+            raise ValueError("past_key_values would be ignored with use_cache=False; leave one of them out")
+        if len(given.layers) != len(self.layers):
+            raise ValueError(
+                f"past_key_values is for {len(given.layers)} blocks and this model has {len(self.layers)}: "
+                "make it with MhesaCache(model.config)"
+            )
+        return cast(MhesaCache, given)
+
+    def _traces(self, output_hidden_states: bool | None) -> bool:
+        return bool(
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+
+
+class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
+    """The language model: `MhesaModel` and a head without bias.
+
+    A new one starts as a new `GatedExponentialSmoothingLM` does, and `from_plain` and `to_plain` turn one
+    into the other.
+
+    >>> config = MhesaConfig(hidden_size=16, num_hidden_layers=2, heads=2, dim_mhesa=8)
+    >>> model = MhesaForCausalLM(config).eval()
+    >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, eos_token_id=None).shape
+    torch.Size([1, 7])
+    """
+
+    _tied_weights_keys = {"to_logits.weight": "model.token_emb.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MhesaConfig) -> None:
+        super().__init__(config)
+        self.model = MhesaModel(config)
+        self.to_logits = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_plain(cls, lm: GatedExponentialSmoothingLM, **config: Any) -> MhesaForCausalLM:
+        """A copy of a plain model, on its device and in its type.
+
+        Args:
+            lm: the model; it is not changed.
+            config: further fields of `MhesaConfig`. Token ids are those of `ByteTokenizer` for a
+                vocabulary of 257, and none for any other.
+
+        >>> lm = GatedExponentialSmoothingLM(num_tokens=257, dim=16, depth=2, heads=2, dim_mhesa=8)
+        >>> model, ids = MhesaForCausalLM.from_plain(lm), torch.randint(256, (1, 5))
+        >>> torch.equal(model(ids).logits, lm(ids))
+        True
+        """
+        fields = _plain_fields(lm) | config
+        with torch.device("meta"):
+            model = cls(MhesaConfig(**fields))
+        weights = {
+            name if name.startswith("to_logits.") else f"model.{name}": value.clone()
+            for name, value in lm.state_dict().items()
+        }
+        model.load_state_dict(weights, strict=True, assign=True)
+        model.tie_weights()
+        return model.train(lm.training)
+
+    def to_plain(self) -> GatedExponentialSmoothingLM:
+        """The plain model of the same layers, for its explicit state; training one trains the other."""
+        config = self.config
+        with torch.device("meta"):
+            lm = GatedExponentialSmoothingLM(
+                num_tokens=config.vocab_size,
+                dim=config.hidden_size,
+                depth=config.num_hidden_layers,
+                heads=config.heads,
+                dim_mhesa=config.dim_mhesa,
+                dim_expansion_factor=config.dim_expansion_factor,
+                backend=config.backend,
+            )
+        lm.token_emb, lm.layers, lm.to_logits = self.model.token_emb, self.model.layers, self.to_logits
+        lm.training = self.training
+        return lm
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.token_emb
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.to_logits
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.to_logits = cast(nn.Linear, new_embeddings)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits `(batch, length, vocab_size)` of the next token, and the loss where `labels` are given.
+
+        Args:
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens: see
+                `MhesaModel.forward`.
+            labels: `(batch, length)`, as `input_ids` are: they are shifted here. -100 is ignored, and so
+                is the first token of each packed sequence, which nothing predicts.
+            logits_to_keep: how many logits from the end, all if 0, or which positions.
+            kwargs: for the loss, such as `num_items_in_batch`, and for `MhesaModel.forward`.
+
+        Returns:
+            Logits, the mean cross-entropy in nats, and the cache.
+        """
+        cu_seqlens = _offsets(cu_seqlens, attention_mask, kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.to_logits(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=_without_first_tokens(labels, cu_seqlens),
+                vocab_size=self.config.vocab_size,
+                **kwargs,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                "there is one kind of cache, a state of fixed size: "
+                f"leave out cache_implementation={generation_config.cache_implementation!r}"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            _check_cache(given)
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = MhesaCache(self.config)
+            return None
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )
+
+
+def _check_cache(cache: object) -> None:
+    if not isinstance(cache, MhesaCache):
+        raise TypeError(
+            f"past_key_values must be a MhesaCache, not a {type(cache).__name__}: "
+            "make it with MhesaCache(model.config), or pass none"
+        )
+
+
+def _real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Where the current chunk has tokens, `(batch, length)`; `None` if that is everywhere."""
+    if attention_mask is None:
+        return None
+    batch, length = x.shape[:2]
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2 or shape[0] != batch or shape[1] < length:
+        raise ValueError(f"attention_mask must be ({batch}, {length}) or longer for this batch, not {shape}")
+    real = attention_mask[:, shape[1] - length :].bool()
+    return None if real.all() else real
+
+
+def _offsets(
+    cu_seqlens: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Offsets of packed sequences, whatever form they came in; `None` for a plain batch."""
+    if cu_seqlens is None:
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None or attention_mask is not None:
+        return cu_seqlens
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[0] != 1:
+        return None
+    starts = (position_ids[0, 1:] == 0).nonzero().flatten() + 1
+    if not len(starts):
+        return None
+    return torch.cat([starts.new_zeros(1), starts, starts.new_tensor([position_ids.shape[1]])])
+
+
+def _without_first_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Labels that let no packed sequence predict the first token of the next."""
+    if cu_seqlens is None:
+        return labels
+    starts = cu_seqlens[cu_seqlens < labels.shape[1]].long()
+    return labels.index_fill(1, starts, IGNORED_LABEL)
+
+
+def _in_place(packed: Tensor, real: Tensor | None) -> Tensor:
+    """Packed values `(1, total, dim)` back at their places in the batch, zeros between them."""
+    if real is None:
+        return packed
+    values = packed.new_zeros(*real.shape, packed.shape[-1])
+    values[real] = packed[0]
+    return values
+
+
+def _plain_fields(lm: GatedExponentialSmoothingLM) -> dict[str, Any]:
+    """The configuration that a plain model's weights speak of."""
+    block = cast(GatedMHESA, lm.layers[0])
+    vocab_size, hidden_size = lm.token_emb.weight.shape
+    end_of_text = END_OF_TEXT_ID if vocab_size == END_OF_TEXT_ID + 1 else None
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len(lm.layers),
+        "heads": block.mhesa.heads,
+        "dim_mhesa": lm.dim_mhesa,
+        "dim_expansion_factor": _expansion_factor(block.to_gate.out_features, hidden_size),
+        "tie_word_embeddings": lm.to_logits.weight is lm.token_emb.weight,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+        "backend": block.mhesa.backend,
+    }
+
+
+def _expansion_factor(dim_hidden: int, dim: int) -> float:
+    """A factor with `int(factor * dim) == dim_hidden`, which the quotient itself may round away from."""
+    factor = dim_hidden / dim
+    return factor if int(factor * dim) == dim_hidden else math.nextafter(factor, math.inf)

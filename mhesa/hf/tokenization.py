@@ -1,0 +1,179 @@
+"""Text as bytes: a tokenizer that needs no vocabulary file and meets no unknown character."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from transformers import AddedToken, PreTrainedTokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+ERRORS = ("surrogateescape", "replace", "ignore", "backslashreplace", "strict")
+
+# ASCII stands for itself. Bytes above are spelled out: a letter such as "é" is two bytes and must stay
+# free for whoever adds it as a token of its own.
+BYTE_TOKENS = [chr(byte) if byte < 128 else f"<0x{byte:02X}>" for byte in range(256)]
+BYTE_IDS = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
+
+# Surrogates that do not stand for an escaped byte.
+OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
+class ByteTokenizer(PreTrainedTokenizer):
+    r"""Bytes of UTF-8 as tokens: ids 0 to 255 are the bytes, 256 is `<|endoftext|>`.
+
+    Nothing is lost: whatever the bytes, decoding them and encoding the text again gives them back. A byte
+    that is not UTF-8 becomes a lone surrogate (Python's `surrogateescape`) and that surrogate becomes the
+    byte. Any other lone surrogate, which no UTF-8 can hold, is encoded to the three bytes `surrogatepass`
+    gives it.
+
+    `<|endoftext|>` begins, ends and pads. As in GPT-2, text that contains it literally gets the token:
+    use `split_special_tokens=True` or `encode_bytes` for text that is not to be trusted. Nothing is added
+    to a text by itself, spaces are never touched, and padding goes to the left, as generation needs it.
+
+    Args:
+        errors: what decoding does with bytes that are not UTF-8, one of `"surrogateescape"`,
+            `"replace"`, `"ignore"`, `"backslashreplace"`, `"strict"`; `decode` takes it too.
+        add_bos_token: begin every text with `<|endoftext|>`.
+
+    Raises:
+        ValueError: an `errors` of another name.
+
+    >>> tokenizer = ByteTokenizer()
+    >>> tokenizer.encode("né<|endoftext|>")
+    [110, 195, 169, 256]
+    >>> tokenizer.decode([110, 195], errors="replace")
+    'n\ufffd'
+    >>> tokenizer.decode_bytes(tokenizer.encode_bytes(b"\xff\x00"))
+    b'\xff\x00'
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 transformers' own is no ClassVar
+
+    def __init__(
+        self,
+        errors: str = "surrogateescape",
+        bos_token: str | AddedToken | None = END_OF_TEXT,
+        eos_token: str | AddedToken | None = END_OF_TEXT,
+        pad_token: str | AddedToken | None = END_OF_TEXT,
+        add_bos_token: bool = False,
+        padding_side: str = "left",
+        **kwargs: Any,
+    ) -> None:
+        self.errors = _check_errors(errors)
+        self._added_tokens_decoder = {256: AddedToken(END_OF_TEXT, special=True, normalized=False)}
+        kwargs["clean_up_tokenization_spaces"] = False
+        kwargs["special_tokens_pattern"] = "bos" if add_bos_token else "none"
+        super().__init__(  # type: ignore[no-untyped-call]
+            errors=errors,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            add_bos_token=add_bos_token,
+            padding_side=padding_side,
+            **kwargs,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """The bytes and the end-of-text token, 257."""
+        return 257
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token and its id: ASCII as itself, other bytes as `<0xE9>`, then the added tokens."""
+        return BYTE_IDS | self._added_tokens_encoder
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of `data`, which may be anything; no special token is looked for."""
+        return list(data)
+
+    def decode_bytes(self, ids: Iterable[int] | Tensor) -> bytes:
+        """The bytes of `ids`; special tokens give none.
+
+        Raises:
+            ValueError: an id that no token has.
+        """
+        return self._join(ids.tolist() if isinstance(ids, Tensor) else ids, skip_special_tokens=True)
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:  # type: ignore[override]
+        """The tokens of `text`; `split_special_tokens=True` takes special tokens' text for bytes too."""
+        if kwargs.get("split_special_tokens", self.split_special_tokens):
+            return self._tokenize(text)
+        added = self._added_tokens_encoder
+        tokens: list[str] = []
+        for piece in _splitter(added).split(text):
+            if piece in added:
+                tokens.append(piece)
+            else:
+                tokens.extend(self._tokenize(piece))
+        return tokens
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """The id of a token, or the ids of a list of them; `None` for what is no token."""
+        vocabulary = self.get_vocab()
+        return vocabulary.get(tokens) if isinstance(tokens, str) else list(map(vocabulary.get, tokens))
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of `tokens`."""
+        return self._decode(self.convert_tokens_to_ids(tokens))
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """There is none to save."""
+        return ()
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return [BYTE_TOKENS[byte] for byte in _to_bytes(text)]
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return BYTE_IDS.get(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < 256:
+            raise ValueError(f"no token has the id {index}; the largest is {len(self) - 1}")
+        return BYTE_TOKENS[index]
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        errors: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        data = self._join(ids, skip_special_tokens)
+        return data.decode("utf-8", self.errors if errors is None else _check_errors(errors))
+
+    def _join(self, ids: Iterable[int], skip_special_tokens: bool) -> bytes:
+        table = {byte: bytes([byte]) for byte in range(256)}
+        for index, token in self._added_tokens_decoder.items():
+            table[index] = b"" if skip_special_tokens and token.special else _to_bytes(token.content)
+        try:
+            return b"".join(map(table.__getitem__, ids))
+        except KeyError as error:
+            raise ValueError(f"no token has the id {error}; the largest is {len(self) - 1}") from None
+
+
+def _to_bytes(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return OTHER_SURROGATES.sub(_escape, text).encode("utf-8", "surrogateescape")
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
+
+
+def _splitter(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Cuts out the tokens, the longest where several begin."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def _check_errors(errors: str) -> str:
+    if errors not in ERRORS:
+        raise ValueError(f"unknown errors {errors!r}; choose from {', '.join(ERRORS)}")
+    return errors
