@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -87,9 +87,10 @@ def prefill(
     """
     if ids.shape[1] == 0:
         raise InputError("the prompt must hold at least one token")
+    state = model.initial_state(len(ids)) if state is None else state
     for window in ids.split(WINDOW, dim=1):
-        hidden, state = run_blocks(model.layers, model.token_emb(window), state, None)
-    assert state is not None
+        hidden, states = run_blocks(model.layers, model.token_emb(window), state, None)
+        state = torch.stack(states)
     return model.to_logits(hidden[:, -1]), state
 
 
@@ -127,3 +128,30 @@ def stream(
             return
         yield int(token.item())
         logits, state = model.step(token, state)
+
+
+def until(pieces: Iterable[bytes], ending: bytes) -> Iterator[bytes]:
+    """Hand text on as it comes, up to the first `ending` and without it.
+
+    What may be the beginning of the ending is held back until it is clear. An empty ending never comes.
+
+    >>> b"".join(until([b"one ", b"two", b"\\n", b"\\nthree"], b"\\n\\n"))
+    b'one two'
+    """
+    held = b""
+    for piece in pieces:
+        held += piece
+        found = held.find(ending) if ending else -1
+        if found >= 0:
+            yield held[:found]
+            return
+        safe = len(held) - _overlap(held, ending)
+        yield held[:safe]
+        held = held[safe:]
+    yield held
+
+
+def _overlap(text: bytes, ending: bytes) -> int:
+    """How many bytes at the end of `text` begin `ending`."""
+    longest = min(len(text), len(ending) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(ending[:size])), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -37,22 +38,25 @@ def load(
     _check_weights(folder / WEIGHTS)
     try:
         config = MhesaConfig.from_pretrained(folder, backend=backend)
-        model, report = MhesaForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+        model, report = cast(
+            tuple[MhesaForCausalLM, dict[str, Any]],
+            MhesaForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            ),
         )
     except ValueError as error:
         raise InputError(f"{folder / CONFIG} does not describe a model: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
-            names = sorted(str(name) for name in report[problem])
+            first, *others = sorted(str(name) for name in report[problem])
             raise InputError(
-                f"{folder / WEIGHTS} does not fit {CONFIG}: {problem.replace('_', ' ')} {', '.join(names[:3])}"
-                + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                f"{folder / WEIGHTS} does not fit {CONFIG}: {problem.replace('_', ' ')}: {first}"
+                + (f" and {len(others)} more" if others else "")
             )
     return model.to_plain().to(device).eval(), ByteTokenizer.from_pretrained(folder, local_files_only=True)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import AddedToken, PreTrainedTokenizer
 
@@ -85,17 +86,19 @@ class ByteTokenizer(PreTrainedTokenizer):
         """Every token and its id: ASCII as itself, other bytes as `<0xE9>`, then the added tokens."""
         return BYTE_IDS | self._added_tokens_encoder
 
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of `data`, which may be anything; no special token is looked for."""
-        return list(data)
+    def encode_bytes(self, data: bytes) -> np.ndarray:
+        """Ids of `data`, which may be anything, `(tokens,)`; no special token is looked for."""
+        return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
 
-    def decode_bytes(self, ids: Iterable[int] | Tensor) -> bytes:
+    def decode_bytes(self, ids: Iterable[int] | np.ndarray | Tensor) -> bytes:
         """The bytes of `ids`; special tokens give none.
 
         Raises:
             ValueError: an id that no token has.
         """
-        return self._join(ids.tolist() if isinstance(ids, Tensor) else ids, skip_special_tokens=True)
+        return self._join(
+            ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids, skip_special_tokens=True
+        )
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:  # type: ignore[override]
         """The tokens of `text`; `split_special_tokens=True` takes special tokens' text for bytes too."""

@@ -11,16 +11,18 @@ import shutil
 import signal
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import torch
+import transformers
 from rich.console import Console
 from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+import mhesa
 from mhesa.data import Document, Holdout, Windows, read_sources, tokenize
 from mhesa.errors import InputError
 from mhesa.evaluation import Score, evaluate
@@ -30,10 +32,9 @@ from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.model import GatedExponentialSmoothingLM
 from mhesa.training.plot import draw_curve
 from mhesa.training.progress import ProgressDisplay
-from mhesa.training.settings import TrainingSettings
+from mhesa.training.settings import SETTINGS, TrainingSettings
 from mhesa.training.trainer import Budget, BudgetTrainer, Meter, StopOnSignal
 
-SETTINGS = "settings.json"
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 CHECKPOINTS = "checkpoints"
@@ -88,6 +89,11 @@ class Summary:
     score: Score
     compressors: dict[str, float]
     sample: bytes
+
+    @property
+    def files(self) -> list[str]:
+        """Names of what the folder holds."""
+        return [path.name for path in self.folder.iterdir()]
 
 
 class Stopped(Exception):  # noqa: N818 - a wish that was met, not an error
@@ -191,7 +197,9 @@ def _check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save to")
     if any((folder / name).exists() for name in RUN_FILES):
-        raise InputError(f"{folder} already holds a run; continue it with --resume or replace it with --overwrite")
+        raise InputError(
+            f"{folder} already holds a run; continue it with --resume or replace it with --overwrite"
+        )
 
 
 def _checkpoint_to_resume(settings: TrainingSettings) -> Path:
@@ -199,7 +207,9 @@ def _checkpoint_to_resume(settings: TrainingSettings) -> Path:
     saved = asdict(TrainingSettings.load(folder / SETTINGS))
     for name, value in asdict(settings).items():
         if name not in CHANGEABLE and name != "out" and value != saved[name]:
-            raise InputError(f"the run in {folder} has {name} {saved[name]}; it cannot be resumed with {value}")
+            raise InputError(
+                f"the run in {folder} has {name} {saved[name]}; it cannot be resumed with {value}"
+            )
     checkpoints = folder / CHECKPOINTS
     newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if newest is None:
@@ -209,7 +219,8 @@ def _checkpoint_to_resume(settings: TrainingSettings) -> Path:
     budget.continue_from(state)
     if budget.spent(state.global_step) >= 1:
         raise InputError(
-            f"the run in {folder} is complete at step {state.global_step}; give it more with --steps or --minutes"
+            f"the run in {folder} is complete at step {state.global_step}; "
+            "give it more with --steps or --minutes"
         )
     return Path(newest)
 
@@ -217,10 +228,14 @@ def _checkpoint_to_resume(settings: TrainingSettings) -> Path:
 def _check_same_corpus(folder: Path, corpus: Corpus) -> None:
     recorded = json.loads((folder / SETTINGS).read_text())["corpus"]["sha256"]
     if recorded != corpus.sha256:
-        raise InputError(f"the text is not the one that the run in {folder} was trained on; give it the same sources")
+        raise InputError(
+            f"the text is not the one that the run in {folder} was trained on; give it the same sources"
+        )
 
 
-def _prepare_folder(folder: Path, settings: TrainingSettings, corpus: Corpus, checkpoint: Path | None) -> None:
+def _prepare_folder(
+    folder: Path, settings: TrainingSettings, corpus: Corpus, checkpoint: Path | None
+) -> None:
     if checkpoint is None:
         for name in RUN_FILES:
             path = folder / name
@@ -248,8 +263,8 @@ def _append(folder: Path, row: dict[str, float]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("mhesa", "torch", "transformers", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = (mhesa, torch, transformers, accelerate)
+    return {"python": platform.python_version(), **{it.__name__: it.__version__ for it in packages}}
 
 
 # The parts of a run
@@ -263,7 +278,7 @@ def _announce(console: Console, settings: TrainingSettings, corpus: Corpus, para
         f"[bold]{parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
         f"{settings.heads} heads over {settings.dim_mhesa}\n"
         f"[bold]{budget}[/] on {settings.device} in {settings.precision}, "
-        f"{settings.batch_size} × {settings.context} tokens a step",
+        f"{settings.batch_size} x {settings.context} tokens a step",
         highlight=False,
     )
 
@@ -334,6 +349,9 @@ def _record(summary: Summary) -> None:
     rows = [row for row in read_metrics(summary.folder) if "loss" in row]
     held_out = {f"held_out_{name}": value for name, value in summary.score.as_dict().items()}
     compressors = {f"{name.split()[0]}_bits_per_byte": bits for name, bits in summary.compressors.items()}
-    _append(summary.folder, {"step": summary.steps, "seconds": round(summary.seconds, 3), **held_out, **compressors})
+    _append(
+        summary.folder,
+        {"step": summary.steps, "seconds": round(summary.seconds, 3), **held_out, **compressors},
+    )
     levels = {"held out": summary.score.bits_per_byte, **summary.compressors}
     draw_curve(rows, levels, summary.folder / CURVE)

@@ -14,6 +14,7 @@ from mhesa.data import Holdout
 from mhesa.errors import InputError
 from mhesa.hf.configuration import MhesaConfig
 
+SETTINGS = "settings.json"
 PRECISIONS = ("auto", "bf16", "fp32")
 TOKENIZERS = ("bytes",)
 # Enough tokens a step to keep the processor's matrix products busy.
@@ -103,8 +104,8 @@ class TrainingSettings:
         """The configuration of the model to train."""
         return MhesaConfig(
             vocab_size=vocab_size,
-            dim=self.dim,
-            depth=self.depth,
+            hidden_size=self.dim,
+            num_hidden_layers=self.depth,
             heads=self.heads,
             dim_mhesa=self.dim_mhesa,
             dim_expansion_factor=self.dim_expansion_factor,
@@ -152,6 +153,20 @@ class TrainingSettings:
             return cls(**{**values, "sources": tuple(values["sources"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} does not hold the settings of a training run: {error}") from error
+
+    @classmethod
+    def resumed(cls, changes: dict[str, Any]) -> TrainingSettings:
+        """The settings of the run in `changes["out"]`, with the changes made; one budget replaces the other.
+
+        Raises:
+            InputError: the folder holds no run, or a value cannot be.
+        """
+        path = Path(changes["out"]) / SETTINGS
+        if not path.exists():
+            raise InputError(f"nothing to resume: {changes['out']} holds no run")
+        if not changes.keys().isdisjoint({"steps", "minutes"}):
+            changes = {"steps": None, "minutes": None} | changes
+        return replace(cls.load(path), **changes)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

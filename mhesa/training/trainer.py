@@ -6,9 +6,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -174,7 +174,9 @@ class Meter(TrainerCallback):
                 "bits_per_byte": loss / math.log(2) / self.bytes_a_token,
                 "learning_rate": logs["learning_rate"],
                 "gradient_norm": logs["grad_norm"],
-                "tokens_per_second": (step - last_step) * self.tokens_a_step / max(seconds - last_seconds, 1e-9),
+                "tokens_per_second": (step - last_step)
+                * self.tokens_a_step
+                / max(seconds - last_seconds, 1e-9),
             }
         )
 
@@ -188,7 +190,7 @@ class BudgetTrainer(Trainer):
         self.warmup = warmup
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(train_dataset or self.train_dataset)
+        return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices decay; biases, norms, gates and residual weights do not."""
@@ -198,9 +200,10 @@ class BudgetTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Follow the budget, be it steps or time."""
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None, "the Trainer makes the optimizer first"
         self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer,
-            lambda step: learning_rate(self.budget.spent(step), self.warmup),
+            optimizer, lambda step: learning_rate(self.budget.spent(step), self.warmup)
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler

@@ -1,0 +1,5 @@
+"""`python -m mhesa`."""
+
+from mhesa.cli import main
+
+main()
