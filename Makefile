@@ -1,16 +1,32 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test torture clean
+.PHONY: demo test clean
 
-# Everything in an environment of its own, at the versions of constraints.txt. torch goes first: asked
-# for by its exact version, pip takes a build that fits the machine; asked for by a range, it may bring
-# gigabytes of CUDA.
-$(READY): pyproject.toml constraints.txt
+# Train on the Python standard library's own source text for two minutes, then write with the model.
+demo: $(VENV)/installed
+	$(BIN)/mhesa train --out runs/demo --minutes 2 --overwrite
+	$(BIN)/mhesa generate runs/demo --prompt 'def ' --length 400 --seed 1
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs/demo
+
+# torch goes first, by its exact version: asked for by a range, as the package does, pip may bring the
+# newest build and gigabytes of CUDA with it.
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) $$(grep '^torch==' constraints.txt)
+	$(PIP) -e .
 	touch $@
 
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) -e '.[dev]'
+	touch $@
