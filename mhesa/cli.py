@@ -41,12 +41,6 @@ def main() -> None:
         _fail(str(error), 2)
     except TrainingError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python must not try to flush what is left.
-        sys.stdout = None
-        sys.exit(141)
 
 
 def _fail(message: str, code: int) -> None:
@@ -81,7 +75,7 @@ def train(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SOURCE]...",
+            metavar="SOURCE",
             help="Text files, folders, glob patterns, or - for standard input. "
             "None: the Python standard library's own source text.",
         ),

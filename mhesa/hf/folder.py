@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
+from mhesa.devices import check_device
 from mhesa.errors import InputError
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.modeling import MhesaForCausalLM
@@ -31,8 +32,10 @@ def load(
         backend: the operator's backend, `None` for the best one.
 
     Raises:
-        InputError: the folder is missing or holds no whole model of this kind; the message names the file.
+        InputError: the folder is missing or holds no whole model of this kind; the message names the
+            file. Or the device is not on this machine.
     """
+    check_device(device)
     folder = Path(folder)
     _check_config(folder)
     _check_weights(folder / WEIGHTS)

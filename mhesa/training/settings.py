@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mhesa.data import Holdout
+from mhesa.devices import best_device, check_device, computes_in_bf16
 from mhesa.errors import InputError
 from mhesa.hf.configuration import MhesaConfig
 
@@ -93,7 +94,8 @@ class TrainingSettings:
             raise InputError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("tokenizer", self.tokenizer, TOKENIZERS)
-        _check_device(self.device)
+        if self.device != "auto":
+            check_device(self.device)
         Holdout.parse(self.holdout)
         try:
             self.model_config(vocab_size=1)
@@ -114,11 +116,11 @@ class TrainingSettings:
 
     def resolve(self) -> TrainingSettings:
         """The same settings with every automatic choice made for this machine."""
-        device = _best_device() if self.device == "auto" else self.device
+        device = best_device() if self.device == "auto" else self.device
         kind = torch.device(device).type
         precision = self.precision
         if precision == "auto":
-            precision = "bf16" if _computes_in_bf16(kind) else "fp32"
+            precision = "bf16" if computes_in_bf16(kind) else "fp32"
         tokens = TOKENS_A_STEP.get(kind, TOKENS_A_STEP_ON_ACCELERATORS)
         return replace(
             self,
@@ -172,27 +174,3 @@ class TrainingSettings:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(choices)}, not {value}")
-
-
-def _check_device(name: str) -> None:
-    if name == "auto":
-        return
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}; use cpu, cuda, cuda:1, mps, xpu or auto") from error
-    accelerator = torch.accelerator.current_accelerator()
-    here = ["cpu"] + ([accelerator.type] if accelerator and torch.accelerator.is_available() else [])
-    if kind not in here:
-        raise InputError(f"there is no {kind} device on this machine; devices here: {', '.join(here)}")
-
-
-def _best_device() -> str:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator else "cpu"
-
-
-def _computes_in_bf16(kind: str) -> bool:
-    if kind == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return kind == "xpu" or (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))

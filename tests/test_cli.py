@@ -1,0 +1,355 @@
+"""The command line as a person uses it: in a process of its own, and with everything mistaken."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from mhesa import cli
+from mhesa.hf import MhesaConfig, MhesaForCausalLM
+
+TINY = [
+    "--dim",
+    "16",
+    "--depth",
+    "2",
+    "--heads",
+    "2",
+    "--dim-mhesa",
+    "8",
+    "--context",
+    "32",
+    "--batch-size",
+    "4",
+]
+TEXT = "".join(f"{index} bottles of beer on the wall, {index} bottles of beer.\n" for index in range(3000))
+
+
+def mhesa(*arguments, text=None):
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "mhesa", *map(str, arguments)],
+        input=text,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=200,
+    )
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Run the command in this process; it must fail with one line on standard error, which is returned."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mhesa", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert caught.value.code == 2
+        assert out == ""
+        assert "Traceback" not in err
+        assert err.startswith("Error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "bottles.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = mhesa("train", corpus, "--out", out, "--steps", 60, "--precision", "fp32", *TINY)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+# The main job
+
+
+def test_train_says_what_it_did(trained):
+    out, done = trained
+    for part in ("sample", "held-out text", "this model", "xz -9", "gzip -9", "60 steps", str(out)):
+        assert part in done.stdout
+    assert "bytes to train on from 1 documents" in done.stderr
+
+
+def test_the_folder_holds_a_whole_run(trained):
+    out, _ = trained
+    names = {"config.json", "model.safetensors", "tokenizer_config.json", "settings.json", "metrics.jsonl"}
+    assert names <= {path.name for path in out.iterdir()}
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((out / "settings.json").read_text())
+    assert saved["settings"]["steps"] == 60
+    assert saved["settings"]["batch_size"] == 4
+    assert saved["corpus"]["held_out_bytes"] > 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] - 1
+    assert rows[-1]["held_out_bits_per_byte"] > 0
+    assert not [path for path in out.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_auto_classes_load_the_folder(trained):
+    code = (
+        "import sys, mhesa.hf\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer('12 bottles', return_tensors='pt')\n"
+        "print(type(model).__name__, model.generate(**ids, max_new_tokens=5, do_sample=False).shape[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(trained[0])], capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert done.stdout.split() == ["MhesaForCausalLM", "15"], done.stderr
+
+
+def test_generate_continues_a_prompt(trained):
+    out, _ = trained
+    runs = [mhesa("generate", out, "--prompt", "7 bott", "--length", 40, "--seed", 3) for _ in range(2)]
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout
+    assert runs[0].stdout.startswith("7 bott")
+    piped = mhesa("generate", out, "--prompt", "-", "--length", 40, "--seed", 3, "--no-echo", text="7 bott")
+    assert "7 bott" + piped.stdout == runs[0].stdout
+    first = runs[0].stdout[6]
+    cut = mhesa("generate", out, "--prompt", "7 bott", "--length", 40, "--seed", 3, "--stop", first)
+    assert cut.stdout == "7 bott\n"
+
+
+def test_eval_measures_files(trained, corpus, tmp_path):
+    out, _ = trained
+    (tmp_path / "noise.bin").write_bytes(os.urandom(5000))
+    table = mhesa("eval", out, corpus, tmp_path)
+    assert table.returncode == 0, table.stderr
+    assert "perplexity" in table.stdout
+    assert "all" in table.stdout
+    figures = json.loads(mhesa("eval", out, corpus, "--json").stdout)
+    assert list(figures) == ["loss", "bits_per_byte", "perplexity", "tokens", "bytes"]
+    assert figures["tokens"] == figures["bytes"] == len(TEXT)
+    noise = json.loads(mhesa("eval", out, tmp_path, "--json").stdout)
+    assert noise["bits_per_byte"] > 7 > figures["bits_per_byte"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stopped_run_resumes_to_the_same_weights(trained, corpus, tmp_path, number):
+    whole, _ = trained
+    out = tmp_path / "stopped"
+    command = ["train", str(corpus), "--out", str(out), "--steps", "60", "--precision", "fp32", *TINY]
+    process = subprocess.Popen([sys.executable, "-m", "mhesa", *command], stderr=subprocess.PIPE, text=True)
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text()) < 100:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Continue with: mhesa train --resume" in err
+    assert (out / "model.safetensors").exists()
+
+    refused = mhesa("train", "--resume", "--out", out, "--dim", 24)
+    assert refused.returncode == 2
+    assert "has dim 16; it cannot be resumed with 24" in refused.stderr
+    resumed = mhesa("train", "--resume", "--out", out)
+    assert resumed.returncode == 0, resumed.stderr
+    expected, weights = (load_file(folder / "model.safetensors") for folder in (whole, out))
+    assert all((weights[name] == expected[name]).all() for name in expected)
+    steps, expected_steps = (
+        [(row["step"], row["loss"]) for row in rows(folder) if "loss" in row] for folder in (out, whole)
+    )
+    # Where the run was stopped a row was logged early, and its interval is parted in two.
+    assert {step for step, _ in expected_steps} <= {step for step, _ in steps}
+    assert steps[-1] == expected_steps[-1]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_minutes_are_a_budget_too(corpus, tmp_path):
+    done = mhesa("train", corpus, "--out", tmp_path / "timed", "--minutes", 0.05, *TINY)
+    assert done.returncode == 0, done.stderr
+    assert 3 <= rows(tmp_path / "timed")[-1]["seconds"] < 10
+    rates = [row["learning_rate"] for row in rows(tmp_path / "timed") if "loss" in row]
+    assert rates[-1] < 0.5 * max(rates)
+
+
+def test_bytes_that_are_no_text_are_trained_on(tmp_path):
+    source = tmp_path / "latin1.txt"
+    source.write_bytes("né\xff\x00".encode("latin-1") * 5000)
+    done = mhesa("train", source, "--out", tmp_path / "run", "--steps", 2, *TINY)
+    assert done.returncode == 0, done.stderr
+    corpus = json.loads((tmp_path / "run" / "settings.json").read_text())["corpus"]
+    assert corpus["training_bytes"] + corpus["held_out_bytes"] == 20_000
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "nan"], "lr must be a positive number, not nan"),
+        (["--lr", "-1"], "lr must be a positive number, not -1.0"),
+        (["--lr", "1e999"], "lr must be a positive number, not inf"),
+        (["--steps", "0"], "steps must be at least 1, not 0"),
+        (["--minutes", "0"], "minutes must be a positive number, not 0.0"),
+        (["--steps", "1", "--minutes", "1"], "steps or minutes as the budget, not both"),
+        (["--dim", "0"], "hidden_size must be at least 1, not 0"),
+        (["--heads", "3"], "dim_mhesa must be divisible by heads, but 256 is not by 3"),
+        (["--depth", "-1"], "must be at least 1, not -1"),
+        (["--context", "1"], "context must be at least 2"),
+        (["--context", "1000000"], "fewer than one window of 1,000,000"),
+        (["--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        (["--seed", "-1"], "seed must be from 0"),
+        (["--backend", "fast"], "unknown backend 'fast'; choose from"),
+        (["--tokenizer", "words"], "tokenizer must be one of bytes, not words"),
+        (["--precision", "fp8"], "precision must be one of auto, bf16, fp32, not fp8"),
+        (["--device", "warp"], "unknown device 'warp'"),
+        (["--holdout", "tail:2"], "holdout must be content:F or tail:F"),
+        (["--resume"], "holds no run"),
+        (["--resume", "--overwrite"], "give --resume or --overwrite, not both"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_training_that_cannot_be_leaves_nothing_behind(fails, corpus, tmp_path, arguments, message):
+    out = tmp_path / "run"
+    assert message in fails("train", corpus, "--out", out, *arguments)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "empty.txt", "short.txt", "empty"])
+def test_a_corpus_that_cannot_be_leaves_nothing_behind(fails, tmp_path, name):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "empty").mkdir()
+    assert name in fails("train", tmp_path / name, "--out", tmp_path / "run") or name == "short.txt"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_by_accident(fails, trained, corpus):
+    out, _ = trained
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert "already holds a run" in fails("train", corpus, "--out", out, "--steps", 1)
+    assert "is complete at step 60" in fails("train", "--resume", "--out", out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_overwrite_leaves_other_files_alone(corpus, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "metrics.jsonl").write_text("old")
+    done = mhesa("train", corpus, "--out", out, "--steps", 1, "--overwrite", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [row["step"] for row in rows(out)] == [1, 1]
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(fails, corpus):
+    assert "is a file" in fails("train", corpus, "--out", corpus)
+
+
+def test_other_text_does_not_resume_a_run(fails, trained, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.upper())
+    out, _ = trained
+    # A pattern is kept as it was given, so what it matches can change.
+    message = fails("train", other, "--resume", "--out", out, "--steps", 90)
+    assert "sources" in message
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with an untrained model in it."""
+    folder = tmp_path / "model"
+    MhesaForCausalLM(MhesaConfig(hidden_size=16, num_hidden_layers=1, heads=2, dim_mhesa=8)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit(**values):
+    def apply(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("config.json", lambda path: path.unlink(), "is not a model's folder: it has no config.json"),
+        ("config.json", truncate, "config.json is broken"),
+        ("config.json", edit(model_type="gpt2"), "holds a model of type gpt2, not mhesa"),
+        ("config.json", edit(heads=3), "config.json does not describe a model: dim_mhesa must be divisible"),
+        ("config.json", edit(hidden_size=32), "does not fit config.json: mismatched keys"),
+        ("config.json", edit(num_hidden_layers=2), "does not fit config.json: missing keys"),
+        (
+            "model.safetensors",
+            lambda path: path.unlink(),
+            "is not a whole model: it has no model.safetensors",
+        ),
+        ("model.safetensors", truncate, "model.safetensors is broken"),
+        ("model.safetensors", lambda path: path.write_bytes(b"not tensors"), "model.safetensors is broken"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_a_damaged_model_is_named(fails, saved, corpus, command, name, damage, message):
+    damage(saved / name)
+    arguments = [corpus] if command == "eval" else []
+    assert message in fails(command, saved, *arguments)
+
+
+def test_a_missing_model_is_named(fails, tmp_path):
+    assert "no such folder" in fails("generate", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "-1"], "temperature must be 0 or more"),
+        (["--top-p", "0"], "top_p must be above 0"),
+        (["--top-k", "-5"], "top_k must be 0 or more"),
+        (["--length", "-1"], "length must be 0 or more"),
+        (["--backend", "fast"], "unknown backend 'fast'; choose from"),
+        (["--device", "warp"], "unknown device 'warp'"),
+    ],
+)
+def test_generation_that_cannot_be_is_refused(fails, saved, arguments, message):
+    assert message in fails("generate", saved, *arguments)
+
+
+def test_a_reader_that_leaves_early_is_no_error(saved):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mhesa", "generate", str(saved), "--length", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) != 0
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "eval"])
+def test_help_has_examples(command):
+    done = mhesa(command, "--help")
+    assert done.returncode == 0
+    assert f"mhesa {command} " in done.stdout
+    assert "Examples" in done.stdout
