@@ -46,6 +46,7 @@ def fails(monkeypatch, capsys):
     """Run the command in this process; it must fail with one line on standard error, which is returned."""
 
     def run(*arguments):
+        capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["mhesa", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             cli.main()
