@@ -7,6 +7,7 @@ the same: it changes no output, no gradient and no state.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ IGNORED_LABEL = -100
 class MhesaCacheLayer(CacheLayerMixin):
     """One block's state, `(batch, dim_mhesa)` in fp32, and how many tokens went into it.
 
-    The state is replaced and never written to: a shallow copy of it stays what it was.
+    The state is replaced and never written to, so that copies of a cache, deep ones too, can share it.
     """
 
     is_sliding = False
@@ -40,6 +41,9 @@ class MhesaCacheLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.state: Tensor | None = None
         self.seen = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MhesaCacheLayer:
+        return copy.copy(self)
 
     @property
     def batch_size(self) -> int:

@@ -36,7 +36,6 @@ class ByteTokenizer(PreTrainedTokenizer):
     Args:
         errors: what decoding does with bytes that are not UTF-8, one of `"surrogateescape"`,
             `"replace"`, `"ignore"`, `"backslashreplace"`, `"strict"`; `decode` takes it too.
-        add_bos_token: begin every text with `<|endoftext|>`.
 
     Raises:
         ValueError: an `errors` of another name.
@@ -58,20 +57,17 @@ class ByteTokenizer(PreTrainedTokenizer):
         bos_token: str | AddedToken | None = END_OF_TEXT,
         eos_token: str | AddedToken | None = END_OF_TEXT,
         pad_token: str | AddedToken | None = END_OF_TEXT,
-        add_bos_token: bool = False,
         padding_side: str = "left",
         **kwargs: Any,
     ) -> None:
         self.errors = _check_errors(errors)
         self._added_tokens_decoder = {256: AddedToken(END_OF_TEXT, special=True, normalized=False)}
         kwargs["clean_up_tokenization_spaces"] = False
-        kwargs["special_tokens_pattern"] = "bos" if add_bos_token else "none"
         super().__init__(  # type: ignore[no-untyped-call]
             errors=errors,
             bos_token=bos_token,
             eos_token=eos_token,
             pad_token=pad_token,
-            add_bos_token=add_bos_token,
             padding_side=padding_side,
             **kwargs,
         )
