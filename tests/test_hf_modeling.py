@@ -385,7 +385,7 @@ def test_a_cache_continues(model, ids):
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
     assert cache.get_seq_length() == 11
     assert cache.get_mask_sizes(2, 0) == (13, 0)
-    assert cache.batch_size == 3
+    assert cache.layers[0].batch_size == 3
 
 
 def test_a_cache_holds_fp32_whatever_the_model(ids):
@@ -400,9 +400,9 @@ def test_rows_of_a_cache(model, ids):
     states = [layer.state for layer in cache.layers]
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     assert all(torch.equal(c.state, s[[2, 0, 0]]) for c, s in zip(cache.layers, states, strict=True))
-    cache.batch_select_indices(torch.tensor([0]))
+    cache.batch_select_indices(torch.tensor([0, 1]))
     cache.batch_repeat_interleave(2)
-    assert all(torch.equal(c.state, s[[2, 2]]) for c, s in zip(cache.layers, states, strict=True))
+    assert all(torch.equal(c.state, s[[2, 2, 0, 0]]) for c, s in zip(cache.layers, states, strict=True))
     cache.reset()
     assert cache.get_seq_length() == 0
     assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
@@ -420,8 +420,8 @@ def test_an_empty_cache_has_no_rows_to_change(model):
     cache = MhesaCache(model.config)
     cache.reorder_cache(torch.tensor([1]))
     cache.batch_repeat_interleave(2)
-    assert cache.batch_size == -1
-    assert cache.get_max_length() == -1
+    assert cache.layers[0].batch_size == -1
+    assert cache.layers[0].get_max_length() == cache.layers[0].get_max_cache_shape() == -1
 
 
 def test_what_a_cache_cannot_do(model, ids):

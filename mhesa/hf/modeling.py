@@ -165,9 +165,7 @@ class MhesaPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
-            # Only the guard keeps what a checkpoint has already filled.
-            with init.guard_torch_init_functions():
-                module.reset_parameters()
+            module.reset_parameters()
         elif isinstance(module, MHESA):
             for parameter in (module.alphas, module.dampen_factors, module.param_D):
                 init.normal_(parameter)

@@ -27,7 +27,7 @@ class ByteTokenizer(PreTrainedTokenizer):
     Nothing is lost: whatever the bytes, decoding them and encoding the text again gives them back. A byte
     that is not UTF-8 becomes a lone surrogate (Python's `surrogateescape`) and that surrogate becomes the
     byte. Any other lone surrogate, which no UTF-8 can hold, is encoded to the three bytes `surrogatepass`
-    gives it.
+    gives it. Such text cannot be printed: for people, and for a `TextStreamer`, use `errors="replace"`.
 
     `<|endoftext|>` begins, ends and pads. As in GPT-2, text that contains it literally gets the token:
     use `split_special_tokens=True` or `encode_bytes` for text that is not to be trusted. Nothing is added
