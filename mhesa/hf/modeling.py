@@ -7,6 +7,7 @@ the same: it changes no output, no gradient and no state.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ IGNORED_LABEL = -100
 class MhesaCacheLayer(CacheLayerMixin):
     """One block's state, `(batch, dim_mhesa)` in fp32, and how many tokens went into it.
 
-    The state is replaced and never written to: a shallow copy of it stays what it was.
+    The state is replaced and never written to, so that copies of a cache, deep ones too, can share it.
     """
 
     is_sliding = False
@@ -40,6 +41,9 @@ class MhesaCacheLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.state: Tensor | None = None
         self.seen = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MhesaCacheLayer:
+        return copy.copy(self)
 
     @property
     def batch_size(self) -> int:
@@ -161,9 +165,7 @@ class MhesaPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
-            # Only the guard keeps what a checkpoint has already filled.
-            with init.guard_torch_init_functions():
-                module.reset_parameters()
+            module.reset_parameters()
         elif isinstance(module, MHESA):
             for parameter in (module.alphas, module.dampen_factors, module.param_D):
                 init.normal_(parameter)

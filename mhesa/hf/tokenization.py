@@ -28,7 +28,7 @@ class ByteTokenizer(PreTrainedTokenizer):
     Nothing is lost: whatever the bytes, decoding them and encoding the text again gives them back. A byte
     that is not UTF-8 becomes a lone surrogate (Python's `surrogateescape`) and that surrogate becomes the
     byte. Any other lone surrogate, which no UTF-8 can hold, is encoded to the three bytes `surrogatepass`
-    gives it.
+    gives it. Such text cannot be printed: for people, and for a `TextStreamer`, use `errors="replace"`.
 
     `<|endoftext|>` begins, ends and pads. As in GPT-2, text that contains it literally gets the token:
     use `split_special_tokens=True` or `encode_bytes` for text that is not to be trusted. Nothing is added
@@ -37,7 +37,6 @@ class ByteTokenizer(PreTrainedTokenizer):
     Args:
         errors: what decoding does with bytes that are not UTF-8, one of `"surrogateescape"`,
             `"replace"`, `"ignore"`, `"backslashreplace"`, `"strict"`; `decode` takes it too.
-        add_bos_token: begin every text with `<|endoftext|>`.
 
     Raises:
         ValueError: an `errors` of another name.
@@ -59,20 +58,17 @@ class ByteTokenizer(PreTrainedTokenizer):
         bos_token: str | AddedToken | None = END_OF_TEXT,
         eos_token: str | AddedToken | None = END_OF_TEXT,
         pad_token: str | AddedToken | None = END_OF_TEXT,
-        add_bos_token: bool = False,
         padding_side: str = "left",
         **kwargs: Any,
     ) -> None:
         self.errors = _check_errors(errors)
         self._added_tokens_decoder = {256: AddedToken(END_OF_TEXT, special=True, normalized=False)}
         kwargs["clean_up_tokenization_spaces"] = False
-        kwargs["special_tokens_pattern"] = "bos" if add_bos_token else "none"
         super().__init__(  # type: ignore[no-untyped-call]
             errors=errors,
             bos_token=bos_token,
             eos_token=eos_token,
             pad_token=pad_token,
-            add_bos_token=add_bos_token,
             padding_side=padding_side,
             **kwargs,
         )
