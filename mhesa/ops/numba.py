@@ -21,7 +21,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -39,6 +39,10 @@ from mhesa.ops.fused import Gradients, make_scan
 
 # Channels whose state a task holds at a time: eight rows of fp32 fill half of a 32 KB cache.
 WIDTH = 512
+# Rows of scratch memory lie this far apart, not a power of two, or they would share cache sets and stall.
+STRIDE = WIDTH + 64
+# Channels that one vector instruction takes, or a few where vectors are shorter.
+LANES = 16
 # Narrower blocks of channels are read in pieces too short to be fast.
 NARROWEST = 64
 # Gradients that sum over sequences do so in at most this many fixed groups, added in order.
@@ -59,10 +63,12 @@ STORED: dict[torch.dtype, Any] = {
 # What a kernel is told, as one array of 64-bit integers; an address of 0 is an absent tensor.
 TASK, X, DY, OUT, ALPHA, DECAY, SKIP, INITIAL, FINAL, DFINAL, DINITIAL, OFFSETS, TOTALS = range(13)
 SEQUENCES, LENGTH, HEADS, HEAD_DIM, REVERSE, SPLITS, BLOCKS = range(13, 20)
-X_BATCH, X_ROW, X_HEAD, DY_BATCH, DY_ROW, DY_HEAD, COUNT = range(20, 27)
+X_BATCH, X_ROW, X_HEAD, DY_BATCH, DY_ROW, DY_HEAD, DALPHA, DDECAY, DSKIP, COUNT = range(20, 30)
 
 # The rows of a task's scratch memory.
-ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP = range(0, 8 * WIDTH, WIDTH)
+ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP = range(
+    0, 8 * STRIDE, STRIDE
+)
 
 _FLOAT, _HALF = ir.FloatType(), ir.HalfType()
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -70,6 +76,10 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 def _intrinsic(function: Callable[..., Any]) -> Any:
     return intrinsic(function)
+
+
+def _literal_intrinsic(function: Callable[..., Any]) -> Any:
+    return intrinsic(prefer_literal=True)(function)
 
 
 def _accumulation(stored: Any) -> Any:
@@ -113,7 +123,7 @@ def _scratch(context: Any, like: Any) -> Any:
     wide = _accumulation(like.dtype)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows = ir.ArrayType(context.get_value_type(wide), 8 * WIDTH)
+        rows = ir.ArrayType(context.get_value_type(wide), 8 * STRIDE)
         return builder.gep(cgutils.alloca_once(builder, rows), [_I32(0), _I32(0)])
 
     return types.CPointer(wide)(like), codegen
@@ -139,53 +149,157 @@ def _next(context: Any, counter: Any) -> Any:
     return types.int64(counter), codegen
 
 
-@_intrinsic
-def _load(context: Any, pointer: Any, index: Any) -> Any:
-    """An element in the accumulation type."""
+class _Emitter:
+    """Writes the arithmetic on `lanes` neighbouring channels as vector instructions.
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = builder.load(builder.gep(args[0], [args[1]]))
-        if pointer.dtype == types.uint16:
-            return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _FLOAT)
-        if pointer.dtype == types.int16:
-            return builder.fpext(builder.bitcast(value, _HALF), _FLOAT)
+    Explicit vectors and fused multiply-adds leave nothing to the mood of an optimiser: every channel is
+    computed by the same instructions, alone or in a tile, whatever the layout.
+    """
+
+    def __init__(self, builder: Any, accumulation: Any, stored: Any, lanes: int) -> None:
+        self.builder, self.stored, self.lanes = builder, stored, lanes
+        self.double = accumulation == types.float64
+        self.type = self.vector(ir.DoubleType() if self.double else _FLOAT)
+
+    def vector(self, element: Any) -> Any:
+        """The type of a tile of elements."""
+        return element if self.lanes == 1 else ir.VectorType(element, self.lanes)
+
+    def constant(self, element: Any, value: float) -> Any:
+        """The same number in every lane."""
+        return ir.Constant(self.vector(element), value if self.lanes == 1 else [value] * self.lanes)
+
+    def address(self, pointer: Any, index: Any) -> Any:
+        """Where a tile starts, `index` elements on."""
+        element = pointer.type.pointee
+        return self.builder.bitcast(self.builder.gep(pointer, [index]), self.vector(element).as_pointer())
+
+    def load(self, pointer: Any, index: Any) -> Any:
+        """A tile as it is stored; it need not be aligned as a vector is."""
+        return self.builder.load(self.address(pointer, index), align=self.align(pointer))
+
+    def store(self, value: Any, pointer: Any, index: Any) -> None:
+        """Store a tile as it is."""
+        self.builder.store(value, self.address(pointer, index), align=self.align(pointer))
+
+    @staticmethod
+    def align(pointer: Any) -> int:
+        """The alignment of one element, in bytes."""
+        return {_I16: 2, _FLOAT: 4}.get(pointer.type.pointee, 8)
+
+    def widen(self, value: Any) -> Any:
+        """From the stored to the accumulation type."""
+        builder = self.builder
+        if self.stored == types.uint16:
+            bits = builder.shl(builder.zext(value, self.vector(_I32)), self.constant(_I32, 16))
+            return builder.bitcast(bits, self.type)
+        if self.stored == types.int16:
+            return builder.fpext(builder.bitcast(value, self.vector(_HALF)), self.type)
         return value
 
-    return _accumulation(pointer.dtype)(pointer, types.int64), codegen
+    def narrow(self, value: Any) -> Any:
+        """From the accumulation to the stored type, to the nearest, ties to even."""
+        builder = self.builder
+        if self.stored == types.uint16:
+            bits = builder.bitcast(value, self.vector(_I32))
+            odd = builder.and_(builder.lshr(bits, self.constant(_I32, 16)), self.constant(_I32, 1))
+            bits = builder.add(builder.add(bits, self.constant(_I32, 0x7FFF)), odd)
+            bits = builder.lshr(bits, self.constant(_I32, 16))
+            nan = builder.fcmp_unordered("uno", value, value)
+            bits = builder.select(nan, self.constant(_I32, 0x7FC0), bits)
+            return builder.trunc(bits, self.vector(_I16))
+        if self.stored == types.int16:
+            return builder.bitcast(builder.fptrunc(value, self.vector(_HALF)), self.vector(_I16))
+        return value
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Call a function of LLVM's, such as `fma`, on tiles."""
+        scalar = "f64" if self.double else "f32"
+        name = f"llvm.{name}.{scalar if self.lanes == 1 else f'v{self.lanes}{scalar}'}"
+        kind = ir.FunctionType(self.type, [self.type] * len(args))
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), args)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """`a * b + c`, rounded once."""
+        return self.call("fma", a, b, c)
+
+    def flush(self, value: Any) -> Any:
+        """Zero for a subnormal: a carry that has decayed to nothing would slow down every later step."""
+        element = ir.DoubleType() if self.double else _FLOAT
+        least = self.constant(element, 2.0**-1022 if self.double else 2.0**-126)
+        # An ordered comparison is false for NaN, which stays.
+        small = self.builder.fcmp_ordered("<", self.call("fabs", value), least)
+        return self.builder.select(small, self.constant(element, 0.0), value)
 
 
-@_intrinsic
-def _store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
-    """Round to the element's type, to nearest even, and store."""
+@_literal_intrinsic
+def _forward_tile(
+    context: Any, x: Any, x_step: Any, out: Any, out_step: Any, row: Any, skips: Any, lanes: Any, steps: Any
+) -> Any:
+    """Scan `lanes` channels over `steps` rows, the carry held in registers."""
+    if not (isinstance(lanes, types.IntegerLiteral) and isinstance(steps, types.IntegerLiteral)):
+        return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = args[2]
-        if pointer.dtype == types.uint16:
-            bits = builder.bitcast(value, _I32)
-            odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-            rounded = builder.lshr(builder.add(builder.add(bits, _I32(0x7FFF)), odd), _I32(16))
-            nan = builder.fcmp_unordered("uno", value, value)
-            value = builder.trunc(builder.select(nan, _I32(0x7FC0), rounded), _I16)
-        elif pointer.dtype == types.int16:
-            value = builder.bitcast(builder.fptrunc(value, _HALF), _I16)
-        builder.store(value, builder.gep(args[0], [args[1]]))
+        x_0, x_step, out_0, out_step, scratch, skips, *_ = args
+        emit = _Emitter(builder, row.dtype, x.dtype, lanes.literal_value)
+        a, d, s, h = (
+            emit.load(scratch, _I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P)
+        )
+        for step in range(steps.literal_value):
+            value = emit.widen(emit.load(x_0, builder.mul(x_step, _I64(step))))
+            h = emit.flush(emit.fma(d, h, builder.fmul(a, value)))
+            # Without a skip term nothing is added, not zero times x: that is NaN where x is infinite.
+            y = builder.select(skips, emit.fma(s, value, h), h)
+            emit.store(emit.narrow(y), out_0, builder.mul(out_step, _I64(step)))
+        emit.store(h, scratch, _I64(ROW_P))
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64, _accumulation(pointer.dtype)), codegen
+    return types.void(x, types.int64, out, types.int64, row, types.boolean, lanes, steps), codegen
 
 
-@_intrinsic
-def _flush(context: Any, value: Any) -> Any:
-    """Zero for a subnormal: a carry that has decayed to nothing would slow down every later step."""
-    least = 2.0**-1022 if value == types.float64 else 2.0**-126
+@_literal_intrinsic
+def _backward_tile(
+    context: Any,
+    x: Any,
+    x_step: Any,
+    dy: Any,
+    dy_step: Any,
+    out: Any,
+    out_step: Any,
+    row: Any,
+    skips: Any,
+    lanes: Any,
+    steps: Any,
+) -> Any:
+    """Carry the gradient of `lanes` channels back over `steps` rows."""
+    if not (isinstance(lanes, types.IntegerLiteral) and isinstance(steps, types.IntegerLiteral)):
+        return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = context.get_value_type(value)
-        size = builder.call(builder.module.declare_intrinsic("llvm.fabs", [kind]), args)
-        # An ordered comparison is false for NaN, which stays.
-        return builder.select(builder.fcmp_ordered("<", size, kind(least)), kind(0.0), args[0])
+        x_0, x_step, dy_0, dy_step, out_0, out_step, scratch, skips, *_ = args
+        emit = _Emitter(builder, row.dtype, x.dtype, lanes.literal_value)
+        a, d, s = (emit.load(scratch, _I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP))
+        carries = (ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP)
+        p, r, dalpha, ddecay, dskip = (emit.load(scratch, _I64(place)) for place in carries)
+        for step in range(steps.literal_value):
+            value = emit.widen(emit.load(x_0, builder.mul(x_step, _I64(step))))
+            dvalue = emit.widen(emit.load(dy_0, builder.mul(dy_step, _I64(step))))
+            g = builder.fadd(dvalue, p)
+            dx = builder.fmul(a, g)
+            dx = builder.select(skips, emit.fma(s, dvalue, dx), dx)
+            emit.store(emit.narrow(dx), out_0, builder.mul(out_step, _I64(step)))
+            dalpha, ddecay = emit.fma(g, value, dalpha), emit.fma(r, value, ddecay)
+            dskip = emit.fma(dvalue, value, dskip)
+            p, r = emit.flush(builder.fmul(d, g)), emit.flush(emit.fma(d, r, g))
+        for carry, place in zip((p, r, dalpha, ddecay, dskip), carries, strict=True):
+            emit.store(carry, scratch, _I64(place))
+        return context.get_dummy_value()
 
-    return value(value), codegen
+    signature = types.void(
+        x, types.int64, dy, types.int64, out, types.int64, row, types.boolean, lanes, steps
+    )
+    return signature, codegen
 
 
 def _forward(data):  # type: ignore[no-untyped-def]
@@ -196,6 +310,7 @@ def _forward(data):  # type: ignore[no-untyped-def]
     initial, final, offsets = _pointer(p[INITIAL], row), _pointer(p[FINAL], row), _pointer(p[OFFSETS], p)
     length, head_dim, channels = p[LENGTH], p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
     whole = p[X_HEAD] == head_dim
+    skips = p[SKIP] != 0
     while True:
         task = _next(p)
         if task >= p[SPLITS] * p[BLOCKS]:
@@ -216,23 +331,38 @@ def _forward(data):  # type: ignore[no-untyped-def]
                 batch, begin, end = sequence, 0, length
                 if p[OFFSETS]:
                     batch, begin, end = 0, offsets[sequence], offsets[sequence + 1]
-                for step in range(begin, end):
-                    t = begin + end - 1 - step if p[REVERSE] else step
-                    x_t = _offset(x, batch * p[X_BATCH] + t * p[X_ROW])
-                    out_t = _offset(out, (batch * length + t) * channels + start)
+                x_step, out_step, t = p[X_ROW], channels, begin
+                if p[REVERSE]:
+                    x_step, out_step, t = -x_step, -out_step, end - 1
+                x_t = _offset(x, batch * p[X_BATCH] + t * p[X_ROW])
+                out_t = _offset(out, (batch * length + t) * channels + start)
+                left = end - begin
+                while left > 0:
+                    rows = 4 if left >= 4 else 1
                     done = 0
                     while done < n:
                         head, within = (start + done) // head_dim, (start + done) % head_dim
                         piece = n if whole else min(n - done, head_dim - within)
-                        x_piece = _offset(x_t, head * p[X_HEAD] + within)
-                        out_piece = _offset(out_t, done)
-                        part = _offset(row, done)
-                        for i in range(piece):
-                            value = _load(x_piece, i)
-                            h = _flush(part[ROW_DECAY + i] * part[ROW_P + i] + part[ROW_ALPHA + i] * value)
-                            part[ROW_P + i] = h
-                            _store(out_piece, i, h + part[ROW_SKIP + i] * value)
-                        done += piece
+                        x_i, out_i = _offset(x_t, head * p[X_HEAD] + within), _offset(out_t, done)
+                        end_of_piece = done + piece
+                        while done < end_of_piece:
+                            part = _offset(row, done)
+                            if rows == 4 and end_of_piece - done >= LANES:
+                                _forward_tile(x_i, x_step, out_i, out_step, part, skips, LANES, 4)
+                                tile = LANES
+                            elif rows == 4:
+                                _forward_tile(x_i, x_step, out_i, out_step, part, skips, 1, 4)
+                                tile = 1
+                            elif end_of_piece - done >= LANES:
+                                _forward_tile(x_i, x_step, out_i, out_step, part, skips, LANES, 1)
+                                tile = LANES
+                            else:
+                                _forward_tile(x_i, x_step, out_i, out_step, part, skips, 1, 1)
+                                tile = 1
+                            x_i, out_i = _offset(x_i, tile), _offset(out_i, tile)
+                            done += tile
+                    x_t, out_t = _offset(x_t, rows * x_step), _offset(out_t, rows * out_step)
+                    left -= rows
                 for i in range(n):
                     final[state + i] = row[ROW_P + i]
 
@@ -246,6 +376,7 @@ def _backward(data):  # type: ignore[no-untyped-def]
     offsets, totals = _pointer(p[OFFSETS], p), _sums(p[TOTALS])
     length, head_dim, channels = p[LENGTH], p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
     whole = p[X_HEAD] == head_dim and p[DY_HEAD] == head_dim
+    skips = p[SKIP] != 0
     while True:
         task = _next(p)
         if task >= p[SPLITS] * p[BLOCKS]:
@@ -268,41 +399,74 @@ def _backward(data):  # type: ignore[no-untyped-def]
                 batch, begin, end = sequence, 0, length
                 if p[OFFSETS]:
                     batch, begin, end = 0, offsets[sequence], offsets[sequence + 1]
-                for step in range(begin, end):
-                    t = step if p[REVERSE] else begin + end - 1 - step
-                    x_t = _offset(x, batch * p[X_BATCH] + t * p[X_ROW])
-                    dy_t = _offset(dy, batch * p[DY_BATCH] + t * p[DY_ROW])
-                    out_t = _offset(out, (batch * length + t) * channels + start)
+                x_step, dy_step, out_step, t = -p[X_ROW], -p[DY_ROW], -channels, end - 1
+                if p[REVERSE]:
+                    x_step, dy_step, out_step, t = -x_step, -dy_step, -out_step, begin
+                x_t = _offset(x, batch * p[X_BATCH] + t * p[X_ROW])
+                dy_t = _offset(dy, batch * p[DY_BATCH] + t * p[DY_ROW])
+                out_t = _offset(out, (batch * length + t) * channels + start)
+                left, summed = end - begin, 0
+                while left > 0:
+                    rows = 4 if left >= 4 else 1
                     done = 0
                     while done < n:
                         head, within = (start + done) // head_dim, (start + done) % head_dim
                         piece = n if whole else min(n - done, head_dim - within)
-                        x_piece = _offset(x_t, head * p[X_HEAD] + within)
-                        dy_piece = _offset(dy_t, head * p[DY_HEAD] + within)
-                        out_piece = _offset(out_t, done)
-                        part = _offset(row, done)
-                        for i in range(piece):
-                            value, dvalue = _load(x_piece, i), _load(dy_piece, i)
-                            d, r = part[ROW_DECAY + i], part[ROW_R + i]
-                            g = dvalue + part[ROW_P + i]
-                            part[ROW_DALPHA + i] += g * value
-                            part[ROW_DDECAY + i] += r * value
-                            part[ROW_DSKIP + i] += dvalue * value
-                            part[ROW_R + i] = _flush(g + d * r)
-                            part[ROW_P + i] = _flush(d * g)
-                            _store(out_piece, i, part[ROW_ALPHA + i] * g + part[ROW_SKIP + i] * dvalue)
-                        done += piece
-                    if (step - begin) % ROWS == ROWS - 1 or step == end - 1:
+                        x_i, dy_i = _offset(x_t, head * p[X_HEAD] + within), _offset(dy_t, head * p[DY_HEAD] + within)
+                        out_i = _offset(out_t, done)
+                        end_of_piece = done + piece
+                        while done < end_of_piece:
+                            part = _offset(row, done)
+                            if rows == 4 and end_of_piece - done >= LANES:
+                                _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, LANES, 4)
+                                tile = LANES
+                            elif rows == 4:
+                                _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, 1, 4)
+                                tile = 1
+                            elif end_of_piece - done >= LANES:
+                                _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, LANES, 1)
+                                tile = LANES
+                            else:
+                                _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, 1, 1)
+                                tile = 1
+                            x_i, dy_i, out_i = _offset(x_i, tile), _offset(dy_i, tile), _offset(out_i, tile)
+                            done += tile
+                    x_t, dy_t = _offset(x_t, rows * x_step), _offset(dy_t, rows * dy_step)
+                    out_t = _offset(out_t, rows * out_step)
+                    left -= rows
+                    summed += rows
+                    if summed >= ROWS or left == 0:
                         for i in range(n):
                             total[i] += row[ROW_DALPHA + i]
                             total[channels + i] += row[ROW_DDECAY + i]
                             total[2 * channels + i] += row[ROW_DSKIP + i]
                             row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
+                        summed = 0
                 for i in range(n):
                     dinitial[state + i] = row[ROW_P + i]
                     if p[INITIAL]:
                         # A double each, or the product would round to fp32 first.
                         total[3 * channels + i] += np.float64(initial[state + i]) * np.float64(row[ROW_R + i])
+
+
+def _reduce(data):  # type: ignore[no-untyped-def]
+    p = _fields(data)
+    row = _scratch(data)
+    alpha, dalpha, ddecay = _pointer(p[ALPHA], row), _pointer(p[DALPHA], row), _pointer(p[DDECAY], row)
+    dskip, totals = _pointer(p[DSKIP], row), _sums(p[TOTALS])
+    channels = p[HEADS] * p[HEAD_DIM]
+    for head in range(p[HEADS]):
+        by_alpha, by_decay, by_initial = 0.0, 0.0, 0.0
+        for channel in range(head * p[HEAD_DIM], (head + 1) * p[HEAD_DIM]):
+            by_skip = 0.0
+            for split in range(p[SPLITS]):
+                total = _offset(totals, split * 4 * channels + channel)
+                by_alpha += total[0]
+                by_decay += total[channels]
+                by_skip += total[2 * channels]
+                by_initial += total[3 * channels]
+            dskip[channel] = by_skip
+        dalpha[head], ddecay[head] = by_alpha, alpha[head] * by_decay + by_initial
 
 
 def forward(
@@ -348,13 +512,12 @@ def backward(
     call.tensor(DFINAL, dfinal.to(call.dtype).contiguous())
     call.tensor(DINITIAL, dinitial)
     call.tensor(TOTALS, totals)
-    call.run(_backward, splits=groups)
-    # A slow sum, but one of fixed order: torch would choose it by the number of threads.
-    dalpha, ddecay, dskip, from_initial = totals.numpy().sum(0)
-    ddecay = alpha.double().numpy() * ddecay.sum(1) + from_initial.sum(1)
     dalpha, ddecay, dskip = (
-        torch.from_numpy(total).to(call.dtype) for total in (dalpha.sum(1), ddecay, dskip)
+        call.tensor(field, torch.empty(shape, dtype=call.dtype))
+        for field, shape in ((DALPHA, heads), (DDECAY, heads), (DSKIP, (heads, head_dim)))
     )
+    call.run(_backward, splits=groups)
+    _Threads.run(_compiled(_reduce, x.dtype), call.data.ctypes.data, 1)
     return dx, dalpha, ddecay, dskip, dinitial
 
 
@@ -404,15 +567,13 @@ class _Call:
     def run(self, kernel: Callable[..., None], splits: int) -> None:
         """Run a kernel over `splits` runs of the sequences."""
         channels = self.heads * self.head_dim
-        if splits == 0 or channels == 0:
-            return
         threads = 1 if _Threads.forked or self.elements < PARALLEL else torch.get_num_threads()
         # Channels are cut only where the sequences do not deal out evenly.
         blocks = threads // math.gcd(splits, threads) if splits < 4 * threads else 1
         blocks = max(1, min(blocks, channels // NARROWEST))
         self.fields[SPLITS], self.fields[BLOCKS] = splits, blocks
-        data = np.array(self.fields, dtype=np.int64)
-        _Threads.run(_compiled(kernel, self.stored), data.ctypes.data, threads)
+        self.data = np.array(self.fields, dtype=np.int64)
+        _Threads.run(_compiled(kernel, self.stored), self.data.ctypes.data, threads)
 
 
 def _offsets(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -440,7 +601,7 @@ def _readable(tensor: Tensor) -> Tensor:
 def _compiled(kernel: Callable[..., None], dtype: torch.dtype) -> int:
     """The address of a kernel for tensors of `dtype`, from the cache on disk if it is there."""
     build = lambda cached: numba.cfunc(  # noqa: E731
-        types.void(types.CPointer(STORED[dtype])), cache=cached, fastmath={"contract"}, error_model="numpy"
+        types.void(types.CPointer(STORED[dtype])), cache=cached, error_model="numpy"
     )(kernel)
     try:
         function = build(True)
