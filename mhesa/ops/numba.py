@@ -178,6 +178,15 @@ class _Emitter:
         """A tile as it is stored; it need not be aligned as a vector is."""
         return self.builder.load(self.address(pointer, index), align=self.align(pointer))
 
+    def prefetch(self, pointer: Any, index: Any, write: bool = False) -> None:
+        """Ask for the memory of a tile; an address that does not exist does no harm."""
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        address = self.builder.bitcast(self.address(pointer, index), byte)
+        # The last two: to keep it close, and that it is data.
+        self.builder.call(function, [address, _I32(int(write)), _I32(3), _I32(1)])
+
     def store(self, value: Any, pointer: Any, index: Any) -> None:
         """Store a tile as it is."""
         self.builder.store(value, self.address(pointer, index), align=self.align(pointer))
@@ -247,6 +256,9 @@ def _forward_tile(
             emit.load(scratch, _I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P)
         )
         for step in range(steps.literal_value):
+            ahead = _I64(step + steps.literal_value)
+            emit.prefetch(x_0, builder.mul(x_step, ahead))
+            emit.prefetch(out_0, builder.mul(out_step, ahead), write=True)
             value = emit.widen(emit.load(x_0, builder.mul(x_step, _I64(step))))
             h = emit.flush(emit.fma(d, h, builder.fmul(a, value)))
             # Without a skip term nothing is added, not zero times x: that is NaN where x is infinite.
@@ -283,6 +295,10 @@ def _backward_tile(
         carries = (ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP)
         p, r, dalpha, ddecay, dskip = (emit.load(scratch, _I64(place)) for place in carries)
         for step in range(steps.literal_value):
+            ahead = _I64(step + steps.literal_value)
+            emit.prefetch(x_0, builder.mul(x_step, ahead))
+            emit.prefetch(dy_0, builder.mul(dy_step, ahead))
+            emit.prefetch(out_0, builder.mul(out_step, ahead), write=True)
             value = emit.widen(emit.load(x_0, builder.mul(x_step, _I64(step))))
             dvalue = emit.widen(emit.load(dy_0, builder.mul(dy_step, _I64(step))))
             g = builder.fadd(dvalue, p)
