@@ -21,21 +21,25 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import numba
+import numba.core.cgutils
+import numba.extending
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from llvmlite import ir  # type: ignore[import-untyped]
 from torch import Tensor
 
 from mhesa.ops.fused import Gradients, make_scan
+
+# Numba is annotated in part only.
+jit: Any = numba.njit
+cfunc: Any = numba.cfunc
+types: Any = numba.types
+cgutils: Any = numba.core.cgutils
 
 # Channels whose state a task holds at a time: eight rows of fp32 fill half of a 32 KB cache.
 WIDTH = 512
@@ -66,20 +70,16 @@ SEQUENCES, LENGTH, HEADS, HEAD_DIM, REVERSE, SPLITS, BLOCKS = range(13, 20)
 X_BATCH, X_ROW, X_HEAD, DY_BATCH, DY_ROW, DY_HEAD, DALPHA, DDECAY, DSKIP, COUNT = range(20, 30)
 
 # The rows of a task's scratch memory.
-ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP = range(
-    0, 8 * STRIDE, STRIDE
-)
+ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP = range(0, 8 * STRIDE, STRIDE)
 
 _FLOAT, _HALF = ir.FloatType(), ir.HalfType()
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
-def _intrinsic(function: Callable[..., Any]) -> Any:
-    return intrinsic(function)
-
-
-def _literal_intrinsic(function: Callable[..., Any]) -> Any:
-    return intrinsic(prefer_literal=True)(function)
+def _intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that writes the instructions for a call; the types it gets hold constants' values."""
+    typed: Any = numba.extending.intrinsic
+    return typed(prefer_literal=True)(function)
 
 
 def _accumulation(stored: Any) -> Any:
@@ -241,7 +241,7 @@ class _Emitter:
         return self.builder.select(small, self.constant(element, 0.0), value)
 
 
-@_literal_intrinsic
+@_intrinsic
 def _forward_tile(
     context: Any, x: Any, x_step: Any, out: Any, out_step: Any, row: Any, skips: Any, lanes: Any, steps: Any
 ) -> Any:
@@ -252,9 +252,7 @@ def _forward_tile(
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x_0, x_step, out_0, out_step, scratch, skips, *_ = args
         emit = _Emitter(builder, row.dtype, x.dtype, lanes.literal_value)
-        a, d, s, h = (
-            emit.load(scratch, _I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P)
-        )
+        a, d, s, h = (emit.load(scratch, _I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P))
         for step in range(steps.literal_value):
             ahead = _I64(step + steps.literal_value)
             emit.prefetch(x_0, builder.mul(x_step, ahead))
@@ -270,7 +268,7 @@ def _forward_tile(
     return types.void(x, types.int64, out, types.int64, row, types.boolean, lanes, steps), codegen
 
 
-@_literal_intrinsic
+@_intrinsic
 def _backward_tile(
     context: Any,
     x: Any,
@@ -318,6 +316,46 @@ def _backward_tile(
     return signature, codegen
 
 
+@jit
+def _forward_row(x, x_step, out, out_step, row, skips, n):  # type: ignore[no-untyped-def]
+    whole = n - n % LANES
+    for i in range(0, whole, LANES):
+        _forward_tile(_offset(x, i), x_step, _offset(out, i), out_step, _offset(row, i), skips, LANES, 1)
+    for i in range(whole, n):
+        _forward_tile(_offset(x, i), x_step, _offset(out, i), out_step, _offset(row, i), skips, 1, 1)
+
+
+@jit
+def _forward_rows(x, x_step, out, out_step, row, skips, n):  # type: ignore[no-untyped-def]
+    whole = n - n % LANES
+    for i in range(0, whole, LANES):
+        _forward_tile(_offset(x, i), x_step, _offset(out, i), out_step, _offset(row, i), skips, LANES, 4)
+    for i in range(whole, n):
+        _forward_tile(_offset(x, i), x_step, _offset(out, i), out_step, _offset(row, i), skips, 1, 4)
+
+
+@jit
+def _backward_row(x, x_step, dy, dy_step, out, out_step, row, skips, n):  # type: ignore[no-untyped-def]
+    whole = n - n % LANES
+    for i in range(0, whole, LANES):
+        x_i, dy_i, out_i, part = _offset(x, i), _offset(dy, i), _offset(out, i), _offset(row, i)
+        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, LANES, 1)
+    for i in range(whole, n):
+        x_i, dy_i, out_i, part = _offset(x, i), _offset(dy, i), _offset(out, i), _offset(row, i)
+        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, 1, 1)
+
+
+@jit
+def _backward_rows(x, x_step, dy, dy_step, out, out_step, row, skips, n):  # type: ignore[no-untyped-def]
+    whole = n - n % LANES
+    for i in range(0, whole, LANES):
+        x_i, dy_i, out_i, part = _offset(x, i), _offset(dy, i), _offset(out, i), _offset(row, i)
+        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, LANES, 4)
+    for i in range(whole, n):
+        x_i, dy_i, out_i, part = _offset(x, i), _offset(dy, i), _offset(out, i), _offset(row, i)
+        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, 1, 4)
+
+
 def _forward(data):  # type: ignore[no-untyped-def]
     p = _fields(data)
     row = _scratch(data)
@@ -360,23 +398,12 @@ def _forward(data):  # type: ignore[no-untyped-def]
                         head, within = (start + done) // head_dim, (start + done) % head_dim
                         piece = n if whole else min(n - done, head_dim - within)
                         x_i, out_i = _offset(x_t, head * p[X_HEAD] + within), _offset(out_t, done)
-                        end_of_piece = done + piece
-                        while done < end_of_piece:
-                            part = _offset(row, done)
-                            if rows == 4 and end_of_piece - done >= LANES:
-                                _forward_tile(x_i, x_step, out_i, out_step, part, skips, LANES, 4)
-                                tile = LANES
-                            elif rows == 4:
-                                _forward_tile(x_i, x_step, out_i, out_step, part, skips, 1, 4)
-                                tile = 1
-                            elif end_of_piece - done >= LANES:
-                                _forward_tile(x_i, x_step, out_i, out_step, part, skips, LANES, 1)
-                                tile = LANES
-                            else:
-                                _forward_tile(x_i, x_step, out_i, out_step, part, skips, 1, 1)
-                                tile = 1
-                            x_i, out_i = _offset(x_i, tile), _offset(out_i, tile)
-                            done += tile
+                        part = _offset(row, done)
+                        if rows == 4:
+                            _forward_rows(x_i, x_step, out_i, out_step, part, skips, piece)
+                        else:
+                            _forward_row(x_i, x_step, out_i, out_step, part, skips, piece)
+                        done += piece
                     x_t, out_t = _offset(x_t, rows * x_step), _offset(out_t, rows * out_step)
                     left -= rows
                 for i in range(n):
@@ -388,7 +415,11 @@ def _backward(data):  # type: ignore[no-untyped-def]
     row = _scratch(data)
     x, dy, out = _pointer(p[X], data), _pointer(p[DY], data), _pointer(p[OUT], data)
     alpha, decay, skip = _pointer(p[ALPHA], row), _pointer(p[DECAY], row), _pointer(p[SKIP], row)
-    initial, dfinal, dinitial = _pointer(p[INITIAL], row), _pointer(p[DFINAL], row), _pointer(p[DINITIAL], row)
+    initial, dfinal, dinitial = (
+        _pointer(p[INITIAL], row),
+        _pointer(p[DFINAL], row),
+        _pointer(p[DINITIAL], row),
+    )
     offsets, totals = _pointer(p[OFFSETS], p), _sums(p[TOTALS])
     length, head_dim, channels = p[LENGTH], p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
     whole = p[X_HEAD] == head_dim and p[DY_HEAD] == head_dim
@@ -428,25 +459,14 @@ def _backward(data):  # type: ignore[no-untyped-def]
                     while done < n:
                         head, within = (start + done) // head_dim, (start + done) % head_dim
                         piece = n if whole else min(n - done, head_dim - within)
-                        x_i, dy_i = _offset(x_t, head * p[X_HEAD] + within), _offset(dy_t, head * p[DY_HEAD] + within)
-                        out_i = _offset(out_t, done)
-                        end_of_piece = done + piece
-                        while done < end_of_piece:
-                            part = _offset(row, done)
-                            if rows == 4 and end_of_piece - done >= LANES:
-                                _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, LANES, 4)
-                                tile = LANES
-                            elif rows == 4:
-                                _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, 1, 4)
-                                tile = 1
-                            elif end_of_piece - done >= LANES:
-                                _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, LANES, 1)
-                                tile = LANES
-                            else:
-                                _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, 1, 1)
-                                tile = 1
-                            x_i, dy_i, out_i = _offset(x_i, tile), _offset(dy_i, tile), _offset(out_i, tile)
-                            done += tile
+                        x_i = _offset(x_t, head * p[X_HEAD] + within)
+                        dy_i = _offset(dy_t, head * p[DY_HEAD] + within)
+                        out_i, part = _offset(out_t, done), _offset(row, done)
+                        if rows == 4:
+                            _backward_rows(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, piece)
+                        else:
+                            _backward_row(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, piece)
+                        done += piece
                     x_t, dy_t = _offset(x_t, rows * x_step), _offset(dy_t, rows * dy_step)
                     out_t = _offset(out_t, rows * out_step)
                     left -= rows
@@ -593,7 +613,7 @@ class _Call:
 
 
 def _offsets(cu_seqlens: Tensor, length: int) -> Tensor:
-    """The offsets as the kernels read them; checked, since in a compiled graph nobody has, and they address memory."""
+    """The offsets as kernels read them, checked: in compiled graphs nobody has, and they address memory."""
     offsets = cu_seqlens.to(torch.int64).contiguous()
     values = offsets.numpy()
     if values[0] != 0 or values[-1] != length or (values[1:] < values[:-1]).any():
@@ -602,11 +622,11 @@ def _offsets(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """The tensor itself where heads are contiguous, and otherwise a copy that is no larger than its memory."""
+    """The tensor itself where its heads are contiguous, else a copy, no larger than the memory it has."""
     heads, head_dim = tensor.shape[2:]
     by_batch, by_row, by_head, by_channel = tensor.stride()
     merged = heads == 1 or by_head == head_dim
-    if tensor.numel() == 0 or (head_dim == 1 or by_channel == 1) and (merged or head_dim >= 16):
+    if tensor.numel() == 0 or ((head_dim == 1 or by_channel == 1) and (merged or head_dim >= 16)):
         return tensor
     # The gradient of a sum is one number seen from everywhere.
     narrow = tensor[: 1 if by_batch == 0 else None, : 1 if by_row == 0 else None]
@@ -616,13 +636,11 @@ def _readable(tensor: Tensor) -> Tensor:
 @cache
 def _compiled(kernel: Callable[..., None], dtype: torch.dtype) -> int:
     """The address of a kernel for tensors of `dtype`, from the cache on disk if it is there."""
-    build = lambda cached: numba.cfunc(  # noqa: E731
-        types.void(types.CPointer(STORED[dtype])), cache=cached, error_model="numpy"
-    )(kernel)
+    signature = types.void(types.CPointer(STORED[dtype]))
     try:
-        function = build(True)
+        function = cfunc(signature, cache=True, error_model="numpy")(kernel)
     except (OSError, RuntimeError):  # numba finds no folder to write to, or cannot write to it
-        function = build(False)
+        function = cfunc(signature, error_model="numpy")(kernel)
     _KEPT.append(function)
     return int(function.address)
 
