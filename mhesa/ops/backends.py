@@ -40,6 +40,7 @@ class Backend:
 
 # In order of preference: the first that serves is the default.
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend("mhesa.ops.triton", frozenset({"cuda", "xpu"}), "triton"),
     "chunked": Backend("mhesa.ops.chunked"),
     "fft": Backend("mhesa.ops.fft"),
     "reference": Backend("mhesa.ops.reference"),
