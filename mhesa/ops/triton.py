@@ -115,6 +115,29 @@ def _sequence(sequence_of, at, length, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def _closes(sequence_of, tile, size, length, REVERSE: tl.constexpr):
+    """Whether a sequence ends in this tile."""
+    if sequence_of is None:
+        closes = (tile + 1) * size >= length
+    else:
+        following = _sequence(sequence_of, (tile + 1) * size, length, REVERSE)
+        closes = following != _sequence(sequence_of, tile * size, length, REVERSE)
+    return closes
+
+
+@triton.jit
+def _ending(sequence_of, at, batch, length, REVERSE: tl.constexpr):
+    """Which of the steps `at` end a sequence, and which sequence that is."""
+    if sequence_of is None:
+        ends = at == length - 1
+        sequence = at * 0 + batch
+    else:
+        sequence = _sequence(sequence_of, at, length, REVERSE).to(tl.int64)
+        ends = (sequence >= 0) & (sequence != _sequence(sequence_of, at + 1, length, REVERSE))
+    return ends, sequence
+
+
+@triton.jit
 def _from_span(values, span):
     """The row `span` of `values`, a tensor `(SPANS, BLOCK)`, in the place of each row."""
     return tl.gather(values, tl.broadcast_to(span, values.shape), 0)
@@ -180,11 +203,6 @@ def _forward(
     for tile in range(first, last):
         rows = following
         position = tile * (ROWS * SPANS) + span * ROWS
-        # Fetched while this tile is worked on.
-        following = _tile(
-            x, stride_time, position + ROWS * SPANS, limit, length, channel, channels, ROWS, REVERSE
-        )
-
         end = none
         inputs = ()
         starts = ()
@@ -216,6 +234,11 @@ def _forward(
             end = tl.where(joins, tl.fma(powers[j], earlier, end), end)
         total = _from_span(end, span * 0 + (SPANS - 1))
 
+        # Fetched while this tile is worked on.
+        following = _tile(
+            x, stride_time, position + ROWS * SPANS, limit, length, channel, channels, ROWS, REVERSE
+        )
+
         carry = (batch * tiles + tile) * channels + channel
         if y is None:
             tl.store(carries + carry + span * 0, total, mask=real & (span == 0))
@@ -228,24 +251,20 @@ def _forward(
                 outside = _sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
                 reached = tl.where(sequence_before == outside, reached, earlier)
             h = tl.where(span == 0, state, reached)
+            closes = _closes(sequence_of, tile, ROWS * SPANS, length, REVERSE)
             for k in tl.static_range(ROWS):
                 at = position + k
                 row = length - 1 - at if REVERSE else at
-                out = batch + span * 0
-                ends = at == length - 1
                 advanced = tl.fma(d, h, inputs[k])
-                if sequence_of is None:
-                    h = advanced
-                else:
-                    h = tl.where(starts[k], inputs[k], advanced)
-                    out = _sequence(sequence_of, at, length, REVERSE).to(tl.int64)
-                    ends = (out >= 0) & (out != _sequence(sequence_of, at + 1, length, REVERSE))
+                h = advanced if sequence_of is None else tl.where(starts[k], inputs[k], advanced)
                 result = h
                 if skip is not None:
                     result = tl.fma(weight, rows[k].to(d.dtype), h)
                 target = y + (batch * length + row) * channels + channel
                 tl.store(target, result.to(y.dtype.element_ty), mask=(at < length) & real)
-                tl.store(final_state + out * channels + channel, h, mask=ends & real)
+                if closes:
+                    ends, out = _ending(sequence_of, at, batch, length, REVERSE)
+                    tl.store(final_state + out * channels + channel, h, mask=ends & real)
             if carries is None:
                 passed = tl.fma(whole[0], state, total)
                 if sequence_of is not None:
@@ -331,12 +350,9 @@ def _backward(
         next_x = _tile(x, stride_time, position, limit, length, channel, channels, ROWS, REVERSE)
     for tile in range(first, last):
         position = tile * (ROWS * SPANS) + span * ROWS
-        ahead = position + ROWS * SPANS
         rows_dy = next_dy
-        next_dy = _tile(dy, stride_time_dy, ahead, limit, length, channel, channels, ROWS, REVERSE)
         if dx is not None:
             rows_x = next_x
-            next_x = _tile(x, stride_time, ahead, limit, length, channel, channels, ROWS, REVERSE)
 
         g = none
         r_end = none
@@ -376,6 +392,11 @@ def _backward(
         p_total = _from_span(p_end, span * 0 + (SPANS - 1))
         r_total = _from_span(r_end, span * 0 + (SPANS - 1))
 
+        ahead = position + ROWS * SPANS
+        next_dy = _tile(dy, stride_time_dy, ahead, limit, length, channel, channels, ROWS, REVERSE)
+        if dx is not None:
+            next_x = _tile(x, stride_time, ahead, limit, length, channel, channels, ROWS, REVERSE)
+
         carry = (batch * tiles + tile) * channels + channel + span * 0
         if dx is None:
             tl.store(carries + carry, p_total, mask=real & (span == 0))
@@ -394,17 +415,14 @@ def _backward(
                 r = tl.where(sequence_before == outside, r, r_earlier)
             p = tl.where(span == 0, p_state, p)
             r = tl.where(span == 0, r_state, r)
+            closes = _closes(sequence_of, tile, ROWS * SPANS, length, REVERSE)
             for k in tl.static_range(ROWS):
                 at = position + k
                 row = length - 1 - at if REVERSE else at
-                out = batch + span * 0
-                ends = at == length - 1
                 g = inputs[k] + p if k == 0 else tl.fma(d, g, inputs[k])
                 if sequence_of is not None:
                     g = tl.where(starts[k], inputs[k], g)
                     r = tl.where(starts[k], none, r)
-                    out = _sequence(sequence_of, at, length, REVERSE).to(tl.int64)
-                    ends = (out >= 0) & (out != _sequence(sequence_of, at + 1, length, REVERSE))
                 value = rows_x[k].to(d.dtype)
                 sum_alpha = tl.fma(g, value, sum_alpha)
                 sum_decay = tl.fma(r, value, sum_decay)
@@ -416,11 +434,13 @@ def _backward(
                 target = dx + (batch * length + row) * channels + channel
                 tl.store(target, result.to(dx.dtype.element_ty), mask=(at < length) & real)
                 r = tl.fma(d, r, g)
-                state = out * channels + channel
-                tl.store(dinitial + state, d * g, mask=ends & real)
-                if initial_state is not None:
-                    value = tl.load(initial_state + state, mask=ends & real, other=0.0)
-                    sum_initial = tl.where(ends, tl.fma(value, r, sum_initial), sum_initial)
+                if closes:
+                    ends, out = _ending(sequence_of, at, batch, length, REVERSE)
+                    state = out * channels + channel
+                    tl.store(dinitial + state, d * g, mask=ends & real)
+                    if initial_state is not None:
+                        initial = tl.load(initial_state + state, mask=ends & real, other=0.0)
+                        sum_initial = tl.where(ends, tl.fma(initial, r, sum_initial), sum_initial)
             if carries is None:
                 p_passed = tl.fma(whole[0], p_state, p_total)
                 r_passed = tl.fma(whole[0], r_state, tl.fma(whole[1], p_state, r_total))
