@@ -225,6 +225,7 @@ def _forward(
                 starts = starts + (begins,)
             inputs = inputs + (value,)
 
+        end = _from_span(end, span)
         for j in tl.static_range(SPANS_LOG):
             joins = span >= (1 << j)
             if sequence_of is not None:
@@ -233,6 +234,7 @@ def _forward(
             earlier = _from_span(end, tl.maximum(span - (1 << j), 0))
             end = tl.where(joins, tl.fma(powers[j], earlier, end), end)
         total = _from_span(end, span * 0 + (SPANS - 1))
+        earlier = _from_span(end, tl.maximum(span - 1, 0))
 
         # Fetched while this tile is worked on.
         following = _tile(
@@ -245,7 +247,6 @@ def _forward(
         else:
             if carries is not None:
                 state = tl.load(carries + carry + span * 0, mask=real, other=0.0)
-            earlier = _from_span(end, tl.maximum(span - 1, 0))
             reached = tl.fma(reaching[0], state, earlier)
             if sequence_of is not None:
                 outside = _sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
@@ -379,6 +380,8 @@ def _backward(
             inputs = inputs + (value,)
         p_end = d * g
 
+        p_end = _from_span(p_end, span)
+        r_end = _from_span(r_end, span)
         for j in tl.static_range(SPANS_LOG):
             joins = span >= (1 << j)
             if sequence_of is not None:
@@ -391,6 +394,8 @@ def _backward(
             p_end = tl.where(joins, tl.fma(powers[j], p_far, p_end), p_end)
         p_total = _from_span(p_end, span * 0 + (SPANS - 1))
         r_total = _from_span(r_end, span * 0 + (SPANS - 1))
+        p_earlier = _from_span(p_end, tl.maximum(span - 1, 0))
+        r_earlier = _from_span(r_end, tl.maximum(span - 1, 0))
 
         ahead = position + ROWS * SPANS
         next_dy = _tile(dy, stride_time_dy, ahead, limit, length, channel, channels, ROWS, REVERSE)
@@ -405,8 +410,6 @@ def _backward(
             if carries is not None:
                 p_state = tl.load(carries + carry, mask=real, other=0.0)
                 r_state = tl.load(carries + plane + carry, mask=real, other=0.0)
-            p_earlier = _from_span(p_end, tl.maximum(span - 1, 0))
-            r_earlier = _from_span(r_end, tl.maximum(span - 1, 0))
             p = tl.fma(reaching[0], p_state, p_earlier)
             r = tl.fma(reaching[0], r_state, tl.fma(reaching[1], p_state, r_earlier))
             if sequence_of is not None:
