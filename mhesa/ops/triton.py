@@ -31,8 +31,10 @@ within one. Where a state must not pass it is replaced, never multiplied by zero
 Powers of the decay are taken in fp64 by repeated squaring; positive exponents alone occur.
 """
 
-# Kernels are Triton's language, not Python's: their arguments have no types that Python knows.
+# Kernels are Triton's language, not Python's: no types that mypy knows, constants in capitals.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="assignment"
+# ruff: noqa: N803, RUF005
 
 from __future__ import annotations
 
@@ -53,15 +55,12 @@ BLOCK = 32
 SPANS_LOG = 5
 """The logarithm of the spans a tile, to base 2."""
 
-FORWARD_ROWS_LOG = 3
-BACKWARD_ROWS_LOG = 2
-"""The logarithm of the rows a span, to base 2; the backward pass holds two inputs."""
+FORWARD_ROWS_LOG = {2: 3, 4: 2, 8: 2}
+BACKWARD_ROWS_LOG = {2: 2, 4: 2, 8: 1}
+"""The logarithm of the rows a span, to base 2, by the bytes of a value: what registers can hold."""
 
 AHEAD = 16
 """Ends of tiles that the chain of tiles fetches at once."""
-
-# Four warps: a thread then holds 8 channels of a row, one 16-byte load of bf16 or two of fp32.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -476,6 +475,7 @@ def _chain(
     channels,
     head_dim,
     tiles,
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS_LOG: tl.constexpr,
     SPANS_LOG: tl.constexpr,
@@ -489,10 +489,11 @@ def _chain(
     """
     TILE: tl.constexpr = 1 << (ROWS_LOG + SPANS_LOG)
     blocks = tl.cdiv(channels, BLOCK)
-    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    start = tl.program_id(0) % blocks * BLOCK
     batch = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = start + tl.arange(0, BLOCK)[None, :]
     real = channel < channels
-    d = tl.load(decay + tl.minimum(channel, channels - 1) // head_dim)
+    d = tl.load(decay + tl.minimum(start + tl.arange(0, LANES)[None, :], channels - 1) // head_dim)
     _, _, _, whole = _powers(d, ROWS_LOG, SPANS_LOG)
     plane = (tl.num_programs(0) // blocks).to(tl.int64) * tiles * channels
     carries += batch * tiles * channels + channel
@@ -544,30 +545,43 @@ def _ends(carries, channel, channels, left, AHEAD: tl.constexpr):
 
 
 class _Plan(NamedTuple):
-    """How a pass over `(batch, length, channels)` is cut up."""
+    """How a pass over `x` is cut up, and the constants its kernels are compiled with."""
 
-    rows_log: int
     tiles: int
     tiles_a_program: int
     programs: int
     blocks: int
     whole: bool
+    constants: dict[str, int | bool]
 
 
-def _plan(x: Tensor, rows_log: int) -> _Plan:
+def _plan(x: Tensor, rows_logs: dict[int, int], packed: bool, reverse: bool) -> _Plan:
     batch, length, heads, head_dim = x.shape
-    # A register holds half as many values of twice the size.
-    rows_log -= x.dtype == torch.float64
+    rows_log = rows_logs[x.element_size()]
     tiles = triton.cdiv(length, 1 << (rows_log + SPANS_LOG))
     blocks = triton.cdiv(heads * head_dim, BLOCK)
     processors = _processors(x.device)
+    # One warp a scheduler is enough, and the third kernel costs a third of the time.
     whole = tiles == 1 or batch * blocks >= processors
-    if whole:
-        tiles_a_program = tiles
-    else:
-        # Longer runs hide the memory's latency and leave fewer sums to add up, once all is busy.
-        tiles_a_program = min(max(batch * blocks * tiles // (16 * processors), 1), 8)
-    return _Plan(rows_log, tiles, tiles_a_program, batch * triton.cdiv(tiles, tiles_a_program), blocks, whole)
+    # Longer runs hide the memory's latency and leave fewer sums to add up, once all is busy.
+    run = min(max(batch * blocks * tiles // (16 * processors), 1), 8)
+    tiles_a_program = tiles if whole else run
+    lanes = 1 if head_dim % BLOCK == 0 else BLOCK
+    # With four warps a thread holds 8 values of a row: one 16-byte load of two-byte values. Wider values
+    # and a decay or sequence that differs from value to value need the registers of eight.
+    warps = 4 if x.element_size() == 2 and lanes == 1 and not packed else 8
+    constants = {
+        "LANES": lanes,
+        "BLOCK": BLOCK,
+        "ROWS_LOG": rows_log,
+        "SPANS_LOG": SPANS_LOG,
+        "REVERSE": reverse,
+        "num_warps": warps,
+        # What is not written as a fused multiplication may still become one; the default varies.
+        "enable_fp_fusion": True,
+    }
+    programs = batch * triton.cdiv(tiles, tiles_a_program)
+    return _Plan(tiles, tiles_a_program, programs, blocks, whole, constants)
 
 
 @lru_cache
@@ -585,10 +599,6 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cuda":
         return torch.cuda.device(device)
     return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
-
-
-def _lanes(head_dim: int) -> int:
-    return 1 if head_dim % BLOCK == 0 else BLOCK
 
 
 def _strided(x: Tensor) -> Tensor:
@@ -638,7 +648,7 @@ def forward(
         return y, final_state
 
     channels = heads * head_dim
-    plan = _plan(x, FORWARD_ROWS_LOG)
+    plan = _plan(x, FORWARD_ROWS_LOG, cu_seqlens is not None, reverse)
     sequence_of = _sequence_of(cu_seqlens, x)
     carries = None if plan.whole else alpha.new_empty(batch, plan.tiles, channels)
 
@@ -660,18 +670,13 @@ def forward(
             head_dim,
             plan.tiles,
             plan.tiles_a_program,
-            LANES=_lanes(head_dim),
-            BLOCK=BLOCK,
-            ROWS_LOG=plan.rows_log,
-            SPANS_LOG=SPANS_LOG,
-            REVERSE=reverse,
-            **OPTIONS,
+            **plan.constants,
         )
 
     with _on(x.device):
         if carries is not None:
             launch(None)
-            _launch_chain(plan, carries, initial_state, decay, sequence_of, x, reverse, pair=False)
+            _launch_chain(plan, carries, initial_state, decay, sequence_of, x)
         launch(y)
     return y, final_state
 
@@ -703,7 +708,7 @@ def backward(
         return dx, zero, zero.clone(), alpha.new_zeros(heads, head_dim), dfinal.clone()
 
     channels = heads * head_dim
-    plan = _plan(x, BACKWARD_ROWS_LOG)
+    plan = _plan(x, BACKWARD_ROWS_LOG, cu_seqlens is not None, not reverse)
     sequence_of = _sequence_of(cu_seqlens, x)
     dinitial = torch.empty_like(dfinal) if cu_seqlens is None else dfinal.clone()
     carries = None if plan.whole else alpha.new_empty(2, batch, plan.tiles, channels)
@@ -732,18 +737,13 @@ def backward(
             head_dim,
             plan.tiles,
             plan.tiles_a_program,
-            LANES=_lanes(head_dim),
-            BLOCK=BLOCK,
-            ROWS_LOG=plan.rows_log,
-            SPANS_LOG=SPANS_LOG,
-            REVERSE=not reverse,
-            **OPTIONS,
+            **plan.constants,
         )
 
     with _on(x.device):
         if carries is not None:
             launch(None)
-            _launch_chain(plan, carries, dfinal, decay, sequence_of, x, not reverse, pair=True)
+            _launch_chain(plan, carries, dfinal, decay, sequence_of, x)
         launch(dx)
     sums = partials.sum(1, dtype=torch.float64).unflatten(1, (heads, head_dim))
     dalpha, ddecay = sums[:2].sum(2).to(alpha.dtype)
@@ -753,14 +753,7 @@ def backward(
 
 
 def _launch_chain(
-    plan: _Plan,
-    carries: Tensor,
-    initial: Tensor | None,
-    decay: Tensor,
-    sequence_of: Tensor | None,
-    x: Tensor,
-    reverse: bool,
-    pair: bool,
+    plan: _Plan, carries: Tensor, initial: Tensor | None, decay: Tensor, sequence_of: Tensor | None, x: Tensor
 ) -> None:
     batch, length, heads, head_dim = x.shape
     _chain[(batch * plan.blocks,)](
@@ -772,14 +765,9 @@ def _launch_chain(
         heads * head_dim,
         head_dim,
         plan.tiles,
-        BLOCK=BLOCK,
-        ROWS_LOG=plan.rows_log,
-        SPANS_LOG=SPANS_LOG,
         AHEAD=AHEAD,
-        REVERSE=reverse,
-        PAIR=pair,
-        num_warps=1,
-        enable_fp_fusion=True,
+        PAIR=carries.ndim == 4,
+        **{**plan.constants, "num_warps": 1},
     )
 
 
