@@ -30,7 +30,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not comp
 
 # Root-mean-square error over root-mean-square value.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-PACKING = [0, 0, 3, 3, 140, 260, 261, 300, 300]
+PACKING = [0, 0, 3, 3, 70, 140, 141, 170, 170]
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +126,7 @@ def assert_same(actual, expected):
 
 
 @compiled
+@pytest.mark.timeout(900)
 def test_under_the_interpreter():
     """The tests of this file that need a device, on the processor."""
     result = subprocess.run(
@@ -146,11 +147,11 @@ def test_under_the_interpreter():
     [
         pytest.param((2, 1, 3, 5), {}, id="one-step"),
         pytest.param((2, 65, 1, 32), {"skip": False, "initial": False}, id="plain"),
-        pytest.param((1, 259, 2, 32), {}, id="heads-of-a-block"),
-        pytest.param((1, 300, 3, 13), {}, id="heads-across-blocks"),
-        pytest.param((1, 300, 2, 20), {"offsets": PACKING}, id="packed"),
+        pytest.param((1, 129, 2, 32), {}, id="heads-of-a-block"),
+        pytest.param((1, 150, 3, 13), {}, id="heads-across-blocks"),
+        pytest.param((1, 170, 2, 20), {"offsets": PACKING}, id="packed"),
         pytest.param(
-            (1, 300, 1, 32), {"offsets": PACKING, "initial": False, "skip": False}, id="packed-plain"
+            (1, 170, 1, 32), {"offsets": PACKING, "initial": False, "skip": False}, id="packed-plain"
         ),
     ],
 )
@@ -196,7 +197,7 @@ def test_many_tiles(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_regimes_agree_bit_for_bit(offsets, dtype, monkeypatch):
     """The batch decides between them, and must not be seen in the results."""
-    inputs = make_inputs((1, 300, 1, 32), dtype, offsets=offsets)
+    inputs = make_inputs((1, 170 if offsets else 300, 1, 32), dtype, offsets=offsets)
     results = []
     for regime in ("whole", "tiles"):
         set_regime(monkeypatch, regime)
@@ -285,8 +286,8 @@ def test_nan_stays_where_it_belongs(operand, reverse, regime):
 @on_device
 @pytest.mark.parametrize("neighbour", [torch.nan, torch.inf, 1e30])
 def test_packed_neighbours_are_not_felt(neighbour, regime):
-    start, stop = 140, 260
-    clean = make_inputs((1, 300, 1, 32), offsets=PACKING)
+    start, stop = 70, 140
+    clean = make_inputs((1, 170, 1, 32), offsets=PACKING)
     dirty = {key: None if value is None else value.clone() for key, value in clean.items()}
     for name in ("x", "dy"):
         dirty[name][:, :start] = dirty[name][:, stop:] = neighbour
@@ -326,7 +327,11 @@ def test_a_million_steps(batch, decay):
     expected = run({k: None if v is None else v.double() for k, v in inputs.items()}, "chunked")
     actual = run(inputs)
     assert all(value.isfinite().all() for value in actual.values())
-    assert_close(actual, {key: value.cpu() for key, value in expected.items()}, torch.float32)
+    expected = {key: value.cpu() for key, value in expected.items()}
+    # A sum of terms of either sign, each up to a million times `x`; fp32 keeps three digits of it.
+    slope, slope_expected = actual.pop("ddecay"), expected.pop("ddecay")
+    assert_close(actual, expected, torch.float32)
+    torch.testing.assert_close(slope.cpu().double(), slope_expected, rtol=1e-3, atol=0)
 
 
 @on_device
@@ -358,9 +363,6 @@ def test_more_elements_than_32_bits_count():
 def test_cuda_graph(offsets, regime):
     inputs = make_inputs((1, 3000, 8, 64), offsets=offsets)
     expected = run(inputs)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run(inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -441,8 +443,11 @@ def compile_scan(monkeypatch, tmp_path, inputs):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("regime", ["whole", "tiles"])
 def test_hot_kernels_use_whole_vectors(dtype, regime, monkeypatch, tmp_path):
-    inputs = make_inputs((2, 4096, 8, 64), dtype, initial=False, device="cpu")
+    # Several tiles a program, were there three multiprocessors.
+    monkeypatch.setattr(backend, "_processors", lambda device: 1 if regime == "whole" else 3)
+    inputs = make_inputs((1, 2**15, 1, 64), dtype, initial=False, device="cpu")
     kernels = list(compile_scan(monkeypatch, tmp_path, inputs))
     assert len(kernels) == (2 if regime == "whole" else 6)
     for name, usage, instructions in kernels:
@@ -467,8 +472,7 @@ def test_hot_kernels_use_whole_vectors(dtype, regime, monkeypatch, tmp_path):
     ("shape", "dtype", "offsets"),
     [
         pytest.param((1, 4096, 8, 64), torch.bfloat16, [0, 9, 4096], id="packed"),
-        pytest.param((1, 4096, 100, 5), torch.float32, [0, 9, 4096], id="packed-heads-across-blocks"),
-        pytest.param((1, 4096, 100, 5), torch.bfloat16, None, id="heads-across-blocks"),
+        pytest.param((1, 4096, 100, 8), torch.float32, [0, 9, 4096], id="packed-heads-across-blocks"),
         pytest.param((1, 1, 1, 1), torch.float32, None, id="ones"),
     ],
 )

@@ -561,7 +561,7 @@ def _plan(x: Tensor, rows_logs: dict[int, int], packed: bool, reverse: bool) -> 
     tiles = triton.cdiv(length, 1 << (rows_log + SPANS_LOG))
     blocks = triton.cdiv(heads * head_dim, BLOCK)
     processors = _processors(x.device)
-    # One warp a scheduler is enough, and the third kernel costs a third of the time.
+    # A program a multiprocessor keeps enough loads in flight; three kernels read the input twice.
     whole = tiles == 1 or batch * blocks >= processors
     # Longer runs hide the memory's latency and leave fewer sums to add up, once all is busy.
     run = min(max(batch * blocks * tiles // (16 * processors), 1), 8)
