@@ -68,7 +68,7 @@ def _powers(decay, ROWS_LOG: tl.constexpr, SPANS_LOG: tl.constexpr):
     """What `(p, r)` is multiplied by: `decay ** n` and its derivative, `n * decay ** (n - 1)`.
 
     For the rows of 1, 2, 4, .. spans (two tuples), of all spans before each span (a pair of
-    `(SPANS, lanes)`), and of a whole tile (a pair).
+    `(SPANS, lanes)`), and of a whole tile, with what rounding took from its power.
     """
     power = decay.to(tl.float64)
     slope = power * 0 + 1
@@ -89,7 +89,18 @@ def _powers(decay, ROWS_LOG: tl.constexpr, SPANS_LOG: tl.constexpr):
         slope = 2 * power * slope
         power = power * power
     reaching = (before.to(decay.dtype), before_slope.to(decay.dtype))
-    return powers, slopes, reaching, (power.to(decay.dtype), slope.to(decay.dtype))
+    whole = power.to(decay.dtype)
+    rest = (power - whole.to(tl.float64)).to(decay.dtype)
+    return powers, slopes, reaching, (whole, slope.to(decay.dtype), rest)
+
+
+@triton.jit
+def _across(state, whole, total):
+    """What leaves a tile of end `total` that `state` enters.
+
+    A rounded power would be rounded the same way at every tile, and err in proportion to the length.
+    """
+    return tl.fma(whole[0], state, tl.fma(whole[2], state, total))
 
 
 @triton.jit
@@ -266,7 +277,7 @@ def _forward(
                     ends, out = _ending(sequence_of, at, batch, length, REVERSE)
                     tl.store(final_state + out * channels + channel, h, mask=ends & real)
             if carries is None:
-                passed = tl.fma(whole[0], state, total)
+                passed = _across(state, whole, total)
                 if sequence_of is not None:
                     joins = _sequence(
                         sequence_of, position - span * ROWS + (ROWS * SPANS - 1), length, REVERSE
@@ -444,8 +455,8 @@ def _backward(
                         initial = tl.load(initial_state + state, mask=ends & real, other=0.0)
                         sum_initial = tl.where(ends, tl.fma(initial, r, sum_initial), sum_initial)
             if carries is None:
-                p_passed = tl.fma(whole[0], p_state, p_total)
-                r_passed = tl.fma(whole[0], r_state, tl.fma(whole[1], p_state, r_total))
+                p_passed = _across(p_state, whole, p_total)
+                r_passed = _across(r_state, whole, tl.fma(whole[1], p_state, r_total))
                 if sequence_of is not None:
                     joins = _sequence(
                         sequence_of, position - span * ROWS + (ROWS * SPANS - 1), length, REVERSE
@@ -517,10 +528,10 @@ def _chain(
             entering = carries + k * channels
             mask = channel < tl.where(left > k, channels, 0)
             tl.store(entering, state, mask=mask)
-            passed = tl.fma(whole[0], state, ends[k])
+            passed = _across(state, whole, ends[k])
             if PAIR:
                 tl.store(entering + plane, second, mask=mask)
-                second_passed = tl.fma(whole[0], second, tl.fma(whole[1], state, second_ends[k]))
+                second_passed = _across(second, whole, tl.fma(whole[1], state, second_ends[k]))
             if sequence_of is not None:
                 at = (tile + k) * TILE
                 outside = _sequence(sequence_of, at - 1, length, REVERSE)
