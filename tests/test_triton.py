@@ -220,6 +220,14 @@ def test_empty_dimensions(shape):
 
 
 @on_device
+def test_unknown_type():
+    inputs = make_inputs((1, 3, 2, 4))
+    x = inputs["x"].to(torch.float8_e5m2)
+    with pytest.raises(ValueError, match="float16, bfloat16, float32, float64, not float8_e5m2"):
+        exponential_smoothing(x, inputs["alpha"], inputs["decay"], backend="triton")
+
+
+@on_device
 def test_packed_without_a_sequence():
     inputs = make_inputs((1, 0, 2, 4), offsets=[0])
     assert run(inputs)["final"].shape == (0, 2, 4)

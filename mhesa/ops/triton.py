@@ -235,6 +235,8 @@ def _forward(
                 starts = starts + (begins,)
             inputs = inputs + (value,)
 
+        # Gathers keep a channel's spans in one warp, loads keep a span's channels in one thread. This changes
+        # over to the former once; the loads below, after the last gather, make all that follows change back.
         end = _from_span(end, span)
         for j in tl.static_range(SPANS_LOG):
             joins = span >= (1 << j)
@@ -246,7 +248,7 @@ def _forward(
         total = _from_span(end, span * 0 + (SPANS - 1))
         earlier = _from_span(end, tl.maximum(span - 1, 0))
 
-        # Fetched while this tile is worked on.
+        # Fetched while the outputs of this tile are made.
         following = _tile(
             x, stride_time, position + ROWS * SPANS, limit, length, channel, channels, ROWS, REVERSE
         )
@@ -390,6 +392,7 @@ def _backward(
             inputs = inputs + (value,)
         p_end = d * g
 
+        # As in `_forward`.
         p_end = _from_span(p_end, span)
         r_end = _from_span(r_end, span)
         for j in tl.static_range(SPANS_LOG):
@@ -568,6 +571,9 @@ class _Plan(NamedTuple):
 
 def _plan(x: Tensor, rows_logs: dict[int, int], packed: bool, reverse: bool) -> _Plan:
     batch, length, heads, head_dim = x.shape
+    if x.element_size() not in rows_logs:
+        wanted = "float16, bfloat16, float32, float64"
+        raise ValueError(f"backend 'triton' takes {wanted}, not {str(x.dtype).removeprefix('torch.')}")
     rows_log = rows_logs[x.element_size()]
     tiles = triton.cdiv(length, 1 << (rows_log + SPANS_LOG))
     blocks = triton.cdiv(heads * head_dim, BLOCK)
