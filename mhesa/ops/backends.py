@@ -40,6 +40,7 @@ class Backend:
 
 # In order of preference: the first that serves is the default.
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend("mhesa.ops.triton", frozenset({"cuda", "xpu"}), "triton"),
     "numba": Backend("mhesa.ops.numba", frozenset({"cpu"}), "numba"),
     "chunked": Backend("mhesa.ops.chunked"),
     "fft": Backend("mhesa.ops.fft"),
