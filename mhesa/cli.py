@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,10 @@ app = typer.Typer(
 )
 errors = Console(stderr=True)
 
+bench = typer.Typer(help="Measure speed, as ratios inside one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu.")]
 Backend = Annotated[str | None, typer.Option(help="The operator's backend; the best one if omitted.")]
@@ -160,9 +165,7 @@ def _print_summary(console: Console, summary: Any) -> None:
     console.rule("sample")
     console.print(summary.sample.decode("utf-8", "replace"), markup=False, highlight=False)
     console.rule("held-out text")
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "bits per byte", "nats per token"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = _table("", "bits per byte", "nats per token")
     table.add_row("this model", f"{summary.score.bits_per_byte:.3f}", f"{summary.score.loss:.3f}")
     for name, bits in summary.compressors.items():
         table.add_row(name, f"{bits:.3f}", "")
@@ -264,9 +267,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(total.as_dict()))
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("file", "loss", "bits per byte", "perplexity", "tokens", "bytes"):
-        table.add_column(column, justify="left" if column == "file" else "right")
+    table = _table("file", "loss", "bits per byte", "perplexity", "tokens", "bytes")
     rows = [(document.name, part) for document, part in zip(documents, scores, strict=True)]
     for name, part in [*rows, ("all", total)] if len(rows) > 1 else rows:
         table.add_row(
@@ -278,6 +279,102 @@ def evaluate(
             f"{part.bytes:,}",
         )
     Console().print(table)
+
+
+@bench.command(name="ops")
+def bench_ops(
+    rounds: Annotated[int, typer.Option(help="Turns that are timed.")] = 15,
+    as_json: AsJson = False,
+    device: Device = "cpu",
+) -> None:
+    """Time the operator on every backend and in other packages that are installed.
+
+    Every figure is a median of turns taken in rotation, beside a copy of the input in the same turns, and
+    is printed only if the result is right against fp64.
+
+    Example:
+
+        mhesa bench ops
+    """
+    from mhesa.bench.ops import CASES
+    from mhesa.bench.ops import bench_ops as run
+
+    _check_bench(rounds, device)
+    rows = []
+    with _progress("timing", 2 * (rounds + 1) * len(CASES)) as advance:
+        for case_rows in run(CASES, rounds=rounds, device=device, on_round=lambda: advance(1)):
+            rows += case_rows
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    table = _table("shape and type", "operator", "timed", "ms", "GB/s", "x clone", "error")
+    previous = None
+    for row in rows:
+        case = f"{' x '.join(map(str, row.shape))} {row.dtype}"
+        if previous not in (None, (case, row.timed)):
+            table.add_section()
+        table.add_row(
+            case if previous != (case, row.timed) else "",
+            row.operator,
+            row.timed,
+            f"{row.milliseconds:.2f}",
+            f"{row.gigabytes_per_second:.1f}",
+            f"{row.over_clone:.2f}",
+            f"{row.error:.0e}",
+        )
+        previous = (case, row.timed)
+    Console().print(table)
+
+
+@bench.command(name="train")
+def bench_train(
+    rounds: Annotated[int, typer.Option(help="Turns that are timed.")] = 10,
+    as_json: AsJson = False,
+    device: Device = "cpu",
+) -> None:
+    """Time a training step against the original package's, and against its matrix products alone.
+
+    13 million parameters (dim 384, depth 6), 4 windows of 512 bytes; forward, loss, backward, AdamW.
+
+    Example:
+
+        mhesa bench train --json
+    """
+    from mhesa.bench.train import bench_train as run
+
+    _check_bench(rounds, device)
+    with _progress("timing", rounds + 1) as advance:
+        rows = run(rounds=rounds, device=device, on_round=lambda: advance(1))
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    table = _table("step", "precision", "ms", "tokens/s", "x the original", "over the products")
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.precision,
+            f"{row.milliseconds:.1f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.times_the_original:.2f}",
+            f"{row.over_the_products:.2f}",
+        )
+    Console().print(table)
+
+
+def _check_bench(rounds: int, device: str) -> None:
+    from mhesa.devices import check_device
+
+    if rounds < 1:
+        raise InputError(f"rounds must be at least 1, not {rounds}")
+    check_device(device)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
 
 
 @contextmanager
