@@ -1,0 +1,79 @@
+"""Benchmarks print what is right and nothing else."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from mhesa import cli
+from mhesa.bench import ops, train
+from mhesa.bench.ops import Case, Contestant, bench_ops
+from mhesa.bench.train import Sizes, bench_train
+
+SMALL = [Case((2, 64, 2, 8), torch.float32), Case((1, 65, 4, 4), torch.bfloat16)]
+
+
+def test_every_operator_has_its_rows():
+    fp32, bf16 = bench_ops(SMALL, rounds=1)
+    timed = {(row.timed, row.operator) for row in fp32}
+    for operator in ("clone", "numba", "chunked", "fft", "the original's FFT"):
+        assert {("forward", operator), ("forward+backward", operator)} <= timed
+    assert ("forward", "scipy lfilter") in timed
+    assert ("forward+backward", "scipy lfilter") not in timed
+    assert {row.operator for row in bf16} == {"clone", "numba", "chunked", "fft"}
+    assert all(row.milliseconds > 0 for row in (*fp32, *bf16))
+
+
+def test_a_wrong_operator_has_no_row(monkeypatch):
+    def wrong(x, alpha, decay, skip):
+        return ops._backend("chunked")(x, alpha, decay * 1.001, skip)
+
+    def wrong_gradient(x, alpha, decay, skip):
+        y = ops._backend("chunked")(x, alpha, decay, skip)
+        return y + (x - x.detach()) * 1e-3
+
+    contestants = [Contestant("wrong", wrong), Contestant("wrong gradient", wrong_gradient)]
+    monkeypatch.setattr(ops, "_contestants", lambda case, device: contestants)
+    (rows,) = bench_ops(SMALL[:1], rounds=1)
+    assert {(row.timed, row.operator) for row in rows} == {
+        ("forward", "clone"),
+        ("forward", "wrong gradient"),
+        ("forward+backward", "clone"),
+    }
+
+
+TINY = Sizes(num_tokens=50, dim=16, depth=2, heads=2, dim_mhesa=8, batch=2, length=32)
+
+
+def test_a_training_step_is_measured_in_both_precisions():
+    rows = bench_train(TINY, rounds=1)
+    assert [(row.name, row.precision) for row in rows] == [
+        ("original", "fp32"),
+        ("mhesa", "fp32"),
+        ("mhesa", "bf16"),
+    ]
+    assert rows[0].times_the_original == 1
+
+
+def test_a_wrong_model_is_not_timed(monkeypatch):
+    class Wrong(train.GatedExponentialSmoothingLM):
+        def forward(self, x, labels=None, **kwargs):
+            return super().forward(x, labels, **kwargs) * 1.1
+
+    monkeypatch.setattr(train, "GatedExponentialSmoothingLM", Wrong)
+    assert [row.name for row in bench_train(TINY, rounds=1)] == ["original"]
+
+
+def test_the_commands_print_tables_and_json(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mhesa", "bench", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(ops, "CASES", SMALL)
+    assert "x clone" in run("ops", "--rounds", "1")
+    rows = json.loads(run("ops", "--rounds", "1", "--json"))
+    assert {"shape", "dtype", "operator", "timed", "milliseconds", "over_clone", "error"} <= set(rows[0])
