@@ -19,7 +19,7 @@ SETTINGS = "settings.json"
 PRECISIONS = ("auto", "bf16", "fp32")
 TOKENIZERS = ("bytes",)
 # Enough tokens a step to keep the processor's matrix products busy.
-TOKENS_A_STEP = {"cpu": 8192}
+TOKENS_A_STEP = {"cpu": 4096}
 TOKENS_A_STEP_ON_ACCELERATORS = 65536
 
 
