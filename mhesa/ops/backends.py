@@ -53,6 +53,8 @@ def check_backend(name: str | None) -> None:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
 
 
+# Compiled graphs hold the scan that was found: they neither search for packages nor import them.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(name: str | None, device: torch.device) -> Scan:
     """The scan function of the named backend, or of the best one for `device` if `name` is `None`."""
     check_backend(name)
