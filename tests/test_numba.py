@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import subprocess
@@ -84,7 +85,8 @@ def _in_child(x: Tensor, expected: list[Tensor]) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
 @pytest.mark.usefixtures("threads")
 def test_in_a_forked_process() -> None:
-    x = torch.randn(2, 400, 2, 64)
+    # Enough for our threads, too little for torch's own, which do hang in a forked process.
+    x = torch.randn(2, 200, 1, 64)
     expected = smooth(x)
     process = multiprocessing.get_context("fork").Process(target=_in_child, args=(x, expected))
     process.start()
@@ -160,7 +162,7 @@ def test_import_loads_no_numba() -> None:
 def test_offsets_beyond_two_to_the_31(dim: int) -> None:
     # Pages nobody touches take no memory.
     far = (1 << 31) + 16
-    storage = torch.from_file("/dev/zero", shared=False, size=2 * far, dtype=torch.bfloat16)
+    storage = torch.frombuffer(mmap.mmap(-1, 4 * far), dtype=torch.bfloat16)
     strides = [32, 32, 16, 1]
     strides[dim] = far
     x = storage.as_strided([2 if i == dim else 1 for i in range(3)] + [16], strides)
@@ -197,7 +199,7 @@ def test_a_million_steps(decay: float) -> None:
         torch.testing.assert_close(gradients[1].double(), (x.double().sum() + final.sum()).reshape(1))
     elif decay == 1:
         truth = x.double().cumsum(1)
-        assert (y - truth).norm() / truth.norm() < 1e-5
+        assert (y - truth).norm() / truth.norm() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -53,8 +53,6 @@ def check_backend(name: str | None) -> None:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
 
 
-# Compiled graphs hold the scan that was found: they neither search for packages nor import them.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(name: str | None, device: torch.device) -> Scan:
     """The scan function of the named backend, or of the best one for `device` if `name` is `None`."""
     check_backend(name)
@@ -63,5 +61,17 @@ def resolve(name: str | None, device: torch.device) -> Scan:
         raise ValueError(
             f"backend {name!r} cannot serve a {device.type} tensor here; these can: {', '.join(serving)}"
         )
-    scan: Scan = import_module(BACKENDS[name or serving[0]].module).scan
-    return scan
+    module = BACKENDS[name or serving[0]].module
+    _load(module)
+    return _SCANS[module]
+
+
+_SCANS: dict[str, Scan] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _load(module: str) -> bool:
+    """Import a backend; apart from the look-up, for the compiler follows no imports but can run this."""
+    if module not in _SCANS:
+        _SCANS[module] = import_module(module).scan
+    return True
