@@ -62,5 +62,17 @@ def resolve(name: str | None, device: torch.device) -> Scan:
         raise ValueError(
             f"backend {name!r} cannot serve a {device.type} tensor here; these can: {', '.join(serving)}"
         )
-    scan: Scan = import_module(BACKENDS[name or serving[0]].module).scan
-    return scan
+    module = BACKENDS[name or serving[0]].module
+    _load(module)
+    return _SCANS[module]
+
+
+_SCANS: dict[str, Scan] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _load(module: str) -> bool:
+    """Import a backend; apart from the look-up, for the compiler follows no imports but can run this."""
+    if module not in _SCANS:
+        _SCANS[module] = import_module(module).scan
+    return True

@@ -29,7 +29,7 @@ def scan(
     batch, _, heads, head_dim = x.shape
     state = alpha.new_zeros(batch, heads, head_dim) if initial_state is None else initial_state
     if x.numel() == 0:
-        return torch.empty_like(x), state
+        return x.clone(), state.clone()
     wide = x.to(alpha.dtype)
     if reverse:
         wide = wide.flip(1)

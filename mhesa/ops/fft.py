@@ -75,8 +75,8 @@ def scan(
     """See `mhesa.ops.exponential_smoothing`."""
     batch, length, heads, head_dim = x.shape
     state = alpha.new_zeros(batch, heads, head_dim) if initial_state is None else initial_state
-    if length == 0:
-        return torch.empty_like(x), state
+    if x.numel() == 0:
+        return x.clone(), state.clone()
     wide = x.to(alpha.dtype)
     if reverse:
         wide = wide.flip(1)

@@ -33,7 +33,7 @@ def per_sequence(scan: DenseScan) -> Scan:
             return scan(x, alpha, decay, skip, initial_state, reverse)
         pieces = x.split(cu_seqlens.diff().tolist(), dim=1)
         if not pieces:
-            return torch.empty_like(x), alpha.new_empty(0, *x.shape[2:])
+            return x.clone(), alpha.new_empty(0, *x.shape[2:])
         states = [None] * len(pieces) if initial_state is None else initial_state.split(1)
         outputs, finals = zip(
             *(

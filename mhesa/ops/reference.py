@@ -27,5 +27,5 @@ def scan(
         state = decay * state + alpha * value
         outputs.append(state if skip is None else state + skip * value)
     if not outputs:
-        return torch.empty_like(x), state
+        return x.clone(), state.clone()
     return torch.stack(outputs[::-1] if reverse else outputs, dim=1).to(x.dtype), state

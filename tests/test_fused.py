@@ -1,0 +1,201 @@
+"""What PyTorch can do with the fused operators: compile, export, map, differentiate."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+from mhesa.ops import exponential_smoothing, reference
+from mhesa.ops import numba as kernels
+
+OFFSETS = pytest.mark.parametrize("offsets", [None, [0, 2, 2, 5]], ids=["batch", "packed"])
+
+
+def arguments(*, batch: int = 2, length: int = 5, offsets: list[int] | None = None) -> list[Any]:
+    """`x, alpha, decay, skip, initial_state`, all requiring gradients."""
+    batch, sequences = (batch, batch) if offsets is None else (1, len(offsets) - 1)
+    tensors = [
+        torch.randn(batch, length, 2, 3),
+        torch.rand(2) * 0.8 + 0.1,
+        torch.rand(2) * 0.8 + 0.1,
+        torch.randn(2, 3),
+        torch.randn(sequences, 2, 3),
+    ]
+    return [tensor.double().requires_grad_() for tensor in tensors]
+
+
+def run(x: Tensor, alpha: Tensor, decay: Tensor, skip: Tensor, state: Tensor) -> Tensor:
+    y, final = exponential_smoothing(
+        x, alpha, decay, skip=skip, initial_state=state, return_final_state=True, backend="numba"
+    )
+    return torch.cat([y.flatten(), final.flatten()])
+
+
+def energy(*tensors: Tensor) -> Tensor:
+    return run(*tensors).pow(3).sum()
+
+
+def true_energy(*tensors: Tensor) -> Tensor:
+    return sum((output.pow(3).sum() for output in reference.scan(*tensors, None, False)), torch.tensor(0.0))
+
+
+@OFFSETS
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("optional", [False, True])
+def test_opcheck(offsets: list[int] | None, reverse: bool, optional: bool) -> None:
+    x, alpha, decay, skip, state = arguments(offsets=offsets)
+    dfinal = torch.randn_like(state)
+    rest = (
+        (skip, state) if optional else (None, None),
+        None if offsets is None else torch.tensor(offsets),
+        reverse,
+    )
+    inputs = (x, alpha, decay, *rest[0], *rest[1:])
+    opcheck(torch.ops.mhesa.numba_forward.default, inputs)
+    opcheck(torch.ops.mhesa.numba_backward.default, (torch.randn_like(x), dfinal, *inputs))
+
+
+def test_derivatives_of_third_order() -> None:
+    tensors = [tensor.detach() for tensor in arguments(length=3)]
+
+    def third(function: Any) -> Tensor:
+        def first(decay: Tensor) -> Tensor:
+            value = lambda d: function(tensors[0], tensors[1], d, *tensors[3:])  # noqa: E731
+            return torch.func.grad(value)(decay).pow(2).sum()
+
+        return torch.func.grad(lambda d: torch.func.grad(first)(d).pow(2).sum())(tensors[2])
+
+    torch.testing.assert_close(third(energy), third(true_energy))
+
+
+@pytest.mark.parametrize("in_dims", list(itertools.product([None, 0, -1], repeat=5))[1::7])
+def test_vmap_over_any_arguments(in_dims: tuple[int | None, ...]) -> None:
+    tensors = [
+        tensor.detach()
+        if dim is None
+        else torch.stack([tensor.detach() * (1 - 0.1 * i) for i in range(3)], dim)
+        for tensor, dim in zip(arguments(), in_dims, strict=True)
+    ]
+    everything = (0, 1, 2, 3, 4)
+    for ours, true in (
+        (energy, true_energy),
+        (torch.func.grad(energy, everything), torch.func.grad(true_energy, everything)),
+    ):
+        torch.testing.assert_close(torch.vmap(ours, in_dims)(*tensors), torch.vmap(true, in_dims)(*tensors))
+
+
+def test_vjp_and_per_sample_gradients() -> None:
+    x, *rest = (tensor.detach() for tensor in arguments(batch=4))
+    rest[-1] = rest[-1][:1]
+    y, pull = torch.func.vjp(lambda x: run(x[:1], *rest), x)
+    true = torch.func.vjp(
+        lambda x: torch.cat([o.flatten() for o in reference.scan(x[:1], *rest, None, False)]), x
+    )
+    torch.testing.assert_close(y, true[0])
+    torch.testing.assert_close(pull(y), true[1](y))
+
+
+def test_mapping_over_offsets_is_refused() -> None:
+    x, alpha, decay, *_ = (tensor.detach() for tensor in arguments(batch=1))
+    offsets = torch.tensor([[0, 2, 5], [0, 1, 5]])
+    with pytest.raises(ValueError, match="cu_seqlens cannot be mapped over"):
+        torch.vmap(lambda c: kernels.scan(x, alpha, decay, None, None, c, False)[0])(offsets)
+
+
+def test_forward_mode_is_refused() -> None:
+    x, *rest = (tensor.detach() for tensor in arguments())
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda x: run(x, *rest), (x,), (x,))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_whole_graph_dynamic(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, *rest: run(x * 2, *rest).relu(), backend=backend, fullgraph=True, dynamic=True
+    )
+    for batch, length in ((2, 4), (3, 7)):
+        tensors = arguments(batch=batch, length=length)
+        y = compiled(*tensors)
+        truth = run(tensors[0] * 2, *tensors[1:]).relu()
+        torch.testing.assert_close(y, truth)
+        torch.testing.assert_close(
+            torch.autograd.grad(y.sum(), tensors), torch.autograd.grad(truth.sum(), tensors)
+        )
+
+
+def test_compiled_packing_checks_offsets_where_it_runs() -> None:
+    torch._dynamo.reset()
+    x, alpha, decay, *_ = (tensor.detach() for tensor in arguments(batch=1))
+    scan = torch.compile(
+        lambda offsets: exponential_smoothing(x, alpha, decay, cu_seqlens=offsets, backend="numba"),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    expected = exponential_smoothing(x, alpha, decay, cu_seqlens=torch.tensor([0, 2, 5]), backend="numba")
+    torch.testing.assert_close(scan(torch.tensor([0, 2, 5])), expected)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the length 5"):
+        scan(torch.tensor([0, 2, 500]))
+
+
+def test_export() -> None:
+    class Scan(torch.nn.Module):
+        def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+            return run(x, *rest)
+
+    tensors = [tensor.detach() for tensor in arguments()]
+    length = torch.export.Dim("length", min=2, max=1 << 20)
+    shapes = ({1: length}, ({}, {}, {}, {}))
+    program = torch.export.export(Scan(), tuple(tensors), dynamic_shapes=shapes)
+    assert torch.ops.mhesa.numba_forward.default in [node.target for node in program.graph.nodes]
+    longer = [tensor.detach() for tensor in arguments(length=9)]
+    torch.testing.assert_close(program.module()(*longer), run(*longer))
+
+
+def test_autocast_keeps_rates_in_full_precision() -> None:
+    x, alpha, decay, skip, state = (tensor.detach().float() for tensor in arguments())
+    with torch.autocast("cpu", torch.bfloat16):
+        y, final = exponential_smoothing(
+            x.bfloat16(),
+            alpha,
+            decay,
+            skip=skip,
+            initial_state=state,
+            return_final_state=True,
+            backend="numba",
+        )
+    assert (y.dtype, final.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(final, reference.scan(x.bfloat16(), alpha, decay, skip, state, None, False)[1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    tensors = arguments()
+    energy(*tensors).backward()
+    expected = [tensor.grad for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    checkpoint(energy, *tensors, use_reentrant=reentrant).backward()
+    torch.testing.assert_close([tensor.grad for tensor in tensors], expected)
+
+
+def test_only_the_final_state_or_only_the_output() -> None:
+    tensors = arguments()
+    for used in (0, 1):
+        outputs = kernels.scan(*tensors, None, False)
+        truths = reference.scan(*tensors, None, False)
+        ours = torch.autograd.grad(outputs[used].sum(), tensors)
+        true = torch.autograd.grad(truths[used].sum(), tensors, materialize_grads=True)
+        torch.testing.assert_close(ours, true)
+
+
+def test_inference_mode() -> None:
+    tensors = [tensor.detach() for tensor in arguments()]
+    with torch.inference_mode():
+        torch.testing.assert_close(run(*tensors), run(*tensors))

@@ -1,0 +1,243 @@
+"""What CPU kernels meet in the field: threads, forks, odd caches, huge strides, subnormals."""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mhesa.ops import exponential_smoothing
+from mhesa.ops import numba as kernels
+
+CALL = """
+import sys, torch
+from mhesa.ops import exponential_smoothing
+x = torch.ones(2, 4, 1, 1)
+y = exponential_smoothing(x, torch.tensor([0.5]), torch.tensor([0.5]), backend="numba")
+sys.stderr.write(str(y[0].flatten().tolist()))
+"""
+ROOT = Path(__file__).parents[1]
+
+
+def smooth(x: Tensor) -> list[Tensor]:
+    """Outputs and gradients at fixed rates."""
+    heads = x.shape[2]
+    rates = torch.linspace(0.1, 0.9, heads).requires_grad_()
+    x = x.detach().requires_grad_()
+    y, final = exponential_smoothing(x, rates, 1 - rates, return_final_state=True, backend="numba")
+    return [y.detach(), final.detach(), *torch.autograd.grad(y.sum() + final.sum(), (x, rates))]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def threads() -> int:
+    """More threads than tasks of a usual size, whatever the machine; put back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(1, 2000, 4, 64), (3, 300, 2, 80), (40, 70, 2, 33)])
+@pytest.mark.usefixtures("threads")
+def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    several = smooth(x)
+    torch.set_num_threads(1)
+    assert equal(smooth(x), several)
+
+
+@pytest.mark.usefixtures("threads")
+def test_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 300, 2, 64)
+    expected = smooth(x)
+    monkeypatch.setattr(kernels, "_openmp", lambda: None)
+    assert equal(smooth(x), expected)
+
+
+@pytest.mark.usefixtures("threads")
+def test_from_several_python_threads_at_once() -> None:
+    inputs = [torch.randn(2, 400, 2, 64) for _ in range(8)]
+    expected = [smooth(x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            for result, truth in zip(pool.map(smooth, inputs), expected, strict=True):
+                assert equal(result, truth)
+
+
+def _in_child(x: Tensor, expected: list[Tensor]) -> None:
+    # Whatever the child asks for, it has none of its parent's threads.
+    os._exit(0 if equal(smooth(x), expected) else 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
+@pytest.mark.usefixtures("threads")
+def test_in_a_forked_process() -> None:
+    # Enough for our threads, too little for torch's own, which do hang in a forked process.
+    x = torch.randn(2, 200, 1, 64)
+    expected = smooth(x)
+    process = multiprocessing.get_context("fork").Process(target=_in_child, args=(x, expected))
+    process.start()
+    process.join(60)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive
+    assert process.exitcode == 0
+
+
+class _Smoothed(torch.utils.data.Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return smooth(torch.full((1, 300, 1, 64), float(index)))[0][0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
+def test_in_data_workers() -> None:
+    smooth(torch.randn(2, 400, 2, 64))
+    loader = DataLoader(_Smoothed(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    for index, batch in enumerate(loader):
+        assert torch.equal(batch[0], _Smoothed()[index])
+
+
+def run_fresh(cache: Path, code: str = CALL) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=cache.parent,
+    )
+
+
+def test_the_first_call_is_silent_and_the_next_finds_the_cache(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = run_fresh(cache)
+    assert (first.stdout, first.stderr) == ("", "[0.5, 0.75, 0.875, 0.9375]")
+    kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.nbc")}
+    assert kept
+    assert run_fresh(cache).stderr == first.stderr
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.nbc")} == kept
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    # A file in the folder's place stops even root, whom permissions do not.
+    (tmp_path / "cache").write_text("")
+    result = run_fresh(tmp_path / "cache")
+    assert (result.stdout, result.stderr) == ("", "[0.5, 0.75, 0.875, 0.9375]")
+
+
+def test_a_cache_that_fails_while_it_is_written(tmp_path: Path) -> None:
+    full = """
+import numba.core.caching as caching
+def full(self, *args):
+    raise OSError(28, "No space left on device")
+caching.IndexDataCacheFile.save = full
+"""
+    result = run_fresh(tmp_path / "cache", full + CALL)
+    assert (result.stdout, result.stderr) == ("", "[0.5, 0.75, 0.875, 0.9375]")
+
+
+def test_import_loads_no_numba() -> None:
+    code = "import sys, mhesa; sys.exit('numba' in sys.modules or 'llvmlite' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_offsets_beyond_two_to_the_31(dim: int) -> None:
+    # Pages nobody touches take no memory.
+    far = (1 << 31) + 16
+    storage = torch.frombuffer(mmap.mmap(-1, 4 * far), dtype=torch.bfloat16)
+    strides = [32, 32, 16, 1]
+    strides[dim] = far
+    x = storage.as_strided([2 if i == dim else 1 for i in range(3)] + [16], strides)
+    x.copy_(torch.randn(x.shape))
+    assert equal(smooth(x), smooth(x.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decayed_carry_ends_at_zero(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 20000, 1, 32, dtype=dtype)
+    x[:, 0] = 1
+    rate = torch.tensor([0.9], dtype=dtype)
+    y, final = exponential_smoothing(x, 1 - rate, rate, return_final_state=True, backend="numba")
+    assert not final.any()
+    tiny = torch.finfo(dtype).smallest_normal
+    assert not ((y != 0) & (y.abs() < tiny)).any()
+    # Down to there, it is the power that it should be.
+    steps = torch.arange(200, dtype=torch.float64)
+    torch.testing.assert_close(y[0, :200, 0, 0].double(), 0.1 * 0.9**steps, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1 - 1e-7, 1.0])
+def test_a_million_steps(decay: float) -> None:
+    length = 1 << 20
+    x = torch.randn(1, length, 1, 2).requires_grad_()
+    alpha = torch.tensor([1.0], requires_grad=True)
+    rate = torch.tensor([decay], requires_grad=True)
+    y, final = exponential_smoothing(x, alpha, rate, return_final_state=True, backend="numba")
+    gradients = torch.autograd.grad(y.sum() + final.sum(), (x, alpha, rate))
+    assert all(tensor.isfinite().all() for tensor in (y, final, *gradients))
+    if decay == 0:
+        assert torch.equal(y, x)
+        assert torch.equal(gradients[0][:, :-1], torch.ones(1, length - 1, 1, 2))
+        torch.testing.assert_close(gradients[1].double(), (x.double().sum() + final.sum()).reshape(1))
+    elif decay == 1:
+        truth = x.double().cumsum(1)
+        assert (y - truth).norm() / truth.norm() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_torchs_own(dtype: torch.dtype) -> None:
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    every = bits.view(dtype)
+    # Halfway cases, their neighbours and overflow; a skip alone passes x through in fp32.
+    for factor in (1.0, 1 + 2.0**-9, 1 - 2.0**-8, 1.5, 2.0**-8):
+        x = every.reshape(1, 1, 1, -1)
+        skip = torch.full((1, x.shape[-1]), factor)
+        zero = torch.zeros(1)
+        finite = every.isfinite()
+        y = exponential_smoothing(x, zero, zero, skip=skip, backend="numba").flatten()
+        truth = (every.float() * factor).to(dtype)
+        torch.testing.assert_close(y[finite], truth[finite], rtol=0, atol=0)
+        assert y[every.isnan()].isnan().all()
+
+
+def test_the_gradients_memory_is_outputs_and_little_else() -> None:
+    code = """
+import resource, sys, torch
+from mhesa.ops import exponential_smoothing
+x = torch.randn(1, 65536, 8, 64).requires_grad_()
+rates = torch.full((8,), 0.5)
+def step(x):
+    y = exponential_smoothing(x, rates, rates, backend="numba")
+    return y, torch.autograd.grad(y, x, torch.ones(1, 1, 1, 1).expand_as(x))
+step(x[:, :64])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+held = step(x)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+needed = 2 * x.numel() * 4 // 1024
+assert grown < 1.01 * needed + 2048, (grown, needed)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_types_it_does_not_take() -> None:
+    x = torch.zeros(1, 2, 1, 1, dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="'numba' takes float32, float64, bfloat16, float16, not float8"):
+        exponential_smoothing(x, torch.zeros(1), torch.zeros(1), backend="numba")
