@@ -14,6 +14,7 @@ def interleave(
     rounds: int,
     on_round: Callable[[], object] = lambda: None,
     device: str = "cpu",
+    enough: float = 2.0,
 ) -> dict[str, float]:
     """Median seconds of each thing, run in turn `rounds` times after one turn that does not count.
 
@@ -25,17 +26,20 @@ def interleave(
         rounds: turns that count.
         on_round: called after every turn.
         device: a torch device; anything but `cpu` is waited for.
+        enough: seconds after which a thing sits out the remaining turns.
 
     >>> times = interleave({"less": lambda: sum(range(10)), "more": lambda: sum(range(100_000))}, rounds=3)
     >>> times["less"] < times["more"]
     True
     """
+    for thing in things.values():
+        _time(thing, device)
+    on_round()
     seconds: dict[str, list[float]] = {name: [] for name in things}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, thing in things.items():
-            elapsed = _time(thing, device)
-            if turn:
-                seconds[name].append(elapsed)
+            if sum(seconds[name]) < enough:
+                seconds[name].append(_time(thing, device))
         on_round()
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -95,7 +95,7 @@ def bench_train(
     for precision in right:
         steps[f"mhesa {precision}"] = _step(models[precision], ids, precision)
         steps[f"products {precision}"] = _products(models[precision], sizes, precision)
-    seconds = interleave(steps, rounds, on_round, device)
+    seconds = interleave(steps, rounds, on_round, device, enough=60)
     names = ["original fp32", *(f"mhesa {precision}" for precision in right)]
     return [_row(name, seconds, sizes) for name in names]
 

@@ -6,10 +6,9 @@ the number of threads and their luck. Rows are read and written whole where the 
 threads busy; the state of a row stays in the innermost cache.
 
 Threads: the kernels are plain native functions, run on the OpenMP threads that torch's own operators use
-(`GOMP_parallel`), which sit warm on their cores between two operators. Numba's layers were measured
-against it and lose: its OpenMP layer dies in a forked process, workqueue dies when two Python threads
-enter it, tbb is a further package, and any second pool fights with torch's spinning threads for the
-cores. Where torch comes with an OpenMP that lacks that entry, Python threads do the same work. A forked
+(`GOMP_parallel`), which sit warm on their cores between two operators. Numba's own layers will not do:
+its OpenMP layer dies in a forked process, workqueue dies when two Python threads enter it, tbb is a
+further package, and any second pool has to fight with torch's spinning threads for the cores. Where torch comes with an OpenMP that lacks that entry, Python threads do the same work. A forked
 process has none of its parent's threads and runs the kernels alone, so that it can never hang.
 
 Numba's arrays are left aside for addresses: a call then compiles nothing for a new layout or an absent
@@ -30,10 +29,11 @@ import numba.core.cgutils
 import numba.extending
 import numpy as np
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from torch import Tensor
 
 from mhesa.ops.fused import Gradients, make_scan
+from mhesa.ops.memory import fresh
 
 # Numba is annotated in part only.
 jit: Any = numba.njit
@@ -516,7 +516,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`(y, final_state)`, for plain tensors as `mhesa.ops.fused.make_scan` describes them."""
     call = _Call(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = fresh(x.shape, x.dtype)
     final = call.tensor(FINAL, torch.empty(call.states, dtype=call.dtype))
     call.rows(X, X_BATCH, x)
     call.tensor(OUT, y)
@@ -539,7 +539,7 @@ def backward(
     call = _Call(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
     heads, head_dim = x.shape[2:]
     groups = min(call.states[0], GROUPS)
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = fresh(x.shape, x.dtype)
     dinitial = torch.empty(call.states, dtype=call.dtype)
     totals = torch.zeros(groups, 4, heads, head_dim, dtype=torch.float64)
     call.rows(X, X_BATCH, x)

@@ -74,7 +74,8 @@ def exponential_smoothing(
         reverse: run from the last step to the first; the initial state then enters at the end.
         return_final_state: also return the state after the last step, shaped as `initial_state`, in
             fp32 (fp64 for fp64 `x`).
-        backend: `"numba"`, `"chunked"`, `"fft"` or `"reference"`; `None` takes the best for the device.
+        backend: `"triton"`, `"numba"`, `"chunked"`, `"fft"` or `"reference"`; `None` takes the best for
+            the device.
 
     Returns:
         `y`, of the shape and type of `x`, or `(y, final_state)`.
