@@ -8,8 +8,9 @@ threads busy; the state of a row stays in the innermost cache.
 Threads: the kernels are plain native functions, run on the OpenMP threads that torch's own operators use
 (`GOMP_parallel`), which sit warm on their cores between two operators. Numba's own layers will not do:
 its OpenMP layer dies in a forked process, workqueue dies when two Python threads enter it, tbb is a
-further package, and any second pool has to fight with torch's spinning threads for the cores. Where torch comes with an OpenMP that lacks that entry, Python threads do the same work. A forked
-process has none of its parent's threads and runs the kernels alone, so that it can never hang.
+further package, and any second pool has to fight with torch's spinning threads for the cores. Where torch
+comes with an OpenMP that lacks that entry, Python threads do the same work. A forked process has none of
+its parent's threads and runs the kernels alone, so that it can never hang.
 
 Numba's arrays are left aside for addresses: a call then compiles nothing for a new layout or an absent
 argument, and the compiler need not prove that outputs and inputs do not overlap.
