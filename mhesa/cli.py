@@ -300,21 +300,21 @@ def bench_ops(
     from mhesa.bench.ops import bench_ops as run
 
     _check_bench(rounds, device)
-    rows = []
+    found = []
     with _progress("timing", 2 * (rounds + 1) * len(CASES)) as advance:
-        for case_rows in run(CASES, rounds=rounds, device=device, on_round=lambda: advance(1)):
-            rows += case_rows
+        for rows in run(CASES, rounds=rounds, device=device, on_round=lambda: advance(1)):
+            found += rows
+            if not as_json:
+                _print_case(rows)
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows]))
-        return
-    table = _table("shape and type", "operator", "timed", "ms", "GB/s", "x clone", "error")
-    previous = None
+        typer.echo(json.dumps([asdict(row) for row in found]))
+
+
+def _print_case(rows: list[Any]) -> None:
+    case = f"{' x '.join(map(str, rows[0].shape))} {rows[0].dtype}"
+    table = _table(case, "timed", "ms", "GB/s", "x clone", "error")
     for row in rows:
-        case = f"{' x '.join(map(str, row.shape))} {row.dtype}"
-        if previous not in (None, (case, row.timed)):
-            table.add_section()
         table.add_row(
-            case if previous != (case, row.timed) else "",
             row.operator,
             row.timed,
             f"{row.milliseconds:.2f}",
@@ -322,8 +322,7 @@ def bench_ops(
             f"{row.over_clone:.2f}",
             f"{row.error:.0e}",
         )
-        previous = (case, row.timed)
-    Console().print(table)
+    Console().print(table, "")
 
 
 @bench.command(name="train")

@@ -69,6 +69,12 @@ class Budget(TrainerCallback):
         logged = [row["seconds"] for row in state.log_history if "seconds" in row]
         self._before = logged[-1] if logged else 0.0
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the clock."""
+        self._before, self._started = self.seconds, None
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
