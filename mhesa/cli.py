@@ -163,7 +163,7 @@ def _was_given(context: typer.Context, name: str) -> bool:
 
 def _print_summary(console: Console, summary: Any) -> None:
     console.rule("sample")
-    console.print(summary.sample.decode("utf-8", "replace"), markup=False, highlight=False)
+    console.print(summary.sample.decode("utf-8", "replace"), markup=False, highlight=False, soft_wrap=True)
     console.rule("held-out text")
     table = _table("", "bits per byte", "nats per token")
     table.add_row("this model", f"{summary.score.bits_per_byte:.3f}", f"{summary.score.loss:.3f}")
@@ -171,8 +171,13 @@ def _print_summary(console: Console, summary: Any) -> None:
         table.add_row(name, f"{bits:.3f}", "")
     console.print(table)
     console.print(f"\n{summary.steps:,} steps in {summary.seconds:,.0f} s", highlight=False)
-    console.print(f"Saved to {summary.folder}: {', '.join(sorted(summary.files))}", highlight=False)
-    console.print(f"Write with it: mhesa generate {summary.folder} --prompt TEXT", highlight=False)
+    console.print(
+        f"Saved to {summary.folder}: {', '.join(sorted(summary.files))}\n"
+        f"Write with it: mhesa generate {summary.folder} --prompt TEXT",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

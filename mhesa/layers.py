@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor, nn
 
@@ -49,26 +47,6 @@ class MHESA(nn.Module):
         dtype = accumulation_dtype(self.alphas.dtype)
         alpha = self.alphas.to(dtype).sigmoid()
         return alpha, (1 - alpha) * self.dampen_factors.to(dtype).sigmoid()
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        initial_state: Tensor | None = ...,
-        return_state: Literal[False] = ...,
-        cu_seqlens: Tensor | None = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        initial_state: Tensor | None = ...,
-        return_state: Literal[True],
-        cu_seqlens: Tensor | None = ...,
-    ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
         self,
@@ -158,26 +136,6 @@ class GatedMHESA(nn.Module):
         self.mhesa = MHESA(dim=dim_mhesa, heads=heads, backend=backend)
         self.to_gate = nn.Linear(dim_mhesa, dim_hidden, bias=False)
         self.to_out = nn.Linear(dim_hidden, dim)
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        initial_state: Tensor | None = ...,
-        return_state: Literal[False] = ...,
-        cu_seqlens: Tensor | None = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        initial_state: Tensor | None = ...,
-        return_state: Literal[True],
-        cu_seqlens: Tensor | None = ...,
-    ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, cast, overload
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -64,28 +64,6 @@ class GatedExponentialSmoothingLM(nn.Module):
             for _ in range(depth)
         )
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        labels: Tensor | None = ...,
-        *,
-        state: Tensor | None = ...,
-        return_state: Literal[False] = ...,
-        cu_seqlens: Tensor | None = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        labels: Tensor | None = ...,
-        *,
-        state: Tensor | None = ...,
-        return_state: Literal[True],
-        cu_seqlens: Tensor | None = ...,
-    ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
         self,
