@@ -107,6 +107,17 @@ def test_another_corpus_does_not_resume_a_run(settings):
         train(replace(settings, steps=5), resume=True)
 
 
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_damaged_checkpoint_is_named(settings, name):
+    train(settings)
+    path = Path(settings.out) / "checkpoints" / "checkpoint-3" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    before = (Path(settings.out) / "settings.json").read_bytes()
+    with pytest.raises(InputError, match=rf"checkpoint-3/{name} is damaged; delete"):
+        train(replace(settings, steps=5), resume=True)
+    assert (Path(settings.out) / "settings.json").read_bytes() == before
+
+
 def test_progress_reaches_a_terminal(settings, tmp_path):
     with (tmp_path / "screen").open("w") as file:
         train(settings, console=Console(file=file, force_terminal=True, width=150))

@@ -4,44 +4,39 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import lzma
-import platform
-import shutil
 import signal
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
-import transformers
 from rich.console import Console
-from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
-import mhesa
 from mhesa.data import Document, Holdout, Windows, read_sources, tokenize
-from mhesa.errors import InputError
 from mhesa.evaluation import Score, evaluate
 from mhesa.generation import Sampling, stream
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.model import GatedExponentialSmoothingLM
+from mhesa.training.folder import (
+    CHECKPOINTS,
+    CURVE,
+    append_metrics,
+    check_free,
+    check_same_corpus,
+    checkpoint_to_resume,
+    prepare,
+    read_metrics,
+)
 from mhesa.training.plot import draw_curve
 from mhesa.training.progress import ProgressDisplay
-from mhesa.training.settings import SETTINGS, TrainingSettings
+from mhesa.training.settings import TrainingSettings
 from mhesa.training.trainer import Budget, BudgetTrainer, Meter, StopOnSignal
 
-METRICS = "metrics.jsonl"
-CURVE = "loss.png"
-CHECKPOINTS = "checkpoints"
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json")
-RUN_FILES = (SETTINGS, METRICS, CURVE, CHECKPOINTS, *MODEL_FILES)
-# What a resumed run may change; the rest would make it another run.
-CHANGEABLE = frozenset({"steps", "minutes", "device", "backend", "save_every"})
 # The Trainer wants a number of steps; the budget ends training long before.
 ENDLESS = 2**31
 STEPS_BETWEEN_ROWS = 10
@@ -129,13 +124,13 @@ def train(
     settings = settings.resolve()
     console = console or Console(quiet=True)
     folder = Path(settings.out)
-    checkpoint = _checkpoint_to_resume(settings) if resume else None
+    checkpoint = checkpoint_to_resume(settings) if resume else None
     if not resume and not overwrite:
-        _check_free(folder)
+        check_free(folder)
     tokenizer = ByteTokenizer()
     corpus = load_corpus(settings, tokenizer)
     if resume:
-        _check_same_corpus(folder, corpus)
+        check_same_corpus(folder, corpus.sha256)
     set_seed(settings.seed)
     model = MhesaForCausalLM(settings.model_config(len(tokenizer)))
     windows = Windows(
@@ -144,7 +139,7 @@ def train(
         seed=settings.seed,
         length=ENDLESS * settings.windows_a_step,
     )
-    _prepare_folder(folder, settings, corpus, checkpoint)
+    prepare(folder, settings, corpus.facts(), checkpoint)
     _announce(console, settings, corpus, model.num_parameters())
     budget = Budget(settings.steps, settings.minutes)
     stop = StopOnSignal()
@@ -190,86 +185,6 @@ def load_corpus(settings: TrainingSettings, tokenizer: ByteTokenizer) -> Corpus:
     )
 
 
-# The folder
-
-
-def _check_free(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder to save to")
-    if any((folder / name).exists() for name in RUN_FILES):
-        raise InputError(
-            f"{folder} already holds a run; continue it with --resume or replace it with --overwrite"
-        )
-
-
-def _checkpoint_to_resume(settings: TrainingSettings) -> Path:
-    folder = Path(settings.out)
-    saved = asdict(TrainingSettings.load(folder / SETTINGS))
-    for name, value in asdict(settings).items():
-        if name not in CHANGEABLE and name != "out" and value != saved[name]:
-            raise InputError(
-                f"the run in {folder} has {name} {saved[name]}; it cannot be resumed with {value}"
-            )
-    checkpoints = folder / CHECKPOINTS
-    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if newest is None:
-        raise InputError(f"{folder} holds no checkpoint to resume; start over with --overwrite")
-    state = TrainerState.load_from_json(str(Path(newest) / "trainer_state.json"))
-    budget = Budget(settings.steps, settings.minutes)
-    budget.continue_from(state)
-    if budget.spent(state.global_step) >= 1:
-        raise InputError(
-            f"the run in {folder} is complete at step {state.global_step}; "
-            "give it more with --steps or --minutes"
-        )
-    return Path(newest)
-
-
-def _check_same_corpus(folder: Path, corpus: Corpus) -> None:
-    recorded = json.loads((folder / SETTINGS).read_text())["corpus"]["sha256"]
-    if recorded != corpus.sha256:
-        raise InputError(
-            f"the text is not the one that the run in {folder} was trained on; give it the same sources"
-        )
-
-
-def _prepare_folder(
-    folder: Path, settings: TrainingSettings, corpus: Corpus, checkpoint: Path | None
-) -> None:
-    if checkpoint is None:
-        for name in RUN_FILES:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        kept = []
-    else:
-        done = int(checkpoint.name.rpartition("-")[2])
-        kept = [row for row in read_metrics(folder) if row["step"] <= done and "loss" in row]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        settings.save(folder / SETTINGS, corpus=corpus.facts(), versions=_versions())
-        (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in kept))
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-
-
-def _append(folder: Path, row: dict[str, float]) -> None:
-    with (folder / METRICS).open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    packages = (mhesa, torch, transformers, accelerate)
-    return {"python": platform.python_version(), **{it.__name__: it.__version__ for it in packages}}
-
-
-# The parts of a run
-
-
 def _announce(console: Console, settings: TrainingSettings, corpus: Corpus, parameters: int) -> None:
     budget = f"{settings.steps:,} steps" if settings.steps else f"{settings.minutes:g} minutes"
     console.print(
@@ -295,7 +210,7 @@ def _build_trainer(
     folder = Path(settings.out)
 
     def on_row(row: dict[str, float]) -> None:
-        _append(folder, row)
+        append_metrics(folder, row)
         display.show(row)
 
     arguments = TrainingArguments(
@@ -349,7 +264,7 @@ def _record(summary: Summary) -> None:
     rows = [row for row in read_metrics(summary.folder) if "loss" in row]
     held_out = {f"held_out_{name}": value for name, value in summary.score.as_dict().items()}
     compressors = {f"{name.split()[0]}_bits_per_byte": bits for name, bits in summary.compressors.items()}
-    _append(
+    append_metrics(
         summary.folder,
         {"step": summary.steps, "seconds": round(summary.seconds, 3), **held_out, **compressors},
     )

@@ -1,0 +1,14 @@
+"""What importing the package does, and does not."""
+
+import subprocess
+import sys
+
+
+def test_import_loads_torch_and_no_more():
+    code = (
+        "import sys, mhesa\n"
+        "heavy = {'numba', 'triton', 'transformers', 'scipy', 'matplotlib', 'typer'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60)
+    assert done.stdout == "[]\n", done.stderr
