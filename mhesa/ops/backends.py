@@ -70,9 +70,12 @@ def resolve(name: str | None, device: torch.device) -> Scan:
 _SCANS: dict[str, Scan] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _load(module: str) -> bool:
     """Import a backend; apart from the look-up, for the compiler follows no imports but can run this."""
     if module not in _SCANS:
         _SCANS[module] = import_module(module).scan
     return True
+
+
+# What `torch.compiler.assume_constant_result` sets, which would import the whole compiler to do so.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
