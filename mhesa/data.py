@@ -51,7 +51,7 @@ def read_sources(sources: Sequence[str]) -> list[Document]:
         documents = [_standard_input() if path is None else _read(path) for path in paths]
     documents = [document for document in documents if document.data]
     if not documents:
-        raise InputError(f"no text in {', '.join(sources)}: every file is empty")
+        raise InputError(f"no text in {', '.join(sources)}: there is no file with anything in it")
     return documents
 
 
@@ -96,6 +96,8 @@ def _read(path: Path) -> Document:
 
 
 def _standard_input() -> Document:
+    if sys.stdin is None:
+        raise InputError("there is no standard input to read: it is closed")
     return Document("-", sys.stdin.buffer.read())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mhesa.errors import InputError
+from mhesa.ops.backends import resolve
 
 
 def best_device() -> str:
@@ -22,6 +23,14 @@ def check_device(name: str) -> None:
     here = dict.fromkeys(["cpu", best_device()])
     if kind not in here:
         raise InputError(f"there is no {kind} device on this machine; it has {', '.join(here)}")
+
+
+def check_serves(backend: str | None, device: str) -> None:
+    """Raise `InputError` unless the operator's backend works on the device; `None` always does."""
+    try:
+        resolve(backend, torch.device(device))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def computes_in_bf16(kind: str) -> bool:

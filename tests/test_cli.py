@@ -83,7 +83,7 @@ def test_train_says_what_it_did(trained):
     out, done = trained
     for part in ("sample", "held-out text", "this model", "xz -9", "gzip -9", "60 steps", str(out)):
         assert part in done.stdout
-    assert "bytes to train on from 1 documents" in done.stderr
+    assert "bytes to train on from 1 document, " in done.stderr
 
 
 def test_the_folder_holds_a_whole_run(trained):
@@ -207,7 +207,7 @@ def test_bytes_that_are_no_text_are_trained_on(tmp_path):
         (["--steps", "0"], "steps must be at least 1, not 0"),
         (["--minutes", "0"], "minutes must be a positive number, not 0.0"),
         (["--steps", "1", "--minutes", "1"], "steps or minutes as the budget, not both"),
-        (["--dim", "0"], "hidden_size must be at least 1, not 0"),
+        (["--dim", "0"], "dim must be at least 1, not 0"),
         (["--heads", "3"], "dim_mhesa must be divisible by heads, but 256 is not by 3"),
         (["--depth", "-1"], "must be at least 1, not -1"),
         (["--context", "1"], "context must be at least 2"),
@@ -215,6 +215,7 @@ def test_bytes_that_are_no_text_are_trained_on(tmp_path):
         (["--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["--seed", "-1"], "seed must be from 0"),
         (["--backend", "fast"], "unknown backend 'fast'; choose from"),
+        (["--backend", "triton"], "backend 'triton' cannot serve a cpu tensor here; these can: numba"),
         (["--tokenizer", "words"], "tokenizer must be one of bytes, not words"),
         (["--precision", "fp8"], "precision must be one of auto, bf16, fp32, not fp8"),
         (["--device", "warp"], "unknown device 'warp'"),
@@ -260,6 +261,8 @@ def test_overwrite_leaves_other_files_alone(corpus, tmp_path):
 
 def test_a_file_in_the_place_of_the_folder_is_refused(fails, corpus):
     assert "is a file" in fails("train", corpus, "--out", corpus)
+    assert "cannot write to" in fails("train", corpus, "--out", corpus / "below")
+    assert "out must name a folder" in fails("train", corpus, "--out", "")
 
 
 def test_other_text_does_not_resume_a_run(fails, trained, tmp_path):
@@ -329,6 +332,7 @@ def test_a_missing_model_is_named(fails, tmp_path):
         (["--top-k", "-5"], "top_k must be 0 or more"),
         (["--length", "-1"], "length must be 0 or more"),
         (["--backend", "fast"], "unknown backend 'fast'; choose from"),
+        (["--backend", "triton"], "backend 'triton' cannot serve a cpu tensor here"),
         (["--device", "warp"], "unknown device 'warp'"),
     ],
 )

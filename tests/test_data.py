@@ -69,7 +69,7 @@ def test_a_missing_source_is_named(tmp_path, name):
 
 
 def test_sources_without_text_are_refused(texts):
-    with pytest.raises(InputError, match=r"no text in .*empty"):
+    with pytest.raises(InputError, match=r"no text in .*empty\.txt: there is no file"):
         read_sources([str(texts / "empty.txt")])
 
 

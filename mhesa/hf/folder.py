@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
-from mhesa.devices import check_device
+from mhesa.devices import check_device, check_serves
 from mhesa.errors import InputError
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.modeling import MhesaForCausalLM
@@ -33,9 +33,11 @@ def load(
 
     Raises:
         InputError: the folder is missing or holds no whole model of this kind; the message names the
-            file. Or the device is not on this machine.
+            file. Or the device is not on this machine,
+            or the backend does not serve it.
     """
     check_device(device)
+    check_serves(backend, device)
     folder = Path(folder)
     _check_config(folder)
     _check_weights(folder / WEIGHTS)

@@ -25,6 +25,7 @@ from mhesa.model import GatedExponentialSmoothingLM
 from mhesa.training.folder import (
     CHECKPOINTS,
     CURVE,
+    RUN_FILES,
     append_metrics,
     check_free,
     check_same_corpus,
@@ -87,8 +88,8 @@ class Summary:
 
     @property
     def files(self) -> list[str]:
-        """Names of what the folder holds."""
-        return [path.name for path in self.folder.iterdir()]
+        """Names of what the run has put into the folder."""
+        return [name for name in RUN_FILES if (self.folder / name).exists()]
 
 
 class Stopped(Exception):  # noqa: N818 - a wish that was met, not an error
@@ -186,9 +187,10 @@ def load_corpus(settings: TrainingSettings, tokenizer: ByteTokenizer) -> Corpus:
 
 
 def _announce(console: Console, settings: TrainingSettings, corpus: Corpus, parameters: int) -> None:
+    documents = "1 document" if corpus.documents == 1 else f"{corpus.documents:,} documents"
     budget = f"{settings.steps:,} steps" if settings.steps else f"{settings.minutes:g} minutes"
     console.print(
-        f"[bold]{corpus.training_bytes:,}[/] bytes to train on from {corpus.documents:,} documents, "
+        f"[bold]{corpus.training_bytes:,}[/] bytes to train on from {documents}, "
         f"[bold]{corpus.held_out_bytes:,}[/] held out ({settings.holdout})\n"
         f"[bold]{parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
         f"{settings.heads} heads over {settings.dim_mhesa}\n"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mhesa.data import Holdout
-from mhesa.devices import best_device, check_device, computes_in_bf16
+from mhesa.devices import best_device, check_device, check_serves, computes_in_bf16
 from mhesa.errors import InputError
 from mhesa.hf.configuration import MhesaConfig
 
@@ -74,9 +74,12 @@ class TrainingSettings:
     save_every: int = 200
 
     def __post_init__(self) -> None:
+        if not self.out:
+            raise InputError("out must name a folder")
         if self.steps is not None and self.minutes is not None:
             raise InputError("give steps or minutes as the budget, not both")
-        for name in ("steps", "context", "batch_size", "save_every"):
+        sizes = ("dim", "depth", "heads", "dim_mhesa")
+        for name in (*sizes, "steps", "context", "batch_size", "save_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
@@ -115,12 +118,17 @@ class TrainingSettings:
         )
 
     def resolve(self) -> TrainingSettings:
-        """The same settings with every automatic choice made for this machine."""
+        """The same settings with every automatic choice made for this machine.
+
+        Raises:
+            InputError: the backend cannot serve the device.
+        """
         device = best_device() if self.device == "auto" else self.device
         kind = torch.device(device).type
         precision = self.precision
         if precision == "auto":
             precision = "bf16" if computes_in_bf16(kind) else "fp32"
+        check_serves(self.backend, device)
         tokens = TOKENS_A_STEP.get(kind, TOKENS_A_STEP_ON_ACCELERATORS)
         return replace(
             self,
