@@ -1,0 +1,68 @@
+"""The `mhesa` command: parse, call, print. One file a command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import mhesa
+from mhesa.cli import bench
+from mhesa.cli.common import errors
+from mhesa.cli.evaluate import evaluate
+from mhesa.cli.generate import generate
+from mhesa.cli.train import train
+from mhesa.errors import InputError, TrainingError
+
+app = typer.Typer(
+    name="mhesa",
+    help="Linear-time language models built on exponential smoothing: train, evaluate, generate.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train)
+app.command()(generate)
+app.command(name="eval")(evaluate)
+
+benches = typer.Typer(help="Measure speed, as ratios inside one run.", no_args_is_help=True)
+benches.command(name="ops")(bench.ops)
+benches.command(name="train")(bench.train)
+app.add_typer(benches, name="bench")
+
+
+def main() -> None:
+    """Run the command line; what the user can mend gets one line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), 2)
+    except TrainingError as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    errors.print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mhesa {mhesa.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Linear-time language models built on exponential smoothing."""
+    # transformers warns of choices that are ours to make, not the user's.
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

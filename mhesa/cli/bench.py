@@ -1,0 +1,97 @@
+"""`mhesa bench`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mhesa.cli.common import AsJson, Device, new_table, progress
+from mhesa.errors import InputError
+
+
+def ops(
+    rounds: Annotated[int, typer.Option(help="Turns that are timed.")] = 15,
+    as_json: AsJson = False,
+    device: Device = "cpu",
+) -> None:
+    """Time the operator on every backend and in other packages that are installed.
+
+    Every figure is a median of turns taken in rotation, beside a copy of the input in the same turns, and
+    is printed only if the result is right against fp64.
+
+    Example:
+
+        mhesa bench ops
+    """
+    from mhesa.bench.ops import CASES, bench_ops
+
+    _check_bench(rounds, device)
+    found = []
+    with progress("timing", 2 * (rounds + 1) * len(CASES)) as advance:
+        for rows in bench_ops(CASES, rounds=rounds, device=device, on_round=lambda: advance(1)):
+            found += rows
+            if not as_json:
+                _print_case(rows)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in found]))
+
+
+def _print_case(rows: list[Any]) -> None:
+    case = f"{' x '.join(map(str, rows[0].shape))} {rows[0].dtype}"
+    table = new_table(case, "timed", "ms", "GB/s", "x clone", "error")
+    for row in rows:
+        table.add_row(
+            row.operator,
+            row.timed,
+            f"{row.milliseconds:.2f}",
+            f"{row.gigabytes_per_second:.1f}",
+            f"{row.over_clone:.2f}",
+            f"{row.error:.0e}",
+        )
+    Console().print(table, "")
+
+
+def train(
+    rounds: Annotated[int, typer.Option(help="Turns that are timed.")] = 10,
+    as_json: AsJson = False,
+    device: Device = "cpu",
+) -> None:
+    """Time a training step against the original package's, and against its matrix products alone.
+
+    13 million parameters (dim 384, depth 6), 4 windows of 512 bytes; forward, loss, backward, AdamW.
+
+    Example:
+
+        mhesa bench train --json
+    """
+    from mhesa.bench.train import bench_train
+
+    _check_bench(rounds, device)
+    with progress("timing", rounds + 1) as advance:
+        rows = bench_train(rounds=rounds, device=device, on_round=lambda: advance(1))
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    table = new_table("step", "precision", "ms", "tokens/s", "x the original", "over the products")
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.precision,
+            f"{row.milliseconds:.1f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.times_the_original:.2f}",
+            f"{row.over_the_products:.2f}",
+        )
+    Console().print(table)
+
+
+def _check_bench(rounds: int, device: str) -> None:
+    from mhesa.devices import check_device
+
+    if rounds < 1:
+        raise InputError(f"rounds must be at least 1, not {rounds}")
+    check_device(device)

@@ -1,0 +1,57 @@
+"""`mhesa eval`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mhesa.cli.common import Backend, Device, Folder, new_table, progress
+
+
+def evaluate(
+    folder: Folder,
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Text files, folders, glob patterns, or -.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for all the text.")] = False,
+    device: Device = "cpu",
+    backend: Backend = None,
+) -> None:
+    """Measure how well a model predicts text.
+
+    Every file is read from its start to its end, with the state carried from window to window.
+
+    Examples:
+
+        mhesa eval runs/first unseen.txt
+
+        mhesa eval runs/first texts/ --json
+    """
+    from mhesa.data import read_sources
+    from mhesa.evaluation import Score
+    from mhesa.evaluation import evaluate as score
+    from mhesa.hf.folder import load
+
+    documents = read_sources(sources)
+    model, tokenizer = load(folder, device=device, backend=backend)
+    with progress("measuring", sum(len(document.data) for document in documents)) as advance:
+        scores = [score(model, tokenizer, [document], advance) for document in documents]
+    total = sum(scores, Score(0.0, 0, 0))
+    if as_json:
+        typer.echo(json.dumps(total.as_dict()))
+        return
+    table = new_table("file", "loss", "bits per byte", "perplexity", "tokens", "bytes")
+    rows = [(document.name, part) for document, part in zip(documents, scores, strict=True)]
+    for name, part in [*rows, ("all", total)] if len(rows) > 1 else rows:
+        table.add_row(
+            name,
+            f"{part.loss:.4f}",
+            f"{part.bits_per_byte:.4f}",
+            f"{part.perplexity:.3f}",
+            f"{part.tokens:,}",
+            f"{part.bytes:,}",
+        )
+    Console().print(table)
