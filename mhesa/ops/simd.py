@@ -211,7 +211,7 @@ class Emitter:
 @cache
 def compiled(kernel: Callable[..., None], dtype: torch.dtype) -> int:
     """The address of a kernel for tensors of `dtype`, from the cache on disk if it is there."""
-    signature = types.void(types.CPointer(STORED[dtype]))
+    signature = types.void(types.CPointer({**STORED, torch.int8: types.int8}[dtype]))
     try:
         function = cfunc(signature, cache=True, error_model="numpy")(kernel)
     except (OSError, RuntimeError):  # numba finds no folder to write to, or cannot write to it
