@@ -201,6 +201,9 @@ class Tokenizer(Protocol):
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """The ids of a document."""
 
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The text of some ids."""
+
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
     """The ids of all documents in one array, each document behind an end-of-text token."""

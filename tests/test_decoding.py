@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.decoding import Decoder
-from mhesa.decoding.decoder import ROWS
+from mhesa.decoding.native import ROWS
 from mhesa.errors import InputError
 
 NATIVE = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")]
@@ -231,6 +231,7 @@ torch.save(out, sys.argv[2])
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_graph_on_a_gpu_is_the_step():
     model = tiny().cuda()
     decoder, state = Decoder(model, max_batch=3), model.initial_state(3)

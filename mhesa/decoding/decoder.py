@@ -11,13 +11,13 @@ from torch import Tensor
 from mhesa.errors import InputError
 from mhesa.model import GatedExponentialSmoothingLM
 
-# Rows that go through the model together: few enough for what becomes of them to stay in cache.
-ROWS = 256
 QUANTIZED = ("int8",)
 
 
 class Engine(Protocol):
-    """What runs the model over a few rows."""
+    """What runs the model over a few rows; `rows` is how many it takes at a time."""
+
+    rows: int
 
     def run(self, ids: Tensor, offsets: Tensor, state: Tensor, every: bool) -> Tensor:
         """Read rows of some sequences.
@@ -70,8 +70,12 @@ class Decoder:
         self.num_tokens = model.token_emb.num_embeddings
         like = model.initial_state(1)
         self._state_type, self._depth, self._width = like.dtype, like.shape[0], like.shape[2]
-        self._engine = _engine(model, quantize, max(max_batch, ROWS))
+        self._engine = _engine(model, quantize, max_batch)
         self._each_one = torch.arange(max_batch + 1)
+
+    def initial_state(self, batch: int) -> Tensor:
+        """The state before any token, `(depth, batch, dim_mhesa)` of zeros."""
+        return torch.zeros(self._depth, batch, self._width, dtype=self._state_type, device=self.device)
 
     def step(self, ids: Tensor, state: Tensor) -> Tensor:
         """Read one token of each sequence.
@@ -105,8 +109,8 @@ class Decoder:
             IndexError: an id outside the vocabulary.
         """
         self._check(state, len(ids))
-        out = torch.empty(len(ids), self.num_tokens, dtype=self._engine_dtype(), device=self.device)
-        for first, last, pieces in _calls(list(ids)):
+        out = torch.empty(len(ids), self.num_tokens, dtype=self._state_type, device=self.device)
+        for first, last, pieces in _calls(list(ids), self._engine.rows):
             offsets = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
             out[first:last] = self._engine.run(torch.cat(pieces), offsets, state[:, first:last], False)
         return out
@@ -124,12 +128,9 @@ class Decoder:
         self._check(state, 1)
         parts = [
             self._engine.run(piece, torch.tensor([0, len(piece)]), state, True).clone()
-            for piece in ids.split(ROWS)
+            for piece in ids.split(self._engine.rows)
         ]
         return torch.cat(parts)
-
-    def _engine_dtype(self) -> torch.dtype:
-        return torch.float64 if self._state_type == torch.float64 else torch.float32
 
     def _check(self, state: Tensor, batch: int) -> None:
         shape = (self._depth, batch, self._width)
@@ -142,7 +143,7 @@ class Decoder:
             raise ValueError(f"the decoder takes 1 to {self.max_batch} sequences, not {batch}")
 
 
-def _engine(model: GatedExponentialSmoothingLM, quantize: str | None, rows: int) -> Engine:
+def _engine(model: GatedExponentialSmoothingLM, quantize: str | None, max_batch: int) -> Engine:
     if quantize is not None and quantize not in QUANTIZED:
         raise InputError(f"quantize must be one of {', '.join(QUANTIZED)}, not {quantize}")
     weight = model.to_logits.weight
@@ -154,27 +155,27 @@ def _engine(model: GatedExponentialSmoothingLM, quantize: str | None, rows: int)
     if native:
         from mhesa.decoding.native import NativeEngine
 
-        return NativeEngine(model, torch.int8 if quantize else weight.dtype, rows)
+        return NativeEngine(model, torch.int8 if quantize else weight.dtype, max_batch)
     from mhesa.decoding.layers import GraphEngine, LayersEngine
 
     return (GraphEngine if weight.device.type == "cuda" else LayersEngine)(model)
 
 
-def _calls(sequences: list[Tensor]) -> list[tuple[int, int, list[Tensor]]]:
-    """Deal sequences out to calls of at most `ROWS` rows: `(first, last, the pieces of these)`.
+def _calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tensor]]]:
+    """Deal sequences out to calls of at most `rows` rows: `(first, last, the pieces of these)`.
 
-    >>> [(first, last, [len(p) for p in pieces]) for first, last, pieces in _calls([torch.zeros(200)] * 2)]
-    [(0, 2, [200, 56]), (1, 2, [144])]
+    >>> [(first, last, [len(p) for p in pieces]) for first, last, pieces in _calls([torch.zeros(20)] * 2, 30)]
+    [(0, 2, [20, 10]), (1, 2, [10])]
     """
     calls: list[tuple[int, int, list[Tensor]]] = []
     pieces: list[Tensor] = []
-    first, room = 0, ROWS
+    first, room = 0, rows
     for index, sequence in enumerate(sequences):
         if len(sequence) == 0:
             raise ValueError("a sequence to read must hold at least one token")
         while len(sequence):
             if not pieces:
-                first, room = index, ROWS
+                first, room = index, rows
             pieces.append(sequence[:room])
             room -= len(pieces[-1])
             sequence = sequence[len(pieces[-1]) :]

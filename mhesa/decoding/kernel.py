@@ -25,7 +25,20 @@ from llvmlite import ir
 from numba.extending import overload
 
 from mhesa.decoding.matmul import PADDING, PANEL, TILE, multiply
-from mhesa.ops.simd import I32, I64, cgutils, fields, intrinsic, jit, offset, take, types
+from mhesa.ops.simd import (
+    I32,
+    I64,
+    cgutils,
+    fields,
+    floats,
+    integers,
+    intrinsic,
+    jit,
+    offset,
+    pointer,
+    take,
+    types,
+)
 
 # What a kernel is told, as one array of 64-bit integers: sizes and addresses, then the stages.
 ROWS, SEQUENCES, EVERY, THREADS, STAGES, NUM_TOKENS, REFUSED = range(7)
@@ -68,36 +81,6 @@ ERF_END = np.float32(5.5)
 
 # Sums may be taken in any order, and products join them: vectors need both.
 fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
-
-
-@intrinsic
-def _floats(context: Any, address: Any) -> Any:
-    """The address as a pointer to fp32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float32)(types.int64), codegen
-
-
-@intrinsic
-def _integers(context: Any, address: Any) -> Any:
-    """The address as a pointer to 64-bit integers."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int64)(types.int64), codegen
-
-
-@intrinsic
-def _like(context: Any, address: Any, like: Any) -> Any:
-    """The address as a pointer of the type of `like`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(like))
-
-    return like(types.int64, like), codegen
 
 
 @intrinsic
@@ -320,60 +303,60 @@ def _operand(data, p, row):  # type: ignore[no-untyped-def]
 
 @jit
 def _embed(p, stage, low, high):  # type: ignore[no-untyped-def]
-    n, ids, embedding = stage[COLUMNS], _integers(p[IDS]), _floats(stage[WEIGHT])
+    n, ids, embedding = stage[COLUMNS], integers(p[IDS]), floats(stage[WEIGHT])
     for row in range(low, high):
-        x, token = offset(_floats(p[X]), row * p[X_STEP]), offset(embedding, ids[row] * n)
+        x, token = offset(floats(p[X]), row * p[X_STEP]), offset(embedding, ids[row] * n)
         for i in range(n):
             x[i] = token[i]
 
 
 @jit
 def _normalise_rows(data, p, stage, low, high):  # type: ignore[no-untyped-def]
-    n, weight, bias = stage[COLUMNS], _floats(stage[WEIGHT]), _floats(stage[BIAS])
+    n, weight, bias = stage[COLUMNS], floats(stage[WEIGHT]), floats(stage[BIAS])
     for row in range(low, high):
-        x = offset(_floats(p[X]), row * p[X_STEP])
+        x = offset(floats(p[X]), row * p[X_STEP])
         # The row of u and v is not written yet, and has room for this.
-        normal = offset(_floats(p[UV]), row * p[UV_STEP])
+        normal = offset(floats(p[UV]), row * p[UV_STEP])
         _normalise(x, weight, bias, normal, n)
-        _pack(normal, _operand(data, p, row), _floats(p[STEPS]), row, stage[LIMIT], n)
+        _pack(normal, _operand(data, p, row), floats(p[STEPS]), row, stage[LIMIT], n)
 
 
 @jit
 def _smooth_rows(data, p, stage, low, high):  # type: ignore[no-untyped-def]
-    n, weight, bias = stage[COLUMNS], _floats(stage[WEIGHT]), _floats(stage[BIAS])
-    alpha, decay, skip = _floats(stage[ALPHA]), _floats(stage[DECAY]), _floats(stage[SKIP])
-    states, offsets = offset(_floats(p[STATE]), stage[LAYER] * p[STATE_LAYER]), _integers(p[OFFSETS])
+    n, weight, bias = stage[COLUMNS], floats(stage[WEIGHT]), floats(stage[BIAS])
+    alpha, decay, skip = floats(stage[ALPHA]), floats(stage[DECAY]), floats(stage[SKIP])
+    states, offsets = offset(floats(p[STATE]), stage[LAYER] * p[STATE_LAYER]), integers(p[OFFSETS])
     for sequence in range(low, high):
         state = offset(states, sequence * p[STATE_SEQUENCE])
         for row in range(offsets[sequence], offsets[sequence + 1]):
-            v = offset(_floats(p[V]), row * p[UV_STEP])
+            v = offset(floats(p[V]), row * p[UV_STEP])
             _normalise(v, weight, bias, v, n)
             _smooth(v, alpha, decay, skip, state, n)
-            _pack(v, _operand(data, p, row), _floats(p[STEPS]), row, stage[LIMIT], n)
+            _pack(v, _operand(data, p, row), floats(p[STEPS]), row, stage[LIMIT], n)
 
 
 @jit
 def _pack_rows(data, p, stage, low, high):  # type: ignore[no-untyped-def]
-    offsets = _integers(p[OFFSETS])
+    offsets = integers(p[OFFSETS])
     for row in range(low, high):
         source = row if stage[KIND] == PACK or p[EVERY] else offsets[row + 1] - 1
-        values = offset(_floats(stage[SOURCE]), source * stage[SOURCE_STEP])
-        _pack(values, _operand(data, p, row), _floats(p[STEPS]), row, stage[LIMIT], stage[COLUMNS])
+        values = offset(floats(stage[SOURCE]), source * stage[SOURCE_STEP])
+        _pack(values, _operand(data, p, row), floats(p[STEPS]), row, stage[LIMIT], stage[COLUMNS])
 
 
 @jit
 def _multiply(data, p, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
-    matrix, columns, source_step = _like(stage[MATRIX], data), stage[COLUMNS], stage[SOURCE_STEP]
-    source, steps = _operands(stage[SOURCE], data), _floats(p[STEPS])
+    matrix, columns, source_step = pointer(stage[MATRIX], data), stage[COLUMNS], stage[SOURCE_STEP]
+    source, steps = _operands(stage[SOURCE], data), floats(p[STEPS])
     blocks = (rows + ROWS_A_TASK - 1) // ROWS_A_TASK
     for unit in range(low, high):
         panel, block = unit // blocks, unit % blocks
         weights, outputs = offset(matrix, panel * columns * PANEL), panel * PANEL
         bias, matrix_steps = (
-            offset(_floats(stage[BIAS]), outputs),
-            offset(_floats(stage[MATRIX_STEPS]), outputs),
+            offset(floats(stage[BIAS]), outputs),
+            offset(floats(stage[MATRIX_STEPS]), outputs),
         )
-        out = offset(_floats(stage[OUT]), outputs)
+        out = offset(floats(stage[OUT]), outputs)
         last = min((block + 1) * ROWS_A_TASK, rows)
         for first in range(block * ROWS_A_TASK, last, TILE):
             count = min(TILE, last - first)
@@ -403,7 +386,7 @@ def run(data):  # type: ignore[no-untyped-def]
     """Take part in reading the rows that `data` tells of: states move on in place, logits are written."""
     p = fields(data)
     p[REFUSED] = 0
-    ids, totals = _integers(p[IDS]), _totals(data)
+    ids, totals = integers(p[IDS]), _totals(data)
     for row in range(p[ROWS]):
         if ids[row] < 0 or ids[row] >= p[NUM_TOKENS]:
             p[REFUSED] = 1
@@ -417,7 +400,7 @@ def run(data):  # type: ignore[no-untyped-def]
             units = stage[PANELS] * ((rows + ROWS_A_TASK - 1) // ROWS_A_TASK)
         grain = max(1, units // (p[THREADS] * TASKS_A_THREAD))
         tasks = (units + grain - 1) // grain
-        taken = offset(_integers(p[COUNTERS]), index * 2 * LINE)
+        taken = offset(integers(p[COUNTERS]), index * 2 * LINE)
         done = offset(taken, LINE)
         task = take(taken)
         while task < tasks:

@@ -11,9 +11,13 @@ from mhesa.model import GatedExponentialSmoothingLM, run_blocks
 class LayersEngine:
     """Runs the model as it is.
 
+    A device with thousands of lanes wants more rows at a time than a cache would.
+
     Args:
         model: the language model; its weights are used, not copied.
     """
+
+    rows = 4096
 
     def __init__(self, model: GatedExponentialSmoothingLM) -> None:
         self.model = model

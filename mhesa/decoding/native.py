@@ -16,6 +16,8 @@ from mhesa.model import GatedExponentialSmoothingLM
 from mhesa.ops.simd import compiled
 from mhesa.ops.threads import available, parallel
 
+# Rows that go through the model together: few enough for what becomes of them to stay in cache.
+ROWS = 256
 # A model of fewer weights is done before a second thread has woken.
 PARALLEL = 1 << 16
 
@@ -26,12 +28,13 @@ class NativeEngine:
     Args:
         model: the language model; later changes of its weights go unseen.
         weights: `torch.float32`, `torch.bfloat16` or `torch.int8`.
-        rows: how many rows a call may have at most.
+        max_batch: how many sequences a call may have at most.
     """
 
     @torch.no_grad()
-    def __init__(self, model: GatedExponentialSmoothingLM, weights: torch.dtype, rows: int) -> None:
-        self.weights, self.rows = weights, rows
+    def __init__(self, model: GatedExponentialSmoothingLM, weights: torch.dtype, max_batch: int) -> None:
+        self.weights, self.rows = weights, max(max_batch, ROWS)
+        rows = self.rows
         self.num_tokens, self.dim = model.token_emb.weight.shape
         blocks = [cast(GatedMHESA, block) for block in model.layers]
         inner, hidden = blocks[0].to_gate.in_features, blocks[0].to_out.in_features

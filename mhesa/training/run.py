@@ -18,10 +18,11 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from mhesa.data import Document, Holdout, Windows, read_sources, tokenize
 from mhesa.evaluation import Score, evaluate
-from mhesa.generation import Sampling, stream
+from mhesa.generation import stream
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.model import GatedExponentialSmoothingLM
+from mhesa.sampling import Sampling
 from mhesa.training.folder import (
     CHECKPOINTS,
     CURVE,
