@@ -47,12 +47,16 @@ def read_sources(sources: Sequence[str]) -> list[Document]:
     if not sources:
         documents = [_read(path) for path in standard_library()]
     else:
-        paths = dict.fromkeys(path for source in sources for path in _expand(source))
-        documents = [_standard_input() if path is None else _read(path) for path in paths]
+        documents = [_standard_input() if path is None else _read(path) for path in find_files(sources)]
     documents = [document for document in documents if document.data]
     if not documents:
         raise InputError(f"no text in {', '.join(sources)}: there is no file with anything in it")
     return documents
+
+
+def find_files(sources: Sequence[str]) -> list[Path | None]:
+    """The files that sources name, each once; `None` stands for standard input."""
+    return list(dict.fromkeys(path for source in sources for path in _expand(source)))
 
 
 def standard_library() -> list[Path]:

@@ -6,7 +6,6 @@ import heapq
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import IO
 
 import numpy as np
@@ -29,7 +28,7 @@ class Scored:
         number: of the line, the token or the document, from 1.
         offset: where in the source it begins, in bytes.
         bits: surprisal, `-log2` of the probability of all of it after what came before.
-        bytes: how long it is.
+        size: how long it is, in bytes.
         text: its beginning, 1,024 bytes at most.
     """
 
@@ -37,8 +36,13 @@ class Scored:
     number: int
     offset: int
     bits: float
-    bytes: int
+    size: int
     text: bytes = field(repr=False)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to encode a byte of it."""
+        return self.bits / self.size if self.size else 0.0
 
     def as_dict(self) -> dict[str, str | int | float]:
         """What is known of it, under the names it has in JSON."""
@@ -47,8 +51,8 @@ class Scored:
             "number": self.number,
             "offset": self.offset,
             "bits": round(self.bits, 4),
-            "bytes": self.bytes,
-            "bits_per_byte": round(self.bits / self.bytes, 4) if self.bytes else 0.0,
+            "bytes": self.size,
+            "bits_per_byte": round(self.bits_per_byte, 4),
             "text": self.text.decode("utf-8", "replace"),
         }
 
@@ -70,89 +74,93 @@ class Batch:
     sizes: np.ndarray
 
 
-def pieces_of(stream: IO[bytes]) -> Iterator[list[bytes]]:
-    """The lines of a stream as they come, those at hand together; very long ones in parts.
-
-    >>> list(pieces_of(io.BytesIO(b"one\\ntwo\\nthr")))
-    [[b'one\\n', b'two\\n'], [b'thr']]
-    """
+def chunks_of(stream: IO[bytes]) -> Iterator[bytes]:
+    """What a stream has, as it comes."""
     read = getattr(stream, "read1", stream.read)
+    while chunk := read(PIECE):
+        yield chunk
+
+
+def pieces_of(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """The lines of a text that comes in chunks, those at hand together; very long ones in parts.
+
+    >>> list(pieces_of([b"one\\ntwo\\nth", b"ree"]))
+    [[b'one\\n', b'two\\n'], [b'three']]
+    """
     held = b""
-    while data := read(PIECE):
-        held += data
-        whole = len(held) if len(held) >= PIECE and b"\n" not in held else held.rfind(b"\n") + 1
+    for chunk in chunks:
+        held += chunk
+        whole = held.rfind(b"\n", len(held) - len(chunk)) + 1
         if whole:
-            yield _lines(held[:whole])
+            yield list(io.BytesIO(held[:whole]))
             held = held[whole:]
+        while len(held) >= PIECE:
+            yield [held[:PIECE]]
+            held = held[PIECE:]
     if held:
         yield [held]
 
 
-def _lines(data: bytes) -> list[bytes]:
-    """Lines with their ends; unlike for `splitlines`, a carriage return ends none."""
-    return list(io.BytesIO(data))
-
-
-class Scorer:
-    """Scores texts with a model.
+def score(reader: Reader, chunks: Iterable[bytes]) -> Iterator[Batch]:
+    """Score a text from its start, as it comes, in memory that does not grow with its length.
 
     Args:
-        reader: the model and the tokenizer.
+        reader: the model and the tokenizer; no token spans two lines.
+        chunks: the text, cut anywhere.
     """
+    session, sizes = Session(reader), _sizes(reader)
+    for pieces in pieces_of(chunks):
+        ids = [reader.tokenizer.encode_bytes(piece) for piece in pieces]
+        joined = np.concatenate(ids).astype(np.int64)
+        bits = session.score_ids(torch.from_numpy(joined))
+        yield Batch(pieces, [len(part) for part in ids], bits, sizes[joined])
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
 
-    def batches(self, stream: IO[bytes]) -> Iterator[Batch]:
-        """Score a stream from its start, in memory that does not grow with its length."""
-        session, tokenizer = Session(self.reader), self.reader.tokenizer
-        for pieces in pieces_of(stream):
-            ids = [tokenizer.encode_bytes(piece) for piece in pieces]
-            joined = np.concatenate(ids).astype(np.int64)
-            bits = session.score_ids(torch.from_numpy(joined))
-            yield Batch(pieces, [len(part) for part in ids], bits, self._sizes[joined])
+def _sizes(reader: Reader) -> np.ndarray:
+    """The length of every token, in bytes."""
+    decode = reader.tokenizer.decode_bytes
+    return np.array([len(decode([index])) for index in range(reader.decoder.num_tokens)])
 
-    def by_token(self, name: str, stream: IO[bytes]) -> Iterator[Scored]:
-        """Every token of a stream."""
-        number, offset = 0, 0
-        for batch in self.batches(stream):
-            text = b"".join(batch.pieces)
-            start = 0
-            for bits, size in zip(batch.bits.tolist(), batch.sizes.tolist(), strict=True):
-                number += 1
-                yield Scored(name, number, offset + start, bits, size, text[start : start + size])
-                start += size
-            offset += len(text)
 
-    def by_line(self, name: str, stream: IO[bytes]) -> Iterator[Scored]:
-        """Every line of a stream, with its end."""
-        number, offset, size, bits, text = 1, 0, 0, 0.0, b""
-        for batch in self.batches(stream):
-            ends = np.cumsum(batch.tokens)
-            sums = np.diff(np.concatenate([[0.0], np.cumsum(batch.bits, dtype=np.float64)])[[0, *ends]])
-            for piece, cost in zip(batch.pieces, sums.tolist(), strict=True):
-                size, bits = size + len(piece), bits + cost
-                text = (text + piece[: SHOWN - len(text)]) if len(text) < SHOWN else text
-                if piece.endswith(b"\n"):
-                    yield Scored(name, number, offset, bits, size, text)
-                    number, offset, size, bits, text = number + 1, offset + size, 0, 0.0, b""
-        if size:
-            yield Scored(name, number, offset, bits, size, text)
+def by_token(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
+    """Every token of a stream."""
+    number, offset = 0, 0
+    for batch in batches:
+        text, start = b"".join(batch.pieces), 0
+        for bits, size in zip(batch.bits.tolist(), batch.sizes.tolist(), strict=True):
+            number += 1
+            yield Scored(name, number, offset + start, bits, size, text[start : start + size])
+            start += size
+        offset += len(text)
 
-    def by_document(self, name: str, stream: IO[bytes], number: int = 1) -> Iterator[Scored]:
-        """A stream as a whole."""
-        bits, size, text = 0.0, 0, b""
-        for batch in self.batches(stream):
-            bits += batch.bits.sum(dtype=np.float64)
-            size += int(sum(map(len, batch.pieces)))
-            text = text or b"".join(batch.pieces)[:SHOWN]
-        yield Scored(name, number, 0, float(bits), size, text)
 
-    @cached_property
-    def _sizes(self) -> np.ndarray:
-        """The length of every token, in bytes."""
-        decoder, tokenizer = self.reader.decoder, self.reader.tokenizer
-        return np.array([len(tokenizer.decode_bytes([index])) for index in range(decoder.num_tokens)])
+def by_line(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
+    """Every line of a stream, with its end."""
+    number, offset, size, bits, text = 1, 0, 0, 0.0, b""
+    for batch in batches:
+        sums = np.concatenate([[0.0], np.cumsum(batch.bits, dtype=np.float64)])
+        costs = np.diff(sums[np.concatenate([[0], np.cumsum(batch.tokens)])])
+        for piece, cost in zip(batch.pieces, costs.tolist(), strict=True):
+            size, bits = size + len(piece), bits + cost
+            text = text + piece[: SHOWN - len(text)]
+            if piece.endswith(b"\n"):
+                yield Scored(name, number, offset, bits, size, text)
+                number, offset, size, bits, text = number + 1, offset + size, 0, 0.0, b""
+    if size:
+        yield Scored(name, number, offset, bits, size, text)
+
+
+def by_document(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
+    """A stream as a whole."""
+    size, bits, text = 0, 0.0, b""
+    for batch in batches:
+        size += sum(map(len, batch.pieces))
+        bits += batch.bits.sum(dtype=np.float64).item()
+        text = text or b"".join(batch.pieces)[:SHOWN]
+    yield Scored(name, 1, 0, bits, size, text)
+
+
+BY = {"line": by_line, "token": by_token, "document": by_document}
 
 
 def most_surprising(scored: Iterable[Scored], count: int) -> list[Scored]:

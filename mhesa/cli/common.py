@@ -77,8 +77,8 @@ def new_table(first: str, *others: str) -> Table:
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[int], object]]:
+def progress(description: str, total: int, hidden: bool = False) -> Iterator[Callable[[int], object]]:
     """A bar on standard error, where that is a terminal; what it gives is called with each advance."""
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with Progress(console=errors, transient=True, disable=hidden or not errors.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda amount: bar.advance(task, amount)

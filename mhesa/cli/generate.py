@@ -56,7 +56,7 @@ def generate(
         mhesa generate runs/mine --session talk.session --prompt 'And then '
     """
     from mhesa.sampling import Sampling
-    from mhesa.scoring import pieces_of
+    from mhesa.scoring import chunks_of, pieces_of
     from mhesa.session import Session
 
     if length < 0:
@@ -70,7 +70,7 @@ def generate(
     given = sys.stdin.buffer if prompt == "-" else io.BytesIO(prompt.encode("utf-8", "surrogateescape"))
     with interruptible():
         try:
-            for pieces in pieces_of(given):
+            for pieces in pieces_of(chunks_of(given)):
                 text.feed(b"".join(pieces))
                 if echo:
                     write(pieces)
