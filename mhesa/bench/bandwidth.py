@@ -35,7 +35,7 @@ def _read(data):  # type: ignore[no-untyped-def]
 
 def reader(size: int) -> Callable[[], object]:
     """A function that reads `size` bytes of its own, once, on all of torch's threads."""
-    memory = fresh((size // 4,), torch.float32).fill_(1)
+    memory = fresh(torch.Size([size // 4]), torch.float32).fill_(1)
     out, table = np.zeros(1, dtype=np.float32), np.zeros(FIELDS, dtype=np.int64)
 
     def read() -> float:

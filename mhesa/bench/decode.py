@@ -214,7 +214,7 @@ def _prefill(model: GatedExponentialSmoothingLM, rounds: int, on_round: Callable
     things["forward bf16"] = autocast
     decoders = _decoders(model)
     for precision, (decoder, _) in decoders.items():
-        things[precision] = lambda decoder=decoder: decoder.prefill(ids, decoder.initial_state(1))
+        things[precision] = _prefilling(decoder, ids)
     seconds = interleave(things, rounds, on_round)
     marks = {"fp32": "forward fp32", "bf16": "forward bf16", "int8": "forward fp32"}
     return [
@@ -229,6 +229,10 @@ def _prefill(model: GatedExponentialSmoothingLM, rounds: int, on_round: Callable
         )
         for precision in decoders
     ]
+
+
+def _prefilling(decoder: Decoder, ids: Tensor) -> Callable[[], object]:
+    return lambda: decoder.prefill(ids, decoder.initial_state(1))
 
 
 def _position(model: GatedExponentialSmoothingLM, rounds: int, on_round: Callable[[], object]) -> list[Row]:

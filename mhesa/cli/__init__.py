@@ -42,7 +42,7 @@ def main() -> None:
         app()
     except InputError as error:
         _fail(str(error), 2)
-    except TrainingError as error:
+    except (TrainingError, FloatingPointError) as error:
         _fail(str(error), 1)
 
 
