@@ -39,6 +39,7 @@ class _Chunks(NamedTuple):
 
     table: Integers
     spans: int
+    address: int
 
 
 def forward(
@@ -53,10 +54,9 @@ def forward(
     """`(y, final_state)`, for plain tensors as `mhesa.ops.fused.make_scan` describes them."""
     call = _Call(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
     y = fresh(x.shape, x.dtype)
-    final = torch.empty(call.states, dtype=call.dtype)
+    final = call.tensor(kernels.FINAL, torch.empty(call.states, dtype=call.dtype))
     call.rows(kernels.X, kernels.X_BATCH, x)
     call.tensor(kernels.OUT, y)
-    call.tensor(kernels.FINAL, final)
     if call.spans:
         call.tensor(kernels.CARRIES, torch.empty(call.spans, call.channels, dtype=call.dtype))
         call.run(kernels.ends, call.chunks)
@@ -81,18 +81,15 @@ def backward(
     heads, head_dim = x.shape[2:]
     groups = min(call.chunks, GROUPS)
     dx = fresh(x.shape, x.dtype)
-    dinitial = torch.empty(call.states, dtype=call.dtype)
-    dskip = torch.empty(heads, head_dim, dtype=call.dtype)
+    dinitial = call.tensor(kernels.DINITIAL, torch.empty(call.states, dtype=call.dtype))
     call.rows(kernels.X, kernels.X_BATCH, x)
-    call.rows(kernels.DY, kernels.DY_BATCH, dy.to(x.dtype))
+    call.rows(kernels.DY, kernels.DY_BATCH, dy)
     call.tensor(kernels.OUT, dx)
-    call.tensor(kernels.DFINAL, dfinal.to(call.dtype).contiguous())
-    call.tensor(kernels.DINITIAL, dinitial)
+    call.parameter(kernels.DFINAL, dfinal)
     call.tensor(kernels.TOTALS, torch.zeros(groups, 4, call.channels, dtype=torch.float64))
-    call.tensor(kernels.DSKIP, dskip)
-    dalpha, ddecay = torch.empty(heads, dtype=call.dtype), torch.empty(heads, dtype=call.dtype)
-    call.tensor(kernels.DALPHA, dalpha)
-    call.tensor(kernels.DDECAY, ddecay)
+    dalpha = call.tensor(kernels.DALPHA, torch.empty(heads, dtype=call.dtype))
+    ddecay = call.tensor(kernels.DDECAY, torch.empty(heads, dtype=call.dtype))
+    dskip = call.tensor(kernels.DSKIP, torch.empty(heads, head_dim, dtype=call.dtype))
     if call.spans:
         carries = call.tensor(kernels.CARRIES, torch.empty(2, call.spans, call.channels, dtype=call.dtype))
         call.fields[kernels.PLANE] = carries.stride(0)
@@ -123,31 +120,24 @@ class _Call:
         self.channels = self.heads * self.head_dim
         self.bytes, self.elements, self.stored = x.nbytes, x.numel(), x.dtype
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.kept: list[object] = []
-        self.fields = [0] * kernels.FIELDS
-        for field, tensor in (
-            (kernels.ALPHA, alpha),
-            (kernels.DECAY, decay),
-            (kernels.SKIP, skip),
-            (kernels.INITIAL, initial_state),
-        ):
-            if tensor is not None:
-                self.tensor(field, tensor.to(self.dtype).contiguous())
         if cu_seqlens is None:
             sequences, chunks = batch, _dense(batch, length, self.channels)
         else:
             sequences, chunks = cu_seqlens.shape[0] - 1, _packed(cu_seqlens, length, self.channels)
         self.states = (sequences, self.heads, self.head_dim)
         self.chunks, self.spans = len(chunks.table), chunks.spans
-        self.kept.append(chunks)
-        self.fields[kernels.CHUNKS] = chunks.table.ctypes.data
-        self.fields[kernels.COUNT : kernels.REVERSE + 1] = (
-            self.chunks,
-            length,
-            self.heads,
-            self.head_dim,
-            int(reverse),
-        )
+        self.kept: list[object] = [chunks]
+        self.fields = array("q", bytes(8 * kernels.FIELDS))
+        self.fields[kernels.CHUNKS] = chunks.address
+        self.fields[kernels.COUNT] = self.chunks
+        self.fields[kernels.LENGTH] = length
+        self.fields[kernels.HEADS] = self.heads
+        self.fields[kernels.HEAD_DIM] = self.head_dim
+        self.fields[kernels.REVERSE] = reverse
+        self.parameter(kernels.ALPHA, alpha)
+        self.parameter(kernels.DECAY, decay)
+        self.parameter(kernels.SKIP, skip)
+        self.parameter(kernels.INITIAL, initial_state)
 
     def tensor(self, field: int, tensor: Tensor) -> Tensor:
         """Pass a contiguous tensor."""
@@ -155,11 +145,23 @@ class _Call:
         self.fields[field] = tensor.data_ptr()
         return tensor
 
+    def parameter(self, field: int, tensor: Tensor | None) -> None:
+        """Pass a tensor in the accumulation type, if there is one."""
+        if tensor is None:
+            return
+        if tensor.dtype != self.dtype or not tensor.is_contiguous():
+            tensor = tensor.to(self.dtype).contiguous()
+        self.tensor(field, tensor)
+
     def rows(self, field: int, strides: int, tensor: Tensor) -> None:
         """Pass a `(batch, length, heads, head_dim)` tensor, whose strides go to three fields."""
+        if tensor.dtype != self.stored:
+            tensor = tensor.to(self.stored)
         tensor = self.tensor(field, _readable(tensor, merged=self.spans > 0))
         by_batch, by_row, by_head, _ = tensor.stride()
-        self.fields[strides : strides + 3] = by_batch, by_row, by_head if self.heads > 1 else self.head_dim
+        self.fields[strides] = by_batch
+        self.fields[strides + 1] = by_row
+        self.fields[strides + 2] = by_head if self.heads > 1 else self.head_dim
 
     def run(
         self, kernel: Callable[..., None], splits: int, *, threads: int | None = None, traffic: int = 0
@@ -173,13 +175,10 @@ class _Call:
         # Vectors are whole and aligned.
         aligned = self.channels % (kernels.LANES * blocks) == 0 and self.head_dim % kernels.LANES == 0
         self.fields[kernels.TASK] = 0
-        self.fields[kernels.SPLITS : kernels.STREAMS + 1] = (
-            splits,
-            blocks,
-            int(aligned and traffic * self.bytes > STREAMED),
-        )
-        fields = array("q", self.fields)
-        parallel(compiled(kernel, self.stored), fields.buffer_info()[0], threads)
+        self.fields[kernels.SPLITS] = splits
+        self.fields[kernels.BLOCKS] = blocks
+        self.fields[kernels.STREAMS] = aligned and traffic * self.bytes > STREAMED
+        parallel(compiled(kernel, self.stored), self.fields.buffer_info()[0], threads)
 
 
 @lru_cache(maxsize=64)
@@ -213,7 +212,7 @@ def _cut(batch: Integers, begin: Integers, end: Integers, channels: int) -> _Chu
     table[:, kernels.SLOT] = np.where(cut[sequence], before * kernels.SPANS, -1)
     table[:, kernels.FIRST] = piece == 0
     table[:, kernels.LAST] = piece == pieces[sequence] - 1
-    return _Chunks(table, int(cut[sequence].sum()) * kernels.SPANS)
+    return _Chunks(table, int(cut[sequence].sum()) * kernels.SPANS, table.ctypes.data)
 
 
 def _readable(tensor: Tensor, *, merged: bool) -> Tensor:

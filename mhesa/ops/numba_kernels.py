@@ -237,7 +237,10 @@ def _backward_row(x, x_step, dy, dy_step, out, out_step, row, skips, streams, n)
 
 
 @jit
-def _backward_rows(x, x_step, dy, dy_step, out, out_step, row, skips, streams, n):
+def _backward_rows(x, x_step, dy, dy_step, out, out_step, row, skips, streams, rows, n):
+    if rows != ROWS:
+        _backward_row(x, x_step, dy, dy_step, out, out_step, row, skips, streams, n)
+        return
     # The next rows are asked for in the order of memory, which columns of `ROWS` rows are not.
     x_ahead, dy_ahead, ahead = offset(x, ROWS * x_step), offset(dy, ROWS * dy_step), 0
     i = 0
@@ -272,9 +275,8 @@ def _load_rates(p, row, alpha, decay, skip, start, n):
 
 
 @jit
-def _step_of(p, chunk, spans, span, step):
-    """The row that a span of a chunk takes in the run's step `step`."""
-    rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
+def _row_of(p, chunk, rows, longer, span, step):
+    """The row that a span takes in a step: the first `longer` spans have `rows + 1` rows, others `rows`."""
     if p[REVERSE]:
         return chunk[BEGIN] + (span + 1) * rows + min(span + 1, longer) - 1 - step
     return chunk[BEGIN] + span * rows + min(span, longer) + step
@@ -312,15 +314,19 @@ def forward(data):
                 rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
                 for step in range(rows + (1 if longer else 0)):
                     for span in range(spans if step < rows else longer):
-                        t = _step_of(p, chunk, spans, span, step)
+                        t = _row_of(p, chunk, rows, longer, span, step)
                         x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW])
                         out_t = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
+                        if whole:
+                            part = offset(row, span * n)
+                            _forward_row(offset(x_t, start), out_t, part, skips, streams, n)
+                            continue
                         done = 0
                         while done < n:
                             head, within = (start + done) // head_dim, (start + done) % head_dim
-                            piece = n if whole else min(n - done, head_dim - within)
+                            piece = min(n - done, head_dim - within)
                             x_i, out_i = offset(x_t, head * p[X_HEAD] + within), offset(out_t, done)
-                            _forward_row(x_i, out_i, offset(row, span * n + done), skips, streams, piece)
+                            _forward_row(x_i, out_i, offset(row, done), skips, streams, piece)
                             done += piece
                 if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
                     last = 0 if p[REVERSE] else (spans - 1) * n
@@ -348,7 +354,7 @@ def ends(data):
             rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
             for step in range(rows + (1 if longer else 0)):
                 for span in range(SPANS if step < rows else longer):
-                    t = _step_of(p, chunk, SPANS, span, step)
+                    t = _row_of(p, chunk, rows, longer, span, step)
                     x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW])
                     _ends_row(x_t, offset(row, span * n), n)
             for i in range(SPANS * n):
@@ -374,7 +380,7 @@ def backward_ends(data):
             rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
             for step in range(rows + (1 if longer else 0)):
                 for span in range(SPANS if step < rows else longer):
-                    t = _step_of(p, chunk, SPANS, span, step)
+                    t = _row_of(p, chunk, rows, longer, span, step)
                     dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW])
                     _backward_ends_row(dy_t, offset(row, span * n), n)
             for i in range(SPANS * n):
@@ -467,25 +473,36 @@ def backward(data):
                 while step < steps:
                     taken = ROWS if rows - step >= ROWS else 1
                     for span in range(spans if step < rows else longer):
-                        t = _step_of(p, chunk, spans, span, step)
+                        t = _row_of(p, chunk, rows, longer, span, step)
                         x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW])
                         dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW])
                         out_t = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
+                        if whole:
+                            x_t, dy_t, part = offset(x_t, start), offset(dy_t, start), offset(row, span * n)
+                            _backward_rows(
+                                x_t, x_step, dy_t, dy_step, out_t, out_step, part, skips, streams, taken, n
+                            )
+                            continue
                         done = 0
                         while done < n:
                             head, within = (start + done) // head_dim, (start + done) % head_dim
-                            piece = n if whole else min(n - done, head_dim - within)
                             x_i = offset(x_t, head * p[X_HEAD] + within)
                             dy_i = offset(dy_t, head * p[DY_HEAD] + within)
-                            out_i, part = offset(out_t, done), offset(row, span * n + done)
-                            if taken == ROWS:
-                                _backward_rows(
-                                    x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece
-                                )
-                            else:
-                                _backward_row(
-                                    x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece
-                                )
+                            out_i, part = offset(out_t, done), offset(row, done)
+                            piece = min(n - done, head_dim - within)
+                            _backward_rows(
+                                x_i,
+                                x_step,
+                                dy_i,
+                                dy_step,
+                                out_i,
+                                out_step,
+                                part,
+                                skips,
+                                streams,
+                                taken,
+                                piece,
+                            )
                             done += piece
                     step += taken
                     if step % SUMMED < taken or step == steps:

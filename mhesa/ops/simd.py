@@ -89,7 +89,10 @@ def scratch(context: Any, like: Any, count: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         memory = ir.ArrayType(context.get_value_type(wide), count.literal_value)
-        return builder.gep(cgutils.alloca_once(builder, memory), [I32(0), I32(0)])
+        place = cgutils.alloca_once(builder, memory)
+        # Vectors that straddle cache lines are twice the work.
+        place.align = 64
+        return builder.gep(place, [I32(0), I32(0)])
 
     return types.CPointer(wide)(like, count), codegen
 
