@@ -50,7 +50,7 @@ WIDTH = 512
 STRIDE = WIDTH + 64
 SCRATCH = 8 * STRIDE
 # Channels that one vector instruction takes, or a few where vectors are shorter.
-LANES = 16
+LANES, HALF = 16, 8
 # Rows that the backward pass takes at a time: its eight rows of scratch are more traffic than the tensors.
 ROWS = 4
 # After so many rows, sums in the accumulation type are handed over to fp64.
@@ -79,27 +79,38 @@ ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP 
 
 @intrinsic
 def _forward_tile(
-    context: Any, x: Any, out: Any, scratch: Any, skips: Any, streams: Any, writes: Any, lanes: Any
+    context: Any,
+    x: Any,
+    x_step: Any,
+    out: Any,
+    out_step: Any,
+    scratch: Any,
+    skips: Any,
+    streams: Any,
+    writes: Any,
+    lanes: Any,
+    rows: Any,
 ) -> Any:
-    """Advance `lanes` channels by a row; without `writes` only their state."""
-    if not (isinstance(writes, types.IntegerLiteral) and isinstance(lanes, types.IntegerLiteral)):
+    """Scan `lanes` channels over `rows` rows, the state in registers; without `writes` that alone."""
+    if not all(isinstance(constant, types.IntegerLiteral) for constant in (writes, lanes, rows)):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x_0, out_0, row, skips, streams, *_ = args
+        x_0, x_step, out_0, out_step, row, skips, streams, *_ = args
         emit = Emitter(builder, x.dtype, lanes.literal_value)
-        a, d, h = (emit.load(row, I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_P))
-        value = emit.widen(emit.load(x_0, I64(0)))
-        h = emit.flush(emit.fma(d, h, builder.fmul(a, value)))
+        a, d, s, h = (emit.load(row, I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P))
+        for step in range(rows.literal_value):
+            value = emit.widen(emit.load(x_0, builder.mul(x_step, I64(step))))
+            h = emit.flush(emit.fma(d, h, builder.fmul(a, value)))
+            if writes.literal_value:
+                # Without a skip term nothing is added, not zero times x: that is NaN where x is infinite.
+                y = builder.select(skips, emit.fma(s, value, h), h)
+                emit.stream(emit.narrow(y), out_0, builder.mul(out_step, I64(step)), streams)
         emit.store(h, row, I64(ROW_P))
-        if writes.literal_value:
-            # Without a skip term nothing is added, not zero times x: that is NaN where x is infinite.
-            y = builder.select(skips, emit.fma(emit.load(row, I64(ROW_SKIP)), value, h), h)
-            emit.stream(emit.narrow(y), out_0, I64(0), streams)
         return context.get_dummy_value()
 
-    signature = types.void(x, out, scratch, types.boolean, types.boolean, writes, lanes)
-    return signature, codegen
+    flags = (types.boolean, types.boolean)
+    return types.void(x, types.int64, out, types.int64, scratch, *flags, writes, lanes, rows), codegen
 
 
 @intrinsic
@@ -147,21 +158,23 @@ def _backward_tile(
 
 
 @intrinsic
-def _backward_ends_tile(context: Any, dy: Any, scratch: Any, lanes: Any) -> Any:
-    """Carry `p` and `r` of `lanes` channels back over a row, and nothing else."""
-    if not isinstance(lanes, types.IntegerLiteral):
+def _backward_ends_tile(context: Any, dy: Any, dy_step: Any, scratch: Any, lanes: Any, rows: Any) -> Any:
+    """Carry `p` and `r` of `lanes` channels back over `rows` rows, and nothing else."""
+    if not (isinstance(lanes, types.IntegerLiteral) and isinstance(rows, types.IntegerLiteral)):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        dy_0, row, _ = args
+        dy_0, dy_step, row, *_ = args
         emit = Emitter(builder, dy.dtype, lanes.literal_value)
         d, p, r = (emit.load(row, I64(place)) for place in (ROW_DECAY, ROW_P, ROW_R))
-        g = builder.fadd(emit.widen(emit.load(dy_0, I64(0))), p)
-        emit.store(emit.flush(builder.fmul(d, g)), row, I64(ROW_P))
-        emit.store(emit.flush(emit.fma(d, r, g)), row, I64(ROW_R))
+        for step in range(rows.literal_value):
+            g = builder.fadd(emit.widen(emit.load(dy_0, builder.mul(dy_step, I64(step)))), p)
+            p, r = emit.flush(builder.fmul(d, g)), emit.flush(emit.fma(d, r, g))
+        emit.store(p, row, I64(ROW_P))
+        emit.store(r, row, I64(ROW_R))
         return context.get_dummy_value()
 
-    return types.void(dy, scratch, lanes), codegen
+    return types.void(dy, types.int64, scratch, lanes, rows), codegen
 
 
 @intrinsic
@@ -177,90 +190,96 @@ def _prefetch(context: Any, x: Any, index: Any) -> Any:
     return types.void(x, types.int64), codegen
 
 
-@jit
-def _forward_row(x, out, row, skips, streams, n):
-    i = 0
-    while n - i >= LANES:
-        _forward_tile(offset(x, i), offset(out, i), offset(row, i), skips, streams, 1, LANES)
-        i += LANES
-    if n - i >= 8:
-        _forward_tile(offset(x, i), offset(out, i), offset(row, i), skips, streams, 1, 8)
-        i += 8
-    while i < n:
-        _forward_tile(offset(x, i), offset(out, i), offset(row, i), skips, streams, 1, 1)
-        i += 1
+# Each walks along rows in tiles of `LANES` channels, of half as many, and single ones. They are made for a
+# number of rows at a time, which must be a constant where the instructions are written.
 
 
-@jit
-def _ends_row(x, row, n):
-    i = 0
-    while n - i >= LANES:
-        _forward_tile(offset(x, i), x, offset(row, i), False, False, 0, LANES)
-        i += LANES
-    if n - i >= 8:
-        _forward_tile(offset(x, i), x, offset(row, i), False, False, 0, 8)
-        i += 8
-    while i < n:
-        _forward_tile(offset(x, i), x, offset(row, i), False, False, 0, 1)
-        i += 1
+def _forward_walk(rows):
+    @jit
+    def walk(x, x_step, out, out_step, row, skips, streams, n):
+        i = 0
+        while n - i >= LANES:
+            x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
+            _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, LANES, rows)
+            i += LANES
+        if n - i >= HALF:
+            x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
+            _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, HALF, rows)
+            i += HALF
+        while i < n:
+            x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
+            _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, 1, rows)
+            i += 1
+
+    return walk
 
 
-@jit
-def _backward_ends_row(dy, row, n):
-    i = 0
-    while n - i >= LANES:
-        _backward_ends_tile(offset(dy, i), offset(row, i), LANES)
-        i += LANES
-    if n - i >= 8:
-        _backward_ends_tile(offset(dy, i), offset(row, i), 8)
-        i += 8
-    while i < n:
-        _backward_ends_tile(offset(dy, i), offset(row, i), 1)
-        i += 1
+def _ends_walk(rows):
+    @jit
+    def walk(x, x_step, row, n):
+        i = 0
+        while n - i >= LANES:
+            _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, LANES, rows)
+            i += LANES
+        if n - i >= HALF:
+            _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, HALF, rows)
+            i += HALF
+        while i < n:
+            _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, 1, rows)
+            i += 1
+
+    return walk
 
 
-@jit
-def _backward_row(x, x_step, dy, dy_step, out, out_step, row, skips, streams, n):
-    i = 0
-    while n - i >= LANES:
-        x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, LANES, 1)
-        i += LANES
-    if n - i >= 8:
-        x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, 8, 1)
-        i += 8
-    while i < n:
-        x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, 1, 1)
-        i += 1
+def _backward_ends_walk(rows):
+    @jit
+    def walk(dy, dy_step, row, n):
+        i = 0
+        while n - i >= LANES:
+            _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), LANES, rows)
+            i += LANES
+        if n - i >= HALF:
+            _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), HALF, rows)
+            i += HALF
+        while i < n:
+            _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), 1, rows)
+            i += 1
+
+    return walk
 
 
-@jit
-def _backward_rows(x, x_step, dy, dy_step, out, out_step, row, skips, streams, rows, n):
-    if rows != ROWS:
-        _backward_row(x, x_step, dy, dy_step, out, out_step, row, skips, streams, n)
-        return
-    # The next rows are asked for in the order of memory, which columns of `ROWS` rows are not.
-    x_ahead, dy_ahead, ahead = offset(x, ROWS * x_step), offset(dy, ROWS * dy_step), 0
-    i = 0
-    while n - i >= LANES:
-        _prefetch(x_ahead, ahead)
-        _prefetch(dy_ahead, ahead)
-        ahead += ROWS * LANES
-        if ahead >= n:
-            x_ahead, dy_ahead, ahead = offset(x_ahead, x_step), offset(dy_ahead, dy_step), 0
-        x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, LANES, ROWS)
-        i += LANES
-    if n - i >= 8:
-        x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, 8, ROWS)
-        i += 8
-    while i < n:
-        x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, 1, ROWS)
-        i += 1
+def _backward_walk(rows):
+    @jit
+    def walk(x, x_step, dy, dy_step, out, out_step, row, skips, streams, n):
+        # The next rows are asked for in the order of memory, which columns of several rows are not.
+        x_ahead, dy_ahead, ahead = offset(x, rows * x_step), offset(dy, rows * dy_step), 0
+        i = 0
+        while n - i >= LANES:
+            if rows == ROWS:
+                _prefetch(x_ahead, ahead)
+                _prefetch(dy_ahead, ahead)
+                ahead += ROWS * LANES
+                if ahead >= n:
+                    x_ahead, dy_ahead, ahead = offset(x_ahead, x_step), offset(dy_ahead, dy_step), 0
+            x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
+            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, LANES, rows)
+            i += LANES
+        if n - i >= HALF:
+            x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
+            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, HALF, rows)
+            i += HALF
+        while i < n:
+            x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
+            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, 1, rows)
+            i += 1
+
+    return walk
+
+
+_forward_row, _forward_rows = _forward_walk(1), _forward_walk(ROWS)
+_ends_row, _ends_rows = _ends_walk(1), _ends_walk(ROWS)
+_backward_row, _backward_rows = _backward_walk(1), _backward_walk(ROWS)
+_backward_ends_row, _backward_ends_rows = _backward_ends_walk(1), _backward_ends_walk(ROWS)
 
 
 @jit
@@ -293,6 +312,8 @@ def forward(data):
     head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
     whole = p[X_HEAD] == head_dim
     skips, streams = p[SKIP] != 0, p[STREAMS] != 0
+    sign = -1 if p[REVERSE] else 1
+    x_step, out_step = sign * p[X_ROW], sign * channels
     while True:
         task = take(p)
         if task >= p[SPLITS] * p[BLOCKS]:
@@ -312,22 +333,28 @@ def forward(data):
                     else:
                         row[ROW_P + i] = initial[state + i] if p[INITIAL] else 0
                 rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
-                for step in range(rows + (1 if longer else 0)):
+                steps, step = rows + (1 if longer else 0), 0
+                while step < steps:
+                    # One row at a time is read and written as a copy does; spans are not in order anyway.
+                    taken = ROWS if spans > 1 and rows - step >= ROWS else 1
                     for span in range(spans if step < rows else longer):
                         t = _row_of(p, chunk, rows, longer, span, step)
-                        x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW])
+                        x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)
                         out_t = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
-                        if whole:
-                            part = offset(row, span * n)
-                            _forward_row(offset(x_t, start), out_t, part, skips, streams, n)
-                            continue
                         done = 0
                         while done < n:
-                            head, within = (start + done) // head_dim, (start + done) % head_dim
-                            piece = min(n - done, head_dim - within)
-                            x_i, out_i = offset(x_t, head * p[X_HEAD] + within), offset(out_t, done)
-                            _forward_row(x_i, out_i, offset(row, done), skips, streams, piece)
+                            x_i, out_i = offset(x_t, done), offset(out_t, done)
+                            part, piece = offset(row, span * n + done), n
+                            if not whole:
+                                head, within = (start + done) // head_dim, (start + done) % head_dim
+                                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
+                                piece = min(n - done, head_dim - within)
+                            if taken == ROWS:
+                                _forward_rows(x_i, x_step, out_i, out_step, part, skips, streams, piece)
+                            else:
+                                _forward_row(x_i, x_step, out_i, out_step, part, skips, streams, piece)
                             done += piece
+                    step += taken
                 if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
                     last = 0 if p[REVERSE] else (spans - 1) * n
                     for i in range(n):
@@ -341,6 +368,7 @@ def ends(data):
     row = scratch(data, SCRATCH)
     x, carries, chunks = pointer(p[X], data), pointer(p[CARRIES], row), pointer(p[CHUNKS], p)
     alpha, decay = pointer(p[ALPHA], row), pointer(p[DECAY], row)
+    x_step = -p[X_ROW] if p[REVERSE] else p[X_ROW]
     n = p[HEADS] * p[HEAD_DIM]
     _load_rates(p, row, alpha, decay, alpha, 0, n)
     while True:
@@ -352,11 +380,17 @@ def ends(data):
             for i in range(SPANS * n):
                 row[ROW_P + i] = 0
             rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
-            for step in range(rows + (1 if longer else 0)):
+            steps, step = rows + (1 if longer else 0), 0
+            while step < steps:
+                taken = ROWS if rows - step >= ROWS else 1
                 for span in range(SPANS if step < rows else longer):
                     t = _row_of(p, chunk, rows, longer, span, step)
                     x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW])
-                    _ends_row(x_t, offset(row, span * n), n)
+                    if taken == ROWS:
+                        _ends_rows(x_t, x_step, offset(row, span * n), n)
+                    else:
+                        _ends_row(x_t, x_step, offset(row, span * n), n)
+                step += taken
             for i in range(SPANS * n):
                 carries[chunk[SLOT] * n + i] = row[ROW_P + i]
 
@@ -367,6 +401,7 @@ def backward_ends(data):
     row = scratch(data, SCRATCH)
     dy, carries, chunks = pointer(p[DY], data), pointer(p[CARRIES], row), pointer(p[CHUNKS], p)
     alpha, decay = pointer(p[ALPHA], row), pointer(p[DECAY], row)
+    dy_step = -p[DY_ROW] if p[REVERSE] else p[DY_ROW]
     n = p[HEADS] * p[HEAD_DIM]
     _load_rates(p, row, alpha, decay, alpha, 0, n)
     while True:
@@ -378,11 +413,17 @@ def backward_ends(data):
             for i in range(SPANS * n):
                 row[ROW_P + i] = row[ROW_R + i] = 0
             rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
-            for step in range(rows + (1 if longer else 0)):
+            steps, step = rows + (1 if longer else 0), 0
+            while step < steps:
+                taken = ROWS if rows - step >= ROWS else 1
                 for span in range(SPANS if step < rows else longer):
                     t = _row_of(p, chunk, rows, longer, span, step)
                     dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW])
-                    _backward_ends_row(dy_t, offset(row, span * n), n)
+                    if taken == ROWS:
+                        _backward_ends_rows(dy_t, dy_step, offset(row, span * n), n)
+                    else:
+                        _backward_ends_row(dy_t, dy_step, offset(row, span * n), n)
+                step += taken
             for i in range(SPANS * n):
                 carries[chunk[SLOT] * n + i] = row[ROW_P + i]
                 carries[p[PLANE] + chunk[SLOT] * n + i] = row[ROW_R + i]
@@ -474,35 +515,26 @@ def backward(data):
                     taken = ROWS if rows - step >= ROWS else 1
                     for span in range(spans if step < rows else longer):
                         t = _row_of(p, chunk, rows, longer, span, step)
-                        x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW])
-                        dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW])
+                        x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)
+                        dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW] + start)
                         out_t = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
-                        if whole:
-                            x_t, dy_t, part = offset(x_t, start), offset(dy_t, start), offset(row, span * n)
-                            _backward_rows(
-                                x_t, x_step, dy_t, dy_step, out_t, out_step, part, skips, streams, taken, n
-                            )
-                            continue
                         done = 0
                         while done < n:
-                            head, within = (start + done) // head_dim, (start + done) % head_dim
-                            x_i = offset(x_t, head * p[X_HEAD] + within)
-                            dy_i = offset(dy_t, head * p[DY_HEAD] + within)
-                            out_i, part = offset(out_t, done), offset(row, done)
-                            piece = min(n - done, head_dim - within)
-                            _backward_rows(
-                                x_i,
-                                x_step,
-                                dy_i,
-                                dy_step,
-                                out_i,
-                                out_step,
-                                part,
-                                skips,
-                                streams,
-                                taken,
-                                piece,
-                            )
+                            x_i, dy_i = offset(x_t, done), offset(dy_t, done)
+                            out_i, part, piece = offset(out_t, done), offset(row, span * n + done), n
+                            if not whole:
+                                head, within = (start + done) // head_dim, (start + done) % head_dim
+                                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
+                                dy_i = offset(dy_i, head * (p[DY_HEAD] - head_dim))
+                                piece = min(n - done, head_dim - within)
+                            if taken == ROWS:
+                                _backward_rows(
+                                    x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece
+                                )
+                            else:
+                                _backward_row(
+                                    x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece
+                                )
                             done += piece
                     step += taken
                     if step % SUMMED < taken or step == steps:
