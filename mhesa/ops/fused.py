@@ -204,7 +204,8 @@ class _Positional(inspect.Signature):
 
 
 for _function in (Smoothing, SmoothingGradient):
-    _function.forward.__signature__ = _Positional()  # type: ignore[union-attr]
+    _parameters = inspect.signature(_function.forward).parameters.values()
+    _function.forward.__signature__ = _Positional(list(_parameters))  # type: ignore[union-attr]
 
 
 def _smoothing(

@@ -25,8 +25,9 @@ NARROWEST = 32
 GROUPS = 16
 # A scan of fewer elements is done before a second thread has woken.
 PARALLEL = 1 << 14
-# Bytes read and written from which results go past the caches, which would not hold them until they are read.
-STREAMED = 1 << 24
+# Bytes read and written from which results go past the caches: lines about to be overwritten are then not
+# read first. Operators that read the result next were never slower for it.
+STREAMED = 1 << 23
 # A long sequence of few channels is cut into chunks of so many rows, at most so many.
 CHUNK_ROWS = 1024 * kernels.SPANS
 MOST_CHUNKS = 64
