@@ -96,7 +96,10 @@ def scratch(context: Any, like: Any, count: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         memory = ir.ArrayType(context.get_value_type(wide), count.literal_value)
-        return builder.gep(cgutils.alloca_once(builder, memory), [I32(0), I32(0)])
+        place = cgutils.alloca_once(builder, memory)
+        # Vectors that straddle cache lines are twice the work.
+        place.align = 64
+        return builder.gep(place, [I32(0), I32(0)])
 
     return types.CPointer(wide)(like, count), codegen
 
@@ -119,6 +122,17 @@ def take(context: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", args[0], I64(1), "monotonic")
 
     return types.int64(counter), codegen
+
+
+@intrinsic
+def fence(context: Any) -> Any:
+    """Have everything stored seen by other threads, what went past the caches too."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 class Emitter:
@@ -156,6 +170,21 @@ class Emitter:
     def store(self, value: Any, pointer: Any, index: Any) -> None:
         """Store a vector as it is."""
         self.builder.store(value, self.address(pointer, index), align=self.align(pointer))
+
+    def stream(self, value: Any, pointer: Any, index: Any, past: Any) -> None:
+        """Store a vector; if `past` is true, past the caches: it must then be aligned as a vector is."""
+        with self.builder.if_else(past) as (streamed, cached):
+            with streamed:
+                whole = min(64, self.bytes * self.lanes)
+                store = self.builder.store(value, self.address(pointer, index), align=whole)
+                store.set_metadata("nontemporal", self.builder.module.add_metadata([I32(1)]))
+            with cached:
+                self.store(value, pointer, index)
+
+    @property
+    def bytes(self) -> int:
+        """The size of a stored value."""
+        return {types.float64: 8, types.float32: 4}.get(self.stored, 2)
 
     def prefetch(self, pointer: Any, index: Any, write: bool = False) -> None:
         """Ask for the memory of a vector; an address that does not exist does no harm."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import torch
 
-_Native = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _forked = False
 
 
@@ -35,15 +35,20 @@ def parallel(function: int, data: int, threads: int) -> None:
         threads: how many, this one included.
     """
     if threads == 1:
-        _Native(function)(data)
+        _native(function)(data)
     elif (openmp := _openmp()) is not None:
         openmp(function, data, threads, 0)
     else:
-        call = _Native(function)
+        call = _native(function)
         others = [_pool().submit(call, data) for _ in range(threads - 1)]
         call(data)
         for other in others:
             other.result()
+
+
+@cache
+def _native(function: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
 
 
 @cache
