@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,6 +13,18 @@ import torch
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what tests make of corpora out of the user's cache, in this process and in those it starts."""
     os.environ["MHESA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def torture_report() -> Callable[[str], None]:
+    """Add a line to the report that `make torture` writes, if it does."""
+
+    def record(line: str) -> None:
+        if report := os.environ.get("TORTURE_REPORT"):
+            with open(report, "a") as file:
+                file.write(f"| {line} |\n")
+
+    return record
 
 
 @pytest.fixture(autouse=True)

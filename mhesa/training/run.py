@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from mhesa.data import Corpus, Document, Source, Tokenizer, Windows, open_corpus
 from mhesa.data.cache import cache_folder, lock
 from mhesa.devices import best_device
 from mhesa.durable import write_folder
-from mhesa.errors import InputError
+from mhesa.errors import InputError, TrainingError
 from mhesa.evaluation import Score, evaluate
 from mhesa.generation import Sampling, stream
 from mhesa.hf.folder import load_tokenizer
@@ -118,8 +119,15 @@ def train(
         run.display.open("training", 1.0)
         start = None if run.checkpoint is None else str(run.checkpoint)
         run.budget.start(run.progress.seconds)
-        trainer.train(resume_from_checkpoint=start)
-        return run.finish(trainer)
+        try:
+            trainer.train(resume_from_checkpoint=start)
+            return run.finish(trainer)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise TrainingError(
+                f"cannot write to {run.folder}: {reason}; its checkpoints are whole, "
+                "and --resume goes on from the newest"
+            ) from error
 
 
 def _join_processes(device: str) -> None:
@@ -260,7 +268,7 @@ class Run:
 
     def _evaluate(self, trainer: StepTrainer) -> Evaluation | None:
         model = self.model
-        if self.settings.fsdp and processes() > 1:
+        if trainer.is_fsdp_enabled:
             model = _with_weights(self.config, trainer.weights())
         if rank() != 0:
             return None
