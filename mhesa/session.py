@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from mhesa.data import Tokenizer
 from mhesa.decoding import Decoder
+from mhesa.durable import write_file
 from mhesa.errors import InputError
 from mhesa.evaluation import surprisals
 from mhesa.generation import stream, until
@@ -253,15 +253,10 @@ def fingerprint(model: GatedExponentialSmoothingLM) -> str:
 
 def _replace(path: Path, data: bytes) -> None:
     """Write a file, or leave what is there as it was."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("wb") as file:
+        with write_file(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 

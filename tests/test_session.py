@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_old_file(reader, tmp_path, monkeypatch):
     session.save(path)
     before = path.read_bytes()
     # The file that is written beside the old one is on a disk without room.
-    (tmp_path / f".talk.session.{os.getpid()}").symlink_to("/dev/full")
+    (tmp_path / ".talk.session.partial").symlink_to("/dev/full")
     session.feed("lost")
     with pytest.raises(InputError, match=os.strerror(errno.ENOSPC)):
         session.save(path)

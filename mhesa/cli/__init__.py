@@ -10,6 +10,7 @@ import typer
 import mhesa
 from mhesa.cli import bench
 from mhesa.cli.common import errors
+from mhesa.cli.config import config
 from mhesa.cli.evaluate import evaluate
 from mhesa.cli.generate import generate
 from mhesa.cli.score import score
@@ -28,6 +29,7 @@ app.command()(train)
 app.command()(generate)
 app.command(name="eval")(evaluate)
 app.command()(score)
+app.command()(config)
 
 benches = typer.Typer(help="Measure speed, as ratios inside one run.", no_args_is_help=True)
 benches.command(name="ops")(bench.ops)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,7 @@ from mhesa.cli.common import (
 from mhesa.errors import InputError
 
 if TYPE_CHECKING:
+    from mhesa.data import File
     from mhesa.heatmap import Heatmap
     from mhesa.scoring import Batch, Scored
     from mhesa.session import Reader
@@ -75,26 +76,43 @@ def score(
         raise InputError(f"--by must be {', '.join(BY)}, not {by}")
     if top is not None and top < 1:
         raise InputError(f"--top must be at least 1, not {top}")
-    files = _find(sources or ["-"])
+    files = [file for source in sources or ["-"] for file in _find(source)]
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     with ExitStack() as stack:
         stack.enter_context(interruptible())
         page = stack.enter_context(_page(heatmap)) if heatmap else None
-        total = None if None in files else sum(file.stat().st_size for file in files if file)
-        quiet = sys.stdout.isatty() and page is None and top is None
-        advance = stack.enter_context(progress("scoring", total or 0, hidden=quiet or total is None))
-        rows = (row for file in files for row in BY[by](*_scored(reader, file, page, advance)))
+        total = sum(file.size for file in files if file)
+        hidden = None in files or (sys.stdout.isatty() and page is None and top is None)
+        advance = stack.enter_context(progress("scoring", total, hidden=hidden))
+        rows = (
+            row
+            for name, chunks in _documents(files, advance)
+            for row in BY[by](name, _scored(reader, name, chunks, page))
+        )
         shown = rows if top is None else most_surprising(_until_interrupted(rows), top)
         for row in shown:
             if page is None or top is not None:
                 _print(row, as_json)
 
 
-def _find(sources: list[str]) -> list[Path | None]:
-    """The files of the sources, each once; `None` is standard input."""
+def _find(source: str) -> list[File | None]:
+    """The files of a source; `None` is standard input, which is scored as it comes."""
     from mhesa.data import find_files
 
-    return find_files(sources)
+    return [None] if source == "-" else [*find_files([source])]
+
+
+def _documents(
+    files: list[File | None], advance: Callable[[int], object]
+) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """The texts of some files, each a name and its bytes as they come."""
+    from mhesa.scoring import chunks_of
+
+    for file in files:
+        if file is None:
+            yield "-", chunks_of(sys.stdin.buffer)
+        else:
+            yield from file.documents(on_read=advance)
 
 
 @contextmanager
@@ -111,30 +129,11 @@ def _page(path: Path) -> Iterator[Heatmap]:
     errors.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _scored(
-    reader: Reader, file: Path | None, page: Heatmap | None, advance: Callable[[int], object]
-) -> tuple[str, Iterator[Batch]]:
-    """A file's name and the scores of its text, which is read as these are asked for."""
-    name = "-" if file is None else str(file)
-    batches = _batches(reader, file, advance)
-    return name, page.follow(name, batches) if page else batches
-
-
-def _batches(reader: Reader, file: Path | None, advance: Callable[[int], object]) -> Iterator[Batch]:
-    from mhesa.scoring import chunks_of
+def _scored(reader: Reader, name: str, chunks: Iterator[bytes], page: Heatmap | None) -> Iterator[Batch]:
     from mhesa.scoring import score as score_text
 
-    with sys.stdin.buffer if file is None else _open(file) as stream:
-        for batch in score_text(reader, chunks_of(stream)):
-            yield batch
-            advance(sum(map(len, batch.pieces)))
-
-
-def _open(file: Path) -> IO[bytes]:
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    batches = score_text(reader, chunks)
+    return page.follow(name, batches) if page else batches
 
 
 def _until_interrupted(rows: Iterable[Scored]) -> Iterator[Scored]:
