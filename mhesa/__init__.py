@@ -5,9 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mhesa.decoding import Decoder
+from mhesa.generation import generate
 from mhesa.layers import MHESA, GatedMHESA
 from mhesa.model import GatedExponentialSmoothingLM
 from mhesa.ops import conv1d_fft, exponential_smoothing, exponential_smoothing_step
+from mhesa.sampling import Sampling
+from mhesa.session import Reader, Session
 
 if TYPE_CHECKING:
     from mhesa.training import TrainingSettings, train
@@ -16,12 +20,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MHESA",
+    "Decoder",
     "GatedExponentialSmoothingLM",
     "GatedMHESA",
+    "Reader",
+    "Sampling",
+    "Session",
     "TrainingSettings",
     "conv1d_fft",
     "exponential_smoothing",
     "exponential_smoothing_step",
+    "generate",
     "train",
 ]
 

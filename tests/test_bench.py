@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mhesa import cli
-from mhesa.bench import ops, train
+from mhesa.bench import lengths, ops, train
+from mhesa.bench.lengths import bench_lengths
 from mhesa.bench.ops import Case, Contestant, bench_ops
 from mhesa.bench.train import Sizes, bench_train
 
@@ -27,10 +28,10 @@ def test_every_operator_has_its_rows():
 
 def test_a_wrong_operator_has_no_row(monkeypatch):
     def wrong(x, alpha, decay, skip):
-        return ops._backend("chunked")(x, alpha, decay * 1.001, skip)
+        return ops.with_backend("chunked")(x, alpha, decay * 1.001, skip)
 
     def wrong_gradient(x, alpha, decay, skip):
-        y = ops._backend("chunked")(x, alpha, decay, skip)
+        y = ops.with_backend("chunked")(x, alpha, decay, skip)
         return y + (x - x.detach()) * 1e-3
 
     contestants = [Contestant("wrong", wrong), Contestant("wrong gradient", wrong_gradient)]
@@ -73,7 +74,40 @@ def test_the_commands_print_tables_and_json(monkeypatch, capsys):
         assert caught.value.code == 0
         return capsys.readouterr().out
 
-    monkeypatch.setattr(ops, "CASES", SMALL)
-    assert "x clone" in run("ops", "--rounds", "1")
+    assert "x clone" in run("ops", "--rounds", "1", "--shape", "2x64x2x8")
+    monkeypatch.setattr(ops, "SHAPES", [(2, 64, 2, 8)])
+    monkeypatch.setattr(lengths, "LENGTHS", (64, 512))
+    assert "x one eighth" in run("ops", "--rounds", "1")
     rows = json.loads(run("ops", "--rounds", "1", "--json"))
     assert {"shape", "dtype", "operator", "timed", "milliseconds", "over_clone", "error"} <= set(rows[0])
+    assert {"length", "timed", "milliseconds", "nanoseconds_per_step", "over_shorter"} <= set(rows[-1])
+
+
+def test_a_shape_that_is_none_is_refused(monkeypatch, capsys):
+    for shape in ("4x1024", "4x0x8x64", "axbxcxd"):
+        monkeypatch.setattr(sys, "argv", ["mhesa", "bench", "ops", "--shape", shape])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 2
+        assert "shape must be four sizes such as 4x1024x8x64" in capsys.readouterr().err
+
+
+def test_every_length_has_its_rows():
+    rows = list(bench_lengths((32, 256), rounds=1))
+    assert [(row.length, row.timed) for row in rows] == [
+        (32, "forward"),
+        (256, "forward"),
+        (32, "forward+backward"),
+        (256, "forward+backward"),
+    ]
+    assert [row.over_shorter is None for row in rows] == [True, False] * 2
+
+
+def test_a_length_with_a_wrong_result_has_no_row(monkeypatch):
+    right = lengths.with_backend
+
+    def wrong(name):
+        return (lambda x, *rest: right(name)(x, *rest) * 1.001) if name is None else right(name)
+
+    monkeypatch.setattr(lengths, "with_backend", wrong)
+    assert list(bench_lengths((32, 256), rounds=1)) == []

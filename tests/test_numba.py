@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mhesa.ops import exponential_smoothing
-from mhesa.ops import numba as kernels
+from mhesa.ops import threads as threading
 
 CALL = """
 import sys, torch
@@ -63,7 +63,7 @@ def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...]) -> None:
 def test_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 300, 2, 64)
     expected = smooth(x)
-    monkeypatch.setattr(kernels, "_openmp", lambda: None)
+    monkeypatch.setattr(threading, "_openmp", lambda: None)
     assert equal(smooth(x), expected)
 
 

@@ -20,6 +20,7 @@ from mhesa.ops.backends import Backend
 triton = pytest.importorskip("triton")
 
 from mhesa.ops import triton as backend  # noqa: E402
+from mhesa.ops import triton_kernels as kernels  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -431,9 +432,9 @@ class Recorder:
 
 def compile_scan(monkeypatch, tmp_path, inputs):
     """The names of kernels, their resources and instructions, for a scan and its gradient."""
-    recorders = [Recorder(getattr(backend, name)) for name in ("_forward", "_backward", "_chain")]
+    recorders = [Recorder(getattr(kernels, name)) for name in ("forward", "backward", "chain")]
     for recorder in recorders:
-        monkeypatch.setattr(backend, recorder.kernel.__name__, recorder)
+        monkeypatch.setattr(kernels, recorder.kernel.__name__, recorder)
     operands = {key: value for key, value in inputs.items() if key not in ("dy", "dfinal")}
     backend.forward(*operands.values(), False)
     backend.backward(inputs["dy"], inputs["dfinal"], *operands.values(), False)
@@ -456,15 +457,15 @@ def test_hot_kernels_use_whole_vectors(dtype, regime, monkeypatch, tmp_path):
     # Several tiles a program, were there three multiprocessors.
     monkeypatch.setattr(backend, "_processors", lambda device: 1 if regime == "whole" else 3)
     inputs = make_inputs((1, 2**15, 1, 64), dtype, initial=False, device="cpu")
-    kernels = list(compile_scan(monkeypatch, tmp_path, inputs))
-    assert len(kernels) == (2 if regime == "whole" else 6)
-    for name, usage, instructions in kernels:
+    found = list(compile_scan(monkeypatch, tmp_path, inputs))
+    assert len(found) == (2 if regime == "whole" else 6)
+    for name, usage, instructions in found:
         assert "STACK:0 " in usage, (name, usage)
         assert not [i for i in instructions if i.startswith(("LDL", "STL"))], name
-        if name == "_chain":
+        if name == "chain":
             continue
         # The tile before the loop and the one in it.
-        rows_log = (backend.FORWARD_ROWS_LOG if name == "_forward" else backend.BACKWARD_ROWS_LOG)[
+        rows_log = (backend.FORWARD_ROWS_LOG if name == "forward" else backend.BACKWARD_ROWS_LOG)[
             dtype.itemsize
         ]
         wide = [i for i in instructions if i.startswith("LDG") and ".128" in i]

@@ -15,29 +15,48 @@ from mhesa.errors import InputError
 
 def ops(
     rounds: Annotated[int, typer.Option(help="Turns that are timed.")] = 15,
+    shape: Annotated[
+        str | None, typer.Option(metavar="BxLxHxD", help="Batch, length, heads, head_dim of one case.")
+    ] = None,
     as_json: AsJson = False,
     device: Device = "cpu",
 ) -> None:
     """Time the operator on every backend and in other packages that are installed.
 
     Every figure is a median of turns taken in rotation, beside a copy of the input in the same turns, and
-    is printed only if the result is right against fp64.
+    is printed only if the result is right against fp64. Without --shape a range of shapes is timed, then
+    the time against the length, up to a million steps (8 GB of memory).
 
     Example:
 
-        mhesa bench ops
+        mhesa bench ops --shape 16x2048x8x64
     """
-    from mhesa.bench.ops import CASES, bench_ops
+    from mhesa.bench.lengths import LENGTHS, bench_lengths
+    from mhesa.bench.ops import DTYPES, SHAPES, Case, bench_ops
 
     _check_bench(rounds, device)
-    found = []
-    with progress("timing", 2 * (rounds + 1) * len(CASES)) as advance:
-        for rows in bench_ops(CASES, rounds=rounds, device=device, on_round=lambda: advance(1)):
+    shapes = SHAPES if shape is None else [_shape(shape)]
+    cases = [Case(shape, dtype) for dtype in DTYPES for shape in shapes]
+    lengths = LENGTHS if shape is None else ()
+    found: list[Any] = []
+    with progress("timing", 2 * (rounds + 1) * (len(cases) + len(lengths))) as advance:
+        for rows in bench_ops(cases, rounds=rounds, device=device, on_round=lambda: advance(1)):
             found += rows
             if not as_json:
                 _print_case(rows)
+        by_length = list(bench_lengths(lengths, rounds=rounds, device=device, on_round=lambda: advance(1)))
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in found]))
+        typer.echo(json.dumps([asdict(row) for row in [*found, *by_length]]))
+    elif by_length:
+        _print_lengths(by_length)
+
+
+def _shape(text: str) -> tuple[int, int, int, int]:
+    sizes = text.split("x")
+    if len(sizes) != 4 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise InputError(f"shape must be four sizes such as 4x1024x8x64, not {text!r}")
+    batch, length, heads, head_dim = map(int, sizes)
+    return batch, length, heads, head_dim
 
 
 def _print_case(rows: list[Any]) -> None:
@@ -53,6 +72,19 @@ def _print_case(rows: list[Any]) -> None:
             f"{row.error:.0e}",
         )
     Console().print(table, "")
+
+
+def _print_lengths(rows: list[Any]) -> None:
+    table = new_table("length, 512 channels", "timed", "ms", "ns/step", "x one eighth")
+    for row in rows:
+        table.add_row(
+            f"{row.length:,}",
+            row.timed,
+            f"{row.milliseconds:.2f}",
+            f"{row.nanoseconds_per_step:.0f}",
+            "" if row.over_shorter is None else f"{row.over_shorter:.2f}",
+        )
+    Console().print(table)
 
 
 def train(
@@ -87,6 +119,55 @@ def train(
             f"{row.over_the_products:.2f}",
         )
     Console().print(table)
+
+
+def decode(
+    rounds: Annotated[int, typer.Option(help="Turns that are timed.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Time decoding on CPU: a step at several sizes of batch, prompts, and other models of the size.
+
+    A step of one sequence is beside a read of the weights, which it cannot be faster than; batches are
+    beside the matrix products alone, by torch; prompts are beside training's forward pass. Ratios above 1
+    are faster than the mark. Models of 1.2 and 13 million parameters.
+
+    Example:
+
+        mhesa bench decode --rounds 5
+    """
+    from mhesa.bench.decode import CONTEXTS, GROUPS, bench_decode, memory
+
+    _check_bench(rounds, "cpu")
+    found = []
+    with progress("timing", GROUPS * (rounds + 1)) as advance:
+        for rows in bench_decode(rounds=rounds, on_round=lambda: advance(1)):
+            found += rows
+            if not as_json:
+                _print_rates(rows)
+    sessions = memory()
+    if as_json:
+        typer.echo(json.dumps({"rates": list(map(asdict, found)), "memory": list(map(asdict, sessions))}))
+        return
+    table = new_table("session memory", *(f"{context:,} tokens" for context in CONTEXTS))
+    for name in dict.fromkeys(session.name for session in sessions):
+        table.add_row(name, *(f"{session.bytes:,}" for session in sessions if session.name == name))
+    Console().print(table)
+
+
+def _print_rates(rows: list[Any]) -> None:
+    table = new_table(
+        f"{rows[0].parameters / 1e6:.1f} M parameters", "precision", "batch", "tokens/s", "over", "ratio"
+    )
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.precision,
+            str(row.batch),
+            f"{row.tokens_per_second:,.0f}",
+            row.mark,
+            f"{row.ratio:.2f}",
+        )
+    Console().print(table, "")
 
 
 def _check_bench(rounds: int, device: str) -> None:

@@ -57,12 +57,15 @@ def check_backend(name: str | None) -> None:
 def resolve(name: str | None, device: torch.device) -> Scan:
     """The scan function of the named backend, or of the best one for `device` if `name` is `None`."""
     check_backend(name)
-    serving = [known for known, backend in BACKENDS.items() if backend.serves(device)]
-    if name is not None and name not in serving:
+    for known in BACKENDS if name is None else (name,):
+        if BACKENDS[known].serves(device):
+            module = BACKENDS[known].module
+            break
+    else:
+        serving = [known for known, backend in BACKENDS.items() if backend.serves(device)]
         raise ValueError(
             f"backend {name!r} cannot serve a {device.type} tensor here; these can: {', '.join(serving)}"
         )
-    module = BACKENDS[name or serving[0]].module
     _load(module)
     return _SCANS[module]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -183,9 +183,29 @@ class SmoothingGradient(Function):
         return _unfold(info.batch_size, _apply(SmoothingGradient, folded), (2, 0, 0, 0, 1))
 
 
-# `apply` asks for the signature at every call; found by reflection it costs as much as all the rest.
+class _Positional(inspect.Signature):
+    """Of a function that always gets all its arguments, in order.
+
+    `apply` binds arguments to the signature at every call; in full that costs as much as all the rest.
+    """
+
+    class Bound(NamedTuple):
+        """What `apply` makes use of."""
+
+        args: tuple[Any, ...]
+        kwargs: dict[str, Any]
+
+        def apply_defaults(self) -> None:
+            """None are missing."""
+
+    def bind(self, *args: Any) -> Any:
+        """The arguments as they are."""
+        return self.Bound(args, {})
+
+
 for _function in (Smoothing, SmoothingGradient):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
+    _parameters = inspect.signature(_function.forward).parameters.values()
+    _function.forward.__signature__ = _Positional(list(_parameters))  # type: ignore[union-attr]
 
 
 def _smoothing(

@@ -27,6 +27,8 @@ def fresh(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     torch.Size([2, 3])
     """
     tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes < HUGE_PAGE:
+        return tensor
     start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     length = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE * HUGE_PAGE
     if length > 0 and (madvise := _madvise()) is not None:

@@ -23,12 +23,13 @@ from mhesa.devices import best_device
 from mhesa.durable import write_folder
 from mhesa.errors import InputError, TrainingError
 from mhesa.evaluation import Score, evaluate
-from mhesa.generation import Sampling, stream
+from mhesa.generation import stream
 from mhesa.hf.folder import load_tokenizer
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.hf.vocabulary import TextTokenizer, open_tokenizer, train_bpe
 from mhesa.model import GatedExponentialSmoothingLM
+from mhesa.sampling import Sampling
 from mhesa.training import checkpoint
 from mhesa.training.checkpoint import PREFIX, Progress
 from mhesa.training.distributed import barrier, processes, rank

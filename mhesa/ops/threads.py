@@ -1,0 +1,77 @@
+"""Native functions on the OpenMP threads that torch's own operators use.
+
+Those threads sit warm on their cores between two operators. Numba's own layers will not do: its OpenMP
+layer dies in a forked process, workqueue dies when two Python threads enter it, tbb is a further package,
+and any second pool has to fight with torch's spinning threads for the cores. Where torch comes with an
+OpenMP that lacks `GOMP_parallel`, Python threads do the same work. A forked process has none of its
+parent's threads and runs the function alone, so that it can never hang.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+
+_forked = False
+
+
+def available() -> int:
+    """How many threads to share work among: torch's, or one in a forked process."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def parallel(function: int, data: int, threads: int) -> None:
+    """Call the function at an address on `threads` threads at once, and wait for them all.
+
+    Args:
+        function: address of a native function of one pointer that returns nothing.
+        data: the pointer, the same for all; they share the work out themselves.
+        threads: how many, this one included.
+    """
+    if threads == 1:
+        _native(function)(data)
+    elif (openmp := _openmp()) is not None:
+        openmp(function, data, threads, 0)
+    else:
+        call = _native(function)
+        others = [_pool().submit(call, data) for _ in range(threads - 1)]
+        call(data)
+        for other in others:
+            other.result()
+
+
+@cache
+def _native(function: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+
+
+@cache
+def _openmp() -> Any:
+    """`GOMP_parallel` of the OpenMP library that torch has loaded, if that has it."""
+    if os.name != "posix":
+        return None
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+    return function
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="mhesa")
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
