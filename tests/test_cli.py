@@ -1,6 +1,7 @@
 """The command line as a person uses it: in a process of its own, and with everything mistaken."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -194,6 +195,39 @@ def test_bytes_that_are_no_text_are_trained_on(tmp_path):
     assert done.returncode == 0, done.stderr
     corpus = json.loads((tmp_path / "run" / "settings.json").read_text())["corpus"]
     assert corpus["training_bytes"] + corpus["held_out_bytes"] == 20_000
+
+
+def test_settings_from_a_file_and_back(trained, tmp_path):
+    out, _ = trained
+    printed = mhesa("config", out)
+    assert printed.returncode == 0, printed.stderr
+    assert "batch-size: 4\n" in printed.stdout
+    (tmp_path / "run.yaml").write_text(printed.stdout)
+    done = mhesa(
+        "train", "--config", tmp_path / "run.yaml", "--out", tmp_path / "run", "--seed", 1, "--steps", 5
+    )
+    assert done.returncode == 0, done.stderr
+    saved, first = (
+        json.loads((path / "settings.json").read_text())["settings"] for path in (tmp_path / "run", out)
+    )
+    assert saved == first | {"out": str(tmp_path / "run"), "seed": 1, "steps": 5}
+
+
+def test_a_vocabulary_goes_with_the_model(corpus, tmp_path):
+    out = tmp_path / "run"
+    options = ["--tokenizer", "bpe:300", "--eval-every", 10, "--report-to", "tensorboard", "--dropout", 0.1]
+    done = mhesa("train", corpus, "--out", out, "--steps", 20, *options, *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "tokens (bpe:300), " in done.stderr
+    assert "bits/byte held out" in done.stderr
+    assert list(out.rglob("events.out.tfevents.*"))
+    written = mhesa("generate", out, "--prompt", "7 bott", "--length", 20, "--seed", 1)
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.startswith("7 bott")
+    figures = json.loads(mhesa("eval", out, corpus, "--json").stdout)
+    assert figures["bytes"] == len(TEXT) > 2 * figures["tokens"]
+    nats = figures["loss"] * figures["tokens"]
+    assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT))
 
 
 # Mistakes

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from os import cpu_count
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -233,10 +234,18 @@ class _Writer:
     def write(self, pieces: Iterator[Piece]) -> None:
         """Tokenise the training pieces and keep some of the others."""
         batches = _batches(piece for piece in pieces if not self._took(piece))
-        with (self.folder / TOKENS).open("wb") as file, ThreadPoolExecutor(cpu_count()) as pool:
-            for ids in ordered(pool, self._encode, batches):
-                ids.tofile(file)
-                self.training_tokens += len(ids)
+        with (
+            (self.folder / TOKENS).open("wb", buffering=0) as file,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
+            for _ in ordered(pool, _write_at, self._placed(file, ordered(pool, self._encode, batches))):
+                pass
+
+    def _placed(self, file: FileIO, batches: Iterable[np.ndarray]) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Where each batch goes, so that several threads can write."""
+        for ids in batches:
+            yield file.fileno(), self.training_tokens * ids.itemsize, ids
+            self.training_tokens += len(ids)
 
     def finish(self) -> None:
         """Write down what there is."""
@@ -291,6 +300,14 @@ class _Writer:
         for piece, ids in zip(batch, encoded, strict=True):
             parts += [end, ids] if piece.starts else [ids]
         return np.concatenate(parts).astype(self.dtype, copy=False)
+
+
+def _write_at(place: tuple[int, int, np.ndarray]) -> None:
+    descriptor, offset, ids = place
+    data = memoryview(ids.view(np.uint8))
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -371,7 +371,6 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         fused_loss: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -383,15 +382,17 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             labels: `(batch, length)`, as `input_ids` are: they are shifted here. -100 is ignored, and so
                 is the first token of each packed sequence, which nothing predicts.
             logits_to_keep: how many logits from the end, all if 0, or which positions.
-            shift_labels: `(batch, length)`, the tokens to predict at each place, in the place of `labels`.
             fused_loss: with `shift_labels`, find the loss chunk by chunk, so that the logits of a large
                 vocabulary are never in memory at once; none are returned then.
-            kwargs: for the loss, such as `num_items_in_batch`, and for `MhesaModel.forward`.
+            kwargs: `shift_labels`, `(batch, length)`, the tokens to predict at each place, instead of
+                `labels`; for the loss, such as `num_items_in_batch`, and for `MhesaModel.forward`.
 
         Returns:
             Logits, the mean cross-entropy in nats, and the cache.
         """
         cu_seqlens = _offsets(cu_seqlens, attention_mask, kwargs)
+        # No argument by that name: the Trainer would look for it in every batch.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

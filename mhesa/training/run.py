@@ -45,7 +45,7 @@ from mhesa.training.folder import (
     prepare,
     read_metrics,
 )
-from mhesa.training.memory import check_memory
+from mhesa.training.memory import check_memory, keep_memory
 from mhesa.training.plot import draw_curve
 from mhesa.training.progress import ProgressDisplay
 from mhesa.training.schedule import Budget, StopOnSignal, learning_rate
@@ -113,6 +113,8 @@ def train(
     """
     _join_processes(settings.device)
     settings = settings.resolve()
+    if settings.device == "cpu":
+        keep_memory()
     console = console if console is not None and rank() == 0 else Console(quiet=True)
     run = Run.begin(settings, resume, overwrite, console)
     with StopOnSignal() as signals, run.display:
