@@ -143,11 +143,7 @@ def peak_memory(chunks):
     return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def test_memory_does_not_grow_with_a_line_of_10_mb():
-    # Allocators keep a few megabytes more or less; the text alone would be 8.8.
-    assert peak_memory(150) - peak_memory(15) < 8e6
-
-
 @pytest.mark.torture
 def test_memory_does_not_grow_with_a_line_of_100_mb():
-    assert peak_memory(1600) - peak_memory(15) < 16e6
+    # Allocators keep some megabytes more or less for some time; the text alone would be 100.
+    assert peak_memory(1600) - peak_memory(80) < 16e6
