@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test torture clean
 
 # Train on the Python standard library's own source text for two minutes, then write with the model.
 demo: $(VENV)/installed
@@ -15,6 +15,11 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# What takes too long for every change: runs killed at every moment. The result goes into the repository.
+torture: $(VENV)/installed-dev
+	cp benchmarks/torture.head.md benchmarks/torture.md
+	TORTURE_REPORT=$(CURDIR)/benchmarks/torture.md $(BIN)/python -m pytest -m torture tests
 
 clean:
 	rm -rf $(VENV) runs/demo

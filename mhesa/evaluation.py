@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mhesa.data import Document, Tokenizer
+from mhesa.decoding import Decoder
 from mhesa.model import GatedExponentialSmoothingLM
 
 WINDOW = 4096
@@ -58,27 +60,28 @@ class Score:
         }
 
 
-def token_nats(
-    model: GatedExponentialSmoothingLM, inputs: Tensor, targets: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The cost of each target token in nats, and the state behind the last input.
+def surprisals(decoder: Decoder, inputs: Tensor, targets: Tensor, state: Tensor) -> np.ndarray:
+    """How much of a surprise each token was.
 
     Args:
-        model: the language model.
-        inputs: ids the model reads, `(batch, length)`.
-        targets: ids it should predict, `(batch, length)`: `inputs` moved by one.
-        state: `(depth, batch, dim_mhesa)`, from the window before; `None` at the start.
+        decoder: the model.
+        inputs: ids to read, int64 `(length,)`.
+        targets: ids to be predicted behind them, `(length,)`: `inputs` moved by one.
+        state: `(depth, 1, dim_mhesa)`, what was read before; changed in place.
 
     Returns:
-        `(batch, length)` in fp32, and the state.
+        `-log2` of each target's probability, `(length,)`, in bits.
     """
-    logits, state = model(inputs, state=state, return_state=True)
-    return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none"), state
+    costs = []
+    for window, wanted in zip(inputs.split(WINDOW), targets.split(WINDOW), strict=True):
+        logits = decoder.predict(window, state)
+        costs.append(F.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none").cpu())
+    return torch.cat(costs).numpy() / np.float32(math.log(2))
 
 
 @torch.inference_mode()
 def evaluate(
-    model: GatedExponentialSmoothingLM,
+    model: GatedExponentialSmoothingLM | Decoder,
     tokenizer: Tokenizer,
     documents: Iterable[Document],
     on_progress: Callable[[int], object] = lambda tokens: None,
@@ -88,20 +91,20 @@ def evaluate(
     Every token is predicted, the first from an end-of-text token alone.
 
     Args:
-        model: the language model; it is used as it is, in whatever precision.
+        model: the language model, or a `Decoder` of it; it is used as it is, in whatever precision.
         tokenizer: turns bytes into the model's ids.
         documents: the texts; each starts from an empty state.
         on_progress: called with the number of tokens of each window when it is done.
     """
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
     total = Score(0.0, 0, 0)
-    device = model.to_logits.weight.device
     for document in documents:
         ids = torch.from_numpy(tokenizer.encode_bytes(document.data).astype("int64"))
         inputs = torch.cat([torch.tensor([tokenizer.eos_token_id]), ids[:-1]])
-        state = None
+        state = decoder.initial_state(1)
         for window, targets in zip(inputs.split(WINDOW), ids.split(WINDOW), strict=True):
-            nats, state = token_nats(model, window[None].to(device), targets[None].to(device), state)
-            total += Score(nats.double().sum().item(), len(targets), 0)
+            bits = surprisals(decoder, window, targets, state).sum(dtype=np.float64)
+            total += Score(bits * math.log(2), len(targets), 0)
             on_progress(len(targets))
         total += Score(0.0, 0, len(document.data))
     return total

@@ -1,151 +1,206 @@
-"""Generation: read a prompt, then one token at a time. Token ids in, token ids out."""
+"""Generation: read prompts, then one token at a time. Token ids in, token ids out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from mhesa.decoding import Decoder
 from mhesa.errors import InputError
-from mhesa.model import GatedExponentialSmoothingLM, run_blocks
+from mhesa.model import GatedExponentialSmoothingLM
+from mhesa.sampling import Sampler, Sampling, draw
 
-WINDOW = 4096
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from the logits.
-
-    Args:
-        temperature: divides the logits; 0 takes the likeliest token always.
-        top_k: keep the `k` likeliest tokens; 0 keeps all.
-        top_p: keep the fewest likeliest tokens whose probabilities reach `p`; 1 keeps all.
-
-    Raises:
-        InputError: a value out of its range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be 0 or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-
-    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one token a row.
-
-        Args:
-            logits: `(batch, num_tokens)`.
-            generator: where randomness comes from; torch's own if omitted.
-
-        Returns:
-            ids, `(batch,)`.
-
-        >>> Sampling(temperature=0).draw(torch.tensor([[0.0, 2.0, 1.0]])).item()
-        1
-        """
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        # Relative to the likeliest, or a small temperature would overflow.
-        scaled = (logits.double() - logits.max(-1, keepdim=True).values.double()) / self.temperature
-        if 0 < self.top_k < scaled.shape[-1]:
-            scaled = scaled.masked_fill(scaled < scaled.topk(self.top_k).values[:, -1:], -torch.inf)
-        if self.top_p < 1:
-            scaled = _keep_top_p(scaled, self.top_p)
-        return torch.multinomial(scaled.softmax(-1), 1, generator=generator)[:, 0]
+# Sequences that `generate` continues at a time.
+BATCH = 64
 
 
-def _keep_top_p(logits: Tensor, p: float) -> Tensor:
-    descending, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = descending.softmax(-1)
-    # A token goes if those before it reach p by themselves; the likeliest always stays.
-    beyond = probabilities.cumsum(-1) - probabilities >= p
-    return logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
+def generate(
+    model: GatedExponentialSmoothingLM | Decoder,
+    ids: Tensor | Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    seed: int | Sequence[int] | None = None,
+    eos_token_id: int | None = None,
+    stop: Sequence[bytes] = (),
+    decode_bytes: Callable[[list[int]], bytes] | None = None,
+) -> list[Tensor]:
+    """Continue prompts.
 
-
-@torch.inference_mode()
-def prefill(
-    model: GatedExponentialSmoothingLM, ids: Tensor, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Read a prompt in windows, in memory that does not grow with its length.
+    A prompt's continuation depends on itself, the sampling and its seed, not on the other prompts.
 
     Args:
-        model: the language model.
-        ids: `(batch, length)`, at least one token long.
-        state: `(depth, batch, dim_mhesa)`, from what was read before; `None` at the start.
+        model: the language model, or a `Decoder` made of it, which saves packing its weights again.
+        ids: prompts, `(batch, length)`, or one tensor `(length,)` for each, of any lengths, none empty.
+        max_new_tokens: how many tokens to make for each at most.
+        sampling: how tokens are drawn; plain sampling if omitted.
+        seed: makes the result repeatable: one for each prompt, or the first one's, the next ones' being
+            one more each. `None` draws anew each time.
+        eos_token_id: the token to stop at; it is not given out.
+        stop: texts to stop behind.
+        decode_bytes: what text tokens are, a tokenizer's `decode_bytes`; needed for `stop`.
 
     Returns:
-        The logits behind the last token, `(batch, num_tokens)`, and the state.
+        The new tokens of each prompt, int64 `(length,)` on CPU, without the prompt's own.
+
+    Raises:
+        InputError: an empty prompt, or as many seeds as there are prompts were not given.
+        FloatingPointError: the model gave logits that are not numbers.
+
+    >>> model = GatedExponentialSmoothingLM(num_tokens=16, dim=8, depth=1, heads=1, dim_mhesa=4)
+    >>> prompts = [torch.tensor([3]), torch.tensor([1, 4, 1])]
+    >>> [len(new) for new in generate(model, prompts, max_new_tokens=5)]
+    [5, 5]
     """
-    if ids.shape[1] == 0:
-        raise InputError("the prompt must hold at least one token")
-    state = model.initial_state(len(ids)) if state is None else state
-    for window in ids.split(WINDOW, dim=1):
-        hidden, states = run_blocks(model.layers, model.token_emb(window), state, None)
-        state = torch.stack(states)
-    return model.to_logits(hidden[:, -1]), state
+    prompts = list(ids)
+    seeds = _seeds(seed, len(prompts))
+    decoder = _decoder(model, min(BATCH, max(1, len(prompts))))
+    endings = _Endings(stop, decode_bytes, len(prompts))
+    out: list[list[int]] = [[] for _ in prompts]
+    samplers = [Sampler(sampling, seed) for seed in seeds]
+    for first in range(0, len(prompts), decoder.max_batch):
+        rows = range(first, min(first + decoder.max_batch, len(prompts)))
+        _continue(decoder, prompts, samplers, rows, max_new_tokens, eos_token_id, endings, out)
+    return [torch.tensor(tokens, dtype=torch.int64) for tokens in out]
 
 
-@torch.inference_mode()
 def stream(
-    model: GatedExponentialSmoothingLM,
+    model: GatedExponentialSmoothingLM | Decoder,
     ids: Tensor,
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
     seed: int | None = None,
     eos_token_id: int | None = None,
+    state: Tensor | None = None,
 ) -> Iterator[int]:
     """Continue a prompt, token by token as they are made.
 
     Args:
-        model: the language model.
+        model, max_new_tokens, sampling, seed, eos_token_id: see `generate`.
         ids: the prompt, `(length,)`, at least one token.
-        max_new_tokens: how many tokens to make at most.
-        sampling: how tokens are drawn; plain sampling if omitted.
-        seed: makes the result repeatable; torch's own random state if omitted.
-        eos_token_id: the token to stop at; it is not given out.
+        state: `(depth, 1, dim_mhesa)`, what was read before; it is moved on behind every token but the
+            last. `None` starts anew.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=16, dim=8, depth=1, heads=1, dim_mhesa=4)
     >>> len(list(stream(model, torch.tensor([3]), max_new_tokens=5)))
     5
     """
-    sampling = sampling or Sampling()
-    device = model.to_logits.weight.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    logits, state = prefill(model, ids[None].to(device))
-    for _ in range(max_new_tokens):
-        token = sampling.draw(logits, generator)
-        if token.item() == eos_token_id:
+    decoder, sampler = _decoder(model, 1), Sampler(sampling, seed)
+    state = decoder.initial_state(1) if state is None else state
+    sampler.observe(_not_empty(ids))
+    if max_new_tokens < 1:
+        return
+    logits = decoder.prefill(ids[None], state)
+    for left in reversed(range(max_new_tokens)):
+        (token,) = _numbers(draw(logits, [sampler]))
+        if token == eos_token_id:
             return
-        yield int(token.item())
-        logits, state = model.step(token, state)
+        yield token
+        if left:
+            logits = decoder.step(torch.tensor([token]), state)
 
 
-def until(pieces: Iterable[bytes], ending: bytes) -> Iterator[bytes]:
-    """Hand text on as it comes, up to the first `ending` and without it.
+def _continue(
+    decoder: Decoder,
+    prompts: list[Tensor],
+    samplers: list[Sampler],
+    batch: Iterable[int],
+    max_new_tokens: int,
+    eos_token_id: int | None,
+    endings: _Endings,
+    out: list[list[int]],
+) -> None:
+    """Continue a batch of the prompts to their ends; what has ended leaves the batch."""
+    rows = list(batch)
+    state = decoder.initial_state(len(rows))
+    for row in rows:
+        samplers[row].observe(_not_empty(prompts[row]))
+    logits = decoder.prefill([prompts[row] for row in rows], state)
+    for _ in range(max_new_tokens):
+        tokens = _numbers(draw(logits, [samplers[row] for row in rows]))
+        going = []
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if token == eos_token_id:
+                continue
+            out[row].append(token)
+            if len(out[row]) < max_new_tokens and not endings.met(row, token):
+                going.append(place)
+        if not going:
+            return
+        if len(going) < len(rows):
+            state, rows = state[:, going], [rows[place] for place in going]
+        logits = decoder.step(torch.tensor([tokens[place] for place in going]), state)
 
-    What may be the beginning of the ending is held back until it is clear. An empty ending never comes.
 
-    >>> b"".join(until([b"one ", b"two", b"\\n", b"\\nthree"], b"\\n\\n"))
+class _Endings:
+    """Tells for each sequence when its text has come to one of some endings."""
+
+    def __init__(
+        self, stop: Sequence[bytes], decode_bytes: Callable[[list[int]], bytes] | None, sequences: int
+    ) -> None:
+        if stop and decode_bytes is None:
+            raise InputError("stop texts need decode_bytes, to know what text the tokens are")
+        if b"" in stop:
+            raise InputError("a stop text must not be empty")
+        self.stop, self.decode_bytes = tuple(stop), decode_bytes
+        self.longest = max(map(len, stop), default=0)
+        self.tails = [b""] * sequences
+
+    def met(self, row: int, token: int) -> bool:
+        """Add a token to a sequence's text; whether an ending lies in it now."""
+        if self.decode_bytes is None or not self.stop:
+            return False
+        piece = self.decode_bytes([token])
+        tail = self.tails[row] + piece
+        self.tails[row] = tail[-self.longest :]
+        return any(ending in tail for ending in self.stop)
+
+
+def _decoder(model: GatedExponentialSmoothingLM | Decoder, batch: int) -> Decoder:
+    return model if isinstance(model, Decoder) else Decoder(model, max_batch=batch)
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> Sequence[int | None]:
+    if seed is None:
+        return [None] * count
+    if isinstance(seed, int):
+        return [seed + index for index in range(count)]
+    if len(seed) != count:
+        raise InputError(f"{count} prompts need {count} seeds, not {len(seed)}")
+    return seed
+
+
+def _not_empty(ids: Tensor) -> Tensor:
+    if ids.ndim != 1 or len(ids) == 0:
+        raise InputError(f"a prompt must be (length,) with at least one token, not {tuple(ids.shape)}")
+    return ids
+
+
+def _numbers(tokens: list[int]) -> list[int]:
+    if -1 in tokens:
+        raise FloatingPointError("the model's logits are not numbers; its weights may be broken")
+    return tokens
+
+
+def until(pieces: Iterable[bytes], endings: Sequence[bytes]) -> Iterator[bytes]:
+    """Hand text on as it comes, up to the first of the endings and without it.
+
+    What may be the beginning of an ending is held back until it is clear.
+
+    >>> b"".join(until([b"one ", b"two", b"\\n", b"\\nthree"], [b"\\n\\n", b"four"]))
     b'one two'
     """
     held = b""
     for piece in pieces:
         held += piece
-        found = held.find(ending) if ending else -1
-        if found >= 0:
-            yield held[:found]
+        found = [place for ending in endings if (place := held.find(ending)) >= 0]
+        if found:
+            yield held[: min(found)]
             return
-        safe = len(held) - _overlap(held, ending)
+        safe = len(held) - max((_overlap(held, ending) for ending in endings), default=0)
         yield held[:safe]
         held = held[safe:]
     yield held

@@ -109,6 +109,7 @@ class GatedMHESA(nn.Module):
         heads: smoothing rates; `dim_mhesa` must be divisible by it.
         dim_mhesa: width of the smoothed values, and of the state.
         dim_expansion_factor: width of the gate over `dim`.
+        dropout: how often, in training, an element of the gated product and of the block's output is 0.
         backend: the operator's backend, `None` for the best one.
 
     >>> block = GatedMHESA(dim=16, heads=2, dim_mhesa=8)
@@ -123,6 +124,7 @@ class GatedMHESA(nn.Module):
         heads: int = 8,
         dim_mhesa: int = 512,
         dim_expansion_factor: float = 4,
+        dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -136,6 +138,7 @@ class GatedMHESA(nn.Module):
         self.mhesa = MHESA(dim=dim_mhesa, heads=heads, backend=backend)
         self.to_gate = nn.Linear(dim_mhesa, dim_hidden, bias=False)
         self.to_out = nn.Linear(dim_hidden, dim)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
@@ -150,7 +153,8 @@ class GatedMHESA(nn.Module):
         smoothed, state = self.mhesa(
             self.to_v(y), initial_state=initial_state, return_state=True, cu_seqlens=cu_seqlens
         )
-        out = self.to_out(self.to_gate(smoothed) * self.to_u(y)) + x
+        gated = self.dropout(self.to_gate(smoothed) * self.to_u(y))
+        out = self.dropout(self.to_out(gated)) + x
         return (out, state) if return_state else out
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

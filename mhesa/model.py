@@ -27,7 +27,7 @@ class GatedExponentialSmoothingLM(nn.Module):
         num_tokens: size of the vocabulary.
         dim: width of the embedding and of the residual stream.
         depth: blocks.
-        heads, dim_mhesa, dim_expansion_factor, backend: see `GatedMHESA`.
+        heads, dim_mhesa, dim_expansion_factor, dropout, backend: see `GatedMHESA`.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=256, dim=16, depth=2, heads=2, dim_mhesa=8)
     >>> ids = torch.randint(256, (1, 10))
@@ -47,6 +47,7 @@ class GatedExponentialSmoothingLM(nn.Module):
         heads: int = 8,
         dim_mhesa: int = 512,
         dim_expansion_factor: float = 4,
+        dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -59,6 +60,7 @@ class GatedExponentialSmoothingLM(nn.Module):
                 heads=heads,
                 dim_mhesa=dim_mhesa,
                 dim_expansion_factor=dim_expansion_factor,
+                dropout=dropout,
                 backend=backend,
             )
             for _ in range(depth)

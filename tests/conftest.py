@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what tests make of corpora out of the user's cache, in this process and in those it starts."""
+    os.environ["MHESA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def torture_report() -> Callable[[str], None]:
+    """Add a line to the report that `make torture` writes, if it does."""
+
+    def record(line: str) -> None:
+        if report := os.environ.get("TORTURE_REPORT"):
+            with open(report, "a") as file:
+                file.write(f"| {line} |\n")
+
+    return record
 
 
 @pytest.fixture(autouse=True)

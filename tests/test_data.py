@@ -1,14 +1,25 @@
 """Reading, holding out and windowing text."""
 
+import bz2
+import gzip
 import io
+import json
+import lzma
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhesa.data import Document, Holdout, Windows, read_sources, standard_library, tokenize
+from mhesa.data import Holdout, Source, Windows, open_corpus, pack, read_sources, standard_library
+from mhesa.data.holdout import cut
 from mhesa.errors import InputError
 from mhesa.hf import ByteTokenizer
 
@@ -86,11 +97,21 @@ def lines(n, word="line"):
     return "".join(f"{word} {index}: {index * index}\n" for index in range(n)).encode()
 
 
+def split(documents, holdout):
+    """Training and held-out text of documents in memory, each a list of stretches."""
+    kept, held_out = [], []
+    for piece in Holdout.parse(holdout).split([[text] for text in documents], sum(map(len, documents))):
+        side = held_out if piece.held_out else kept
+        if piece.starts:
+            side.append(b"")
+        side[-1] += piece.data
+    return kept, held_out
+
+
 def test_tail_is_the_end_of_the_corpus():
-    documents = [Document("a", bytes(700)), Document("b", b"x" * 300)]
-    kept, held_out = Holdout("tail", 0.1).split(documents)
-    assert joined(held_out) == b"x" * 100
-    assert joined(kept) == bytes(700) + b"x" * 200
+    kept, held_out = split([bytes(700), b"x" * 300], "tail:0.1")
+    assert held_out == [b"x" * 100]
+    assert kept == [bytes(700), b"x" * 200]
 
 
 @given(
@@ -99,22 +120,13 @@ def test_tail_is_the_end_of_the_corpus():
     method=st.sampled_from(["content", "tail"]),
 )
 def test_nothing_is_lost_and_nothing_is_on_both_sides(texts, fraction, method):
-    documents = [Document(str(index), text) for index, text in enumerate(texts)]
-    try:
-        kept, held_out = Holdout(method, fraction).split(documents)
-    except InputError:
-        return
-    assert len(joined(kept)) + len(joined(held_out)) == sum(map(len, texts))
-    assert joined(kept)
-    assert joined(held_out)
+    kept, held_out = split(texts, f"{method}:{fraction}")
+    assert len(b"".join(kept)) + len(b"".join(held_out)) == sum(map(len, texts))
 
 
 def test_content_decides_and_not_names_or_order():
     a, b = lines(20_000), lines(20_000, "other")
-    sides = []
-    for documents in ([Document("a", a), Document("b", b)], [Document("x", b), Document("y", a)]):
-        kept, held_out = Holdout("content", 0.1).split(documents)
-        sides.append((sorted(d.data for d in kept), sorted(d.data for d in held_out)))
+    sides = [tuple(map(sorted, split(documents, "content:0.1"))) for documents in ([a, b], [b, a])]
     assert sides[0] == sides[1]
     share = sum(map(len, sides[0][1])) / (len(a) + len(b))
     assert 0.03 < share < 0.2
@@ -122,14 +134,33 @@ def test_content_decides_and_not_names_or_order():
 
 def test_equal_pieces_fall_on_one_side():
     document = lines(40_000)
-    kept, held_out = Holdout("content", 0.1).split([Document("a", document), Document("copy", document)])
-    training = joined(kept)
-    assert all(piece.data not in training for piece in held_out)
+    kept, held_out = split([document, document], "content:0.1")
+    assert held_out
+    assert all(piece not in b"".join(kept) for piece in held_out)
 
 
 def test_pieces_end_with_lines():
-    _, held_out = Holdout("content", 0.1).split([Document("a", lines(40_000))])
-    assert all(piece.data.startswith(b"line ") and piece.data.endswith(b"\n") for piece in held_out)
+    _, held_out = split([lines(40_000)], "content:0.1")
+    assert all(piece.startswith(b"line ") and piece.endswith(b"\n") for piece in held_out)
+
+
+@given(
+    chunks=st.lists(
+        st.sampled_from([b"a line\n", b"no line", "é漢🎉".encode() * 5, b"\xff" * 9]), max_size=60
+    ),
+    size=st.integers(8, 40),
+    chunk=st.integers(1, 30),
+)
+def test_cutting_does_not_depend_on_chunks(chunks, size, chunk):
+    text = b"".join(chunks)
+    pieces = list(cut([text], size))
+    assert b"".join(pieces) == text
+    assert all(len(piece) <= 2 * size for piece in pieces)
+    assert list(cut([text[i : i + chunk] for i in range(0, len(text), chunk)], size)) == pieces
+
+
+def test_characters_are_not_cut():
+    assert all(piece.decode() for piece in cut(["漢字🎉é".encode() * 100], size=10))
 
 
 @pytest.mark.parametrize(
@@ -140,42 +171,215 @@ def test_a_holdout_that_cannot_be_is_refused(text):
         Holdout.parse(text)
 
 
-def test_a_corpus_of_one_piece_is_refused():
+# Corpora
+
+
+@pytest.fixture
+def bottles(tmp_path):
+    path = tmp_path / "bottles.txt"
+    path.write_bytes(lines(3000))
+    return path
+
+
+def tokens_of(path, tokenizer=None, **options):
+    return open_corpus(Source([str(path)], **options), tokenizer or ByteTokenizer())
+
+
+def test_a_corpus_of_one_piece_is_refused(tmp_path):
+    (tmp_path / "short.txt").write_text("short")
     with pytest.raises(InputError, match="too small to hold text out"):
-        Holdout("content", 0.05).split([Document("a", b"short")])
+        tokens_of(tmp_path / "short.txt")
+
+
+def test_held_out_text_is_not_trained_on(bottles):
+    corpus = tokens_of(bottles)
+    ids = corpus.tokens[0 : len(corpus.tokens)]
+    training = bytes(ids[ids < 256].astype(np.uint8))
+    assert corpus.held_out
+    assert all(document.data not in training for document in corpus.held_out)
+    assert corpus.facts.held_out_bytes + len(training) == bottles.stat().st_size
+    assert corpus.facts.training_bytes == len(training)
+
+
+def test_documents_are_parted_by_end_of_text(tmp_path):
+    (tmp_path / "a").write_bytes(b"ab")
+    (tmp_path / "b").write_bytes(b"\xff" * 98)
+    corpus = tokens_of(tmp_path, holdout="tail:0.5")
+    assert corpus.tokens[0:6].tolist() == [256, 97, 98, 256, 255, 255]
+    assert corpus.facts.documents == 2
+
+
+def test_a_small_corpus_holds_its_lowest_piece_out(tmp_path):
+    (tmp_path / "few").write_bytes(lines(200))
+    corpus = tokens_of(tmp_path / "few", holdout="content:0.000001")
+    assert 0 < corpus.facts.held_out_bytes < 2048
+
+
+COMPRESSORS = {
+    "gz": lambda path, data: path.write_bytes(gzip.compress(data)),
+    "xz": lambda path, data: path.write_bytes(lzma.compress(data)),
+    "bz2": lambda path, data: path.write_bytes(bz2.compress(data)),
+    "zst": lambda path, data: path.write_bytes(zstandard.compress(data)),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_text_is_the_text(tmp_path, suffix):
+    path = tmp_path / f"text.txt.{suffix}"
+    COMPRESSORS[suffix](path, lines(50_000))
+    assert [document.data for document in read_sources([str(path)])] == [lines(50_000)]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"none of it"])
+def test_damaged_compression_is_named(tmp_path, suffix, damage):
+    path = tmp_path / f"text.{suffix}"
+    COMPRESSORS[suffix](path, lines(5000))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=rf"cannot read .*text\.{suffix}: "):
+        tokens_of(path)
+
+
+TEXTS = ["first\nof two lines", "é漢", "third"]
+
+
+def write_json_lines(path):
+    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in TEXTS) + "\n")
+
+
+def write_parquet(path):
+    table = pyarrow.table({"text": TEXTS, "id": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("rows.jsonl", write_json_lines), ("rows.parquet", write_parquet)],
+)
+def test_a_row_is_a_document(tmp_path, name, write):
+    write(tmp_path / name)
+    found = read_sources([str(tmp_path / name)])
+    assert [document.data.decode() for document in found] == TEXTS
+    assert found[1].name.endswith(f"{name}:2")
+    with pytest.raises(InputError, match=r"rows.* has no field body; its fields are text, id: name one with"):
+        read_sources([str(tmp_path / name)], "body")
+    with pytest.raises(InputError, match="the field id holds int, not text"):
+        read_sources([str(tmp_path / name)], "id")
+
+
+def test_rows_that_are_none_are_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "tw')
+    with pytest.raises(InputError, match=r"rows.jsonl, line 2 is not JSON"):
+        read_sources([str(tmp_path / "rows.jsonl")])
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(InputError, match=r"rows.parquet is not parquet"):
+        read_sources([str(tmp_path / "rows.parquet")])
+
+
+def test_a_dataset_of_the_hub_is_streamed_once(tmp_path):
+    write_json_lines(tmp_path / "data.jsonl")
+    source = f"hf://{tmp_path}"
+    assert [document.data.decode() for document in read_sources([source])] == TEXTS
+    (tmp_path / "data.jsonl").unlink()
+    assert [document.data.decode() for document in read_sources([source])] == TEXTS
+    with pytest.raises(InputError, match=r"cannot read hf:///nowhere: "):
+        read_sources(["hf:///nowhere"])
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe is a pipe or a device; read it as standard input: - < "):
+        read_sources([str(tmp_path / "pipe")])
+
+
+def test_nothing_is_tokenised_twice(bottles, tmp_path):
+    bottles.write_bytes(lines(3100))
+    read: list[int] = []
+    first = open_corpus(Source([str(bottles)]), ByteTokenizer(), read.append)
+    assert sum(read) == bottles.stat().st_size
+    read.clear()
+    again = tmp_path / "other name.txt"
+    again.write_bytes(bottles.read_bytes())
+    second = open_corpus(Source([str(again)]), ByteTokenizer(), read.append)
+    assert read == []
+    assert second.facts == first.facts
+    for source in (Source([str(bottles)], holdout="tail:0.1"), Source([str(bottles), str(again)])):
+        read.clear()
+        open_corpus(source, ByteTokenizer(), read.append)
+        assert read
+
+
+def test_a_torn_token_file_is_made_again(bottles):
+    corpus = tokens_of(bottles, holdout="content:0.07")
+    cache = Path(os.environ["MHESA_CACHE"]) / "tokens"
+    torn = next(path for path in cache.iterdir() if corpus.facts.sha256 in (path / "facts.json").read_text())
+    (torn / "tokens.bin").write_bytes(b"\0\0")
+    assert len(tokens_of(bottles, holdout="content:0.07").tokens) == len(corpus.tokens)
+
+
+def test_large_texts_are_tokenised_in_order(tmp_path):
+    (tmp_path / "large").write_bytes(lines(900_000))
+    corpus = tokens_of(tmp_path / "large", holdout="tail:0.01")
+    ids = corpus.tokens[1 : len(corpus.tokens)]
+    assert ids.astype(np.uint8).tobytes() == lines(900_000)[: len(ids)]
 
 
 # Windows
 
 
-def test_documents_are_parted_by_end_of_text():
-    ids = tokenize([Document("a", b"ab"), Document("b", b"\xff")], ByteTokenizer())
-    assert ids.tolist() == [256, 97, 98, 256, 255]
+@given(rows=st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=5))
+def test_packing_parts_windows_and_documents(rows):
+    ids = torch.tensor(rows)
+    packed, offsets = pack(ids.clone(), eos_token_id=3)
+    assert torch.equal(packed[0], ids.flatten())
+    begins = {i for i, token in enumerate(ids.flatten().tolist()) if token == 3 or i % 6 == 0}
+    assert set(offsets.tolist()) == begins | {ids.numel()}
 
 
-@given(length=st.integers(8, 300), context=st.integers(1, 8), seed=st.integers(0, 3))
-def test_a_pass_visits_no_token_twice(length, context, seed):
-    windows = Windows(np.arange(length), context=context, seed=seed, length=10**9)
+def windows_of(length, context=10, rows=4, seed=0, streams=False):
+    return Windows(np.arange(length), context=context, rows=rows, seed=seed, streams=streams)
+
+
+@given(length=st.integers(20, 300), context=st.integers(1, 8), rows=st.integers(1, 5), seed=st.integers(0, 3))
+def test_a_pass_visits_no_token_twice(length, context, rows, seed):
+    windows = windows_of(length, context, rows, seed)
+    starts = np.concatenate([windows.starts(step) for step in range(3 * windows.per_pass)])
     for nth in range(3):
-        ids = [windows[nth * windows.per_pass + index]["input_ids"] for index in range(windows.per_pass)]
-        seen = np.concatenate(ids)
-        assert len(set(seen.tolist())) == len(seen) == windows.per_pass * context
-        assert length - len(seen) < 2 * context
-        assert all((np.diff(window) == 1).all() for window in ids)
+        part = starts[nth * windows.per_pass : (nth + 1) * windows.per_pass]
+        ids = windows.read(part)
+        seen = ids[:, :-1].flatten().tolist()
+        assert len(set(seen)) == len(seen) == windows.per_pass * context
+        assert length - 1 - len(seen) < 2 * context
+        assert (ids.diff(dim=1) == 1).all()
 
 
-def test_position_and_seed_decide_a_window():
-    tokens = np.arange(1000)
-    one, other, third = (Windows(tokens, context=10, seed=seed, length=10**9) for seed in (1, 1, 2))
-    backwards = [other[index]["input_ids"].tolist() for index in reversed(range(300))][::-1]
-    assert [one[index]["input_ids"].tolist() for index in range(300)] == backwards
-    assert [third[index]["input_ids"].tolist() for index in range(300)] != backwards
+@given(length=st.integers(50, 400), context=st.integers(1, 8), rows=st.integers(1, 5), seed=st.integers(0, 3))
+def test_streams_go_on_where_they_stopped(length, context, rows, seed):
+    windows = windows_of(length, context, rows, seed, streams=True)
+    seen = []
+    before = torch.zeros(rows, 1)
+    for step in range(2 * windows.per_pass):
+        ids = windows.read(windows.starts(step))
+        assert windows.begins(step) == (step % windows.per_pass == 0)
+        if not windows.begins(step):
+            assert torch.equal(ids[:, 0], before[:, -1])
+        before = ids
+        seen += ids[:, :-1].flatten().tolist() if step < windows.per_pass else []
+    assert len(set(seen)) == len(seen)
+    assert length - len(seen) <= 2 * rows * context + 1
+
+
+def test_step_and_seed_decide_the_windows():
+    one, other, third = (windows_of(1000, seed=seed) for seed in (1, 1, 2))
+    backwards = [other.starts(step).tolist() for step in reversed(range(300))][::-1]
+    assert [one.starts(step).tolist() for step in range(300)] == backwards
+    assert [third.starts(step).tolist() for step in range(300)] != backwards
 
 
 def test_passes_differ_in_offset_and_order():
-    windows = Windows(np.arange(1000), context=10, seed=0, length=10**9)
+    windows = windows_of(1000, rows=1)
     first, second = (
-        [windows[nth * windows.per_pass + index]["input_ids"][0].item() for index in range(windows.per_pass)]
+        [int(windows.starts(nth * windows.per_pass + index)[0]) for index in range(windows.per_pass)]
         for nth in range(2)
     )
     assert first[0] % 10 != second[0] % 10
@@ -183,5 +387,7 @@ def test_passes_differ_in_offset_and_order():
 
 
 def test_a_corpus_shorter_than_a_window_is_refused():
-    with pytest.raises(InputError, match="has 5 tokens, fewer than one window of 8"):
-        Windows(np.arange(5), context=8, seed=0, length=1)
+    with pytest.raises(InputError, match="has 8 tokens, fewer than one window of 8 and the token behind it"):
+        windows_of(8, context=8)
+    with pytest.raises(InputError, match="fewer than 4 streams of a window of 8"):
+        windows_of(32, context=8, streams=True)

@@ -114,7 +114,7 @@ def test_to_plain_of_tied_weights(ids):
     assert torch.equal(model.to_plain()(ids), model(ids).logits)
 
 
-@given(dim=st.integers(1, 4096), hidden=st.integers(1, 20000))
+@given(dim=st.integers(1, 2048), hidden=st.integers(1, 20000))
 def test_the_expansion_factor_is_found_again(dim, hidden):
     assert int(_expansion_factor(hidden, dim) * dim) == hidden
 
@@ -592,3 +592,48 @@ def test_the_trainer_trains_evaluates_and_saves(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
     ids = Bytes()[0]["input_ids"][None]
     torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+
+
+# The loss of large vocabularies
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_the_fused_loss_is_the_loss(autocast):
+    torch.manual_seed(0)
+    model = MhesaForCausalLM(
+        MhesaConfig(vocab_size=5000, hidden_size=32, num_hidden_layers=1, heads=2, dim_mhesa=8)
+    )
+    ids, targets = torch.randint(5000, (2, 2, 100))
+    found = []
+    for fused in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = model(ids, shift_labels=targets, fused_loss=fused)
+        outputs.loss.backward()
+        assert (outputs.logits is None) == fused
+        found.append([outputs.loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(
+            fused, plain, rtol=2e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-7
+        )
+    labels = torch.cat([ids[:, :1], targets[:, :-1]], dim=1)
+    expected = model(ids, labels=labels, logits_to_keep=0).logits[:, :-1].transpose(1, 2)
+    expected = torch.nn.functional.cross_entropy(expected, labels[:, 1:])
+    torch.testing.assert_close(model(ids, labels=labels).loss, expected)
+
+
+def test_the_fused_loss_never_holds_all_logits():
+    """Memory at its peak, against that of the logits alone."""
+    code = (
+        "import resource, torch, mhesa.hf as hf\n"
+        "config = hf.MhesaConfig(vocab_size=50_000, hidden_size=64, num_hidden_layers=1, dim_mhesa=8)\n"
+        "model = hf.MhesaForCausalLM(config)\n"
+        "ids = torch.randint(50_000, (1, 64))\n"
+        "model(ids, shift_labels=ids, fused_loss=True).loss.backward()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "ids = torch.randint(50_000, (1, 2048))\n"
+        "model(ids, shift_labels=ids, fused_loss=True).loss.backward()\n"
+        "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
+    assert int(done.stdout) < 2048 * 50_000 * 4 / 2, done.stderr

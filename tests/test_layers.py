@@ -141,3 +141,28 @@ def test_states_of_narrow_layers_are_fp32(dtype):
 def test_sizes_that_cannot_be_are_refused(layer, sizes, message):
     with pytest.raises(ValueError, match=message):
         layer(**sizes)
+
+
+# Dropout
+
+
+def test_dropout_is_off_where_it_should_be():
+    block = GatedMHESA(dim=16, heads=2, dim_mhesa=8, dropout=0.5)
+    plain = GatedMHESA(dim=16, heads=2, dim_mhesa=8)
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(2, 9, 16)
+    assert torch.equal(block.eval()(x), plain(x))
+    before = torch.get_rng_state()
+    plain.train()(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_leaves_the_mean_and_the_residual():
+    torch.manual_seed(0)
+    block = GatedMHESA(dim=64, heads=2, dim_mhesa=8, dropout=0.25)
+    x = torch.randn(1, 9, 64)
+    outputs = torch.stack([block(x) for _ in range(2000)])
+    expected = block.eval()(x)
+    assert (outputs.mean(dim=0) - expected).abs().max() < 0.05
+    # Of the block's output a quarter is nothing, and only x is left.
+    assert ((outputs == x).float().mean() - 0.25).abs() < 0.01

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 def test_import_loads_torch_and_no_more():
     code = (
@@ -12,3 +14,13 @@ def test_import_loads_torch_and_no_more():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_training_is_there_when_asked_for():
+    import mhesa
+    import mhesa.training
+
+    assert mhesa.train is mhesa.training.train
+    assert mhesa.TrainingSettings is mhesa.training.TrainingSettings
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mhesa.nothing  # noqa: B018

@@ -10,14 +10,16 @@ import typer
 import mhesa
 from mhesa.cli import bench
 from mhesa.cli.common import errors
+from mhesa.cli.config import config
 from mhesa.cli.evaluate import evaluate
 from mhesa.cli.generate import generate
+from mhesa.cli.score import score
 from mhesa.cli.train import train
 from mhesa.errors import InputError, TrainingError
 
 app = typer.Typer(
     name="mhesa",
-    help="Linear-time language models built on exponential smoothing: train, evaluate, generate.",
+    help="Linear-time language models built on exponential smoothing: train, evaluate, generate, score.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -26,10 +28,13 @@ app = typer.Typer(
 app.command()(train)
 app.command()(generate)
 app.command(name="eval")(evaluate)
+app.command()(score)
+app.command()(config)
 
 benches = typer.Typer(help="Measure speed, as ratios inside one run.", no_args_is_help=True)
 benches.command(name="ops")(bench.ops)
 benches.command(name="train")(bench.train)
+benches.command(name="decode")(bench.decode)
 app.add_typer(benches, name="bench")
 
 
@@ -39,7 +44,7 @@ def main() -> None:
         app()
     except InputError as error:
         _fail(str(error), 2)
-    except TrainingError as error:
+    except (TrainingError, FloatingPointError) as error:
         _fail(str(error), 1)
 
 

@@ -121,6 +121,55 @@ def train(
     Console().print(table)
 
 
+def decode(
+    rounds: Annotated[int, typer.Option(help="Turns that are timed.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Time decoding on CPU: a step at several sizes of batch, prompts, and other models of the size.
+
+    A step of one sequence is beside a read of the weights, which it cannot be faster than; batches are
+    beside the matrix products alone, by torch; prompts are beside training's forward pass. Ratios above 1
+    are faster than the mark. Models of 1.2 and 13 million parameters.
+
+    Example:
+
+        mhesa bench decode --rounds 5
+    """
+    from mhesa.bench.decode import CONTEXTS, GROUPS, bench_decode, memory
+
+    _check_bench(rounds, "cpu")
+    found = []
+    with progress("timing", GROUPS * (rounds + 1)) as advance:
+        for rows in bench_decode(rounds=rounds, on_round=lambda: advance(1)):
+            found += rows
+            if not as_json:
+                _print_rates(rows)
+    sessions = memory()
+    if as_json:
+        typer.echo(json.dumps({"rates": list(map(asdict, found)), "memory": list(map(asdict, sessions))}))
+        return
+    table = new_table("session memory", *(f"{context:,} tokens" for context in CONTEXTS))
+    for name in dict.fromkeys(session.name for session in sessions):
+        table.add_row(name, *(f"{session.bytes:,}" for session in sessions if session.name == name))
+    Console().print(table)
+
+
+def _print_rates(rows: list[Any]) -> None:
+    table = new_table(
+        f"{rows[0].parameters / 1e6:.1f} M parameters", "precision", "batch", "tokens/s", "over", "ratio"
+    )
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.precision,
+            str(row.batch),
+            f"{row.tokens_per_second:,.0f}",
+            row.mark,
+            f"{row.ratio:.2f}",
+        )
+    Console().print(table, "")
+
+
 def _check_bench(rounds: int, device: str) -> None:
     from mhesa.devices import check_device
 

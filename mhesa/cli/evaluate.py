@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mhesa.cli.common import Backend, Device, Folder, new_table, progress
+from mhesa.cli.common import (
+    Backend,
+    Device,
+    Folder,
+    Precision,
+    Quantize,
+    new_table,
+    progress,
+    read_model,
+)
 
 
 def evaluate(
@@ -17,6 +26,8 @@ def evaluate(
         list[str], typer.Argument(metavar="SOURCE...", help="Text files, folders, glob patterns, or -.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for all the text.")] = False,
+    precision: Precision = None,
+    quantize: Quantize = None,
     device: Device = "cpu",
     backend: Backend = None,
 ) -> None:
@@ -29,16 +40,17 @@ def evaluate(
         mhesa eval runs/first unseen.txt
 
         mhesa eval runs/first texts/ --json
+
+        mhesa eval runs/first unseen.txt --quantize int8
     """
     from mhesa.data import read_sources
     from mhesa.evaluation import Score
     from mhesa.evaluation import evaluate as score
-    from mhesa.hf.folder import load
 
     documents = read_sources(sources)
-    model, tokenizer = load(folder, device=device, backend=backend)
+    reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     with progress("measuring", sum(len(document.data) for document in documents)) as advance:
-        scores = [score(model, tokenizer, [document], advance) for document in documents]
+        scores = [score(reader.decoder, reader.tokenizer, [document], advance) for document in documents]
     total = sum(scores, Score(0.0, 0, 0))
     if as_json:
         typer.echo(json.dumps(total.as_dict()))

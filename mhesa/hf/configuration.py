@@ -22,6 +22,7 @@ class MhesaConfig(PreTrainedConfig):
         heads: smoothing rates a block; `dim_mhesa` must be divisible by it.
         dim_mhesa: width of the smoothed values, and of a block's state.
         dim_expansion_factor: width of a block's gate over `hidden_size`.
+        dropout: how often, in training, an element of a block's gated product and output is 0.
         use_cache: whether a forward outside training returns its state.
         tie_word_embeddings: share the embedding's weights with the head.
         bos_token_id, eos_token_id, pad_token_id: those of `ByteTokenizer`; none in a vocabulary of 256
@@ -56,6 +57,7 @@ class MhesaConfig(PreTrainedConfig):
     heads: int = 8
     dim_mhesa: int = 256
     dim_expansion_factor: float = 4
+    dropout: float = 0.0
     use_cache: bool = True
     tie_word_embeddings: bool = False
     bos_token_id: int | None = END_OF_TEXT_ID
@@ -81,6 +83,8 @@ class MhesaConfig(PreTrainedConfig):
         factor = self.dim_expansion_factor
         if not isinstance(factor, int | float) or not factor < float("inf"):
             raise ValueError(f"dim_expansion_factor must be a finite number, not {factor!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         check_sizes(**sizes, **{"dim_expansion_factor * hidden_size": int(factor * self.hidden_size)})
         check_divisible("dim_mhesa", self.dim_mhesa, self.heads)
         check_backend(self.backend)

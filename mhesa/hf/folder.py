@@ -13,6 +13,7 @@ from mhesa.errors import InputError
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.hf.tokenization import ByteTokenizer
+from mhesa.hf.vocabulary import TOKENIZER, TOKENIZER_CONFIG, TextTokenizer, open_tokenizer
 from mhesa.model import GatedExponentialSmoothingLM
 
 CONFIG = "config.json"
@@ -21,7 +22,7 @@ WEIGHTS = "model.safetensors"
 
 def load(
     folder: str | Path, *, device: str = "cpu", backend: str | None = None
-) -> tuple[GatedExponentialSmoothingLM, ByteTokenizer]:
+) -> tuple[GatedExponentialSmoothingLM, ByteTokenizer | TextTokenizer]:
     """Load the plain model, in evaluation mode, and the tokenizer that `save_pretrained` wrote.
 
     Reads safetensors and JSON only, nothing from the network, and no code.
@@ -63,7 +64,23 @@ def load(
                 f"{folder / WEIGHTS} does not fit {CONFIG}: {problem.replace('_', ' ')}: {first}"
                 + (f" and {len(others)} more" if others else "")
             )
-    return model.to_plain().to(device).eval(), ByteTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"the tokenizer in {folder} has {len(tokenizer):,} tokens and the model {config.vocab_size:,}"
+        )
+    return model.to_plain().to(device).eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> ByteTokenizer | TextTokenizer:
+    """The tokenizer in a model's folder; bytes if there is none.
+
+    Raises:
+        InputError: it is damaged, or of another kind.
+    """
+    if (folder / TOKENIZER).exists() or (folder / TOKENIZER_CONFIG).exists():
+        return open_tokenizer(folder)
+    return ByteTokenizer()
 
 
 def _check_config(folder: Path) -> None:

@@ -188,6 +188,7 @@ class MhesaModel(MhesaPreTrainedModel):
                 heads=config.heads,
                 dim_mhesa=config.dim_mhesa,
                 dim_expansion_factor=config.dim_expansion_factor,
+                dropout=config.dropout,
                 backend=config.backend,
             )
             for _ in range(config.num_hidden_layers)
@@ -336,6 +337,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
                 heads=config.heads,
                 dim_mhesa=config.dim_mhesa,
                 dim_expansion_factor=config.dim_expansion_factor,
+                dropout=config.dropout,
                 backend=config.backend,
             )
         lm.token_emb, lm.layers, lm.to_logits = self.model.token_emb, self.model.layers, self.to_logits
@@ -369,6 +371,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        fused_loss: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `(batch, length, vocab_size)` of the next token, and the loss where `labels` are given.
@@ -379,12 +382,17 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             labels: `(batch, length)`, as `input_ids` are: they are shifted here. -100 is ignored, and so
                 is the first token of each packed sequence, which nothing predicts.
             logits_to_keep: how many logits from the end, all if 0, or which positions.
-            kwargs: for the loss, such as `num_items_in_batch`, and for `MhesaModel.forward`.
+            fused_loss: with `shift_labels`, find the loss chunk by chunk, so that the logits of a large
+                vocabulary are never in memory at once; none are returned then.
+            kwargs: `shift_labels`, `(batch, length)`, the tokens to predict at each place, instead of
+                `labels`; for the loss, such as `num_items_in_batch`, and for `MhesaModel.forward`.
 
         Returns:
             Logits, the mean cross-entropy in nats, and the cache.
         """
         cu_seqlens = _offsets(cu_seqlens, attention_mask, kwargs)
+        # No argument by that name: the Trainer would look for it in every batch.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -395,13 +403,20 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
+        if fused_loss and shift_labels is not None:
+            return CausalLMOutputWithPast(
+                loss=_fused_loss(outputs.last_hidden_state, self.to_logits.weight, shift_labels),
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.to_logits(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits=logits,
-                labels=_without_first_tokens(labels, cu_seqlens),
+                labels=None if labels is None else _without_first_tokens(labels, cu_seqlens),
+                shift_labels=shift_labels,
                 vocab_size=self.config.vocab_size,
                 **kwargs,
             )
@@ -474,6 +489,21 @@ def _without_first_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return labels
     starts = cu_seqlens[cu_seqlens < labels.shape[1]].long()
     return labels.index_fill(1, starts, IGNORED_LABEL)
+
+
+def _fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross-entropy of `hidden @ weight.T`, without all logits at once where torch (2.13) can."""
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if not hasattr(F, "linear_cross_entropy"):
+        return F.cross_entropy((hidden @ weight.T).float(), targets)
+    options = nn.LinearCrossEntropyOptions()
+    with torch.autocast(device, enabled=False):
+        loss: Tensor = F.linear_cross_entropy(hidden, weight, targets, options=options)
+    return loss.float()
 
 
 def _in_place(packed: Tensor, real: Tensor | None) -> Tensor:

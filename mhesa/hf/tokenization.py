@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,14 @@ class ByteTokenizer(PreTrainedTokenizer):
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Ids of `data`, which may be anything, `(tokens,)`; no special token is looked for."""
         return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Ids of several texts."""
+        return [self.encode_bytes(text) for text in texts]
+
+    def fingerprint(self) -> str:
+        """What tells it from every tokenizer that gives other ids."""
+        return "bytes"
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray | Tensor) -> bytes:
         """The bytes of `ids`; special tokens give none.

@@ -71,14 +71,21 @@ def pointer(context: Any, address: Any, like: Any) -> Any:
     return like(types.int64, like), codegen
 
 
-@intrinsic
-def doubles(context: Any, address: Any) -> Any:
-    """The address as a pointer to fp64."""
+def _pointer_to(kind: Any, name: str) -> Any:
+    def typed(context: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        return types.CPointer(kind)(types.int64), codegen
 
-    return types.CPointer(types.float64)(types.int64), codegen
+    typed.__name__ = typed.__qualname__ = name
+    typed.__doc__ = f"The address as a pointer to {name}."
+    return intrinsic(typed)
+
+
+floats = _pointer_to(types.float32, "floats")
+doubles = _pointer_to(types.float64, "doubles")
+integers = _pointer_to(types.int64, "integers")
 
 
 @intrinsic
@@ -241,7 +248,7 @@ class Emitter:
 @cache
 def compiled(kernel: Callable[..., None], dtype: torch.dtype) -> int:
     """The address of a kernel for tensors of `dtype`, from the cache on disk if it is there."""
-    signature = types.void(types.CPointer(STORED[dtype]))
+    signature = types.void(types.CPointer({**STORED, torch.int8: types.int8}[dtype]))
     try:
         # The cache goes by the kernel's own file; what its instructions are is said in this one.
         kernel.__qualname__ = f"{kernel.__name__}_{os.stat(__file__).st_mtime_ns:x}"

@@ -5,30 +5,42 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import accelerate
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from transformers import TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 import mhesa
+from mhesa.durable import write_file
 from mhesa.errors import InputError
+from mhesa.training import checkpoint
+from mhesa.training.schedule import Budget
 from mhesa.training.settings import SETTINGS, TrainingSettings
-from mhesa.training.trainer import Budget
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 CHECKPOINTS = "checkpoints"
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json")
+# What a row of metrics has if it is a complete run's last.
+COMPLETE = "complete"
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer_config.json",
+    "tokenizer.json",
+)
 RUN_FILES = (SETTINGS, METRICS, CURVE, CHECKPOINTS, *MODEL_FILES)
 # What a resumed run may change; the rest would make it another run.
-CHANGEABLE = frozenset({"out", "steps", "minutes", "device", "backend", "save_every"})
+CHANGEABLE = frozenset(
+    {
+        *("out", "steps", "minutes", "device", "backend", "save_every", "keep", "eval_every", "patience"),
+        *("report_to", "lr", "clip", "accumulate", "compile", "recompute", "fsdp"),
+    }
+)
 
 
 def check_free(folder: Path) -> None:
@@ -41,11 +53,17 @@ def check_free(folder: Path) -> None:
         )
 
 
-def checkpoint_to_resume(settings: TrainingSettings) -> Path:
-    """The newest checkpoint of the run in `settings.out`.
+def checkpoint_to_resume(
+    settings: TrainingSettings, on_damage: Callable[[str], object] = lambda damage: None
+) -> Path:
+    """The newest whole checkpoint of the run in `settings.out`.
+
+    Args:
+        settings: what the run is to go on with.
+        on_damage: told of each checkpoint that is passed over.
 
     Raises:
-        InputError: there is no run, it has other settings, it is complete, or its checkpoint is damaged.
+        InputError: there is no run, it has other settings, it is complete, or no checkpoint is whole.
     """
     folder = Path(settings.out)
     saved = asdict(TrainingSettings.load(folder / SETTINGS))
@@ -54,44 +72,20 @@ def checkpoint_to_resume(settings: TrainingSettings) -> Path:
             raise InputError(
                 f"the run in {folder} has {name} {saved[name]}; it cannot be resumed with {value}"
             )
-    checkpoints = folder / CHECKPOINTS
-    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if newest is None:
-        raise InputError(f"{folder} holds no checkpoint to resume; start over with --overwrite")
-    state = _check_checkpoint(Path(newest))
+    path, passed_over = checkpoint.newest(folder / CHECKPOINTS)
+    if path is None:
+        what = f"; {passed_over[0]}" if passed_over else ""
+        raise InputError(f"{folder} holds no whole checkpoint to resume; start over with --overwrite{what}")
+    for damage in passed_over:
+        on_damage(f"{damage}; going on from {path.name} instead")
+    progress = checkpoint.load_progress(path)
     budget = Budget(settings.steps, settings.minutes)
-    budget.continue_from(state)
-    if budget.spent(state.global_step) >= 1:
+    budget.set(progress.seconds)
+    if budget.spent(progress.step) >= 1:
         raise InputError(
-            f"the run in {folder} is complete at step {state.global_step}; "
-            "give it more with --steps or --minutes"
+            f"the run in {folder} is complete at step {progress.step}; give it more with --steps or --minutes"
         )
-    return Path(newest)
-
-
-def _check_checkpoint(checkpoint: Path) -> TrainerState:
-    path = checkpoint / "trainer_state.json"
-    try:
-        state = TrainerState.load_from_json(str(path))
-        path = checkpoint / "model.safetensors"
-        with safe_open(path, framework="pt"):
-            pass
-        for name in ("optimizer.pt", "scheduler.pt"):
-            path = checkpoint / name
-            torch.load(path, weights_only=True, map_location="cpu")
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        EOFError,
-        UnpicklingError,
-        SafetensorError,
-    ) as error:
-        raise InputError(
-            f"{path} is damaged; delete {checkpoint} to resume from the checkpoint before it"
-        ) from error
-    return state
+    return path
 
 
 def check_same_corpus(folder: Path, sha256: str) -> None:
@@ -103,18 +97,18 @@ def check_same_corpus(folder: Path, sha256: str) -> None:
         )
 
 
-def prepare(folder: Path, settings: TrainingSettings, facts: dict[str, Any], checkpoint: Path | None) -> None:
-    """Make the folder ready: empty of an old run for a new one, as it was then for a resumed one."""
+def prepare(folder: Path, settings: TrainingSettings, facts: dict[str, Any], done: int | None) -> None:
+    """Make the folder ready: empty for a new run, as it was after step `done` for a resumed one."""
     try:
-        if checkpoint is None:
+        if done is None:
             _clear(folder)
             kept = []
         else:
-            done = int(checkpoint.name.rpartition("-")[2])
-            kept = [row for row in read_metrics(folder) if row["step"] <= done and "loss" in row]
+            kept = [row for row in read_metrics(folder) if row["step"] <= done and COMPLETE not in row]
         folder.mkdir(parents=True, exist_ok=True)
         settings.save(folder / SETTINGS, corpus=facts, versions=_versions())
-        (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with write_file(folder / METRICS) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
 
@@ -125,12 +119,18 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`, up to one that was cut off when a process died."""
+    rows = []
+    for line in (folder / METRICS).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
-def append_metrics(folder: Path, row: dict[str, float]) -> None:
+def append_metrics(folder: Path, row: dict[str, Any]) -> None:
     """Add a row to a run's `metrics.jsonl`."""
     with (folder / METRICS).open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def draw_curve(rows: Sequence[Mapping[str, float]], levels: Mapping[str, float], path: Path) -> None:
+def draw_curve(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, float], path: Path) -> None:
     """Draw bits per byte over training, with horizontal lines to compare with.
 
     Args:
-        rows: the training rows of `metrics.jsonl`.
+        rows: those of `metrics.jsonl`, evaluations among them; nothing is drawn of none.
         levels: bits per byte by label: of held-out text, of compressors.
         path: the PNG to write.
     """
+    evaluations = [row for row in rows if "sample" in row]
+    rows = [row for row in rows if "loss" in row]
+    if not rows:
+        return
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     tokens = [row["tokens"] / 1e6 for row in rows]
     axes.plot(tokens, [row["bits_per_byte"] for row in rows], linewidth=1.3, label="training")
+    if evaluations:
+        tokens_a_step = rows[0]["tokens"] / rows[0]["step"] / 1e6
+        axes.plot(
+            [row["step"] * tokens_a_step for row in evaluations],
+            [row["held_out_bits_per_byte"] for row in evaluations],
+            color="C1",
+            linewidth=1.3,
+            marker=".",
+        )
     for index, (label, level) in enumerate(levels.items(), start=1):
         axes.axhline(level, color=f"C{index}", linewidth=1.1, linestyle="--", label=f"{label}: {level:.2f}")
     axes.set_xlabel("million tokens read")

@@ -8,17 +8,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mhesa.training.trainer import Budget
+from mhesa.training.schedule import Budget
 
+Row = dict[str, Any]
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class ProgressDisplay(TrainerCallback):
+class ProgressDisplay:
     """Shows how far a run is, its loss and its speed.
 
-    Use it as a context; `train` and `evaluate` open the two bars there are.
+    Use it as a context; each part of a run opens a bar of its own.
     """
 
     def __init__(self, console: Console, budget: Budget) -> None:
@@ -55,29 +55,37 @@ class ProgressDisplay(TrainerCallback):
         """Start a bar of its own for the next part of the run."""
         self._task = self._progress.add_task(description, total=total, figures="")
 
+    def close(self) -> None:
+        """End the present bar, full."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+
     def advance(self, amount: float) -> None:
         """Move the present bar on."""
         if self._task is not None:
             self._progress.advance(self._task, amount)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Move the training bar to where the budget stands."""
-        if self._task is not None:
-            self._progress.update(self._task, completed=min(self.budget.spent(state.global_step), 1.0))
-
-    def show(self, row: dict[str, float]) -> None:
-        """Show a row of figures: in the bar, or as a line where there is no terminal."""
+    def show(self, row: Row) -> None:
+        """Show a row of figures: in the bar, or as a line where there is no terminal; a sample as it is."""
+        if "sample" in row:
+            self._show_evaluation(row)
+            return
         figures = (
             f"step {row['step']:,}  loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte  "
             f"{row['tokens_per_second']:,.0f} tokens/s"
         )
         if self.console.is_terminal:
             if self._task is not None:
-                self._progress.update(self._task, figures=figures)
+                done = min(self.budget.spent(row["step"]), 1.0)
+                self._progress.update(self._task, figures=figures, completed=done)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             done = self.budget.spent(int(row["step"]))
             left = self.budget.seconds * (1 - done) / max(done, 1e-9)
             self.console.print(f"{done:4.0%}  {figures}  {max(left, 0):,.0f} s left", highlight=False)
+
+    def _show_evaluation(self, row: Row) -> None:
+        self.console.rule(f"step {row['step']:,}: {row['held_out_bits_per_byte']:.3f} bits/byte held out")
+        self.console.print(row["sample"], markup=False, highlight=False, soft_wrap=True)
+        self.console.rule()

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import lzma
+import os
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate import PartialState
 from rich.console import Console
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from safetensors import SafetensorError
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from mhesa.data import Document, Holdout, Windows, read_sources, tokenize
+from mhesa.data import Corpus, Document, Source, Tokenizer, Windows, open_corpus
+from mhesa.data.cache import cache_folder, lock
+from mhesa.devices import best_device
+from mhesa.durable import write_folder
+from mhesa.errors import InputError, TrainingError
 from mhesa.evaluation import Score, evaluate
-from mhesa.generation import Sampling, stream
+from mhesa.generation import stream
+from mhesa.hf.folder import load_tokenizer
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.hf.tokenization import ByteTokenizer
+from mhesa.hf.vocabulary import TextTokenizer, open_tokenizer, train_bpe
 from mhesa.model import GatedExponentialSmoothingLM
+from mhesa.sampling import Sampling
+from mhesa.training import checkpoint
+from mhesa.training.checkpoint import PREFIX, Progress
+from mhesa.training.distributed import barrier, processes, rank
 from mhesa.training.folder import (
     CHECKPOINTS,
+    COMPLETE,
     CURVE,
     RUN_FILES,
     append_metrics,
@@ -33,46 +45,21 @@ from mhesa.training.folder import (
     prepare,
     read_metrics,
 )
+from mhesa.training.memory import check_memory, keep_memory
 from mhesa.training.plot import draw_curve
 from mhesa.training.progress import ProgressDisplay
+from mhesa.training.schedule import Budget, StopOnSignal, learning_rate
 from mhesa.training.settings import TrainingSettings
-from mhesa.training.trainer import Budget, BudgetTrainer, Meter, StopOnSignal
+from mhesa.training.steps import AfterStep, Evaluation
+from mhesa.training.trainer import Batches, StepTrainer
 
 # The Trainer wants a number of steps; the budget ends training long before.
 ENDLESS = 2**31
-STEPS_BETWEEN_ROWS = 10
 SAMPLE_TOKENS = 300
+# Of the held-out text, what evaluations on the way read.
+EVALUATED_BYTES = 1 << 17
 
-
-@dataclass(frozen=True)
-class Corpus:
-    """What a run trains on and what it is measured on."""
-
-    documents: int
-    training_bytes: int
-    tokens: np.ndarray
-    held_out: list[Document]
-    sha256: str
-
-    @property
-    def bytes_a_token(self) -> float:
-        """Bytes of training text that a training token stands for."""
-        return self.training_bytes / len(self.tokens)
-
-    @property
-    def held_out_bytes(self) -> int:
-        """Bytes kept from training."""
-        return sum(len(document.data) for document in self.held_out)
-
-    def facts(self) -> dict[str, Any]:
-        """What is written down of the corpus."""
-        return {
-            "documents": self.documents,
-            "training_bytes": self.training_bytes,
-            "training_tokens": len(self.tokens),
-            "held_out_bytes": self.held_out_bytes,
-            "sha256": self.sha256,
-        }
+AnyTokenizer = ByteTokenizer | TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -111,143 +98,312 @@ def train(
 ) -> Summary:
     """Train a model on text, save it with all that belongs to it, and measure it on text held out.
 
+    Run by `torchrun` or `accelerate launch`, every process calls this, and the first one writes.
+
     Args:
         settings: what to do.
-        resume: go on from the newest checkpoint in `settings.out`.
+        resume: go on from the newest whole checkpoint in `settings.out`.
         overwrite: replace the run that `settings.out` holds.
         console: where progress is shown; nowhere if omitted.
 
     Raises:
         InputError: sources, sizes or a folder that cannot be; nothing was written then.
-        TrainingError: the loss became NaN or infinite.
+        TrainingError: the loss became NaN or infinite, or a checkpoint could not be written.
         Stopped: SIGINT or SIGTERM came; the folder holds a model and a checkpoint of the last step.
     """
+    _join_processes(settings.device)
     settings = settings.resolve()
-    console = console or Console(quiet=True)
-    folder = Path(settings.out)
-    checkpoint = checkpoint_to_resume(settings) if resume else None
-    if not resume and not overwrite:
-        check_free(folder)
-    tokenizer = ByteTokenizer()
-    corpus = load_corpus(settings, tokenizer)
-    if resume:
-        check_same_corpus(folder, corpus.sha256)
-    set_seed(settings.seed)
-    model = MhesaForCausalLM(settings.model_config(len(tokenizer)))
-    windows = Windows(
-        corpus.tokens,
-        context=settings.context,
-        seed=settings.seed,
-        length=ENDLESS * settings.windows_a_step,
-    )
-    prepare(folder, settings, corpus.facts(), checkpoint)
-    _announce(console, settings, corpus, model.num_parameters())
-    budget = Budget(settings.steps, settings.minutes)
-    stop = StopOnSignal()
-    with ProgressDisplay(console, budget) as display:
-        trainer = _build_trainer(settings, model, windows, corpus, budget, display, stop)
-        display.open("training", 1.0)
+    if settings.device == "cpu":
+        keep_memory()
+    console = console if console is not None and rank() == 0 else Console(quiet=True)
+    run = Run.begin(settings, resume, overwrite, console)
+    with StopOnSignal() as signals, run.display:
+        trainer = run.trainer(signals)
+        run.display.open("training", 1.0)
+        start = None if run.checkpoint is None else str(run.checkpoint)
+        run.budget.start(run.progress.seconds)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        finally:
-            stop.restore()
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if stop.received is not None:
-            raise Stopped(stop.received, trainer.state.global_step, folder)
+            trainer.train(resume_from_checkpoint=start)
+            return run.finish(trainer)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise TrainingError(
+                f"cannot write to {run.folder}: {reason}; its checkpoints are whole, "
+                "and --resume goes on from the newest"
+            ) from error
+
+
+def _join_processes(device: str) -> None:
+    """Meet the processes that `torchrun` or `accelerate launch` started with this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=(best_device() if device == "auto" else device) == "cpu")
+
+
+class Run:
+    """A run that is ready to train: its folder prepared, its text tokenised, its model made."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        console: Console,
+        tokenizer: AnyTokenizer,
+        corpus: Corpus,
+        start: Path | None,
+        display: ProgressDisplay,
+    ) -> None:
+        self.settings = settings
+        self.folder = Path(settings.out)
+        self.console = console
+        self.tokenizer = tokenizer
+        self.corpus = corpus
+        self.checkpoint = start
+        self.progress = Progress() if start is None else checkpoint.load_progress(start)
+        self.display = display
+        self.budget = display.budget
+        self.windows = Windows(
+            corpus.tokens,
+            context=settings.context,
+            rows=settings.windows_a_step,
+            seed=settings.seed,
+            streams=settings.carry_state,
+        )
+        check_memory(settings, len(tokenizer))
+        set_seed(settings.seed)
+        self.config = settings.model_config(len(tokenizer), tokenizer.eos_token_id)
+        self.model = MhesaForCausalLM(self.config)
+        if settings.recompute:
+            _recompute(self.model)
+
+    @classmethod
+    def begin(cls, settings: TrainingSettings, resume: bool, overwrite: bool, console: Console) -> Run:
+        """Check everything that can be mistaken, and only then touch the folder."""
+        folder = Path(settings.out)
+
+        def say(damage: str) -> None:
+            console.print(damage, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+        start = checkpoint_to_resume(settings, say) if resume else None
+        if not resume and not overwrite and rank() == 0:
+            check_free(folder)
+        if "-" in settings.sources and processes() > 1:
+            raise InputError("many processes cannot share standard input; give a file")
+        source = Source(settings.sources, text_field=settings.text_field, holdout=settings.holdout)
+        if resume:
+            check_same_corpus(folder, source.sha256)
+        display = ProgressDisplay(console, Budget(settings.steps, settings.minutes))
+        with display:
+            tokenizer = load_tokenizer(folder) if resume else make_tokenizer(settings, source)
+            display.open("tokenising", max(source.size, 1))
+            corpus = open_corpus(source, tokenizer, display.advance)
+            display.close()
+        run = cls(settings, console, tokenizer, corpus, start, display)
+        if rank() == 0:
+            prepare(folder, settings, asdict(corpus.facts), None if start is None else run.progress.step)
+            tokenizer.save_pretrained(folder)
+        barrier()
+        _announce(console, settings, corpus, run.model.num_parameters())
+        return run
+
+    def trainer(self, signals: StopOnSignal) -> StepTrainer:
+        """The engine of this run."""
+        settings, budget = self.settings, self.budget
+        self.after_step = AfterStep(
+            settings,
+            budget,
+            self.progress,
+            self.corpus.bytes_a_token,
+            self._evaluate,
+            self._on_row,
+            signals,
+        )
+        trainer = StepTrainer(
+            model=self.model,
+            args=_arguments(settings),
+            batches=Batches(
+                self.windows,
+                accumulate=settings.accumulate,
+                eos_token_id=None if settings.join else self.tokenizer.eos_token_id,
+                first_step=self.progress.step,
+            ),
+            rate=lambda step: learning_rate(budget.spent(step), settings.warmup, settings.schedule),
+            after_step=self.after_step,
+            seed=settings.seed,
+            carry=settings.carry_state,
+        )
+        # What they print is in the metrics.
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        return trainer
+
+    def finish(self, trainer: StepTrainer) -> Summary:
+        """Save the model and, unless the run was stopped, measure it."""
+        weights = self._best_weights() if self._takes_best() else trainer.weights()
+        model = _with_weights(self.config, weights)
+        if rank() == 0:
+            _save(model, self.folder)
+        if self.after_step.stopped_by:
+            barrier()
+            raise Stopped(signal.Signals(self.after_step.stopped_by), self.progress.step, self.folder)
+        summary = self._measure(model) if rank() == 0 else None
+        return _tell_all(summary)
+
+    def _takes_best(self) -> bool:
+        return self.settings.patience is not None and not self.after_step.stopped_by
+
+    def _best_weights(self) -> dict[str, torch.Tensor]:
+        barrier()  # the first process may still be writing it
+        return checkpoint.load_part(self.folder / CHECKPOINTS / f"{PREFIX}{self.progress.best_step}", "model")
+
+    def _measure(self, model: MhesaForCausalLM) -> Summary:
+        plain = model.to_plain().to(self.settings.device).eval()
+        held_out = self.corpus.held_out
+        self.display.open("measuring", sum(len(document.data) for document in held_out))
+        summary = Summary(
+            folder=self.folder,
+            steps=self.progress.step,
+            seconds=self.progress.seconds,
+            score=evaluate(plain, self.tokenizer, held_out, self.display.advance),
+            compressors=_compress(held_out),
+            sample=_sample(plain, self.tokenizer, self.settings.seed),
+        )
+        self._record(summary)
+        return summary
+
+    def _evaluate(self, trainer: StepTrainer) -> Evaluation | None:
+        model = self.model
+        if trainer.is_fsdp_enabled:
+            model = _with_weights(self.config, trainer.weights())
+        if rank() != 0:
+            return None
         plain = model.to_plain().eval()
-        display.open("measuring", sum(len(document.data) for document in corpus.held_out))
-        score = evaluate(plain, tokenizer, corpus.held_out, display.advance)
-    summary = Summary(
-        folder=folder,
-        steps=trainer.state.global_step,
-        seconds=budget.seconds,
-        score=score,
-        compressors=_compress(corpus.held_out),
-        sample=_sample(plain, tokenizer, settings.seed),
-    )
-    _record(summary)
-    return summary
+        score = evaluate(plain, self.tokenizer, _first(self.corpus.held_out, EVALUATED_BYTES))
+        sample = _sample(plain, self.tokenizer, self.settings.seed)
+        return Evaluation(score.bits_per_byte, sample.decode("utf-8", "replace"))
+
+    def _on_row(self, row: dict[str, Any]) -> None:
+        self.display.show(row)
+        if row["step"] % self.settings.save_every == 0:
+            draw_curve(read_metrics(self.folder), {}, self.folder / CURVE)
+
+    def _record(self, summary: Summary) -> None:
+        held_out = {f"held_out_{name}": value for name, value in summary.score.as_dict().items()}
+        compressors = {f"{name.split()[0]}_bits_per_byte": bits for name, bits in summary.compressors.items()}
+        row = {"step": summary.steps, "seconds": round(summary.seconds, 3), COMPLETE: True}
+        append_metrics(self.folder, {**row, **held_out, **compressors})
+        levels = {"held out": summary.score.bits_per_byte, **summary.compressors}
+        draw_curve(read_metrics(self.folder), levels, self.folder / CURVE)
 
 
-def load_corpus(settings: TrainingSettings, tokenizer: ByteTokenizer) -> Corpus:
-    """Read the sources, hold text out and tokenise the rest."""
-    documents = read_sources(settings.sources)
-    kept, held_out = Holdout.parse(settings.holdout).split(documents)
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(len(document.data).to_bytes(8, "big") + document.data)
-    return Corpus(
-        documents=len(documents),
-        training_bytes=sum(len(document.data) for document in kept),
-        tokens=tokenize(kept, tokenizer),
-        held_out=held_out,
-        sha256=digest.hexdigest(),
-    )
+def make_tokenizer(settings: TrainingSettings, source: Source) -> AnyTokenizer:
+    """The tokenizer that settings name; one made of the corpus is made once.
+
+    Raises:
+        InputError: there is no such tokenizer.
+    """
+    size = settings.vocabulary_size()
+    if settings.tokenizer == "bytes":
+        return ByteTokenizer()
+    if size is None:
+        return open_tokenizer(settings.tokenizer)
+    name = f"{source.sha256[:32]}-{size}"
+    folder = cache_folder() / "vocabularies" / name
+    with lock(name):
+        if not folder.exists():
+            with write_folder(folder) as partial:
+                train_bpe(source.training_text(), size).save_pretrained(partial)
+    return open_tokenizer(folder)
 
 
 def _announce(console: Console, settings: TrainingSettings, corpus: Corpus, parameters: int) -> None:
-    documents = "1 document" if corpus.documents == 1 else f"{corpus.documents:,} documents"
+    facts = corpus.facts
+    documents = "1 document" if facts.documents == 1 else f"{facts.documents:,} documents"
     budget = f"{settings.steps:,} steps" if settings.steps else f"{settings.minutes:g} minutes"
+    ways = "" if processes() == 1 else f", {processes()} processes"
     console.print(
-        f"[bold]{corpus.training_bytes:,}[/] bytes to train on from {documents}, "
-        f"[bold]{corpus.held_out_bytes:,}[/] held out ({settings.holdout})\n"
+        f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
+        f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"
+        f"[bold]{facts.training_tokens:,}[/] tokens ({settings.tokenizer}), "
+        f"{corpus.bytes_a_token:.2f} bytes each\n"
         f"[bold]{parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
         f"{settings.heads} heads over {settings.dim_mhesa}\n"
         f"[bold]{budget}[/] on {settings.device} in {settings.precision}, "
-        f"{settings.batch_size} x {settings.context} tokens a step",
+        f"{settings.batch_size} x {settings.context} tokens a step{ways}",
         highlight=False,
     )
 
 
-def _build_trainer(
-    settings: TrainingSettings,
-    model: MhesaForCausalLM,
-    windows: Windows,
-    corpus: Corpus,
-    budget: Budget,
-    display: ProgressDisplay,
-    stop: StopOnSignal,
-) -> BudgetTrainer:
-    folder = Path(settings.out)
-
-    def on_row(row: dict[str, float]) -> None:
-        append_metrics(folder, row)
-        display.show(row)
-
-    arguments = TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
+def _arguments(settings: TrainingSettings) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(Path(settings.out) / CHECKPOINTS),
         max_steps=ENDLESS,
-        per_device_train_batch_size=settings.windows_a_step,
+        per_device_train_batch_size=settings.windows_a_step // (settings.accumulate * processes()),
+        gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
         adam_beta1=0.9,
         adam_beta2=0.99,
-        max_grad_norm=1.0,
+        max_grad_norm=settings.clip,
         optim="adamw_torch_fused",
         bf16=settings.precision == "bf16",
         use_cpu=settings.device == "cpu",
+        torch_compile=settings.compile,
+        fsdp="full_shard auto_wrap" if settings.fsdp and processes() > 1 else "",
+        fsdp_config={"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["MhesaBlock"]}
+        if settings.fsdp and processes() > 1
+        else None,
+        ddp_find_unused_parameters=False,
         seed=settings.seed,
-        logging_steps=STEPS_BETWEEN_ROWS,
-        logging_first_step=True,
+        logging_strategy="no",
+        save_strategy="no",
+        ignore_data_skip=True,
         logging_nan_inf_filter=False,
-        save_steps=settings.save_every,
-        save_total_limit=2,
-        report_to="none",
+        report_to=settings.report_to,
         disable_tqdm=True,
         dataloader_pin_memory=settings.device != "cpu",
     )
-    meter = Meter(budget, settings.windows_a_step * settings.context, corpus.bytes_a_token, on_row)
-    trainer = BudgetTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=windows,
-        callbacks=[budget, meter, display, stop],
-        budget=budget,
-        warmup=settings.warmup,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+
+
+def _recompute(model: MhesaForCausalLM) -> None:
+    # transformers 5.23 calls activation_checkpointing what was gradient_checkpointing before.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def _with_weights(config: Any, weights: dict[str, torch.Tensor]) -> MhesaForCausalLM:
+    with torch.device("meta"):
+        model = MhesaForCausalLM(config)
+    model.load_state_dict(weights, assign=True)
+    model.train(False)
+    return model
+
+
+def _save(model: MhesaForCausalLM, folder: Path) -> None:
+    """Write the model's files, each whole or not at all."""
+    with write_folder(folder / CHECKPOINTS / "model") as partial:
+        model.save_pretrained(partial)
+    for file in (folder / CHECKPOINTS / "model").iterdir():
+        file.replace(folder / file.name)
+    (folder / CHECKPOINTS / "model").rmdir()
+
+
+def _tell_all(summary: Summary | None) -> Summary:
+    """The first process's summary, in every process."""
+    told = [summary]
+    if processes() > 1:
+        torch.distributed.broadcast_object_list(told)
+    assert told[0] is not None
+    return told[0]
+
+
+def _first(documents: Iterable[Document], size: int) -> list[Document]:
+    """The first documents, up to about `size` bytes and at least one."""
+    chosen: list[Document] = []
+    for document in documents:
+        if size <= 0:
+            break
+        chosen.append(replace(document, data=document.data[:size]))
+        size -= len(document.data)
+    return chosen
 
 
 def _compress(documents: Iterable[Document]) -> dict[str, float]:
@@ -256,19 +412,7 @@ def _compress(documents: Iterable[Document]) -> dict[str, float]:
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
-def _sample(model: GatedExponentialSmoothingLM, tokenizer: ByteTokenizer, seed: int) -> bytes:
+def _sample(model: GatedExponentialSmoothingLM, tokenizer: Tokenizer, seed: int) -> bytes:
     start = torch.tensor([tokenizer.eos_token_id])
     tokens = stream(model, start, max_new_tokens=SAMPLE_TOKENS, sampling=Sampling(temperature=0.8), seed=seed)
     return tokenizer.decode_bytes(list(tokens))
-
-
-def _record(summary: Summary) -> None:
-    rows = [row for row in read_metrics(summary.folder) if "loss" in row]
-    held_out = {f"held_out_{name}": value for name, value in summary.score.as_dict().items()}
-    compressors = {f"{name.split()[0]}_bits_per_byte": bits for name, bits in summary.compressors.items()}
-    append_metrics(
-        summary.folder,
-        {"step": summary.steps, "seconds": round(summary.seconds, 3), **held_out, **compressors},
-    )
-    levels = {"held out": summary.score.bits_per_byte, **summary.compressors}
-    draw_curve(rows, levels, summary.folder / CURVE)

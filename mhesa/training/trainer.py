@@ -1,202 +1,187 @@
-"""transformers' `Trainer` with our order of data, schedule and budget."""
+"""transformers' `Trainer` with our order of data, our schedule and our checkpoints."""
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Sized
-from types import FrameType
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
 
-from mhesa.errors import TrainingError
+from mhesa.data import Windows, pack
+from mhesa.hf.modeling import MhesaCache, MhesaForCausalLM
+from mhesa.training.checkpoint import Parts, load_part
+from mhesa.training.distributed import gather, parted_like, processes, rank, whole
 
-LOWEST_RATE = 0.1
+# From here on a vocabulary's logits take more memory than all else.
+LARGE_VOCABULARY = 8192
 
-
-def learning_rate(spent: float, warmup: float) -> float:
-    """The learning rate over its peak when `spent` of the budget, 0 to 1, is used up.
-
-    A line up over `warmup`, then half a cosine down to `LOWEST_RATE`.
-
-    >>> [round(learning_rate(spent, 0.1), 2) for spent in (0.05, 0.1, 0.55, 1.0)]
-    [0.5, 1.0, 0.55, 0.1]
-    """
-    if spent < warmup:
-        # Not from zero, or the first step would be lost.
-        return max(spent / warmup, 0.01)
-    angle = math.pi * min((spent - warmup) / (1 - warmup), 1.0)
-    return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(angle)) / 2
+Batch = dict[str, Any]
 
 
-class Budget(TrainerCallback):
-    """Ends training after so many steps or so much time, counted over every run of a resumed training."""
-
-    def __init__(self, steps: int | None, minutes: float | None) -> None:
-        self.steps = steps
-        self.minutes = minutes
-        self._before = 0.0
-        self._started: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        """How long training has taken so far."""
-        return self._before + (0.0 if self._started is None else time.monotonic() - self._started)
-
-    def spent(self, step: int) -> float:
-        """The part of the budget that is used up before `step`."""
-        if self.steps is not None:
-            return step / self.steps
-        assert self.minutes is not None
-        return self.seconds / (60 * self.minutes)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock where the last run's stopped."""
-        self.continue_from(state)
-        self._started = time.monotonic()
-
-    def continue_from(self, state: TrainerState) -> None:
-        """Count the time that a checkpoint's run has taken."""
-        logged = [row["seconds"] for row in state.log_history if "seconds" in row]
-        self._before = logged[-1] if logged else 0.0
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop the clock."""
-        self._before, self._started = self.seconds, None
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop once the budget is spent."""
-        if self.spent(state.global_step) >= 1:
-            stop(control)
-
-
-class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM, finish the step, save a checkpoint and stop; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the signals over; only a program's main thread may."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop if a signal came during the step."""
-        if self.received is not None:
-            stop(control)
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self.restore()
-
-
-def stop(control: TrainerControl) -> None:
-    """Log, save and end training after the present step."""
-    control.should_log = control.should_save = control.should_training_stop = True
-
-
-class Meter(TrainerCallback):
-    """Turns what the `Trainer` logs into one row of figures, and hands it on.
+class Batches(IterableDataset[Batch]):
+    """What this process reads of each step: its share of the windows, micro-batch by micro-batch.
 
     Args:
-        budget: whose clock the rows show.
-        tokens_a_step: tokens that an optimizer step reads.
-        bytes_a_token: of the corpus, for bits per byte.
-        on_row: called with each row.
+        windows: where each step's windows begin.
+        accumulate: micro-batches a step.
+        eos_token_id: pack, and part documents at this token; `None` joins them.
+        first_step: the step to begin with.
+    """
+
+    def __init__(
+        self, windows: Windows, *, accumulate: int, eos_token_id: int | None, first_step: int = 0
+    ) -> None:
+        self.windows = windows
+        self.accumulate = accumulate
+        self.eos_token_id = eos_token_id
+        self.first_step = first_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = self.first_step
+        while True:
+            shares = self.windows.starts(step).reshape(self.accumulate, processes(), -1)
+            for starts in shares[:, rank()]:
+                yield self._batch(starts, self.windows.begins(step))
+            step += 1
+
+    def _batch(self, starts: np.ndarray, begins: bool) -> Batch:
+        ids = self.windows.read(starts)
+        batch = {
+            "input_ids": ids[:, :-1].contiguous(),
+            "shift_labels": ids[:, 1:].contiguous(),
+            "begins": begins,
+        }
+        if self.eos_token_id is not None:
+            packed, offsets = pack(ids[:, :-1], self.eos_token_id)
+            batch |= {"input_ids": packed, "shift_labels": ids[:, 1:].reshape(1, -1), "cu_seqlens": offsets}
+        return batch
+
+
+class StepTrainer(Trainer):
+    """A `Trainer` in which everything that a step does is a function of the step and the checkpoint.
+
+    Args:
+        batches: what is read.
+        rate: the learning rate over its peak before a step.
+        after_step: called after every step with the gradient's norm; it says whether to go on.
+        seed: of dropout.
+        carry: hand the states of each window on to the window that follows it.
     """
 
     def __init__(
         self,
-        budget: Budget,
-        tokens_a_step: int,
-        bytes_a_token: float,
-        on_row: Callable[[dict[str, float]], object],
-    ) -> None:
-        self.budget = budget
-        self.tokens_a_step = tokens_a_step
-        self.bytes_a_token = bytes_a_token
-        self.on_row = on_row
-        self._last = (0, 0.0)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Count speed from here."""
-        self._last = (state.global_step, self.budget.seconds)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
+        *args: Any,
+        batches: Batches,
+        rate: Callable[[int], float],
+        after_step: Callable[[StepTrainer, float | Tensor], bool],
+        seed: int,
+        carry: bool,
         **kwargs: Any,
     ) -> None:
-        """Make a row of a loss that was logged."""
-        if logs is None or "loss" not in logs:
-            return
-        loss, step, seconds = logs["loss"], state.global_step, self.budget.seconds
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss} at step {step}; lower the learning rate, "
-                "or resume from the last checkpoint"
-            )
-        # The budget's clock goes on from here when a stopped run is resumed.
-        state.log_history[-1]["seconds"] = seconds
-        last_step, last_seconds = self._last
-        self._last = (step, seconds)
-        self.on_row(
-            {
-                "step": step,
-                "tokens": step * self.tokens_a_step,
-                "seconds": round(seconds, 3),
-                "loss": loss,
-                "bits_per_byte": loss / math.log(2) / self.bytes_a_token,
-                "learning_rate": logs["learning_rate"],
-                "gradient_norm": logs["grad_norm"],
-                "tokens_per_second": (step - last_step)
-                * self.tokens_a_step
-                / max(seconds - last_seconds, 1e-9),
-            }
-        )
-
-
-class BudgetTrainer(Trainer):
-    """A `Trainer` whose schedule follows a budget and whose data come in the order of the data set."""
-
-    def __init__(self, *args: Any, budget: Budget, warmup: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.budget = budget
-        self.warmup = warmup
+        self.batches = batches
+        self.rate = rate
+        self.after_step = after_step
+        self.seed = seed
+        self.carry = carry
+        self.losses: list[Tensor] = []
+        self.carried: list[Tensor] = []
+        self._micro = 0
+        # Losses here are means over a micro-batch.
+        self.loss_is_scaled_for_ga = False
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches as `Batches` makes them: nothing is skipped, shuffled or shared out twice."""
+        return DataLoader(self.batches, batch_size=None)
+
+    # A step
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean loss of a micro-batch, with random numbers and states that are its own."""
+        key = np.random.SeedSequence((self.seed, self.state.global_step, self._micro, rank()))
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        begins = inputs.pop("begins")
+        cache = self._states(inputs, begins) if self.carry else None
+        outputs = model(
+            **inputs,
+            past_key_values=cache,
+            fused_loss=self._config.vocab_size >= LARGE_VOCABULARY,
+            return_dict=True,
+        )
+        if cache is not None:
+            self._hand_on(cache, inputs)
+        self._micro += 1
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch, forward and backward; its part of the step's loss is kept."""
+        loss = super().training_step(*args, **kwargs)
+        if self._micro == 1:
+            self.losses.append(loss)
+        else:
+            self.losses[-1] = self.losses[-1] + loss
+        return loss
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Not counted, which would take a walk over all parameters at each step."""
+        return 0
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """What the Trainer does between steps is done in `after_step` instead."""
+        if self._micro == 0:
+            return  # called once more at the end
+        self._micro = 0
+        if not self.after_step(self, grad_norm):
+            self.control.should_training_stop = True
+
+    # States
+
+    def _states(self, inputs: Batch, begins: bool) -> MhesaCache:
+        """The states that a micro-batch begins with: carried for rows that go on, zero for all others."""
+        config = self._config
+        ids, offsets = inputs["input_ids"], inputs.get("cu_seqlens")
+        rows = len(ids) if offsets is None else ids.numel() // self.batches.windows.context
+        sequences = rows if offsets is None else len(offsets) - 1
+        initial = torch.zeros(config.num_hidden_layers, sequences, config.dim_mhesa, device=ids.device)
+        if not begins and self._micro < len(self.carried):
+            going_on = torch.ones(rows, dtype=torch.bool, device=ids.device)
+            first = torch.arange(rows, device=ids.device)
+            if offsets is not None:
+                first = self._first_sequences(offsets, rows)
+                going_on = ids.view(rows, -1)[:, 0] != self.batches.eos_token_id
+            initial[:, first[going_on]] = self.carried[self._micro].to(ids.device)[:, going_on]
+        cache = MhesaCache(config)
+        cache.advance(list(initial), 0)
+        return cache
+
+    def _hand_on(self, cache: MhesaCache, inputs: Batch) -> None:
+        """Keep the state at the end of each row, cut off from what made it."""
+        offsets = inputs.get("cu_seqlens")
+        states = cache.states(len(inputs["input_ids"]) if offsets is None else len(offsets) - 1)
+        assert states is not None
+        final = torch.stack(states).detach()
+        if offsets is not None:
+            rows = inputs["input_ids"].numel() // self.batches.windows.context
+            first = self._first_sequences(offsets, rows)
+            last = torch.cat([first[1:], first.new_tensor([len(offsets) - 1])]) - 1
+            final = final[:, last]
+        self.carried[self._micro : self._micro + 1] = [final]
+
+    def _first_sequences(self, offsets: Tensor, rows: int) -> Tensor:
+        begins = torch.arange(rows, device=offsets.device) * self.batches.windows.context
+        return torch.searchsorted(offsets, begins)
+
+    # Optimizer and schedule
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices decay; biases, norms, gates and residual weights do not."""
@@ -204,12 +189,75 @@ class BudgetTrainer(Trainer):
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Follow the budget, be it steps or time."""
+    ) -> LRScheduler:
+        """Follow the budget from wherever the run stands."""
         optimizer = optimizer or self.optimizer
         assert optimizer is not None, "the Trainer makes the optimizer first"
-        self.lr_scheduler = LambdaLR(
-            optimizer, lambda step: learning_rate(self.budget.spent(step), self.warmup)
-        )
+        for group in optimizer.param_groups:
+            group["initial_lr"] = self.args.learning_rate
+        self.lr_scheduler = LambdaLR(optimizer, self.rate, last_epoch=self.state.global_step - 1)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    # Checkpoints
+
+    def parts(self) -> Parts:
+        """All tensors that a checkpoint holds, whole and on the CPU. All processes must ask."""
+        parts = {"model": self.weights(), "optimizer": self._optimizer_state()}
+        if self.carry:
+            # (processes, micro-batches, depth, rows, dim) to rows in the order of the step's windows.
+            states = gather(torch.stack(self.carried)).permute(2, 1, 0, 3, 4)
+            parts["states"] = {"states": states.flatten(1, 3).cpu().contiguous()}
+        return parts
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter, whole and on the CPU. All processes must ask."""
+        return {name: whole(parameter) for name, parameter in self._parameters()}
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        assert self.optimizer is not None
+        state = self.optimizer.state
+        return {
+            f"{name}:{key}": whole(value)
+            for name, parameter in self._parameters()
+            for key, value in state[parameter].items()
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        weights = load_part(Path(resume_from_checkpoint), "model")
+        with torch.no_grad():
+            for name, parameter in self._parameters(model):
+                parameter.copy_(parted_like(weights[name], parameter))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        saved = load_part(Path(checkpoint), "optimizer")
+        parameters = dict(self._parameters())
+        for place, value in saved.items():
+            name, _, key = place.rpartition(":")
+            parameter = parameters[name]
+            self.optimizer.state[parameter][key] = parted_like(value, parameter)
+        states = load_part(Path(checkpoint), "states").get("states")
+        if states is not None:
+            shares = states.unflatten(1, (self.batches.accumulate, processes(), -1))[:, :, rank()]
+            self.carried = list(shares.to(self.args.device).unbind(1))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Random numbers are functions of the step: there is nothing to load."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Losses are not scaled in bf16 and fp32."""
+
+    @property
+    def _config(self) -> Any:
+        return cast(MhesaForCausalLM, self.model).config
+
+    def _parameters(self, model: nn.Module | None = None) -> list[tuple[str, nn.Parameter]]:
+        """The model's parameters under their plain names, however it is wrapped."""
+        model = model or cast(nn.Module, self.model)
+        return [
+            (name.removeprefix("module.").replace("_orig_mod.", ""), parameter)
+            for name, parameter in model.named_parameters()
+        ]

@@ -1,0 +1,161 @@
+"""`mhesa score`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mhesa.cli.common import (
+    Backend,
+    Device,
+    Folder,
+    Precision,
+    Quantize,
+    errors,
+    interruptible,
+    progress,
+    read_model,
+)
+from mhesa.errors import InputError
+
+if TYPE_CHECKING:
+    from mhesa.data import File
+    from mhesa.heatmap import Heatmap
+    from mhesa.scoring import Batch, Scored
+    from mhesa.session import Reader
+
+# Characters of a stretch that a line of the terminal shows.
+SHOWN = 160
+
+
+def score(
+    folder: Folder,
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE", help="Text files, folders, glob patterns, or - for standard input (default)."
+        ),
+    ] = None,
+    by: Annotated[str, typer.Option(metavar="line|token|document", help="What to score.")] = "line",
+    top: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the N of the most bits, in falling order.")
+    ] = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page that colours the text by surprisal.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each.")] = False,
+    precision: Precision = None,
+    quantize: Quantize = None,
+    device: Device = "cpu",
+    backend: Backend = None,
+) -> None:
+    """Tell how surprising text is, as it comes: lines that a model did not expect stand out.
+
+    Surprisal is in bits, -log2 of the probability that the model gave the text. Text of any length is read
+    in constant memory. Columns are bits, bits per byte, where, and the text.
+
+    Examples:
+
+        mhesa score runs/logs today.log --top 20
+
+        tail -f server.log | mhesa score runs/logs
+
+        mhesa score runs/mine essay.txt --heatmap essay.html
+
+        mhesa score runs/mine texts/ --by document --json
+    """
+    from mhesa.scoring import BY, most_surprising
+
+    if by not in BY:
+        raise InputError(f"--by must be {', '.join(BY)}, not {by}")
+    if top is not None and top < 1:
+        raise InputError(f"--top must be at least 1, not {top}")
+    files = [file for source in sources or ["-"] for file in _find(source)]
+    reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
+    with ExitStack() as stack:
+        stack.enter_context(interruptible())
+        page = stack.enter_context(_page(heatmap)) if heatmap else None
+        total = sum(file.size for file in files if file)
+        hidden = None in files or (sys.stdout.isatty() and page is None and top is None)
+        advance = stack.enter_context(progress("scoring", total, hidden=hidden))
+        rows = (
+            row
+            for name, chunks in _documents(files, advance)
+            for row in BY[by](name, _scored(reader, name, chunks, page))
+        )
+        shown = rows if top is None else most_surprising(_until_interrupted(rows), top)
+        for row in shown:
+            if page is None or top is not None:
+                _print(row, as_json)
+
+
+def _find(source: str) -> list[File | None]:
+    """The files of a source; `None` is standard input, which is scored as it comes."""
+    from mhesa.data import find_files
+
+    return [None] if source == "-" else [*find_files([source])]
+
+
+def _documents(
+    files: list[File | None], advance: Callable[[int], object]
+) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """The texts of some files, each a name and its bytes as they come."""
+    from mhesa.scoring import chunks_of
+
+    for file in files:
+        if file is None:
+            yield "-", chunks_of(sys.stdin.buffer)
+        else:
+            yield from file.documents(on_read=advance)
+
+
+@contextmanager
+def _page(path: Path) -> Iterator[Heatmap]:
+    from mhesa.heatmap import Heatmap
+
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            yield Heatmap(file)
+    except OSError as error:
+        if error.filename is None or Path(error.filename) != path:
+            raise
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    errors.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _scored(reader: Reader, name: str, chunks: Iterator[bytes], page: Heatmap | None) -> Iterator[Batch]:
+    from mhesa.scoring import score as score_text
+
+    batches = score_text(reader, chunks)
+    return page.follow(name, batches) if page else batches
+
+
+def _until_interrupted(rows: Iterable[Scored]) -> Iterator[Scored]:
+    """What came before Ctrl-C: of a stream without an end, so far the most surprising is asked for."""
+    try:
+        yield from rows
+    except KeyboardInterrupt:
+        return
+
+
+def _print(row: Scored, as_json: bool) -> None:
+    if as_json:
+        line = json.dumps(row.as_dict(), ensure_ascii=False)
+    else:
+        where = f"{row.number}" if row.source == "-" else f"{row.source}:{row.number}"
+        line = f"{row.bits:10.1f} {row.bits_per_byte:6.2f}  {where}  {_shown(row.text)}"
+    sys.stdout.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
+    sys.stdout.flush()
+
+
+def _shown(text: bytes) -> str:
+    """A stretch of text on one line."""
+    line = text.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[: SHOWN + 1])
+    return safe if len(safe) <= SHOWN else safe[: SHOWN - 1] + "…"

@@ -1,0 +1,21 @@
+"""Corpora: reading text, holding some of it out, tokenising it once, cutting it into windows."""
+
+from mhesa.data.corpus import Corpus, Source, Tokenizer, open_corpus
+from mhesa.data.holdout import Holdout
+from mhesa.data.sources import Document, File, find_files, read_sources, standard_library
+from mhesa.data.windows import Windows, pack
+
+__all__ = [
+    "Corpus",
+    "Document",
+    "File",
+    "Holdout",
+    "Source",
+    "Tokenizer",
+    "Windows",
+    "find_files",
+    "open_corpus",
+    "pack",
+    "read_sources",
+    "standard_library",
+]

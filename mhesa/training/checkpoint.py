@@ -1,0 +1,160 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mhesa.durable import remove, sha256, write_folder
+from mhesa.errors import InputError, TrainingError
+
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+# As the Trainer calls it, which reads the step from it.
+TRAINER_STATE = "trainer_state.json"
+PREFIX = "step-"
+
+Parts = dict[str, dict[str, Tensor]]
+
+
+@dataclass
+class Progress:
+    """How far a run is, as far as weights and optimizer do not say it.
+
+    Args:
+        step: optimizer steps done.
+        seconds: how long they have taken.
+        losses: of the steps since the last row of metrics, in nats per token.
+        best_step: where the held-out text was predicted best.
+        best_bits_per_byte: how well that was.
+        evaluations_since_best: how often it was worse since.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    best_step: int | None = None
+    best_bits_per_byte: float | None = None
+    evaluations_since_best: int = 0
+
+
+def save(folder: Path, progress: Progress, parts: Parts, trainer_state: str, keep: int) -> Path:
+    """Write a checkpoint and delete the oldest beyond `keep`, the best one apart.
+
+    Args:
+        folder: where the run's checkpoints are.
+        progress: how far the run is.
+        parts: tensors by name, by the name of the file they go to.
+        trainer_state: what the Trainer reads its step from, as JSON.
+        keep: how many checkpoints to keep.
+
+    Raises:
+        TrainingError: it cannot be written; those that are there stay as they are.
+    """
+    path = folder / f"{PREFIX}{progress.step}"
+    try:
+        with write_folder(path) as partial:
+            for name, tensors in parts.items():
+                save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
+            (partial / PROGRESS).write_text(json.dumps(asdict(progress)))
+            (partial / TRAINER_STATE).write_text(trainer_state)
+            (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=2))
+        _rotate(folder, progress, keep)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TrainingError(
+            f"cannot write a checkpoint to {folder}: {reason}; those that are there are whole, "
+            "and --resume goes on from the newest"
+        ) from error
+    return path
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return {
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(folder.iterdir())
+        }
+    }
+
+
+def _rotate(folder: Path, progress: Progress, keep: int) -> None:
+    """Delete the oldest checkpoints; what lies ahead of this step is damaged and not counted."""
+    done = [step for step in steps(folder) if step <= progress.step]
+    for step in done[keep:]:
+        if step != progress.best_step:
+            shutil.rmtree(folder / f"{PREFIX}{step}")
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that there are checkpoints of, the newest first."""
+    if not folder.is_dir():
+        return []
+    names = [path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*")]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with those passed over."""
+    passed_over: list[str] = []
+    for step in steps(folder):
+        path = folder / f"{PREFIX}{step}"
+        damage = find_damage(path)
+        if damage is None:
+            return path, passed_over
+        passed_over.append(damage)
+    return None, passed_over
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, `None` if it is whole: every byte is read."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for name, expected in files.items():
+            file = path / os.path.basename(name)
+            if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
+                return f"{file} is damaged"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{path / MANIFEST} is damaged: {error}"
+    return None
+
+
+def load_progress(path: Path) -> Progress:
+    """How far the run of a checkpoint is.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    try:
+        return Progress(**json.loads((path / PROGRESS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path / PROGRESS} is damaged: {error}") from error
+
+
+def load_part(path: Path, name: str) -> dict[str, Tensor]:
+    """Tensors that `save` wrote; none if it wrote no such part.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    file = path / f"{name}.safetensors"
+    if not file.exists():
+        return {}
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} is damaged: {error}") from error
+    return tensors
+
+
+def clear(folder: Path) -> None:
+    """Delete all checkpoints."""
+    remove(folder)

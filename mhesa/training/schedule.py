@@ -1,0 +1,98 @@
+"""The budget of a run, the learning rate that follows it, and the signals that end it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+LOWEST_RATE = 0.1
+SCHEDULES = ("cosine", "wsd")
+# The last part of the budget, in which `wsd` lets the rate fall.
+DECAY = 0.2
+
+
+def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> float:
+    """The learning rate over its peak when `spent` of the budget, 0 to 1, is used up.
+
+    A line up over `warmup`, then down to `LOWEST_RATE`: along half a cosine, or with `wsd` (warm-up,
+    stable, decay; https://arxiv.org/abs/2404.06395) on a line over the last `DECAY` of the budget.
+
+    >>> [round(learning_rate(spent, 0.1), 2) for spent in (0.05, 0.1, 0.55, 1.0)]
+    [0.5, 1.0, 0.55, 0.1]
+    >>> [round(learning_rate(spent, 0.1, "wsd"), 2) for spent in (0.05, 0.1, 0.55, 0.9, 1.0)]
+    [0.5, 1.0, 1.0, 0.55, 0.1]
+    """
+    if spent < warmup:
+        # Not from zero, or the first step would be lost.
+        return max(spent / warmup, 0.01)
+    if schedule == "wsd":
+        begin = max(1 - DECAY, warmup)
+        fall = min(max((spent - begin) / (1 - begin), 0.0), 1.0)
+        return 1 - (1 - LOWEST_RATE) * fall
+    angle = math.pi * min((spent - warmup) / (1 - warmup), 1.0)
+    return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(angle)) / 2
+
+
+class Budget:
+    """So many steps or so much time, counted over every run of a resumed training.
+
+    The clock stands between two calls of `set`, so that all that is decided within a step, in every
+    process, is decided by the same time.
+    """
+
+    def __init__(self, steps: int | None, minutes: float | None) -> None:
+        self.steps = steps
+        self.minutes = minutes
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def start(self, seconds: float) -> None:
+        """Let the clock go on from `seconds`."""
+        self.seconds = seconds
+        self._started = time.monotonic() - seconds
+
+    def now(self) -> float:
+        """How long training has taken, this moment included."""
+        return time.monotonic() - self._started
+
+    def set(self, seconds: float) -> None:
+        """Move the clock on."""
+        self.seconds = seconds
+
+    def spent(self, step: int) -> float:
+        """The part of the budget that is used up before `step`."""
+        if self.steps is not None:
+            return step / self.steps
+        assert self.minutes is not None
+        return self.seconds / (60 * self.minutes)
+
+
+class StopOnSignal:
+    """Takes note of Ctrl-C or SIGTERM, so that a step can be finished and saved; a second one stops at once.
+
+    Use it as a context.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        # Only a program's main thread may.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self.__exit__()

@@ -1,0 +1,181 @@
+"""`mhesa generate --session` and `mhesa score` as a person uses them."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mhesa import GatedExponentialSmoothingLM, cli
+from mhesa.hf import ByteTokenizer, MhesaForCausalLM
+
+COMMAND = [sys.executable, "-m", "mhesa"]
+TEXT = b"one line\nsecond line\n\nthird \xff\x00 line\n"
+
+
+def mhesa(*arguments, data=b""):
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], input=data, capture_output=True, timeout=200, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    plain = GatedExponentialSmoothingLM(num_tokens=257, dim=16, depth=2, heads=2, dim_mhesa=8)
+    MhesaForCausalLM.from_plain(plain).save_pretrained(path)
+    ByteTokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Run the command in this process; it must fail with one line on standard error, which is returned."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mhesa", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert (caught.value.code, out) == (2, "")
+        assert err.startswith("Error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return run
+
+
+@pytest.fixture
+def run(monkeypatch, capsysbinary):
+    """Run the command in this process: its exit code, standard output and standard error."""
+
+    def run(*arguments, data=b""):
+        monkeypatch.setattr(sys, "argv", ["mhesa", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code, *capsysbinary.readouterr()
+
+    return run
+
+
+def test_a_session_continues_across_processes(run, folder, tmp_path):
+    file = tmp_path / "talk.session"
+    _, whole, _ = run("generate", folder, "--prompt", "abc", "--length", 30, "--temperature", 0)
+    first = mhesa(
+        "generate", folder, "--prompt", "abc", "--length", 12, "--session", file, "--temperature", 0
+    )
+    second = mhesa("generate", folder, "--length", 18, "--session", file, "--temperature", 0)
+    assert second.returncode == 0, second.stderr
+    assert first.stdout[:-1] + second.stdout == whole
+    assert file.stat().st_size < 4096
+
+
+def test_a_foreign_session_is_refused_and_kept(fails, folder, tmp_path):
+    file = tmp_path / "talk.session"
+    file.write_bytes(b"not mine")
+    assert "talk.session is damaged" in fails("generate", folder, "--session", file)
+    assert file.read_bytes() == b"not mine"
+
+
+def test_lines_are_scored(run, folder, tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes(TEXT)
+    code, out, err = run("score", folder, path)
+    assert (code, err) == (0, b"")
+    lines = out.decode().splitlines()
+    assert [line.split()[2] for line in lines] == [f"{path}:{number}" for number in (1, 2, 3, 4)]
+    assert lines[3].endswith("third \N{REPLACEMENT CHARACTER}\\x00 line")
+    rows = [json.loads(line) for line in run("score", folder, "--json", data=TEXT)[1].splitlines()]
+    for line, row in zip(lines, rows, strict=True):
+        assert float(line.split()[0]) == pytest.approx(row["bits"], abs=0.06)
+    total = json.loads(run("eval", folder, path, "--json")[1])
+    assert sum(row["bits"] for row in rows) == pytest.approx(total["bits_per_byte"] * len(TEXT), rel=1e-4)
+
+
+def test_top_and_document_and_token(run, folder):
+    rows = [json.loads(line) for line in run("score", folder, "--json", data=TEXT)[1].splitlines()]
+    top = run("score", folder, "-", "--json", "--top", 2, data=TEXT)[1].splitlines()
+    assert [json.loads(line) for line in top] == sorted(rows, key=lambda row: -row["bits"])[:2]
+    (whole,) = run("score", folder, "--by", "document", "--json", data=TEXT)[1].splitlines()
+    assert json.loads(whole)["bytes"] == len(TEXT)
+    assert len(run("score", folder, "--by", "token", data=TEXT)[1].splitlines()) == len(TEXT)
+
+
+def test_a_page_is_written(run, folder, tmp_path):
+    page = tmp_path / "page.html"
+    code, out, err = run("score", folder, "--heatmap", page, data=TEXT)
+    assert (code, out) == (0, b"")
+    assert err.decode().split() == ["Wrote", str(page)]
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_lines_come_as_they_are_written_and_interrupting_is_quiet(folder):
+    process = subprocess.Popen(
+        [*COMMAND, "score", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    for number in (1, 2, 3):
+        process.stdin.write(b"a line\n")
+        process.stdin.flush()
+        assert process.stdout.readline().split()[2:] == [str(number).encode(), b"a", b"line"]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
+
+
+def test_interrupting_a_ranking_shows_it_so_far(folder):
+    process = subprocess.Popen(
+        [*COMMAND, "score", str(folder), "--top", "1", "--heatmap", os.devnull],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(b"a line\n" * 20_000)
+    process.stdin.flush()
+    # The last lines are being scored, or have been, once this much has left the pipe.
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert b"Traceback" not in err
+    assert len(out.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("command", ["score", "generate"])
+def test_a_reader_that_leaves_early_ends_it_quietly(folder, command):
+    arguments = {"score": [], "generate": ["--length", "100000"]}[command]
+    process = subprocess.Popen(
+        [*COMMAND, command, str(folder), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    if command == "score":
+        process.stdin.write(b"a line\n" * 10)
+        process.stdin.flush()
+    process.stdout.read(10)
+    process.stdout.close()
+    if command == "score":
+        process.stdin.write(b"a line\n" * 10)
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    process.wait(timeout=60)
+
+
+def test_what_cannot_be_is_refused(fails, folder, tmp_path):
+    assert "--by must be" in fails("score", folder, "--by", "page")
+    assert "--top must be" in fails("score", folder, "--top", 0)
+    assert "nowhere" in fails("score", folder, tmp_path / "nowhere")
+    assert "cannot write" in fails("score", folder, tmp_path, "--heatmap", tmp_path / "no" / "page.html")
+    assert "quantize" in fails("score", folder, tmp_path, "--quantize", "int3")
+    assert "precision" in fails("generate", folder, "--precision", "fp8")
+    assert "min_p" in fails("generate", folder, "--min-p", 2)
+    assert "empty" in fails("generate", folder, "--stop", "")
+    assert "seed" in fails("generate", folder, "--seed", -1)

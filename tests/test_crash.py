@@ -1,0 +1,250 @@
+"""Runs that die: killed at random moments and at every write of a checkpoint, or out of disk space.
+
+The ordinary tests kill a few; `make torture` kills 200 and writes what came of it to `benchmarks/torture.md`.
+Processes are forked from one that has imported everything, and killed for real.
+"""
+
+import json
+import multiprocessing
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mhesa.data import Source, open_corpus
+from mhesa.hf import ByteTokenizer
+from mhesa.training import TrainingSettings
+from mhesa.training.checkpoint import find_damage, newest, steps
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["mhesa.training"])
+RANDOM_KILLS = 120
+RANDOM_KILLS_IN_ORDINARY_TESTS = 6
+CALLS_IN_ORDINARY_TESTS = 4
+# All that writes, syncs, renames or removes.
+CALLS = "openat,write,fsync,rename,mkdir,unlink,unlinkat,rmdir,sendfile,copy_file_range,ftruncate"
+
+
+def run_in_fork(settings, resume, ready):
+    """What a process of its own does: wait until `ready` is there, then train."""
+    from mhesa.training import train
+
+    while ready is not None and not Path(ready).exists():
+        time.sleep(0.002)
+    torch.set_num_threads(1)
+    train(settings, resume=resume)
+
+
+def start(settings, resume=False, ready=None):
+    process = FORKED.Process(target=run_in_fork, args=(settings, resume, ready), daemon=True)
+    process.start()
+    return process
+
+
+def finish(settings):
+    """Bring a run that died to its end: resumed from its checkpoints, or begun again if there were none."""
+    there, passed_over = newest(Path(settings.out) / "checkpoints")
+    assert passed_over == [], "a checkpoint was half there"
+    complete = Path(settings.out) / "metrics.jsonl"
+    if there is None:
+        shutil.rmtree(settings.out, ignore_errors=True)
+    elif there.name == f"step-{settings.steps}" and '"complete"' in complete.read_text():
+        return False
+    elif there.name == f"step-{settings.steps}":
+        # All steps are done, and only the measuring is not: there is nothing to resume.
+        return True
+    process = start(settings, resume=there is not None)
+    process.join(100)
+    assert process.exitcode == 0
+    return True
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crash")
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {index} of a text, {index * index}\n" for index in range(3000)))
+    open_corpus(Source([str(text)]), ByteTokenizer())
+    return TrainingSettings(
+        out=str(folder / "whole"),
+        sources=(str(text),),
+        steps=38,
+        save_every=3,
+        dim=16,
+        depth=2,
+        heads=2,
+        dim_mhesa=8,
+        context=32,
+        batch_size=4,
+        precision="fp32",
+        dropout=0.1,
+        carry_state=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(settings):
+    """The run that nothing happens to, and how long its process takes."""
+    FORKED.Process(target=int).start()
+    time.sleep(5)
+    began = time.monotonic()
+    process = start(settings)
+    process.join(100)
+    assert process.exitcode == 0
+    return Path(settings.out) / "checkpoints" / "step-38", time.monotonic() - began
+
+
+def assert_same_end(out, whole):
+    """The last checkpoint of both runs holds the same, bit for bit."""
+    checkpoint = Path(out) / "checkpoints" / whole.name
+    for name in ("model", "optimizer", "states"):
+        mine, expected = (load_file(path / f"{name}.safetensors") for path in (checkpoint, whole))
+        assert mine.keys() == expected.keys()
+        assert all(torch.equal(mine[key], expected[key]) for key in expected)
+    mine, expected = (json.loads((path / "progress.json").read_text()) for path in (checkpoint, whole))
+    assert mine | {"seconds": 0} == expected | {"seconds": 0}
+
+
+def kill_at_random(settings, whole, tmp_path, count, record):
+    path, seconds = whole
+    moments = random.Random(0)
+    killed = trial = 0
+    while killed < count:
+        trial += 1
+        run = replace(settings, out=str(tmp_path / f"run{trial}"))
+        process = start(run)
+        # At first kernels are loaded, and nothing is written.
+        time.sleep(moments.uniform(0.3 * seconds, seconds))
+        process.kill()
+        process.join(100)
+        killed += process.exitcode == -signal.SIGKILL
+        finish(run)
+        assert_same_end(run.out, path)
+        shutil.rmtree(run.out)
+    record(f"killed with SIGKILL at a random moment | {count} | {count} | {count}")
+
+
+def test_a_run_killed_at_any_moment_goes_on(settings, whole, tmp_path):
+    kill_at_random(settings, whole, tmp_path, RANDOM_KILLS_IN_ORDINARY_TESTS, lambda line: None)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(3000)
+def test_many_runs_killed_at_any_moment_go_on(settings, whole, tmp_path, torture_report):
+    kill_at_random(settings, whole, tmp_path, RANDOM_KILLS, torture_report)
+
+
+# At every write, sync and rename
+
+
+def trace(settings, tmp_path, inject):
+    """A run under strace, which sees its checkpoints alone and may kill it; the calls that it saw."""
+    folder = Path(settings.out) / "checkpoints"
+    names = ("model", "optimizer", "states")
+    files = [f"{name}.safetensors" for name in names] + [
+        "progress.json",
+        "trainer_state.json",
+        "manifest.json",
+    ]
+    partials = [folder / f".step-{step}.partial" for step in (3, 6)]
+    watched = [folder, *partials, *(partial / name for partial in partials for name in files)]
+    ready, log = tmp_path / f"{folder.parent.name}.ready", tmp_path / f"{folder.parent.name}.log"
+    process = start(settings, ready=str(ready))
+    options = ["-f", "-p", str(process.pid), "-o", str(log), "-e", f"trace={CALLS}", *inject]
+    for path in watched:
+        options += ["-P", str(path)]
+    strace = subprocess.Popen(["strace", *options], stderr=subprocess.PIPE, text=True)
+    while "attached" not in strace.stderr.readline():
+        assert strace.poll() is None
+    ready.touch()
+    process.join(200)
+    strace.communicate(timeout=30)
+    return process.exitcode, [line for line in log.read_text().splitlines() if "resumed>" not in line]
+
+
+def kill_at_calls(settings, whole, tmp_path, choose, record):
+    counted = replace(settings, out=str(tmp_path / "counted"))
+    exitcode, calls = trace(counted, tmp_path, [])
+    assert exitcode == 0
+    kinds = [found[1] for call in calls if (found := re.match(r"\d+ +(\w+)\(", call))]
+    assert {"openat", "write", "fsync", "rename", "mkdir"} <= set(kinds)
+    by_kind = [(kind, nth + 1) for kind in sorted(set(kinds)) for nth in range(kinds.count(kind))]
+    chosen = choose(by_kind)
+    killed = 0
+    for kind, nth in chosen:
+        run = replace(settings, out=str(tmp_path / f"{kind}{nth}"))
+        exitcode, _ = trace(run, tmp_path, ["-e", f"inject={kind}:signal=SIGKILL:when={nth}"])
+        killed += exitcode == -signal.SIGKILL
+        finish(run)
+        assert_same_end(run.out, whole[0])
+        shutil.rmtree(run.out)
+    assert killed == len(chosen)
+    counts = f" | {len(chosen)}" * 3
+    record(f"killed at each {', '.join(sorted(set(kinds)))} of two checkpoints{counts}")
+
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+
+
+@needs_strace
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(settings, whole, tmp_path):
+    def some(calls):
+        return random.Random(1).sample(calls, CALLS_IN_ORDINARY_TESTS)
+
+    kill_at_calls(settings, whole, tmp_path, some, lambda line: None)
+
+
+@needs_strace
+@pytest.mark.torture
+@pytest.mark.timeout(3000)
+def test_runs_killed_at_every_call_go_on(settings, whole, tmp_path, torture_report):
+    kill_at_calls(settings, whole, tmp_path, lambda calls: calls, torture_report)
+
+
+# No space left
+
+NO_SPACE = """
+mount -t tmpfs -o size=480k none {out} || exit 99
+timeout 100 {python} -m mhesa train --config {config} --overwrite
+echo code $?
+cp -r {out}/. {copy}
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_there_are(settings, whole, tmp_path):
+    from sys import executable
+
+    from mhesa.training.config import dump_config
+
+    out, copy, config = (tmp_path / name for name in ("full", "copy", "run.yaml"))
+    out.mkdir()
+    copy.mkdir()
+    config.write_text(dump_config(replace(settings, out=str(out))))
+    script = NO_SPACE.format(out=out, copy=copy, config=config, python=executable)
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    if "code" not in done.stdout:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr}")
+    assert "code 1\n" in done.stdout
+    [line] = [line for line in done.stderr.splitlines() if "Error" in line]
+    assert "cannot write a checkpoint to" in line
+    assert "No space left on device" in line
+    assert "Traceback" not in done.stderr
+    there = copy / "checkpoints"
+    assert steps(there) == [6, 3]
+    assert [find_damage(there / f"step-{step}") for step in (6, 3)] == [None, None]
+    run = replace(settings, out=str(copy))
+    finish(run)
+    assert_same_end(copy, whole[0])

@@ -1,0 +1,244 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from mhesa import GatedExponentialSmoothingLM
+from mhesa.decoding import Decoder
+from mhesa.decoding.native import ROWS
+from mhesa.errors import InputError
+
+NATIVE = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")]
+EVERY = [*NATIVE, (torch.float64, None)]
+
+
+def tiny(dtype=torch.float32, *, num_tokens=50, dim=24, depth=3, heads=2, dim_mhesa=12, factor=4.0):
+    torch.manual_seed(0)
+    model = GatedExponentialSmoothingLM(
+        num_tokens=num_tokens,
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        dim_mhesa=dim_mhesa,
+        dim_expansion_factor=factor,
+    )
+    return model.to(dtype).eval()
+
+
+def fp64_logits(model, ids):
+    import gated_state_spaces_pytorch.mhesa as original
+
+    first = model.layers[0]
+    theirs = original.GatedExponentialSmoothingLM(
+        num_tokens=model.token_emb.num_embeddings,
+        dim=model.token_emb.embedding_dim,
+        depth=len(model.layers),
+        heads=first.mhesa.heads,
+        dim_mhesa=first.to_v[0].out_features,
+        dim_expansion_factor=first.to_out.in_features / model.token_emb.embedding_dim,
+    ).double()
+    theirs.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        return theirs(ids)
+
+
+SIZES = st.fixed_dictionaries(
+    {
+        "num_tokens": st.integers(2, 70),
+        "dim": st.integers(1, 70),
+        "depth": st.integers(1, 2),
+        "heads": st.integers(1, 3),
+        "factor": st.sampled_from([1.0, 1.5, 4.0]),
+    }
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=SIZES, width=st.integers(1, 25), batch=st.integers(1, 9), length=st.integers(1, 12))
+def test_any_model_reads_as_the_original_in_fp64(sizes, width, batch, length):
+    model = tiny(**sizes, dim_mhesa=width * sizes["heads"])
+    ids = torch.randint(sizes["num_tokens"], (batch, length))
+    expected = fp64_logits(model, ids)[:, -1]
+    logits = Decoder(model, max_batch=batch).prefill(ids, model.initial_state(batch))
+    torch.testing.assert_close(logits.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_bf16_weights_are_as_close_as_bf16_allows():
+    model = tiny(dim=64, dim_mhesa=64)
+    ids = torch.randint(50, (2, 100))
+    expected = fp64_logits(model, ids)[:, -1]
+    rounded = model.bfloat16()
+    ours = Decoder(rounded, max_batch=2).prefill(ids, rounded.initial_state(2))
+    with torch.no_grad():
+        theirs = rounded(ids)[:, -1]
+    assert (ours - expected).norm() <= (theirs - expected).norm()
+
+
+def test_int8_weights_lose_little():
+    model = tiny(dim=64, dim_mhesa=64)
+    ids = torch.randint(50, (1, 200))
+    expected = fp64_logits(model, ids)[0]
+    logits = Decoder(model, quantize="int8").predict(ids[0], model.initial_state(1))
+    divergence = F.kl_div(logits.double().log_softmax(-1), expected.softmax(-1), reduction="batchmean")
+    assert divergence < 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), EVERY)
+def test_one_stretch_equals_pieces_equals_token_by_token(dtype, quantize):
+    model = tiny(dtype)
+    length = ROWS + 37
+    ids = torch.randint(50, (length,))
+    decoder = Decoder(model, quantize=quantize)
+    state = model.initial_state(1)
+    whole = decoder.predict(ids, state)
+    pieces_state, steps_state = model.initial_state(1), model.initial_state(1)
+    pieces = torch.stack([decoder.prefill(part[None], pieces_state)[0] for part in ids.split(53)])
+    steps = torch.stack([decoder.step(token[None], steps_state)[0].clone() for token in ids])
+    # Natively the same bits; elsewhere torch's products depend on how many rows they have.
+    tolerance = {"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 0, "rtol": 0}
+    torch.testing.assert_close(steps, whole, **tolerance)
+    torch.testing.assert_close(pieces, whole[[*range(52, length, 53), length - 1]], **tolerance)
+    torch.testing.assert_close(steps_state, state, **tolerance)
+    torch.testing.assert_close(pieces_state, state, **tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), NATIVE)
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9))
+def test_a_sequence_does_not_depend_on_its_batch(dtype, quantize, lengths):
+    model = tiny(dtype, depth=2)
+    prompts = [torch.randint(50, (length,)) for length in lengths]
+    decoder = Decoder(model, max_batch=len(lengths), quantize=quantize)
+    together = model.initial_state(len(lengths))
+    logits = decoder.prefill(prompts, together)
+    stepped = decoder.step(logits.argmax(-1), together).clone()
+    for row, prompt in enumerate(prompts):
+        alone = model.initial_state(1)
+        assert torch.equal(decoder.prefill([prompt], alone)[0], logits[row])
+        assert torch.equal(decoder.step(logits[row].argmax()[None], alone)[0], stepped[row])
+        assert torch.equal(alone[:, 0], together[:, row])
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), NATIVE)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_broken_row_leaves_the_others_alone(dtype, quantize, poison):
+    model = tiny(dtype)
+    ids = torch.randint(50, (8,))
+    decoder = Decoder(model, max_batch=8, quantize=quantize)
+    clean, broken = model.initial_state(8), model.initial_state(8)
+    broken[:, 3] = poison
+    expected, logits = decoder.step(ids, clean).clone(), decoder.step(ids, broken).clone()
+    others = [row for row in range(8) if row != 3]
+    assert torch.equal(logits[others], expected[others])
+    assert torch.equal(broken[:, others], clean[:, others])
+    assert logits[3].isnan().all()
+    # Nor does anything of it stay in the decoder's memory.
+    again = model.initial_state(8)
+    assert torch.equal(decoder.step(ids, again), expected)
+
+
+def test_a_slice_of_a_slab_is_moved_on_in_place():
+    model = tiny()
+    slab = torch.zeros(3, 6, 12)
+    ids = torch.randint(50, (4,))
+    expected = model.initial_state(4)
+    decoder = Decoder(model, max_batch=6)
+    logits = decoder.step(ids, slab[:, 1:5]).clone()
+    assert torch.equal(decoder.step(ids, expected), logits)
+    assert torch.equal(slab[:, 1:5], expected)
+    assert not slab[:, [0, 5]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("token", [-1, 50, 2**40])
+def test_an_id_outside_the_vocabulary_is_refused_and_nothing_moves(dtype, token):
+    model = tiny(dtype)
+    decoder, state = Decoder(model, max_batch=2), model.initial_state(2)
+    decoder.step(torch.tensor([1, 2]), state)
+    before = state.clone()
+    with pytest.raises(IndexError, match="0 to 49"):
+        decoder.step(torch.tensor([3, token]), state)
+    assert torch.equal(state, before)
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    model = tiny()
+    decoder, ids = Decoder(model, max_batch=2), torch.tensor([1])
+    for state in (
+        torch.zeros(2, 1, 12),
+        torch.zeros(3, 2, 12),
+        torch.zeros(3, 1, 12).double(),
+        torch.zeros(3, 1, 24)[..., ::2],
+    ):
+        with pytest.raises(ValueError, match="state must be"):
+            decoder.step(ids, state)
+    with pytest.raises(ValueError, match="1 to 2 sequences"):
+        decoder.step(torch.tensor([1, 2, 3]), torch.zeros(3, 3, 12))
+    with pytest.raises(ValueError, match="at least one token"):
+        decoder.prefill([ids, ids[:0]], torch.zeros(3, 2, 12))
+
+
+def test_what_cannot_be_is_refused_by_name():
+    with pytest.raises(InputError, match="int8"):
+        Decoder(tiny(), quantize="int4")
+    with pytest.raises(InputError, match="float64"):
+        Decoder(tiny(torch.float64), quantize="int8")
+    with pytest.raises(InputError, match="max_batch"):
+        Decoder(tiny(), max_batch=0)
+
+
+def test_later_weights_go_unseen():
+    model = tiny()
+    decoder, ids = Decoder(model), torch.tensor([7])
+    before = decoder.step(ids, model.initial_state(1)).clone()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    assert torch.equal(decoder.step(ids, model.initial_state(1)), before)
+
+
+def test_processors_without_pair_instructions_get_the_same_sums(tmp_path):
+    """The instructions are chosen when a kernel is compiled: once more, for a processor that has none."""
+    script = """
+import sys, torch
+from mhesa.decoding import matmul
+if sys.argv[1] == "plain":
+    matmul._processor_has = lambda feature: False
+from mhesa import GatedExponentialSmoothingLM
+from mhesa.decoding import Decoder
+torch.manual_seed(0)
+model = GatedExponentialSmoothingLM(num_tokens=50, dim=40, depth=2, heads=2, dim_mhesa=24).eval()
+ids = torch.randint(50, (3, 9))
+out = [Decoder(model, max_batch=3, quantize="int8").prefill(ids, model.initial_state(3))]
+model = model.bfloat16()
+out.append(Decoder(model, max_batch=3).prefill(ids, model.initial_state(3)))
+torch.save(out, sys.argv[2])
+"""
+    results = []
+    for kind in ("paired", "plain"):
+        file = tmp_path / kind
+        environment = {"NUMBA_CACHE_DIR": str(tmp_path / f"cache-{kind}"), "PATH": ""}
+        subprocess.run([sys.executable, "-c", script, kind, str(file)], check=True, env=environment)
+        results.append(torch.load(file, weights_only=True))
+    (paired_int8, paired_bf16), (plain_int8, plain_bf16) = results
+    # Sums of integers are exact; those of bf16 products are rounded in another order.
+    assert torch.equal(paired_int8, plain_int8)
+    torch.testing.assert_close(paired_bf16, plain_bf16, atol=2e-2, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_graph_on_a_gpu_is_the_step():
+    model = tiny().cuda()
+    decoder, state = Decoder(model, max_batch=3), model.initial_state(3)
+    expected = model.initial_state(3)
+    for _ in range(5):
+        ids = torch.randint(50, (3,))
+        with torch.inference_mode():
+            logits, expected = model.step(ids.cuda(), expected)
+        torch.testing.assert_close(decoder.step(ids, state), logits)
+    torch.testing.assert_close(state, expected)

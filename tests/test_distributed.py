@@ -1,0 +1,128 @@
+"""Several processes as `torchrun` starts them, against one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mhesa.data import Windows
+from mhesa.training import TrainingSettings, train, trainer
+from mhesa.training.trainer import Batches
+
+OPTIONS = {
+    "steps": 30,
+    "save_every": 10,
+    "keep": 3,
+    "dim": 16,
+    "depth": 2,
+    "heads": 2,
+    "dim_mhesa": 8,
+    "context": 32,
+    "batch_size": 8,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A run of one process, with states that are carried."""
+    folder = tmp_path_factory.mktemp("one")
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {index} of a text, {index * index}\n" for index in range(3000)))
+    settings = TrainingSettings(out=str(folder / "run"), sources=(str(text),), carry_state=True, **OPTIONS)
+    train(settings)
+    return settings
+
+
+def launch(processes, *arguments):
+    """Run the command in several processes, each on one core."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+            *("--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+            *("-m", "mhesa", "train", *map(str, arguments)),
+        ],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=250,
+    )
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def assert_same_curve(folder, expected):
+    found = losses(folder)
+    assert found.keys() == expected.keys()
+    assert all(found[step] == pytest.approx(expected[step], abs=1e-4) for step in expected)
+
+
+def back_to_step_10(run, to):
+    """A copy of a run that died after its first checkpoint."""
+    shutil.copytree(run, to)
+    for step in (20, 30):
+        shutil.rmtree(to / "checkpoints" / f"step-{step}")
+    return to
+
+
+@pytest.fixture(scope="module")
+def two(one, tmp_path_factory):
+    """The run of `one` by two processes."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    done = launch(2, *one.sources, "--out", out, "--carry-state", *options)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stderr
+    assert done.stdout.count("held-out text") == 1
+    return out
+
+
+def test_two_processes_are_one(one, two):
+    assert_same_curve(two, losses(Path(one.out)))
+
+
+def test_what_two_saved_one_resumes(one, two, tmp_path):
+    out = back_to_step_10(two, tmp_path / "run")
+    train(replace(one, out=str(out)), resume=True)
+    assert_same_curve(out, losses(two))
+
+
+@pytest.mark.parametrize(("processes", "options"), [(4, []), (2, ["--fsdp"])], ids=["4", "2, parted"])
+def test_what_two_saved_others_resume(two, tmp_path, processes, options):
+    out = back_to_step_10(two, tmp_path / "run")
+    done = launch(processes, "--resume", "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(out, losses(two))
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (out, two))
+    assert weights.keys() == expected.keys()
+    assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in expected)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_window_is_read_twice_and_none_is_left_out(monkeypatch, processes, accumulate):
+    windows = Windows(np.arange(1000), context=10, rows=8, seed=0)
+    monkeypatch.setattr(trainer, "processes", lambda: processes)
+    read = []
+    for rank in range(processes):
+        monkeypatch.setattr(trainer, "rank", lambda rank=rank: rank)
+        batches = iter(Batches(windows, accumulate=accumulate, eos_token_id=None, first_step=3))
+        for _ in range(accumulate):
+            read += next(batches)["input_ids"][:, 0].tolist()
+    assert sorted(read) == sorted(windows.starts(3).tolist())
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(one, tmp_path):
+    done = launch(2, *one.sources, "--out", tmp_path / "run", "--batch-size", 3)
+    assert done.returncode != 0
+    assert "batch_size 3 cannot be parted into 1 micro-batches for 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,121 @@
+"""Vocabularies made of a corpus, and those of others."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+import mhesa.hf
+from mhesa.errors import InputError
+from mhesa.hf.tokenization import ByteTokenizer
+from mhesa.hf.vocabulary import TextTokenizer, byte_alphabet, open_tokenizer, train_bpe
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog, naïvely; 狐が跳ぶ 🦊.\n" * 30 + Path(__file__).read_text()
+)
+BPE = train_bpe([TEXT.encode()], 400)
+
+
+@given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "replace")))
+def test_any_bytes_come_back(data):
+    assert BPE.decode_bytes(BPE.encode_bytes(data)) == data
+
+
+def test_the_alphabet_is_that_of_tokenizers():
+    assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    encoded = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("é\n a")
+    assert "".join(byte_alphabet()[byte] for byte in "é\n a".encode()) == encoded[0][0]
+
+
+def test_a_vocabulary_has_the_size_asked_for_and_compresses():
+    assert len(BPE) == 400
+    assert train_bpe([TEXT.encode()], 400).fingerprint() == BPE.fingerprint()
+    assert train_bpe([TEXT.encode()], 300).fingerprint() != BPE.fingerprint()
+
+
+def test_end_of_text_in_a_text_is_text():
+    ids = BPE.encode_bytes(b"one<|endoftext|>two")
+    assert BPE.eos_token_id not in ids
+    assert BPE.decode_bytes(ids) == b"one<|endoftext|>two"
+    assert BPE.decode_bytes([BPE.eos_token_id]) == b""
+    with pytest.raises(ValueError, match="no token has the id 400; the largest is 399"):
+        BPE.decode_bytes([400])
+
+
+def test_a_saved_vocabulary_is_the_same_to_us_and_to_transformers(tmp_path):
+    BPE.save_pretrained(tmp_path)
+    ours, theirs = open_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.fingerprint() == BPE.fingerprint()
+    ids = BPE.encode_bytes(TEXT.encode()).tolist()
+    assert ours.encode_bytes(TEXT.encode()).tolist() == theirs(TEXT, split_special_tokens=True)["input_ids"] == ids
+    assert theirs.decode(ids) == TEXT
+    assert len(ids) < len(TEXT.encode()) * 0.6
+    assert theirs.eos_token_id == BPE.eos_token_id
+
+
+def test_bytes_are_a_tokenizer_too(tmp_path):
+    ByteTokenizer().save_pretrained(tmp_path)
+    assert isinstance(open_tokenizer(tmp_path), ByteTokenizer)
+    assert mhesa.hf.ByteTokenizer is ByteTokenizer
+
+
+def words():
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=["[UNK]", "[SEP]"])
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer
+
+
+def sentencepiece():
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
+    specials = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=500, special_tokens=specials[:1]))
+    return tokenizer
+
+
+@pytest.mark.parametrize(("make", "end"), [(words, "[SEP]"), (sentencepiece, "</s>")])
+def test_vocabularies_of_others(tmp_path, make, end):
+    make().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.eos_token_id == tokenizer.tokenizer.token_to_id(end)
+    data = b"the quick brown fox"
+    assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)).strip() == data
+    with pytest.raises(InputError, match=r"byte 0xff at offset 4 of .* is not UTF-8.*use --tokenizer bytes"):
+        tokenizer.encode_bytes(b"fox \xff")
+
+
+def test_the_configuration_says_what_ends_a_text(tmp_path):
+    tokenizer = words()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
+    assert open_tokenizer(tmp_path).eos_token == "<end>"
+
+
+def test_a_vocabulary_without_an_end_gets_one():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    assert TextTokenizer(tokenizer).eos_token_id == 2
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path):
+    with pytest.raises(InputError, match="there is no tokenizer at"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(InputError, match=r"tokenizer.json is not a tokenizer: "):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(InputError, match=r"has a GPT2Tokenizer without a tokenizer.json"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(InputError, match=r"tokenizer_config.json is broken"):
+        open_tokenizer(tmp_path)

@@ -1,0 +1,196 @@
+"""Sessions: pieces against the whole, files that are damaged, somebody else's, or cannot be written."""
+
+import errno
+import json
+import math
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mhesa import GatedExponentialSmoothingLM
+from mhesa.errors import InputError
+from mhesa.hf import ByteTokenizer
+from mhesa.sampling import Sampling
+from mhesa.session import Reader, Session, fingerprint
+
+
+def model_of(seed=0, **sizes):
+    torch.manual_seed(seed)
+    return GatedExponentialSmoothingLM(
+        **{"num_tokens": 257, "dim": 16, "depth": 2, "heads": 2, "dim_mhesa": 8} | sizes
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return Reader(model_of(), ByteTokenizer())
+
+
+def ended_at(session):
+    return session._place.state.clone(), session._place.token, session.position
+
+
+def same(first, second):
+    return torch.equal(first[0], second[0]) and first[1:] == second[1:]
+
+
+@settings(max_examples=25, deadline=None)
+@given(parts=st.lists(st.binary(max_size=40), max_size=6))
+def test_pieces_are_the_whole(reader, parts):
+    whole, pieces, scored = (Session(reader) for _ in range(3))
+    whole.feed(b"".join(parts))
+    for part in parts:
+        pieces.feed(part)
+    bits = np.concatenate([np.zeros(0, np.float32), *(scored.score(part) for part in parts)])
+    assert same(ended_at(whole), ended_at(pieces))
+    assert same(ended_at(whole), ended_at(scored))
+    assert len(bits) == len(b"".join(parts)) == whole.position
+
+
+def test_scores_are_log_probabilities_of_one_pass(reader):
+    text = "Größe: any bytes \x00, and then some.".encode() + b"\xff"
+    with torch.no_grad():
+        ids = torch.tensor([256, *text])
+        expected = -reader.model.double()(ids[None, :-1])[0].log_softmax(-1)
+    reader.model.float()
+    expected = expected[torch.arange(len(text)), ids[1:]] / math.log(2)
+    np.testing.assert_allclose(Session(reader).score(text), expected, atol=1e-5)
+
+
+def test_generated_text_has_been_read(reader):
+    generated, fed = Session(reader), Session(reader)
+    generated.feed("abc")
+    pieces = list(generated.stream(max_new_tokens=40, seed=4))
+    fed.feed("abc")
+    tokens = fed.fork()
+    tokens = list(tokens._pieces(40, None, 4))
+    fed.feed(b"".join(tokens))
+    assert same(ended_at(generated), ended_at(fed))
+    assert "".join(pieces) == b"".join(tokens).decode("utf-8", "replace")
+
+
+def test_a_fork_goes_its_own_way_and_the_first_can_come_back(reader):
+    session = Session(reader)
+    session.feed("the same beginning")
+    before = ended_at(session)
+    fork = session.fork()
+    first = fork.generate(max_new_tokens=20, seed=1)
+    assert same(ended_at(session), before)
+    assert session.fork().generate(max_new_tokens=20, seed=1) == first
+    assert fork.position == session.position + 20
+
+
+def test_stop_texts_end_and_are_not_given_out(reader):
+    whole = Session(reader).generate(max_new_tokens=60, sampling=Sampling(temperature=3.0), seed=1)
+    ending = re.search("[!-~]{2}", whole)[0]
+    session = Session(reader)
+    text = session.generate(
+        max_new_tokens=60, sampling=Sampling(temperature=3.0), seed=1, stop=["~never~", ending]
+    )
+    assert text == whole[: whole.index(ending)]
+
+
+def test_an_end_of_text_ends_and_another_text_begins(reader):
+    model = model_of()
+    with torch.no_grad():
+        # Whatever was read, the end is the likeliest.
+        model.to_logits.weight.zero_()
+        for block in model.layers:
+            block.to_out.weight.zero_()
+            block.to_out.bias.zero_()
+        model.token_emb.weight[97], model.to_logits.weight[256] = 1.0, 1.0
+    session = Session(Reader(model, ByteTokenizer()))
+    session.feed("a")
+    assert session.generate(max_new_tokens=5, sampling=Sampling(temperature=0)) == ""
+    assert (session.position, session._place.token) == (2, 256)
+
+
+def test_characters_of_several_tokens_come_whole(reader):
+    session = Session(reader)
+    parts = ["é".encode()[:1], "é".encode()[1:], "日本".encode()[:4], "日本".encode()[4:], b"\xff", b"x"]
+    session._pieces = lambda *_: iter(parts)
+    assert list(session.stream(max_new_tokens=9)) == ["é", "日", "本", "\N{REPLACEMENT CHARACTER}", "x"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_continues_where_the_session_was(tmp_path, dtype):
+    path = tmp_path / "talk.session"
+    model = model_of(depth=12, dim_mhesa=512, heads=8)
+    session = Session(Reader(model.to(dtype), ByteTokenizer()))
+    session.feed("so it begins " * 20)
+    session.save(path)
+    assert path.stat().st_size <= 32 * 1024
+    again = Session.load(path, session.reader)
+    assert same(ended_at(again), ended_at(session))
+    assert again.generate(max_new_tokens=30, seed=1) == session.generate(max_new_tokens=30, seed=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["talk.session"]
+
+
+def test_the_precision_does_not_make_another_model():
+    assert fingerprint(model_of()) == fingerprint(model_of().bfloat16())
+    assert fingerprint(model_of()) != fingerprint(model_of(seed=1))
+
+
+def damage(path, kind):
+    data = path.read_bytes()
+    if kind == "cut":
+        path.write_bytes(data[:-9])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "noise":
+        path.write_bytes(bytes(range(256)) * 9)
+    elif kind == "shape":
+        size = int.from_bytes(data[:8], "little")
+        details = json.loads(data[8 : 8 + size])["__metadata__"]
+        save_file({"state": torch.zeros(3, 8)}, path, metadata=details)
+    elif kind == "weights":
+        save_file({"weight": torch.zeros(3)}, path)
+    else:
+        size = int.from_bytes(data[:8], "little")
+        details = json.loads(data[8 : 8 + size])["__metadata__"] | {"token": kind}
+        save_file(load_file(path), path, metadata=details)
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "noise", "shape", "weights", "700", "-1", "x"])
+def test_a_damaged_file_is_refused_by_name(reader, tmp_path, kind):
+    path = tmp_path / "talk.session"
+    Session(reader).save(path)
+    damage(path, kind)
+    with pytest.raises(InputError, match=r"talk\.session") as caught:
+        Session.load(path, reader)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_models_file_is_refused(reader, tmp_path):
+    Session(Reader(model_of(seed=1), ByteTokenizer())).save(tmp_path / "a")
+    with pytest.raises(InputError, match="another model"):
+        Session.load(tmp_path / "a", reader)
+
+
+def test_a_file_that_is_not_there_is_named(reader, tmp_path):
+    with pytest.raises(InputError, match="no saved session"):
+        Session.load(tmp_path / "nothing", reader)
+    with pytest.raises(InputError, match="cannot write"):
+        Session(reader).save(tmp_path / "no" / "folder")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_leaves_the_old_file(reader, tmp_path, monkeypatch):
+    path = tmp_path / "talk.session"
+    session = Session(reader)
+    session.feed("kept")
+    session.save(path)
+    before = path.read_bytes()
+    # The file that is written beside the old one is on a disk without room.
+    (tmp_path / ".talk.session.partial").symlink_to("/dev/full")
+    session.feed("lost")
+    with pytest.raises(InputError, match=os.strerror(errno.ENOSPC)):
+        session.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["talk.session"]

@@ -1,0 +1,62 @@
+"""Settings as YAML."""
+
+from dataclasses import fields
+
+import pytest
+
+from mhesa.errors import InputError
+from mhesa.training import TrainingSettings
+from mhesa.training.config import dump_config, load_config
+
+
+def test_settings_come_back(tmp_path):
+    settings = TrainingSettings(
+        out="run", sources=("a b.txt", "é"), dim=32, lr=1e-5, join=True, patience=2, eval_every=3, minutes=2
+    )
+    (tmp_path / "run.yaml").write_text(dump_config(settings))
+    assert TrainingSettings(**load_config(tmp_path / "run.yaml")) == settings
+
+
+def test_names_are_those_of_the_command_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("out: run\nbatch-size: 4\ndim_mhesa: 64\nlr: 3e-4\nsources: one.txt\n")
+    found = load_config(tmp_path / "run.yaml")
+    assert found == {"out": "run", "batch_size": 4, "dim_mhesa": 64, "lr": 3e-4, "sources": ("one.txt",)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- dim", "holds no settings; write lines such as: dim: 128"),
+        ("dim: [", "is not YAML"),
+        ("colour: red", "names an unknown setting colour; there are accumulate, "),
+        ("!!python/object/apply:os.system [true]", "is not YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_is_named(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dim", "wide", "dim must be a whole number, not 'wide'"),
+        ("dim", 12.5, "dim must be a whole number, not 12.5"),
+        ("dim", True, "dim must be a whole number, not True"),
+        ("lr", "fast", "lr must be a number, not 'fast'"),
+        ("join", 1, "join must be true or false, not 1"),
+        ("sources", "text", "sources must be a list of texts, not 'text'"),
+        ("tokenizer", None, "tokenizer must be text, not None"),
+    ],
+)
+def test_values_of_another_kind_are_refused(name, value, message):
+    with pytest.raises(InputError, match=message):
+        TrainingSettings(**{"out": "run", name: value})
+
+
+def test_every_setting_is_an_option():
+    from mhesa.cli.train import train
+
+    options = {name.rstrip("_") for name in train.__annotations__}
+    assert {field.name for field in fields(TrainingSettings)} <= options
