@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -29,10 +27,9 @@ def interleave(
     """Median seconds of each thing, run in turn `rounds` times after one turn that does not count.
 
     Whatever slows the machine for a while then slows all of them alike: their ratios hold where their
-    times do not. Each finds what it finds in a long computation, whoever was before: what others freed
-    goes back to the system and it runs once uncounted, so that the allocator gives it its own memory again
-    or none, as it would if it were alone; then the caches are filled with other things, and its rehearsal
-    brings the program back to them, but not the data.
+    times do not. Each finds what it finds in a long computation, whoever was before: it runs once
+    uncounted, so that the allocator gives it its own memory again; then the caches are filled with other
+    things, and its rehearsal brings the program back to them, but not the data.
 
     Args:
         things: what to time, by name.
@@ -54,7 +51,6 @@ def interleave(
         for name, thing in things.items():
             if sum(seconds[name]) < enough:
                 for _ in range(1 if slow[name] else SAMPLES):
-                    _release()
                     if not slow[name]:
                         thing()
                     others.fill_(0)
@@ -63,14 +59,6 @@ def interleave(
                     seconds[name].append(_time(thing, device))
         on_round()
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _release() -> None:
-    """Give memory that nobody uses back to the system, where the C library can (glibc)."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _time(thing: Callable[[], object], device: str) -> float:
