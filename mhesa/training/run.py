@@ -115,10 +115,10 @@ def train(
     """
     _join_processes(settings.device)
     settings = settings.resolve()
-    if settings.device == "cpu":
-        keep_memory()
     console = console if console is not None and rank() == 0 else Console(quiet=True)
     run = Run.begin(settings, resume, overwrite, console)
+    if settings.device == "cpu":
+        keep_memory()
     with StopOnSignal() as signals, run.display:
         trainer = run.trainer(signals)
         run.display.open("training", 1.0)
