@@ -90,7 +90,7 @@ def stream(
     """
     decoder, sampler = _decoder(model, 1), Sampler(sampling, seed)
     state = decoder.initial_state(1) if state is None else state
-    sampler.observe(_not_empty(ids).tolist())
+    sampler.observe(_not_empty(ids))
     if max_new_tokens < 1:
         return
     logits = decoder.prefill(ids[None], state)
@@ -117,7 +117,7 @@ def _continue(
     rows = list(batch)
     state = decoder.initial_state(len(rows))
     for row in rows:
-        samplers[row].observe(_not_empty(prompts[row]).tolist())
+        samplers[row].observe(_not_empty(prompts[row]))
     logits = decoder.prefill([prompts[row] for row in rows], state)
     for _ in range(max_new_tokens):
         tokens = _numbers(draw(logits, [samplers[row] for row in rows]))

@@ -84,10 +84,10 @@ class Sampler:
             self.sampling.repetition_penalty,
         )
 
-    def observe(self, ids: Iterable[int]) -> None:
+    def observe(self, ids: Tensor | Iterable[int]) -> None:
         """Take note of tokens that the sequence has, for the repetition penalty."""
         if self.sampling.repetition_penalty != 1:
-            self.seen.update(ids)
+            self.seen.update(ids.unique().tolist() if isinstance(ids, Tensor) else ids)
 
     def row(self) -> tuple[float, ...]:
         """The settings and a random number, as the kernel takes them."""

@@ -199,7 +199,9 @@ def test_a_million_steps(decay: float) -> None:
         torch.testing.assert_close(gradients[1].double(), (x.double().sum() + final.sum()).reshape(1))
     elif decay == 1:
         truth = x.double().cumsum(1)
-        assert (y - truth).norm() / truth.norm() < 1e-4
+        # What rounding adds to a running sum of n random numbers: 2**-24 / sqrt(3) of the sum so far at each
+        # step, independently, which makes 2**-24 * sqrt(n / 6) of the whole.
+        assert (y - truth).norm() / truth.norm() < 2**-24 * (length / 6) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -222,7 +224,7 @@ def test_the_gradients_memory_is_outputs_and_little_else() -> None:
     code = """
 import resource, sys, torch
 from mhesa.ops import exponential_smoothing
-x = torch.randn(1, 65536, 8, 64).requires_grad_()
+x = torch.randn(1, 1 << 17, 8, 64).requires_grad_()
 rates = torch.full((8,), 0.5)
 def step(x):
     y = exponential_smoothing(x, rates, rates, backend="numba")
@@ -232,7 +234,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 held = step(x)
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 needed = 2 * x.numel() * 4 // 1024
-assert grown < 1.01 * needed + 2048, (grown, needed)
+assert grown < 1.01 * needed, (grown, needed)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

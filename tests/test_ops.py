@@ -96,31 +96,29 @@ def error(result: Tensor, truth: Tensor) -> float:
     return ((result.double() - truth.double()).square().mean().sqrt() / scale).item()
 
 
-def rate_terms(case: Case, truths: list[Tensor]) -> Tensor:
-    """How large the terms are that the gradients of the rates sum up: the root of their squares' sum."""
-    y, _, dx, *_ = truths
-    skip = 0.0 if case.skip is None else case.skip.double()
-    x, dy = case.x.double(), case.dy.double()
-    g = (dx - skip * dy) / case.alpha.double()[:, None].clamp_min(1e-3)
-    return (g.square() * (x.square() + (y - skip * x).square())).sum().sqrt() + g.norm()
-
-
 @BACKEND
 @LAYOUT
 @REVERSE
 @pytest.mark.parametrize("skip", [False, True], ids=["no-skip", "skip"])
 @pytest.mark.parametrize("state", [False, True], ids=["zero", "state"])
 def test_gradients(backend: str, offsets: list[int] | None, reverse: bool, skip: bool, state: bool) -> None:
-    case = Case(1 if offsets else 2, 5, 2, 1, skip=skip, state=state, offsets=offsets, reverse=reverse)
+    case = Case(
+        1 if offsets else 2,
+        5 if offsets else 3,
+        2,
+        1,
+        skip=skip,
+        state=state,
+        offsets=offsets,
+        reverse=reverse,
+    )
     tensors = [tensor.requires_grad_() for tensor in case.tensors()]
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return case.call(*tensors, backend=backend)
 
-    # Random projections where the derivatives are torch's own; ours are checked element by element.
-    fast = backend != "numba"
-    assert torch.autograd.gradcheck(run, tensors, nondet_tol=0.0, fast_mode=fast)
-    assert torch.autograd.gradgradcheck(run, tensors, nondet_tol=0.0, fast_mode=fast)
+    assert torch.autograd.gradcheck(run, tensors, nondet_tol=0.0)
+    assert torch.autograd.gradgradcheck(run, tensors, nondet_tol=0.0)
 
 
 @BACKEND
@@ -165,10 +163,8 @@ def test_accuracy(backend: str, dtype: torch.dtype, bar: float) -> None:
         case = Case(*shape, dtype=dtype, skip=skip, state=state, offsets=offsets, reverse=reverse)
         truths = case.results("reference", torch.float64)
         results = case.results(backend)
-        for place, (result, truth) in enumerate(zip(results, truths, strict=True)):
-            # A rate's gradient is a sum that may cancel to any size: its terms say what an error is small to.
-            scale = rate_terms(case, truths) if place in (3, 4) else truth.square().mean().sqrt()
-            assert (result.double() - truth).square().mean().sqrt() <= bar * scale
+        for result, truth in zip(results, truths, strict=True):
+            assert error(result, truth) <= bar
 
     holds()
 
@@ -190,11 +186,11 @@ def test_any_decay(backend: str, decay: float, length: int) -> None:
 @BACKEND
 @REVERSE
 def test_any_split_is_one_pass(backend: str, reverse: bool) -> None:
-    for dtype, bar, splits in ((torch.float64, 1e-12, 20), (torch.float32, 1e-5, 5)):
-        case = Case(2, 60, 2, 5, dtype=dtype, reverse=reverse)
+    for dtype, bar in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        case = Case(2, 30, 2, 5, dtype=dtype, reverse=reverse)
         y, final = case.call(*case.tensors(), backend=backend)
-        for _ in range(splits):
-            cuts = [0, *sorted(torch.randint(0, 61, (3,)).tolist()), 60]
+        for _ in range(200):
+            cuts = [0, *sorted(torch.randint(0, 31, (2,)).tolist()), 30]
             spans = list(itertools.pairwise(cuts))
             state, pieces = case.state, {}
             for begin, end in reversed(spans) if reverse else spans:

@@ -56,7 +56,7 @@ def bench_lengths(
             if not _right(timed, operands, dy, thing()):
                 shorter = None
                 continue
-            seconds = interleave({"scan": thing}, rounds, on_round, device)["scan"]
+            seconds = interleave({"scan": thing}, rounds, on_round, device, enough=5)["scan"]
             yield Row(length, timed, 1e3 * seconds, 1e9 * seconds / length, shorter and seconds / shorter)
             shorter = seconds
 

@@ -12,6 +12,8 @@ import torch
 CACHES = 1 << 27
 # What takes longer has its caches and its memory to itself anyway.
 SLOW = 0.1
+# Of anything else a turn takes so many samples.
+SAMPLES = 5
 
 
 def interleave(
@@ -48,12 +50,13 @@ def interleave(
     for _ in range(rounds):
         for name, thing in things.items():
             if sum(seconds[name]) < enough:
-                if not slow[name]:
-                    thing()
-                others.fill_(0)
-                if rehearsals is not None:
-                    rehearsals[name]()
-                seconds[name].append(_time(thing, device))
+                for _ in range(1 if slow[name] else SAMPLES):
+                    if not slow[name]:
+                        thing()
+                    others.fill_(0)
+                    if rehearsals is not None:
+                        rehearsals[name]()
+                    seconds[name].append(_time(thing, device))
         on_round()
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -11,6 +11,7 @@ runs that on all threads.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -249,6 +250,8 @@ def compiled(kernel: Callable[..., None], dtype: torch.dtype) -> int:
     """The address of a kernel for tensors of `dtype`, from the cache on disk if it is there."""
     signature = types.void(types.CPointer({**STORED, torch.int8: types.int8}[dtype]))
     try:
+        # The cache goes by the kernel's own file; what its instructions are is said in this one.
+        kernel.__qualname__ = f"{kernel.__name__}_{os.stat(__file__).st_mtime_ns:x}"
         function = cfunc(signature, cache=True, error_model="numpy")(kernel)
     except (OSError, RuntimeError):  # numba finds no folder to write to, or cannot write to it
         function = cfunc(signature, error_model="numpy")(kernel)
