@@ -1,6 +1,7 @@
 """Several processes as `torchrun` starts them, against one."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,31 @@ def test_what_two_saved_others_resume(two, tmp_path, processes, options):
     weights, expected = (load_file(folder / "model.safetensors") for folder in (out, two))
     assert weights.keys() == expected.keys()
     assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in expected)
+
+
+PARTED = """
+from mhesa.hf import MhesaConfig, MhesaForCausalLM
+from mhesa.training.distributed import is_parted, part, whole
+from accelerate import PartialState
+import torch
+PartialState(cpu=True)
+model = MhesaForCausalLM(MhesaConfig(hidden_size=16, num_hidden_layers=2, heads=2, dim_mhesa=8))
+total = sum(p.numel() for p in model.parameters())
+part(model, model.model.layers, "cpu")
+assert is_parted(model)
+held = sum(p.to_local().numel() for p in model.parameters())
+assert abs(held - total / 2) <= 2 * len(list(model.parameters())) * 16
+print("held", held, "of", total)
+"""
+
+
+def test_parted_weights_are_held_once(tmp_path):
+    (tmp_path / "parted.py").write_text(PARTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "parted.py")]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100, env=environment)
+    assert done.stdout.count("held ") == 2, done.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -51,7 +51,11 @@ def test_a_saved_vocabulary_is_the_same_to_us_and_to_transformers(tmp_path):
     ours, theirs = open_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.fingerprint() == BPE.fingerprint()
     ids = BPE.encode_bytes(TEXT.encode()).tolist()
-    assert ours.encode_bytes(TEXT.encode()).tolist() == theirs(TEXT, split_special_tokens=True)["input_ids"] == ids
+    assert (
+        ours.encode_bytes(TEXT.encode()).tolist()
+        == theirs(TEXT, split_special_tokens=True)["input_ids"]
+        == ids
+    )
     assert theirs.decode(ids) == TEXT
     assert len(ids) < len(TEXT.encode()) * 0.6
     assert theirs.eos_token_id == BPE.eos_token_id

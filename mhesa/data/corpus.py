@@ -29,6 +29,7 @@ BATCH = 1 << 22
 MEASURED_BYTES = 1 << 21
 # A vocabulary learns no more from more text than this.
 VOCABULARY_BYTES = 1 << 28
+READS_BETWEEN_RELEASES = 256
 TOKENS = "tokens.bin"
 HELD_OUT = "held_out.bin"
 FACTS = "facts.json"
@@ -107,7 +108,7 @@ class Tokens:
 
     def __getitem__(self, place: slice) -> np.ndarray:
         self._reads += 1
-        if self._reads % 1024 == 0 and hasattr(mmap, "MADV_DONTNEED"):
+        if self._reads % READS_BETWEEN_RELEASES == 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
         return self._ids[place].copy()
 
@@ -304,7 +305,7 @@ class _Writer:
 
 def _write_at(place: tuple[int, int, np.ndarray]) -> None:
     descriptor, offset, ids = place
-    data = memoryview(ids.view(np.uint8))
+    data = ids.view(np.uint8).data
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written

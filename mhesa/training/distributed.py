@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -54,6 +56,20 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be parted among processes, on the CPU. All processes must ask."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().cpu().contiguous()
+
+
+def part(model: nn.Module, blocks: Iterable[nn.Module], device: str) -> None:
+    """Part a model's parameters among all processes (FSDP 2), gathered block by block when they are used."""
+    mesh = init_device_mesh(torch.device(device).type, (processes(),))
+    model.to(device)
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_parted(model: nn.Module) -> bool:
+    """Whether a model's parameters are parted among processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def parted_like(tensor: Tensor, like: Tensor) -> Tensor:

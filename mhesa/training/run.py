@@ -6,6 +6,7 @@ import gzip
 import lzma
 import os
 import signal
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from mhesa.model import GatedExponentialSmoothingLM
 from mhesa.sampling import Sampling
 from mhesa.training import checkpoint
 from mhesa.training.checkpoint import PREFIX, Progress
-from mhesa.training.distributed import barrier, processes, rank
+from mhesa.training.distributed import barrier, is_parted, part, processes, rank
 from mhesa.training.folder import (
     CHECKPOINTS,
     COMPLETE,
@@ -56,6 +57,7 @@ from mhesa.training.trainer import Batches, StepTrainer
 # The Trainer wants a number of steps; the budget ends training long before.
 ENDLESS = 2**31
 SAMPLE_TOKENS = 300
+SECONDS_BETWEEN_CURVES = 30.0
 # Of the held-out text, what evaluations on the way read.
 EVALUATED_BYTES = 1 << 17
 
@@ -113,10 +115,10 @@ def train(
     """
     _join_processes(settings.device)
     settings = settings.resolve()
-    if settings.device == "cpu":
-        keep_memory()
     console = console if console is not None and rank() == 0 else Console(quiet=True)
     run = Run.begin(settings, resume, overwrite, console)
+    if settings.device == "cpu":
+        keep_memory()
     with StopOnSignal() as signals, run.display:
         trainer = run.trainer(signals)
         run.display.open("training", 1.0)
@@ -160,6 +162,7 @@ class Run:
         self.progress = Progress() if start is None else checkpoint.load_progress(start)
         self.display = display
         self.budget = display.budget
+        self._drawn = time.monotonic()
         self.windows = Windows(
             corpus.tokens,
             context=settings.context,
@@ -173,6 +176,8 @@ class Run:
         self.model = MhesaForCausalLM(self.config)
         if settings.recompute:
             _recompute(self.model)
+        if settings.fsdp and processes() > 1:
+            part(self.model, self.model.model.layers, settings.device)
 
     @classmethod
     def begin(cls, settings: TrainingSettings, resume: bool, overwrite: bool, console: Console) -> Run:
@@ -271,7 +276,7 @@ class Run:
 
     def _evaluate(self, trainer: StepTrainer) -> Evaluation | None:
         model = self.model
-        if trainer.is_fsdp_enabled:
+        if is_parted(model):
             model = _with_weights(self.config, trainer.weights())
         if rank() != 0:
             return None
@@ -282,7 +287,8 @@ class Run:
 
     def _on_row(self, row: dict[str, Any]) -> None:
         self.display.show(row)
-        if row["step"] % self.settings.save_every == 0:
+        if time.monotonic() - self._drawn >= SECONDS_BETWEEN_CURVES:
+            self._drawn = time.monotonic()
             draw_curve(read_metrics(self.folder), {}, self.folder / CURVE)
 
     def _record(self, summary: Summary) -> None:
@@ -347,10 +353,6 @@ def _arguments(settings: TrainingSettings) -> TrainingArguments:
         bf16=settings.precision == "bf16",
         use_cpu=settings.device == "cpu",
         torch_compile=settings.compile,
-        fsdp="full_shard auto_wrap" if settings.fsdp and processes() > 1 else "",
-        fsdp_config={"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["MhesaBlock"]}
-        if settings.fsdp and processes() > 1
-        else None,
         ddp_find_unused_parameters=False,
         seed=settings.seed,
         logging_strategy="no",

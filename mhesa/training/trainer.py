@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
@@ -16,7 +17,7 @@ from transformers import Trainer
 from mhesa.data import Windows, pack
 from mhesa.hf.modeling import MhesaCache, MhesaForCausalLM
 from mhesa.training.checkpoint import Parts, load_part
-from mhesa.training.distributed import gather, parted_like, processes, rank, whole
+from mhesa.training.distributed import gather, is_parted, parted_like, processes, rank, whole
 
 # From here on a vocabulary's logits take more memory than all else.
 LARGE_VOCABULARY = 8192
@@ -141,6 +142,8 @@ class StepTrainer(Trainer):
         if self._micro == 0:
             return  # called once more at the end
         self._micro = 0
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         if not self.after_step(self, grad_norm):
             self.control.should_training_stop = True
 
@@ -180,6 +183,16 @@ class StepTrainer(Trainer):
     def _first_sequences(self, offsets: Tensor, rows: int) -> Tensor:
         begins = torch.arange(rows, device=offsets.device) * self.batches.windows.context
         return torch.searchsorted(offsets, begins)
+
+    # Processes
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """Leave a model that is parted among processes as it is: accelerate would copy it, or raise."""
+        if not is_parted(model):
+            return super()._wrap_model(model, *args, **kwargs)
+        self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        model._is_accelerate_prepared = True  # type: ignore[assignment]
+        return model
 
     # Optimizer and schedule
 
