@@ -14,6 +14,7 @@ from mhesa.cli.config import config
 from mhesa.cli.evaluate import evaluate
 from mhesa.cli.generate import generate
 from mhesa.cli.score import score
+from mhesa.cli.serve import serve
 from mhesa.cli.train import train
 from mhesa.errors import InputError, TrainingError
 
@@ -30,6 +31,7 @@ app.command()(generate)
 app.command(name="eval")(evaluate)
 app.command()(score)
 app.command()(config)
+app.command()(serve)
 
 benches = typer.Typer(help="Measure speed, as ratios inside one run.", no_args_is_help=True)
 benches.command(name="ops")(bench.ops)
