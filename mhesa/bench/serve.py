@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,7 +25,7 @@ from mhesa.sampling import Sampler, Sampling, draw
 
 STREAMS = (1, 16, 128, 1000)
 # What one measurement writes in all: some seconds' worth.
-TOKENS = 150_000
+TOKENS = 400_000
 WRITTEN = re.compile(rb'"completion_tokens":(\d+)')
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 2
 
@@ -108,9 +108,7 @@ class _Stream(asyncio.Protocol):
             self.done.set_result(None)
 
 
-def bench_serve(
-    folder: Path, streams: Sequence[int] = STREAMS, quantize: str | None = None
-) -> Iterator[Row]:
+def bench_serve(folder: Path, streams: Sequence[int] = STREAMS, quantize: str | None = None) -> Iterator[Row]:
     """Start a server for a model, ask it for many texts at once, and compare with decoding alone.
 
     Server and clients share this machine. The decode loop is timed while the server is idle, before and
@@ -123,7 +121,8 @@ def bench_serve(
     """
     model, _ = load(folder)
     decoder = Decoder(model, max_batch=max(streams), quantize=quantize)
-    with running(folder, ["--slots", str(max(streams)), *(["--quantize", quantize] if quantize else [])]) as url:
+    arguments = ["--slots", str(max(streams))] + (["--quantize", quantize] if quantize else [])
+    with running(folder, arguments) as url:
         asyncio.run(_load(url, 1, 50))
         for count in streams:
             tokens = max(100, min(4000, TOKENS // count))
@@ -196,10 +195,8 @@ async def _load(url: str, count: int, tokens: int) -> _Run:
     await asyncio.gather(*(stream.done for stream in streams))
     seconds = time.perf_counter() - started
     watch.cancel()
-    try:
+    with suppress(asyncio.CancelledError):
         await watch
-    except asyncio.CancelledError:
-        pass
     return _Run(seconds, streams, HEALTH.copy())
 
 

@@ -26,7 +26,7 @@ PIECE = 512
 # How often texts that are streamed are handed on: every TICK seconds, less often when there are so many
 # that writing EVENTS events a second would be too much.
 TICK = 0.01
-EVENTS = 2500
+EVENTS = 2000
 
 Item = TypeVar("Item")
 
@@ -143,7 +143,7 @@ class Engine:
 
     Args:
         decoder: the model; nobody else may use it meanwhile.
-        slab: zeros of `(depth, slots, dim_mhesa)`, the states of up to that many texts.
+        slab: `(depth, slots, dim_mhesa)`, where to keep the states of up to that many texts.
         queue: how many texts may wait for a slot; one client's share is half of them.
         waiting_tokens: how many prompt tokens may wait to be read.
         tell: is handed the jobs that there is news of, from the engine's thread; wakes them if omitted.
@@ -163,6 +163,8 @@ class Engine:
         self.rows: list[Row] = []
         self.tokens_read = self.tokens_written = self.steps = self.failures = 0
         self.failure: BaseException | None = None
+        # Should anybody ever read a free slot, everybody shall see it.
+        slab.fill_(math.nan)
         self._before = torch.empty_like(slab)
         self._places = 0
         self._waiting: Turns[Job] = Turns()
@@ -464,7 +466,6 @@ class Engine:
         if index != last:
             self.slab[:, index] = self.slab[:, last]
             self.rows[index] = self.rows[last]
-        # Should anybody ever read a freed slot, everybody shall see it.
         self.slab[:, last] = math.nan
         self.rows.pop()
 

@@ -24,7 +24,7 @@ from mhesa.serve.settings import Limits
 
 # A thread that holds Python's lock gives it up to another after so long; the decode loop waits for it
 # after every step.
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0001
 EXPIRE_SECONDS = 600
 
 
