@@ -117,7 +117,7 @@ def test_prompts_are_texts_or_ids_and_may_be_many(client):
 
 def test_a_text_ends_before_a_stop_streamed_or_not(client):
     whole = complete(client, max_tokens=200).choices[0].text
-    stop = whole[57:60]
+    stop = next(char for char in whole[20:] if char.isascii() and char.isprintable())
     for stream in (False, True):
         done = complete(client, max_tokens=200, stop=["never there", stop], stream=stream)
         text = "".join(event.choices[0].text for event in done) if stream else done.choices[0].text
@@ -133,7 +133,9 @@ def test_logprobs_are_the_models(client, folder):
     prompt = "né!"
     done = complete(client, prompt, logprobs=3, echo=True, max_tokens=5).choices[0]
     kept = done.logprobs
-    ids = [256, *prompt.encode(), *complete(client, prompt, max_tokens=5).choices[0].text.encode()]
+    ids = [256, *prompt.encode()]
+    for _ in range(5):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     assert len(kept.token_logprobs) == len(ids) - 1
     expected = model(torch.tensor([ids]))[0, :-1].log_softmax(-1)
     rows = torch.arange(len(ids) - 1)
@@ -270,9 +272,11 @@ def test_a_session_in_use_is_refused_and_a_disconnect_leaves_it(http, server):
     before = http.get("/v1/sessions/busy").json()["position"]
     body = {"prompt": "", "session": "busy", "max_tokens": ENDLESS, "temperature": 0, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as endless:
-        next(endless.iter_lines())
+        lines = endless.iter_lines()
+        next(lines)
         answer = http.post("/v1/completions", json={"prompt": "", "session": "busy"})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "session_in_use")
+        assert answer.status_code == 409, answer.text
+        assert answer.json()["error"]["code"] == "session_in_use"
     server.wait_for("mhesa_texts_active", 0)
     assert http.get("/v1/sessions/busy").json()["position"] == before
 
@@ -321,7 +325,7 @@ BAD = [
     ({"prompt": "x", "presence_penalty": 1}, 400, "invalid_value"),
     ({"prompt": "x", "best_of": 2}, 400, "invalid_value"),
     ({"prompt": "x", "temprature": 1}, 400, "unknown_parameter"),
-    ({"prompt": "x", "\ud800\r\n": 1}, 400, "unknown_parameter"),
+    ({"prompt": "x", "\ud800\r\n": 1}, 400, "invalid_value"),
     ({"prompt": "x", "session": "../x"}, 400, "invalid_value"),
     ({"prompt": "x", "session": "x", "n": 2}, 400, "invalid_value"),
     ("text", 400, "invalid_value"),
@@ -545,10 +549,7 @@ def test_a_full_queue_answers_429_and_when_to_come_again(folder, tmp_path):
     with running(folder, tmp_path / "log", limits=limits, slots=1, queue=2) as server:
         body = FOREVER
         with server.client() as http, server.client(KEYS["bob"]) as bob:
-            threads = [
-                threading.Thread(target=lambda: _quietly(http.post, "/v1/completions", json=body))
-                for _ in range(2)
-            ]
+            threads = [threading.Thread(target=_quietly, args=(http, body)) for _ in range(2)]
             for thread in threads:
                 thread.start()
             server.wait_for("mhesa_texts_waiting", 1)

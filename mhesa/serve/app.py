@@ -64,7 +64,7 @@ def _handle_errors(app: FastAPI) -> None:
     async def told(request: Request, error: Exception) -> Response:
         return _api_error(error).response()
 
-    for kind in (APIError, SessionError, RequestValidationError, HTTPException, Gone):
+    for kind in (APIError, SessionError, RequestValidationError, HTTPException, Gone, Exception):
         app.add_exception_handler(kind, told)
 
 
@@ -78,8 +78,10 @@ def _api_error(error: Exception) -> APIError:
             return invalid(error.errors())
         case HTTPException():
             return APIError(error.status_code, str(error.detail), headers=error.headers)
-        case _:
+        case Gone():
             return APIError(499, "the client went away", code="disconnected")
+        case _:
+            return APIError(500, "something went wrong here", code="internal_error")
 
 
 def _add_pages(app: FastAPI, service: Service) -> None:
@@ -182,7 +184,7 @@ async def _score(service: Service, request: Request, body: protocol.ScoreRequest
 
 
 def _scored(service: Service, job: Job, by: str) -> dict[str, Any]:
-    bits = np.concatenate([part.numpy() for part in job.logprobs]) / -math.log(2)
+    bits = np.concatenate([np.empty(0), *(part.numpy() for part in job.logprobs)]) / -math.log(2)
     pieces = [service.vocabulary.pieces[token] for token in job.ids[1:].tolist()]
     items = []
     text, start = b"", 0

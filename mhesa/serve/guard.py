@@ -67,11 +67,6 @@ class Guard:
             await error.response()(scope, receive, answer)
         except Exception:
             log("fault", id=request_id, error=traceback.format_exc())
-            if status:
-                raise
-            await APIError(500, "something went wrong here", code="internal_error").response()(
-                scope, receive, answer
-            )
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "none")

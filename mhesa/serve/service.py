@@ -236,13 +236,27 @@ def tokens(service: Service, prompt: str | list[int], param: str = "prompt") -> 
         APIError: an id outside the vocabulary.
     """
     if isinstance(prompt, str):
-        return service.tokenizer.encode_bytes(prompt.encode())
+        return service.tokenizer.encode_bytes(utf8(prompt, param))
     size = len(service.vocabulary.pieces)
     if prompt and max(prompt) >= size:
         raise APIError(
             400, f"token ids must be 0 to {size - 1}, not {max(prompt)}", param=param, code="invalid_value"
         )
     return np.array(prompt, dtype=np.uint16 if size <= 1 << 16 else np.int32)
+
+
+def utf8(text: str, param: str) -> bytes:
+    """A text's bytes.
+
+    Raises:
+        APIError: JSON can spell halves of characters, which no UTF-8 can hold.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise APIError(
+            400, f"{param} holds a lone surrogate, which is no text", param=param, code="invalid_value"
+        ) from error
 
 
 def facts(request: Request) -> dict[str, Any]:

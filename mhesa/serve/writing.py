@@ -19,7 +19,7 @@ from mhesa.sampling import Sampler, Sampling
 from mhesa.serve.engine import Job
 from mhesa.serve.errors import APIError
 from mhesa.serve.protocol import ChatRequest, CompletionRequest, StreamOptions, Writing
-from mhesa.serve.service import Claim, Gone, Run, Service, client, facts, tokens
+from mhesa.serve.service import Claim, Gone, Run, Service, client, facts, tokens, utf8
 from mhesa.serve.sessions import SessionError
 from mhesa.serve.text import Choice, Reader, Scored
 
@@ -284,7 +284,7 @@ class _Completions(_Form):
             prompt = self.prompts[self.run.jobs.index(job)]
             echoed = self.service.tokenizer.decode_bytes(prompt.ids)
             text = echoed.decode("utf-8", "replace") + text
-            scores = _prompt_scores(job) + scores
+            scores = (_prompt_scores(job) if job.score else []) + scores
         logprobs = None
         if job.choices[0].top is not None:
             logprobs = self._logprobs(index, scores, job.choices[0].top)
@@ -448,7 +448,7 @@ def _seed(body: Writing, index: int) -> int | None:
 def _stops(service: Service, body: Writing) -> list[bytes]:
     limits = service.settings.limits
     texts = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    stops = [text.encode() for text in texts]
+    stops = [utf8(text, "stop") for text in texts]
     check_limit(len(stops), "stop strings", limits.stops)
     if not all(stops):
         raise APIError(400, "a stop string must not be empty", param="stop", code="invalid_value")
