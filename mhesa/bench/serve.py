@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -180,7 +181,9 @@ async def _load(url: str, count: int, tokens: int) -> _Run:
     address = urlsplit(url)
     streams = []
     started = time.perf_counter()
-    watch = loop.create_task(_watch(str(address.hostname), address.port or 80))
+    host, port = str(address.hostname), address.port or 80
+    health: list[float] = []
+    watch = loop.create_task(_watch(host, port, health))
     for seed in range(count):
         body = {
             "prompt": PROMPT,
@@ -190,29 +193,29 @@ async def _load(url: str, count: int, tokens: int) -> _Run:
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
         stream = _Stream(json.dumps(body).encode(), address.netloc, "", loop.create_future())
-        await loop.create_connection(lambda stream=stream: stream, address.hostname, address.port)  # type: ignore[misc]
+        await loop.create_connection(partial(_same, stream), host, port)
         streams.append(stream)
     await asyncio.gather(*(stream.done for stream in streams))
     seconds = time.perf_counter() - started
     watch.cancel()
     with suppress(asyncio.CancelledError):
         await watch
-    return _Run(seconds, streams, HEALTH.copy())
+    return _Run(seconds, streams, health)
 
 
-HEALTH: list[float] = []
+def _same(stream: _Stream) -> _Stream:
+    return stream
 
 
-async def _watch(host: str, port: int) -> None:
+async def _watch(host: str, port: int, health: list[float]) -> None:
     """Ask for the server's health again and again."""
-    HEALTH.clear()
     while True:
         started = time.perf_counter()
         reader, writer = await asyncio.open_connection(host, port)
         writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         await reader.read()
         writer.close()
-        HEALTH.append(time.perf_counter() - started)
+        health.append(time.perf_counter() - started)
         await asyncio.sleep(0.05)
 
 

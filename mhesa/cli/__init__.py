@@ -20,7 +20,7 @@ from mhesa.errors import InputError, TrainingError
 
 app = typer.Typer(
     name="mhesa",
-    help="Linear-time language models built on exponential smoothing: train, evaluate, generate, score.",
+    help="Linear-time language models built on exponential smoothing: train, evaluate, write, score, serve.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -37,6 +37,7 @@ benches = typer.Typer(help="Measure speed, as ratios inside one run.", no_args_i
 benches.command(name="ops")(bench.ops)
 benches.command(name="train")(bench.train)
 benches.command(name="decode")(bench.decode)
+benches.command(name="serve")(bench.serve)
 app.add_typer(benches, name="bench")
 
 

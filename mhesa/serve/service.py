@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from mhesa.decoding import Decoder
 from mhesa.hf.tokenization import ByteTokenizer
+from mhesa.hf.vocabulary import TextTokenizer
 from mhesa.model import GatedExponentialSmoothingLM
 from mhesa.serve.engine import Busy, Engine, Job, Stopped, wake
 from mhesa.serve.errors import APIError, busy, stopping
@@ -38,7 +39,7 @@ class Service:
     def __init__(
         self,
         model: GatedExponentialSmoothingLM,
-        tokenizer: ByteTokenizer,
+        tokenizer: ByteTokenizer | TextTokenizer,
         settings: Settings,
         quantize: str | None = None,
     ) -> None:
@@ -96,7 +97,7 @@ class Service:
             self._loop.call_soon_threadsafe(wake, jobs)
 
 
-def _vocabulary(tokenizer: ByteTokenizer, size: int) -> Vocabulary:
+def _vocabulary(tokenizer: ByteTokenizer | TextTokenizer, size: int) -> Vocabulary:
     known = min(size, len(tokenizer))
     pieces = [tokenizer.decode_bytes([index]) for index in range(known)]
     return Vocabulary(pieces + [b""] * (size - known), tokenizer.eos_token_id)
