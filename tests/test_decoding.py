@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -189,6 +190,25 @@ def test_what_cannot_be_is_refused_by_name():
         Decoder(tiny(torch.float64), quantize="int8")
     with pytest.raises(InputError, match="max_batch"):
         Decoder(tiny(), max_batch=0)
+
+
+def test_two_threads_at_once_are_refused_and_never_mixed_up():
+    model = tiny(dim=128, dim_mhesa=128)
+    decoder, ids = Decoder(model), torch.randint(50, (1, 2000))
+    expected = decoder.prefill(ids, model.initial_state(1))
+
+    def read(_):
+        try:
+            return decoder.prefill(ids, model.initial_state(1))
+        except RuntimeError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(read, range(40)))
+    refused = [result for result in results if isinstance(result, RuntimeError)]
+    assert all("one call at a time" in str(error) for error in refused)
+    assert len(refused) < len(results)
+    assert all(torch.equal(result, expected) for result in results if isinstance(result, torch.Tensor))
 
 
 def test_later_weights_go_unseen():

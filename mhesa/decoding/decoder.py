@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -41,7 +43,8 @@ class Decoder:
     bit whether it is read in one stretch or token by token, alone or in a batch. Elsewhere, and for
     other types, the model's own layers run (on CUDA a step is one CUDA graph).
 
-    Weights are copied: a decoder does not see what later becomes of the model's.
+    Weights are copied: a decoder does not see what later becomes of the model's. It serves one call at a
+    time; several Python threads need one each.
 
     Args:
         model: the language model.
@@ -71,6 +74,7 @@ class Decoder:
         like = model.initial_state(1)
         self._state_type, self._depth, self._width = like.dtype, like.shape[0], like.shape[2]
         self._engine = _engine(model, quantize, max_batch)
+        self._free = threading.Lock()
         self._each_one = torch.arange(max_batch + 1)
 
     def initial_state(self, batch: int) -> Tensor:
@@ -92,7 +96,8 @@ class Decoder:
             IndexError: an id outside the vocabulary; the state is as it was.
         """
         self._check(state, len(ids))
-        return self._engine.run(ids, self._each_one[: len(ids) + 1], state, False)
+        with self._alone():
+            return self._engine.run(ids, self._each_one[: len(ids) + 1], state, False)
 
     def prefill(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
         """Read a stretch of each sequence, in memory that does not grow with its length.
@@ -110,9 +115,10 @@ class Decoder:
         """
         self._check(state, len(ids))
         out = torch.empty(len(ids), self.num_tokens, dtype=self._state_type, device=self.device)
-        for first, last, pieces in _calls(list(ids), self._engine.rows):
-            offsets = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
-            out[first:last] = self._engine.run(torch.cat(pieces), offsets, state[:, first:last], False)
+        with self._alone():
+            for first, last, pieces in _calls(list(ids), self._engine.rows):
+                offsets = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
+                out[first:last] = self._engine.run(torch.cat(pieces), offsets, state[:, first:last], False)
         return out
 
     def predict(self, ids: Tensor, state: Tensor) -> Tensor:
@@ -126,11 +132,21 @@ class Decoder:
             Logits, `(length, num_tokens)`.
         """
         self._check(state, 1)
-        parts = [
-            self._engine.run(piece, torch.tensor([0, len(piece)]), state, True).clone()
-            for piece in ids.split(self._engine.rows)
-        ]
+        with self._alone():
+            parts = [
+                self._engine.run(piece, torch.tensor([0, len(piece)]), state, True).clone()
+                for piece in ids.split(self._engine.rows)
+            ]
         return torch.cat(parts)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("a decoder serves one call at a time; give each thread its own")
+        try:
+            yield
+        finally:
+            self._free.release()
 
     def _check(self, state: Tensor, batch: int) -> None:
         shape = (self._depth, batch, self._width)

@@ -117,16 +117,6 @@ def _bits(context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _from_bits(context: Any, value: Any) -> Any:
-    """The fp32 that has these bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), codegen
-
-
-@intrinsic
 def _done(context: Any, counter: Any) -> Any:
     """Count a task as done: all that was written is to be seen by who reads the counter."""
 
@@ -352,11 +342,8 @@ def _multiply(data, p, stage, rows, totals, low, high):  # type: ignore[no-untyp
     for unit in range(low, high):
         panel, block = unit // blocks, unit % blocks
         weights, outputs = offset(matrix, panel * columns * PANEL), panel * PANEL
-        bias, matrix_steps = (
-            offset(floats(stage[BIAS]), outputs),
-            offset(floats(stage[MATRIX_STEPS]), outputs),
-        )
-        out = offset(floats(stage[OUT]), outputs)
+        bias, out = offset(floats(stage[BIAS]), outputs), offset(floats(stage[OUT]), outputs)
+        matrix_steps = offset(floats(stage[MATRIX_STEPS]), outputs)
         last = min((block + 1) * ROWS_A_TASK, rows)
         for first in range(block * ROWS_A_TASK, last, TILE):
             count = min(TILE, last - first)
