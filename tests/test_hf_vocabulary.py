@@ -15,7 +15,8 @@ from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.hf.vocabulary import TextTokenizer, byte_alphabet, open_tokenizer, train_bpe
 
 TEXT = (
-    "The quick brown fox jumps over the lazy dog, naïvely; 狐が跳ぶ 🦊.\n" * 30 + Path(__file__).read_text()
+    "The quick brown fox jumps over the lazy dog, naïvely; 狐が跳ぶ 🦊.\n" * 30
+    + Path(json.__file__).read_text()
 )
 BPE = train_bpe([TEXT.encode()], 400)
 
