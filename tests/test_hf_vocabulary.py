@@ -123,3 +123,17 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(InputError, match=r"tokenizer_config.json is broken"):
         open_tokenizer(tmp_path)
+
+
+def test_a_chat_template_is_kept_and_its_special_tokens_are_tokens(tmp_path):
+    template = "{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}"
+    tokenizer = open_tokenizer_of(tmp_path, template)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], return_dict=False)
+    assert ids == [*tokenizer.encode_bytes(b"hello").tolist(), tokenizer.eos_token_id]
+    # In text it is text, also after a conversation.
+    assert tokenizer.eos_token_id not in tokenizer.encode_bytes(b"<|endoftext|>").tolist()
+
+
+def open_tokenizer_of(folder, template):
+    TextTokenizer(BPE.tokenizer, chat_template=template).save_pretrained(folder)
+    return open_tokenizer(folder)

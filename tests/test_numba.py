@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -50,7 +51,7 @@ def threads() -> int:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("shape", [(1, 2000, 4, 64), (3, 300, 2, 80), (40, 70, 2, 33)])
+@pytest.mark.parametrize("shape", [(1, 2000, 4, 64), (3, 300, 2, 80), (40, 70, 2, 33), (2, 9001, 3, 7)])
 @pytest.mark.usefixtures("threads")
 def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
@@ -182,6 +183,67 @@ def test_a_decayed_carry_ends_at_zero(dtype: torch.dtype) -> None:
     # Down to there, it is the power that it should be.
     steps = torch.arange(200, dtype=torch.float64)
     torch.testing.assert_close(y[0, :200, 0, 0].double(), 0.1 * 0.9**steps, rtol=2e-5, atol=0)
+
+
+class Long:
+    """Rows of few channels, of which long sequences are scanned in spans."""
+
+    lengths = (20011, 3, 2048, 0, 2047)
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.offsets = [0, *itertools.accumulate(self.lengths)]
+        self.x, self.dy = (torch.randn(1, self.offsets[-1], 3, 7, dtype=dtype) for _ in range(2))
+        self.rates = (
+            torch.tensor([0.5, 0.01, 0.0], dtype=dtype),
+            torch.tensor([0.9, 0.9999, 1.0], dtype=dtype),
+        )
+        self.state, self.dfinal = (torch.randn(len(self.lengths), 3, 7, dtype=dtype) for _ in range(2))
+
+    def run(self, backend: str, reverse: bool, sequence: int | None = None) -> list[Tensor]:
+        """Outputs and gradients of x and state, packed or of one sequence by itself."""
+        rows = slice(None) if sequence is None else slice(*self.offsets[sequence : sequence + 2])
+        which = slice(None) if sequence is None else slice(sequence, sequence + 1)
+        x, state = self.x[:, rows].clone().requires_grad_(), self.state[which].clone().requires_grad_()
+        y, final = exponential_smoothing(
+            x,
+            *self.rates,
+            initial_state=state,
+            cu_seqlens=torch.tensor(self.offsets) if sequence is None else None,
+            reverse=reverse,
+            return_final_state=True,
+            backend=backend,
+        )
+        gradients = torch.autograd.grad((y, final), (x, state), (self.dy[:, rows], self.dfinal[which]))
+        return [y.detach(), final.detach(), *gradients]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_spans_of_long_sequences(reverse: bool) -> None:
+    long = Long(torch.float64)
+    for result, truth in zip(long.run("numba", reverse), long.run("chunked", reverse), strict=True):
+        assert (result - truth).norm() <= 1e-11 * truth.norm()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_long_sequences_are_alone(reverse: bool) -> None:
+    long = Long()
+    y, final, dx, dstate = long.run("numba", reverse)
+    for sequence, (begin, end) in enumerate(itertools.pairwise(long.offsets)):
+        here = [y[:, begin:end], final[sequence][None], dx[:, begin:end], dstate[sequence][None]]
+        assert equal(long.run("numba", reverse, sequence), here)
+
+
+def test_infinity_and_nan_cross_spans() -> None:
+    x = torch.randn(2, 9000, 1, 8)
+    clean = smooth(x)[0]
+    for value in (torch.inf, torch.nan):
+        dirty = x.clone()
+        dirty[1, 100, 0, 3] = value
+        y = smooth(dirty)[0]
+        touched = torch.zeros_like(x, dtype=torch.bool)
+        touched[1, 100:, 0, 3] = True
+        assert torch.equal(y[~touched], clean[~touched])
+        torch.testing.assert_close(y[touched], torch.full((8900,), value), equal_nan=True)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1 - 1e-7, 1.0])

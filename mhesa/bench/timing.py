@@ -27,9 +27,9 @@ def interleave(
     """Median seconds of each thing, run in turn `rounds` times after one turn that does not count.
 
     Whatever slows the machine for a while then slows all of them alike: their ratios hold where their
-    times do not. Each finds what it finds in a long computation, whoever was before: right before it is
-    timed it runs once uncounted, so that the allocator gives it its own memory again, then the caches are
-    filled with other things, then its rehearsal brings the program back to them, but not the data.
+    times do not. Each finds what it finds in a long computation, whoever was before: it runs once
+    uncounted, so that the allocator gives it its own memory again; then the caches are filled with other
+    things, and its rehearsal brings the program back to them, but not the data.
 
     Args:
         things: what to time, by name.

@@ -14,12 +14,13 @@ from mhesa.cli.config import config
 from mhesa.cli.evaluate import evaluate
 from mhesa.cli.generate import generate
 from mhesa.cli.score import score
+from mhesa.cli.serve import serve
 from mhesa.cli.train import train
 from mhesa.errors import InputError, TrainingError
 
 app = typer.Typer(
     name="mhesa",
-    help="Linear-time language models built on exponential smoothing: train, evaluate, generate, score.",
+    help="Linear-time language models built on exponential smoothing: train, evaluate, write, score, serve.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -30,11 +31,13 @@ app.command()(generate)
 app.command(name="eval")(evaluate)
 app.command()(score)
 app.command()(config)
+app.command()(serve)
 
 benches = typer.Typer(help="Measure speed, as ratios inside one run.", no_args_is_help=True)
 benches.command(name="ops")(bench.ops)
 benches.command(name="train")(bench.train)
 benches.command(name="decode")(bench.decode)
+benches.command(name="serve")(bench.serve)
 app.add_typer(benches, name="bench")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mhesa.cli.common import AsJson, Device, new_table, progress
+from mhesa.cli.common import AsJson, Device, Folder, new_table, progress
 from mhesa.errors import InputError
 
 
@@ -152,6 +152,51 @@ def decode(
     for name in dict.fromkeys(session.name for session in sessions):
         table.add_row(name, *(f"{session.bytes:,}" for session in sessions if session.name == name))
     Console().print(table)
+
+
+def serve(
+    folder: Folder,
+    streams: Annotated[
+        list[int] | None, typer.Option(help="How many streams at once; 1, 16, 128 and 1000 if omitted.")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8: a quarter of the memory to read.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time a server of a model under load, beside the plain decode loop; both share this machine.
+
+    Times are in milliseconds, the median and what one in a hundred exceeds: until a stream's first token,
+    a stream's mean time for a token, between two events of a stream, and of `/health` meanwhile.
+
+    Example:
+
+        mhesa bench serve runs/first --streams 128
+    """
+    from mhesa.bench.serve import STREAMS, bench_serve
+
+    counts = streams or list(STREAMS)
+    if min(counts) < 1:
+        raise InputError(f"streams must be at least 1, not {min(counts)}")
+    found = []
+    table = new_table(
+        "streams", "finished", "requests/s", "tokens/s", "of decoding", "first", "token", "pause", "health"
+    )
+    with progress("loading", len(counts)) as advance:
+        for row in bench_serve(folder, counts, quantize):
+            advance(1)
+            found.append(row)
+            times = (row.first_token, row.per_token, row.pause, row.health)
+            table.add_row(
+                f"{row.streams:,}",
+                f"{row.finished:,}",
+                f"{row.requests_per_second:.1f}",
+                f"{row.tokens_per_second:,.0f}",
+                f"{row.of_decoding:.2f}",
+                *(f"{part.p50:.3g}, {part.p99:.3g}" for part in times),
+            )
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in found]))
+    else:
+        Console().print(table)
 
 
 def _print_rates(rows: list[Any]) -> None:

@@ -20,6 +20,7 @@ from mhesa.hf.tokenization import END_OF_TEXT, ByteTokenizer
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 # What end of text is called where no tokenizer_config.json says so.
 ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 SMALLEST_VOCABULARY = 257
@@ -37,16 +38,19 @@ class TextTokenizer:
     Args:
         tokenizer: what makes ids of text.
         eos_token: the token that begins and ends documents; added if the vocabulary has none.
+        chat_template: how a conversation becomes text, a Jinja template as transformers takes them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos_token: str = END_OF_TEXT) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, eos_token: str = END_OF_TEXT, chat_template: str | None = None
+    ) -> None:
         if tokenizer.token_to_id(eos_token) is None:
             tokenizer.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
         tokenizer.encode_special_tokens = True
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
-        self.eos_token = eos_token
+        self.eos_token, self.chat_template = eos_token, chat_template
         self.eos_token_id = tokenizer.get_vocab(with_added_tokens=True)[eos_token]
 
     def __len__(self) -> int:
@@ -87,16 +91,26 @@ class TextTokenizer:
         parts = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
         return hashlib.sha256(json.dumps([self.eos_token, parts]).encode()).hexdigest()
 
+    def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> Any:
+        """The ids of a conversation; see transformers' method of that name."""
+        return self._fast.apply_chat_template(messages, **kwargs)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and what `AutoTokenizer` asks for beside it."""
-        PreTrainedTokenizerFast(
-            tokenizer_object=self.tokenizer,
+        self._fast.save_pretrained(folder)
+
+    @cached_property
+    def _fast(self) -> PreTrainedTokenizerFast:
+        # A copy: in a conversation special tokens are what they say, in text they are text.
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(self.tokenizer.to_str()),
             bos_token=self.eos_token,
             eos_token=self.eos_token,
             pad_token=self.eos_token,
             padding_side="left",
             clean_up_tokenization_spaces=False,
-        ).save_pretrained(folder)
+            chat_template=self.chat_template,
+        )
 
     def _encode_any(self, data: bytes) -> np.ndarray:
         text = data.decode("utf-8", "surrogateescape")
@@ -191,7 +205,7 @@ def open_tokenizer(path: str | Path) -> ByteTokenizer | TextTokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:
         raise InputError(f"{file} is not a tokenizer: {error}") from error
-    return TextTokenizer(tokenizer, _end_of_text(file, tokenizer))
+    return TextTokenizer(tokenizer, _end_of_text(file, tokenizer), _chat_template(file.parent))
 
 
 def _byte_tokenizer(folder: Path) -> ByteTokenizer:
@@ -208,6 +222,12 @@ def _end_of_text(file: Path, tokenizer: Tokenizer) -> str:
     if isinstance(token, str):
         return token
     return next((name for name in ENDS_OF_TEXT if tokenizer.token_to_id(name) is not None), END_OF_TEXT)
+
+
+def _chat_template(folder: Path) -> str | None:
+    file = folder / CHAT_TEMPLATE
+    template = file.read_text() if file.is_file() else _read_config(folder).get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

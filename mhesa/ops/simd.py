@@ -187,14 +187,14 @@ class Emitter:
         """The size of a stored value."""
         return {types.float64: 8, types.float32: 4}.get(self.stored, 2)
 
-    def prefetch(self, pointer: Any, index: Any, write: bool = False) -> None:
+    def prefetch(self, pointer: Any, index: Any) -> None:
         """Ask for the memory of a vector; an address that does not exist does no harm."""
         byte = I8.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
         address = self.builder.bitcast(self.address(pointer, index), byte)
-        # The last two: to keep it close, and that it is data.
-        self.builder.call(function, [address, I32(int(write)), I32(3), I32(1)])
+        # To read, to keep it close, and that it is data.
+        self.builder.call(function, [address, I32(0), I32(3), I32(1)])
 
     @staticmethod
     def align(pointer: Any) -> int:

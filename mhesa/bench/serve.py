@@ -1,0 +1,247 @@
+"""How a server does under load, beside the decode loop that it is built around."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from mhesa.decoding import Decoder
+from mhesa.errors import InputError
+from mhesa.hf.folder import load
+from mhesa.sampling import Sampler, Sampling, draw
+
+STREAMS = (1, 16, 128, 1000)
+# What one measurement writes in all: some seconds' worth.
+TOKENS = 400_000
+WRITTEN = re.compile(rb'"completion_tokens":(\d+)')
+PROMPT = "The quick brown fox jumps over the lazy dog. " * 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one number of streams came to; times in milliseconds.
+
+    Args:
+        streams: texts asked for at the same time, each over a connection of its own.
+        tokens: of each text.
+        finished: how many came whole.
+        requests_per_second, tokens_per_second: over the whole run.
+        of_decoding: that rate over the plain decode loop's at this batch.
+        first_token: until a stream's first token.
+        per_token: a stream's mean time from a token to the next.
+        pause: between two events of a stream, each of which may bring several tokens.
+        health: an answer of `/health` meanwhile.
+    """
+
+    streams: int
+    tokens: int
+    finished: int
+    requests_per_second: float
+    tokens_per_second: float
+    of_decoding: float
+    first_token: Quantiles
+    per_token: Quantiles
+    pause: Quantiles
+    health: Quantiles
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """The median and what one in a hundred exceeds."""
+
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Quantiles:
+        """Of times in seconds, in milliseconds."""
+        ordered = sorted(seconds) or [float("nan")]
+        return cls(1000 * statistics.median(ordered), 1000 * ordered[int(0.99 * (len(ordered) - 1) + 0.5)])
+
+
+@dataclass
+class _Stream(asyncio.Protocol):
+    """One streamed completion, read with as little work as can be."""
+
+    body: bytes
+    host: str
+    key: str
+    done: asyncio.Future[None]
+    started: float = 0.0
+    events: list[tuple[float, int]] = field(default_factory=list)
+    finished: bool = False
+    rest: bytes = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.started = time.perf_counter()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}\r\nAuthorization: Bearer {self.key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(self.body)}\r\nConnection: close\r\n\r\n"
+        )
+        transport.write(head.encode() + self.body)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        counts = WRITTEN.findall(self.rest + data)
+        if counts:
+            self.events.append((now, int(counts[-1])))
+        # A count may be cut in two by the network.
+        self.rest = data[-32:] if not data.endswith(b"\n") else b""
+        self.finished = self.finished or b"[DONE]" in data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+def bench_serve(folder: Path, streams: Sequence[int] = STREAMS, quantize: str | None = None) -> Iterator[Row]:
+    """Start a server for a model, ask it for many texts at once, and compare with decoding alone.
+
+    Server and clients share this machine. The decode loop is timed while the server is idle, before and
+    after each measurement, with the same sampling.
+
+    Args:
+        folder: a trained model.
+        streams: how many texts at once, one measurement each.
+        quantize: how the decoder keeps weights.
+    """
+    model, _ = load(folder)
+    decoder = Decoder(model, max_batch=max(streams), quantize=quantize)
+    arguments = ["--slots", str(max(streams))] + (["--quantize", quantize] if quantize else [])
+    with running(folder, arguments) as url:
+        asyncio.run(_load(url, 1, 50))
+        for count in streams:
+            tokens = max(100, min(4000, TOKENS // count))
+            before = decoding_rate(decoder, count)
+            row = asyncio.run(_load(url, count, tokens))
+            yield _row(row, count, tokens, (before + decoding_rate(decoder, count)) / 2)
+
+
+@torch.inference_mode()
+def decoding_rate(decoder: Decoder, batch: int, seconds: float = 1.0) -> float:
+    """Tokens a second of the plain loop: a step, a draw, and again."""
+    state = decoder.initial_state(batch)
+    samplers = [Sampler(Sampling(), seed) for seed in range(batch)]
+    ids, tokens = torch.zeros(batch, dtype=torch.int64), 0
+    started = time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds or tokens < 3 * batch:
+        ids = torch.tensor(draw(decoder.step(ids, state), samplers), device=decoder.device)
+        tokens += batch
+    return tokens / passed
+
+
+@contextmanager
+def running(folder: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
+    """A server in a process of its own, on a free port: its URL.
+
+    Raises:
+        InputError: it does not start; the message is its own.
+    """
+    command = [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", "0", *arguments]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        if '"listening"' not in line:
+            raise InputError(f"the server does not start: {line}{process.stderr.read()}".strip())
+        # Nobody reads what it logs; a full pipe would stop it.
+        copy = subprocess.Popen(["cat"], stdin=process.stderr, stdout=log)
+        try:
+            yield json.loads(line)["url"]
+        finally:
+            process.terminate()
+            process.wait(60)
+            copy.wait(60)
+
+
+@dataclass(frozen=True)
+class _Run:
+    seconds: float
+    streams: list[_Stream]
+    health: list[float]
+
+
+async def _load(url: str, count: int, tokens: int) -> _Run:
+    loop = asyncio.get_running_loop()
+    address = urlsplit(url)
+    streams = []
+    started = time.perf_counter()
+    host, port = str(address.hostname), address.port or 80
+    health: list[float] = []
+    watch = loop.create_task(_watch(host, port, health))
+    for seed in range(count):
+        body = {
+            "prompt": PROMPT,
+            "max_tokens": tokens,
+            "seed": seed,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        stream = _Stream(json.dumps(body).encode(), address.netloc, "", loop.create_future())
+        await loop.create_connection(partial(_same, stream), host, port)
+        streams.append(stream)
+    await asyncio.gather(*(stream.done for stream in streams))
+    seconds = time.perf_counter() - started
+    watch.cancel()
+    with suppress(asyncio.CancelledError):
+        await watch
+    return _Run(seconds, streams, health)
+
+
+def _same(stream: _Stream) -> _Stream:
+    return stream
+
+
+async def _watch(host: str, port: int, health: list[float]) -> None:
+    """Ask for the server's health again and again."""
+    while True:
+        started = time.perf_counter()
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        await reader.read()
+        writer.close()
+        health.append(time.perf_counter() - started)
+        await asyncio.sleep(0.05)
+
+
+def _row(run: _Run, count: int, tokens: int, decoding: float) -> Row:
+    streams = [stream for stream in run.streams if stream.events]
+    written = sum(stream.events[-1][1] for stream in streams)
+    firsts = [next(at for at, number in stream.events if number) - stream.started for stream in streams]
+    paces = [
+        (stream.events[-1][0] - stream.events[0][0]) / max(1, stream.events[-1][1] - stream.events[0][1])
+        for stream in streams
+    ]
+    pauses = [
+        later[0] - earlier[0]
+        for stream in streams
+        for earlier, later in zip(stream.events, stream.events[1:], strict=False)
+    ]
+    finished = sum(stream.finished for stream in run.streams)
+    return Row(
+        streams=count,
+        tokens=tokens,
+        finished=finished,
+        requests_per_second=finished / run.seconds,
+        tokens_per_second=written / run.seconds,
+        of_decoding=written / run.seconds / decoding,
+        first_token=Quantiles.of(firsts),
+        per_token=Quantiles.of(paces),
+        pause=Quantiles.of(pauses),
+        health=Quantiles.of(run.health),
+    )

@@ -1,0 +1,304 @@
+"""What clients send and get: OpenAI's completions and chat, and our own scores and sessions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, field_validator
+
+SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+SessionName = Annotated[str, StringConstraints(pattern=SESSION_NAME)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+TokenIds = list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]]
+# Parameters of OpenAI's that this server takes only at the value at which they do nothing.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "suffix": (None, ""),
+    "best_of": (None,),
+}
+
+
+class Body(BaseModel):
+    """A request's body: an argument that nobody knows is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+
+class StreamOptions(Body):
+    """What a stream tells beside the text."""
+
+    include_usage: bool = Field(default=False, description="Send the counts of tokens at the end.")
+    continuous_usage_stats: bool = Field(default=False, description="Send them with every event.")
+
+
+class Writing(Body):
+    """How texts are written, whatever they continue."""
+
+    model: str | None = Field(None, description="The model's name; the one that is served if omitted.")
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=1 << 31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    n: int | None = Field(None, ge=1, le=1 << 31, description="How many texts for each prompt.")
+    stop: str | list[str] | None = Field(None, description="A text ends before the first of these.")
+    seed: Seed | None = Field(None, description="Makes the texts repeatable.")
+    stream: bool | None = Field(None, description="Send the text as it is written, as server-sent events.")
+    stream_options: StreamOptions | None = None
+    session: SessionName | None = Field(
+        None, description="Go on from the state stored under this name, and store what becomes of it there."
+    )
+    user: str | None = Field(None, description="Ignored.")
+    frequency_penalty: float | None = Field(None, description="0 only.")
+    presence_penalty: float | None = Field(None, description="0 only.")
+    logit_bias: dict[str, Any] | None = Field(None, description="Empty only.")
+
+    @field_validator(*NEUTRAL, check_fields=False)
+    @classmethod
+    def _neutral(cls, value: object, info: Any) -> object:
+        if value not in NEUTRAL[info.field_name]:
+            raise ValueError(
+                "not supported by this server, leave it out; for repetition, see repetition_penalty"
+            )
+        return value
+
+
+class CompletionRequest(Writing):
+    """Texts that continue prompts."""
+
+    prompt: str | TokenIds | list[str] | list[TokenIds] = Field(
+        "", description="A text, a list of texts, token ids, or a list of those; empty begins a text."
+    )
+    max_tokens: int | None = Field(None, ge=0, le=1 << 31, description="16 if omitted.")
+    logprobs: int | None = Field(None, ge=0, le=1 << 31, description="Likeliest tokens beside each.")
+    echo: bool | None = Field(None, description="Give the prompt back before the text.")
+    suffix: str | None = Field(None, description="Empty only.")
+    best_of: int | None = Field(None, description="Not supported.")
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "def main(", "max_tokens": 64, "temperature": 0.8}]}
+    )
+
+
+class TextPart(Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A turn of a conversation."""
+
+    role: str = Field(max_length=64)
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class ChatRequest(Writing):
+    """The next turn of a conversation."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, le=1 << 31, description="As many as may be if omitted.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 31, description="The same.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=1 << 31)
+
+
+class ScoreRequest(Body):
+    """Text to measure."""
+
+    model: str | None = None
+    input: str | list[str] = Field(description="A text, or several that have nothing to do with each other.")
+    by: Literal["token", "line", "text"] = Field("line", description="What each figure is for.")
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"input": "first line\nsecond line\n"}]})
+
+
+class ForkRequest(Body):
+    """A copy of a session."""
+
+    to: SessionName
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An error."""
+
+    error: ErrorDetail
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities in nats, token by token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """A text."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Completion(BaseModel):
+    """Texts that continue prompts."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None
+
+
+class ChatToken(BaseModel):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatScoredToken(ChatToken):
+    """A token, and the likeliest in its place."""
+
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities in nats, token by token."""
+
+    content: list[ChatScoredToken] | None
+    refusal: None
+
+
+class ChatMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    """An answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletion(BaseModel):
+    """The next turn of a conversation."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    parameters: int
+    state_bytes: int
+
+
+class Models(BaseModel):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class ScoredItem(BaseModel):
+    """A token or a line, how many bytes it has, and its surprisal in bits."""
+
+    text: str
+    bytes: int
+    bits: float
+
+
+class ScoredText(BaseModel):
+    """A text's surprisal."""
+
+    index: int
+    bytes: int
+    bits: float
+    bits_per_byte: float | None
+    items: list[ScoredItem]
+
+
+class Score(BaseModel):
+    """Surprisal of texts."""
+
+    object: Literal["score"]
+    model: str
+    by: Literal["token", "line", "text"]
+    data: list[ScoredText]
+    usage: Usage
+
+
+class SessionInfo(BaseModel):
+    """A stored session; times are seconds since 1970."""
+
+    object: Literal["session"]
+    name: str
+    position: int
+    bytes: int
+    created: float
+    used: float
+    expires: float
+
+
+class SessionList(BaseModel):
+    """Sessions by name; `has_more` asks for the next page with `after`."""
+
+    object: Literal["list"]
+    data: list[SessionInfo]
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    """What was deleted."""
+
+    object: Literal["session"]
+    name: str
+    deleted: bool
+
+
+class Health(BaseModel):
+    """Whether requests are taken."""
+
+    status: Literal["ok", "stopping", "failed"]

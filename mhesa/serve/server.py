@@ -1,0 +1,166 @@
+"""The process: sockets, time limits of connections, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mhesa.errors import InputError
+from mhesa.serve.app import create_app
+from mhesa.serve.errors import APIError
+from mhesa.serve.logs import catch, log
+from mhesa.serve.service import Service
+from mhesa.serve.settings import Limits
+
+# A thread that holds Python's lock gives it up to another after so long; the decode loop waits for it
+# after every step.
+SWITCH_SECONDS = 0.0001
+EXPIRE_SECONDS = 600
+
+
+def serve(service: Service) -> None:
+    """Serve until SIGTERM or SIGINT, and let answers finish then.
+
+    Raises:
+        InputError: the address cannot be listened on.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    _raise_file_limit()
+    catch("uvicorn.error", logging.ERROR)
+    settings = service.settings
+    config = uvicorn.Config(
+        create_app(service),
+        host=settings.host,
+        port=settings.port,
+        http=_protocol(settings.limits),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=settings.limits.head,
+        timeout_graceful_shutdown=int(settings.limits.drain) + 5,
+    )
+    try:
+        bound = config.bind_socket()
+    except SystemExit:
+        raise InputError(f"cannot listen on {settings.host}:{settings.port}: is it in use?") from None
+    try:
+        _Server(config, service).run(sockets=[bound])
+    finally:
+        service.close()
+    log("stopped")
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, but that a signal first lets answers finish, and the process then ends with 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, loop)
+        housekeeping = loop.create_task(self._expire_sessions())
+        try:
+            yield
+        finally:
+            housekeeping.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        log("listening", url=url, model=self.service.settings.name)
+
+    def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.should_exit:
+            self.force_exit = True
+            return
+        service = self.service
+        log("stopping", active=len(service.engine.rows), waiting=service.engine.waiting)
+        service.stopping = self.should_exit = True
+        # What is left then is told so, as an error or an event.
+        loop.call_later(service.settings.limits.drain, service.engine.stop)
+
+    async def _expire_sessions(self) -> None:
+        while True:
+            expired = await self.service.aside(self.service.sessions.expire)
+            if expired:
+                log("expired", sessions=expired)
+            await asyncio.sleep(EXPIRE_SECONDS)
+
+
+def _protocol(limits: Limits) -> type[H11Protocol]:
+    """HTTP/1.1 whose connections cannot be held by sending or reading slowly."""
+
+    class Protocol(H11Protocol):
+        _receiving: asyncio.TimerHandle | None = None
+        _sending: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._receiving = self.loop.call_later(limits.receive, transport.abort)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+                self._disarm()
+            elif self._receiving is None:
+                self._receiving = self.loop.call_later(limits.receive, self.transport.abort)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._sending = self.loop.call_later(limits.send, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._sending is not None:
+                self._sending.cancel()
+                self._sending = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
+            self.resume_writing()
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            body = APIError(400, "this is not a valid HTTP request", code="invalid_http").response().body
+            head = (
+                f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+            )
+            self.transport.write(f"{head}\r\nconnection: close\r\n\r\n".encode() + bytes(body))
+            self.transport.close()
+
+        def _disarm(self) -> None:
+            if self._receiving is not None:
+                self._receiving.cancel()
+                self._receiving = None
+
+    return Protocol
+
+
+def _raise_file_limit() -> None:
+    """A connection is a file: take as many as the system lets us."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,252 @@
+"""Stored states: a client goes on where it stopped, without reading the past again."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhesa.errors import InputError
+
+# Marks the files that are ours, and their form.
+APPLICATION, FORM = 0x6D686573, 1
+# Of memory, for states that were used of late.
+CACHE_KIB = 64 * 1024
+SCHEMA = """
+CREATE TABLE sessions (
+    client TEXT NOT NULL, name TEXT NOT NULL, model TEXT NOT NULL, position INTEGER NOT NULL,
+    token INTEGER NOT NULL, state BLOB NOT NULL, created REAL NOT NULL, used REAL NOT NULL,
+    PRIMARY KEY (client, name)
+);
+CREATE INDEX used ON sessions (used);
+"""
+
+
+class SessionError(Exception):
+    """A session cannot be used; `status` is HTTP's for it."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A session as it is kept.
+
+    Args:
+        state: `(depth, 1, dim_mhesa)`.
+        token: the last token of the text, which the state does not know yet.
+        position: tokens of the text so far.
+    """
+
+    state: Tensor
+    token: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What is told of a session; times are seconds since 1970."""
+
+    name: str
+    position: int
+    bytes: int
+    created: float
+    used: float
+    expires: float
+
+
+class Sessions:
+    """Sessions in SQLite: as much in memory as `CACHE_KIB`, the rest in a file if there is one.
+
+    A session that was saved is safe from a crash of the process. Each client sees its own alone. Methods
+    may be called from any thread.
+
+    Args:
+        path: the file; `None` keeps all in memory.
+        model: the fingerprint of the model whose states these are.
+        shape: of a state, `(depth, 1, dim_mhesa)`.
+        most: sessions of one client.
+        idle: seconds after which a session that nobody used is forgotten.
+        clock: seconds since 1970.
+
+    Raises:
+        InputError: the file is not such a file, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        model: str,
+        shape: tuple[int, ...],
+        most: int = 100_000,
+        idle: float = 7 * 24 * 3600,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.model, self.shape, self.most, self.idle, self.clock = model, shape, most, idle, clock
+        self._lock = threading.Lock()
+        try:
+            self._database = sqlite3.connect(
+                ":memory:" if path is None else path, check_same_thread=False, isolation_level=None
+            )
+            self._open()
+        except sqlite3.Error as error:
+            raise InputError(f"cannot keep sessions in {path}: {error}") from error
+
+    def _open(self) -> None:
+        run = self._database.execute
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = NORMAL")
+        run(f"PRAGMA cache_size = -{CACHE_KIB}")
+        run("BEGIN IMMEDIATE")
+        (application,), (form,) = (
+            run("PRAGMA application_id").fetchone(),
+            run("PRAGMA user_version").fetchone(),
+        )
+        (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
+        if not tables:
+            for statement in SCHEMA.split(";"):
+                run(statement)
+            run(f"PRAGMA application_id = {APPLICATION}")
+            run(f"PRAGMA user_version = {FORM}")
+        elif (application, form) != (APPLICATION, FORM):
+            raise sqlite3.DatabaseError("it is a database of something else")
+        run("COMMIT")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock:
+            self._database.close()
+
+    def load(self, client: str, name: str) -> Stored | None:
+        """A client's session, `None` if it has none of that name.
+
+        Raises:
+            SessionError: the session belongs to another model, or is damaged.
+        """
+        row = self._one(
+            "SELECT model, state, token, position FROM sessions WHERE client = ? AND name = ? AND used > ?",
+            (client, name, self._oldest()),
+        )
+        if row is None:
+            return None
+        model, data, token, position = row
+        if model != self.model:
+            raise SessionError(
+                409, f"session {name} belongs to another model; delete it or take another name"
+            )
+        whole = len(data) == 4 * math.prod(self.shape)
+        values = np.frombuffer(data, dtype="<f4") if whole else np.array([math.nan])
+        if not np.isfinite(values).all():
+            raise SessionError(409, f"session {name} is damaged; delete it")
+        return Stored(torch.from_numpy(values.copy()).view(self.shape), token, position)
+
+    def save(self, client: str, name: str, stored: Stored) -> None:
+        """Keep a session, in place of what it was before.
+
+        Raises:
+            SessionError: the client has as many as it may.
+        """
+        now = self.clock()
+        data = stored.state.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()
+        with self._lock:
+            self._make_room(client, name)
+            self._database.execute(
+                "INSERT INTO sessions VALUES (:client, :name, :model, :position, :token, :state, :now, :now)"
+                " ON CONFLICT DO UPDATE SET model = :model, position = :position, token = :token,"
+                " state = :state, used = :now",
+                {
+                    "client": client,
+                    "name": name,
+                    "model": self.model,
+                    "position": stored.position,
+                    "token": stored.token,
+                    "state": data,
+                    "now": now,
+                },
+            )
+
+    def fork(self, client: str, name: str, new: str) -> None:
+        """Copy a session under a new name.
+
+        Raises:
+            SessionError: there is no such session, or the new one exists, or there are too many.
+        """
+        now = self.clock()
+        with self._lock:
+            self._make_room(client, new)
+            try:
+                done = self._database.execute(
+                    "INSERT INTO sessions SELECT client, ?, model, position, token, state, ?, ?"
+                    " FROM sessions WHERE client = ? AND name = ? AND used > ?",
+                    (new, now, now, client, name, self._oldest()),
+                )
+            except sqlite3.IntegrityError as error:
+                raise SessionError(409, f"session {new} exists already") from error
+        if not done.rowcount:
+            raise SessionError(404, f"there is no session {name}")
+
+    def delete(self, client: str, name: str) -> bool:
+        """Forget a session; whether there was one."""
+        with self._lock:
+            return bool(
+                self._database.execute(
+                    "DELETE FROM sessions WHERE client = ? AND name = ?", (client, name)
+                ).rowcount
+            )
+
+    def page(self, client: str, after: str = "", limit: int = 100) -> list[Listed]:
+        """A client's sessions by name, those behind `after`."""
+        return self._listed("client = ? AND name > ? AND used > ?", (client, after, self._oldest()), limit)
+
+    def get(self, client: str, name: str) -> Listed | None:
+        """What is known of one session."""
+        rows = self._listed("client = ? AND name = ? AND used > ?", (client, name, self._oldest()), 1)
+        return rows[0] if rows else None
+
+    def expire(self) -> int:
+        """Remove what nobody used for too long; how many."""
+        with self._lock:
+            return self._database.execute("DELETE FROM sessions WHERE used <= ?", (self._oldest(),)).rowcount
+
+    def size(self) -> tuple[int, int]:
+        """Sessions and bytes of states, of all clients."""
+        return self._one("SELECT count(*), ifnull(sum(length(state)), 0) FROM sessions", ()) or (0, 0)
+
+    def _oldest(self) -> float:
+        return self.clock() - self.idle
+
+    def _one(self, query: str, values: tuple[object, ...]) -> tuple | None:  # type: ignore[type-arg]
+        with self._lock:
+            return self._database.execute(query, values).fetchone()
+
+    def _listed(self, where: str, values: tuple[object, ...], limit: int) -> list[Listed]:
+        columns = "name, position, length(state), created, used"
+        query = f"SELECT {columns} FROM sessions WHERE {where} ORDER BY name LIMIT ?"
+        with self._lock:
+            rows = self._database.execute(query, (*values, limit)).fetchall()
+        return [
+            Listed(name, position, size, created, used, used + self.idle)
+            for name, position, size, created, used in rows
+        ]
+
+    def _make_room(self, client: str, name: str) -> None:
+        run = self._database.execute
+        run(
+            "DELETE FROM sessions WHERE client = ? AND name = ? AND used <= ?", (client, name, self._oldest())
+        )
+        if run("SELECT 1 FROM sessions WHERE client = ? AND name = ?", (client, name)).fetchone():
+            return
+        (count,) = run("SELECT count(*) FROM sessions WHERE client = ?", (client,)).fetchone()
+        if count >= self.most:
+            raise SessionError(429, f"there are {count} sessions already; delete some")

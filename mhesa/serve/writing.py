@@ -1,0 +1,465 @@
+"""Completions and chat: from a request to jobs, and from their texts to answers, whole or streamed."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from mhesa.errors import InputError
+from mhesa.sampling import Sampler, Sampling
+from mhesa.serve.engine import Job
+from mhesa.serve.errors import APIError
+from mhesa.serve.protocol import ChatRequest, CompletionRequest, StreamOptions, Writing
+from mhesa.serve.service import Claim, Gone, Run, Service, client, facts, tokens, utf8
+from mhesa.serve.sessions import SessionError
+from mhesa.serve.text import Choice, Reader, Scored
+
+DEFAULT_TOKENS = 16
+
+
+class Prompt:
+    """A prompt's tokens, behind one that goes before: what a text begins with, or a session's last."""
+
+    def __init__(self, before: int, ids: np.ndarray) -> None:
+        self.ids = ids
+        self.all = np.concatenate([np.array([before], dtype=ids.dtype), ids])
+
+
+async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
+    """Answer a request for completions."""
+    limits = service.settings.limits
+    check_model(service, body.model)
+    prompts = [tokens(service, prompt) for prompt in _prompts(body.prompt)]
+    top = body.logprobs
+    limit = check_limit(
+        DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens, "max_tokens", limits.tokens
+    )
+    check_limit(top or 0, "logprobs", limits.logprobs)
+    if body.echo and top is not None:
+        check_limit(sum(map(len, prompts)), "tokens of a prompt that is echoed with logprobs", limits.scored)
+    form = _Completions(service, body, bool(body.echo))
+    return await _write(service, request, body, prompts, limit, top, form)
+
+
+async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
+    """Answer a request for the next turn of a conversation."""
+    limits = service.settings.limits
+    check_model(service, body.model)
+    prompt = _render(service, body)
+    asked = body.max_completion_tokens or body.max_tokens
+    limit = check_limit(asked or limits.tokens, "max_completion_tokens", limits.tokens)
+    check_limit(body.top_logprobs or 0, "top_logprobs", limits.logprobs)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise APIError(
+            400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value"
+        )
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    return await _write(service, request, body, [prompt], limit, top, _Chat(service, body, False))
+
+
+async def _write(
+    service: Service,
+    request: Request,
+    body: Writing,
+    prompts: list[np.ndarray],
+    limit: int,
+    top: int | None,
+    form: _Form,
+) -> Response:
+    limits = service.settings.limits
+    texts = len(prompts) * (body.n or 1)
+    check_limit(texts, "prompts times n", min(limits.texts, service.settings.slots))
+    check_limit(sum(map(len, prompts)), "tokens of all prompts", limits.prompt)
+    sampling, stops = _sampling(body), _stops(service, body)
+    if body.stream_options is not None and not body.stream:
+        raise APIError(
+            400, "stream_options is for streams only", param="stream_options", code="invalid_value"
+        )
+    if body.session and texts != 1:
+        raise APIError(400, "a session takes one prompt and n=1", param="session", code="invalid_value")
+    claim = Claim(service, client(request), body.session) if body.session else None
+    try:
+        if claim is not None:
+            await claim.load()
+        form.prompts = [_begin(service, ids, claim) for ids in prompts]
+        jobs = []
+        for prompt in form.prompts:
+            choices = [
+                Choice(service.vocabulary, Sampler(sampling, _seed(body, index)), limit, stops, top)
+                for index in range(body.n or 1)
+            ]
+            for choice in choices:
+                choice.sampler.observe(prompt.all.tolist() if sampling.repetition_penalty != 1 else ())
+            jobs.append(
+                Job(
+                    prompt.all,
+                    choices,
+                    client=client(request) or (request.client.host if request.client else ""),
+                    state=claim.stored.state if claim and claim.stored else None,
+                    score=form.echo and top is not None,
+                    top=top or 0,
+                    stream=bool(body.stream),
+                    keep_state=claim is not None,
+                )
+            )
+        form.run = run = Run(service, request, jobs)
+    except BaseException:
+        if claim is not None:
+            claim.release()
+        raise
+    answer = _Answer(form, claim, body.stream_options or StreamOptions(), facts(request))
+    if body.stream:
+        return EventStream(answer)
+    try:
+        await run.finish()
+        await answer.save()
+        return JSONResponse(form.whole())
+    finally:
+        answer.close()
+
+
+class _Answer:
+    """What a request's answer has to see to, whole or streamed."""
+
+    def __init__(
+        self, form: _Form, claim: Claim | None, options: StreamOptions, facts: dict[str, Any]
+    ) -> None:
+        self.form, self.claim, self.options, self.facts = form, claim, options, facts
+
+    async def save(self) -> None:
+        """Store the session."""
+        if self.claim is not None:
+            await self.claim.save(self.form.run.jobs[0], len(self.form.prompts[0].ids))
+
+    def close(self) -> None:
+        """End what still runs, and tell the log."""
+        self.form.run.close()
+        if self.claim is not None:
+            self.claim.release()
+        usage = self.form.usage()
+        self.facts.update(prompt_tokens=usage["prompt_tokens"], completion_tokens=usage["completion_tokens"])
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The events of a stream, but for the last."""
+        form = self.form
+        more: dict[str, Any] = {"usage": None} if self.options.include_usage else {}
+        readers = [(job, Reader(choice)) for job, choice in form.owners()]
+        for index in range(len(readers)):
+            for event in form.begin(index):
+                yield _event(event | more)
+        open_ = list(enumerate(readers))
+        while open_:
+            await form.run.news()
+            for index, (job, reader) in open_:
+                text, scores = reader.read()
+                if text or reader.finish:
+                    if self.options.continuous_usage_stats:
+                        more = {"usage": form.usage()}
+                    for event in form.pieces(index, job, text, scores, reader.finish):
+                        yield _event(event | more)
+            open_ = [entry for entry in open_ if not entry[1][1].finish]
+        await form.run.finish()
+        await self.save()
+        if self.options.include_usage:
+            yield _event({**form.head(True), "choices": [], "usage": form.usage()})
+
+
+class EventStream(Response):
+    """Server-sent events, as OpenAI sends them."""
+
+    def __init__(self, answer: _Answer) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events as they come; an error becomes one too."""
+
+        async def write(data: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in self.answer.events():
+                await write(event)
+            await write(b"data: [DONE]\n\n", more=False)
+        except Gone:
+            self.answer.facts["cut"] = "disconnected"
+        except (APIError, SessionError) as error:
+            told = error if isinstance(error, APIError) else APIError(error.status, str(error))
+            self.answer.facts["cut"] = told.code
+            await write(_event(told.body()), more=False)
+        finally:
+            self.answer.close()
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode("ascii") + b"\n\n"
+
+
+class _Form:
+    """How an answer looks, and what is the same in all of its parts."""
+
+    prefix, kind, chunk = "cmpl", "text_completion", "text_completion"
+    run: Run
+    prompts: Sequence[Prompt]
+
+    def __init__(self, service: Service, body: Writing, echo: bool) -> None:
+        self.service, self.body, self.echo = service, body, echo
+        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+
+    def head(self, streamed: bool) -> dict[str, Any]:
+        kind = self.chunk if streamed else self.kind
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.service.settings.name}
+
+    def usage(self) -> dict[str, int]:
+        """Tokens of prompts and of texts, so far."""
+        read = sum(len(prompt.ids) for prompt in self.prompts)
+        written = sum(choice.count for job in self.run.jobs for choice in job.choices)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def whole(self) -> dict[str, Any]:
+        """The answer that is not streamed."""
+        choices = []
+        for index, (job, choice) in enumerate(self.owners()):
+            text, scores = Reader(choice).read()
+            choices.append(self.choice(index, job, text, scores, choice.finish))
+        return {**self.head(False), "choices": choices, "usage": self.usage()}
+
+    def owners(self) -> list[tuple[Job, Choice]]:
+        """Every text and the job that it belongs to."""
+        return [(job, choice) for job in self.run.jobs for choice in job.choices]
+
+    def begin(self, index: int) -> list[dict[str, Any]]:
+        """Events before a text."""
+        return []
+
+    def choice(
+        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
+    ) -> dict[str, Any]:
+        """A whole text."""
+        raise NotImplementedError
+
+    def pieces(
+        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
+    ) -> list[dict[str, Any]]:
+        """Events of a piece of a text."""
+        raise NotImplementedError
+
+    def bytes(self, token: int) -> bytes:
+        return self.service.vocabulary.pieces[token]
+
+    def name(self, token: int) -> str:
+        """A token as text, which not every token is."""
+        if token == self.service.vocabulary.end:
+            return str(self.service.tokenizer.eos_token)
+        try:
+            return self.bytes(token).decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes(token))
+
+
+class _Completions(_Form):
+    """OpenAI's `text_completion`."""
+
+    def __init__(self, service: Service, body: Writing, echo: bool) -> None:
+        super().__init__(service, body, echo)
+        # Where each text is by now, in characters.
+        self.offsets: dict[int, int] = {}
+
+    def choice(
+        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
+    ) -> dict[str, Any]:
+        if self.echo and index not in self.offsets:
+            prompt = self.prompts[self.run.jobs.index(job)]
+            echoed = self.service.tokenizer.decode_bytes(prompt.ids)
+            text = echoed.decode("utf-8", "replace") + text
+            scores = (_prompt_scores(job) if job.score else []) + scores
+        logprobs = None
+        if job.choices[0].top is not None:
+            logprobs = self._logprobs(index, scores, job.choices[0].top)
+        self.offsets.setdefault(index, 0)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def pieces(
+        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
+    ) -> list[dict[str, Any]]:
+        return [{**self.head(True), "choices": [self.choice(index, job, text, scores, finish)]}]
+
+    def _logprobs(self, index: int, scores: list[Scored], top: int) -> dict[str, Any]:
+        offsets, at = [], self.offsets.get(index, 0)
+        for scored in scores:
+            piece = self.bytes(scored.token)
+            # A byte that goes on with a character belongs to the one that has begun.
+            offsets.append(at - bool(at and piece and piece[0] & 0xC0 == 0x80))
+            at += sum(byte & 0xC0 != 0x80 for byte in piece)
+        self.offsets[index] = at
+        likeliest = [
+            {self.name(token): value for token, value in [*scored.top, (scored.token, scored.logprob)]}
+            for scored in scores
+        ]
+        return {
+            "tokens": [self.name(scored.token) for scored in scores],
+            "token_logprobs": [scored.logprob for scored in scores],
+            "top_logprobs": likeliest if top else None,
+            "text_offset": offsets,
+        }
+
+
+class _Chat(_Form):
+    """OpenAI's `chat.completion`."""
+
+    prefix, kind, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(
+        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._logprobs(job, scores),
+            "finish_reason": finish,
+        }
+
+    def begin(self, index: int) -> list[dict[str, Any]]:
+        return [self._event(index, {"role": "assistant", "content": ""}, None, None)]
+
+    def pieces(
+        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
+    ) -> list[dict[str, Any]]:
+        events = []
+        if text:
+            events.append(self._event(index, {"content": text}, self._logprobs(job, scores), None))
+        if finish:
+            events.append(self._event(index, {}, None, finish))
+        return events
+
+    def _event(
+        self, index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, finish: str | None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return {**self.head(True), "choices": [choice]}
+
+    def _logprobs(self, job: Job, scores: list[Scored]) -> dict[str, Any] | None:
+        if job.choices[0].top is None:
+            return None
+        content = [
+            {
+                **self._token(scored.token, scored.logprob),
+                "top_logprobs": [self._token(token, value) for token, value in scored.top],
+            }
+            for scored in scores
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self.name(token), "logprob": logprob, "bytes": list(self.bytes(token))}
+
+
+def _prompt_scores(job: Job) -> list[Scored]:
+    values = [value for part in job.logprobs for value in part.tolist()]
+    ids = job.ids[1:].tolist()
+    return [Scored(0, *row) for row in zip(ids, values, job.likeliest or [[]] * len(ids), strict=True)]
+
+
+def check_model(service: Service, name: str | None) -> None:
+    """Raise `APIError` unless `name` is the model that is served, or none."""
+    if name is not None and name != service.settings.name:
+        raise APIError(
+            404,
+            f"there is no such model here; this server has {service.settings.name}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    if not prompt:
+        raise APIError(400, "prompt must not be an empty list", param="prompt", code="invalid_value")
+    return list(prompt)
+
+
+def _begin(service: Service, ids: np.ndarray, claim: Claim | None) -> Prompt:
+    end = service.vocabulary.end
+    if claim is not None and claim.stored is not None:
+        return Prompt(claim.stored.token, ids)
+    # Token ids may begin with the token that begins every text.
+    return Prompt(end, ids[1:] if len(ids) and ids[0] == end else ids)
+
+
+def _render(service: Service, body: ChatRequest) -> np.ndarray:
+    tokenizer = service.tokenizer
+    if not tokenizer.chat_template:
+        raise APIError(
+            400,
+            "this model has no chat template; use /v1/completions",
+            param="messages",
+            code="no_chat_template",
+        )
+    messages = []
+    for message in body.messages:
+        parts = message.content
+        content = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        if str(tokenizer.eos_token) in content:
+            raise APIError(
+                400,
+                f"a message must not hold {tokenizer.eos_token}",
+                param="messages",
+                code="invalid_value",
+            )
+        messages.append({"role": message.role, "content": content})
+    try:
+        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except jinja2.TemplateError as error:
+        raise APIError(
+            400, f"the chat template refuses: {error}"[:500], param="messages", code="invalid_value"
+        ) from error
+    return tokens(service, [int(token) for token in ids])
+
+
+def _sampling(body: Writing) -> Sampling:
+    given = {
+        name: value
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        if (value := getattr(body, name)) is not None
+    }
+    try:
+        return Sampling(**given)
+    except InputError as error:
+        raise APIError(400, str(error), param=str(error).split()[0], code="invalid_value") from error
+
+
+def _seed(body: Writing, index: int) -> int | None:
+    return None if body.seed is None else body.seed + index
+
+
+def _stops(service: Service, body: Writing) -> list[bytes]:
+    limits = service.settings.limits
+    texts = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stops = [utf8(text, "stop") for text in texts]
+    check_limit(len(stops), "stop strings", limits.stops)
+    if not all(stops):
+        raise APIError(400, "a stop string must not be empty", param="stop", code="invalid_value")
+    check_limit(max(map(len, stops), default=0), "bytes of a stop string", limits.stop)
+    return stops
+
+
+def check_limit(value: int, what: str, most: int) -> int:
+    """The value; raises `APIError` if it is above what this server allows."""
+    if value > most:
+        raise APIError(
+            400, f"{what}: at most {most:,}, not {value:,}", param=what.split()[0], code="limit_exceeded"
+        )
+    return value

@@ -1,0 +1,107 @@
+"""A small model and servers of it, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+
+from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM
+
+KEYS = {"alice": "alice-key-0123456789", "bob": "bob-key-0123456789ab"}
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'poet' %}{{ raise_exception('no such role') }}{% endif %}"
+    "{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+)
+# A server with settings that the command line does not offer.
+SCRIPT = """
+import json, sys, transformers
+from pathlib import Path
+from mhesa.hf.folder import load
+from mhesa.serve.server import serve
+from mhesa.serve.service import Service
+from mhesa.serve.settings import Limits, Settings
+transformers.logging.disable_progress_bar()
+given = json.loads(sys.argv[2])
+given["limits"] = Limits(**given.get("limits", {}))
+if "sessions" in given:
+    given["sessions"] = Path(given["sessions"])
+serve(Service(*load(sys.argv[1]), Settings(name="tiny", port=0, **given)))
+"""
+
+
+def save_model(folder: Path, chat: bool = True) -> Path:
+    """A model of random weights that are large enough for its predictions to be clear."""
+    torch.manual_seed(0)
+    model = MhesaForCausalLM(MhesaConfig(hidden_size=32, num_hidden_layers=2, heads=4, dim_mhesa=16))
+    with torch.no_grad():
+        model.to_logits.weight.normal_(std=2)
+        # Greedy texts never end by themselves.
+        model.to_logits.weight[256] = 0
+    model.save_pretrained(folder)
+    tokenizer = ByteTokenizer()
+    if chat:
+        tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen
+    log: Path
+    folder: Path
+
+    def client(self, key: str | None = KEYS["alice"], **settings) -> httpx.Client:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **settings)
+
+    def metric(self, name: str) -> float:
+        with self.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split()[0] == name)
+
+    def wait_for(self, name: str, value: float, seconds: float = 20) -> None:
+        until = time.monotonic() + seconds
+        while (found := self.metric(name)) != value:
+            assert time.monotonic() < until, f"{name} is {found}, not {value}"
+            time.sleep(0.02)
+
+    def events(self) -> list[dict]:
+        return [json.loads(line) for line in self.log.read_text("ascii").splitlines()]
+
+
+@contextmanager
+def running(folder: Path, log: Path, **settings):
+    """Start a server; it must stop in order afterwards, unless it did already."""
+    settings.setdefault("keys", KEYS)
+    command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(settings)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file)
+    try:
+        url = _url(process, log)
+        yield Server(url, process, log, folder)
+        process.terminate()
+        assert process.wait(40) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _url(process: subprocess.Popen, log: Path) -> str:
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        for line in log.read_text().splitlines():
+            if '"listening"' in line:
+                return json.loads(line)["url"]
+        time.sleep(0.05)
+    raise AssertionError(log.read_text())

@@ -1,0 +1,152 @@
+"""The playground in a real browser."""
+
+import shutil
+
+import pytest
+from serving import KEYS, running, save_model
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
+TEXT = "né 日本 🙂\nline"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    with running(save_model(folder / "tiny"), folder / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    """A page of somebody who gave the API key for a password; what goes wrong in it, and where it goes."""
+    context = browser.new_context(
+        base_url=server.url, http_credentials={"username": "alice", "password": KEYS["alice"]}
+    )
+    page = context.new_page()
+    page.faults, page.asked = [], []
+    page.on("console", lambda message: page.faults.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto("/")
+    page.wait_for_selector("h1:has-text('tiny')")
+    yield page
+    context.close()
+
+
+def written(page):
+    page.wait_for_selector("#go:enabled")
+    return page.text_content("#out")
+
+
+def test_text_is_written_as_the_api_writes_it(page, server):
+    page.fill("#prompt", TEXT)
+    page.fill("#temperature", "0")
+    page.fill("#max_tokens", "64")
+    page.click("#go")
+    with server.client() as http:
+        body = {"prompt": TEXT, "temperature": 0, "max_tokens": 64, "echo": True}
+        expected = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert written(page) == expected
+    assert page.text_content("#count") == "64"
+    assert int(page.text_content("#speed").replace(",", "")) > 0
+    assert page.text_content("#memory") == "128 bytes"
+    assert page.faults == []
+    assert all(url.startswith((server.url, "data:")) for url in page.asked)
+
+
+def test_a_session_is_continued(page, server):
+    page.fill("#session", "page")
+    for _ in range(2):
+        page.click("#go")
+        written(page)
+    with server.client() as http:
+        assert http.get("/v1/sessions/page").json()["position"] == 2 * (4 + 400)
+
+
+def test_writing_can_be_stopped(page, server):
+    page.fill("#max_tokens", "4096")
+    for _ in range(5):
+        page.click("#go")
+        page.click("#stop", force=True)
+        written(page)
+    server.wait_for("mhesa_texts_active", 0)
+    assert page.text_content("#write-error") == ""
+
+
+def test_the_heat_map_is_the_apis_surprisal(page, server):
+    page.fill("#sample", TEXT)
+    page.click("#measure")
+    page.wait_for_selector("#heat span")
+    marks = page.locator("#heat span")
+    assert marks.all_text_contents() == list(TEXT)
+    with server.client() as http:
+        items = http.post("/v1/score", json={"input": TEXT, "by": "token"}).json()["data"][0]["items"]
+    shown = [float(mark.get_attribute("data-bits")) for mark in marks.all()]
+    assert shown[0] == pytest.approx(items[0]["bits"], abs=0.006)
+    assert shown[1] == pytest.approx(items[1]["bits"] + items[2]["bits"], abs=0.006)
+    assert sum(shown) == pytest.approx(sum(item["bits"] for item in items), abs=0.1)
+    page.focus("#heat")
+    page.keyboard.press("ArrowRight")
+    assert f"{shown[0]:.2f} bits" in page.text_content("#picked")
+    assert page.faults == []
+
+
+def test_markup_in_text_stays_text(page):
+    page.fill("#sample", "<img src=x onerror=alert(1)>")
+    page.click("#measure")
+    page.wait_for_selector("#heat span")
+    page.fill("#prompt", "<script>alert(1)</script>")
+    page.click("#go")
+    assert written(page).startswith("<script>alert(1)</script>")
+    assert page.locator("#heat img, #out script").count() == 0
+
+
+def test_errors_are_shown(page):
+    page.fill("#prompt", "x" * 1_100_000)
+    page.click("#go")
+    page.wait_for_selector("#write-error:not(:empty)")
+    assert "the body may have at most" in page.text_content("#write-error")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1280])
+def test_it_fits_the_screen_and_can_be_read(page, tmp_path, scheme, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=scheme)
+    page.click("#go")
+    page.click("#measure")
+    page.wait_for_selector("#heat span")
+    written(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for name in ("body", ".figures", "label", "button"):
+        assert page.evaluate(CONTRAST, name) >= 4.5, name
+    unnamed = "[...document.querySelectorAll('input, textarea')].filter(x => !x.labels.length).length"
+    assert page.evaluate(unnamed) == 0
+    page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
+
+
+# Contrast as WCAG 2 defines it, of an element's text against the nearest background behind it.
+CONTRAST = """name => {
+  const numbers = color => color.match(/[0-9.]+/g).map(Number);
+  const light = color => {
+    const [r, g, b] = numbers(color).slice(0, 3).map(v => v / 255)
+      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const element = document.querySelector(name);
+  let behind = element;
+  while (behind.parentElement && (numbers(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0)
+    behind = behind.parentElement;
+  const pair = [light(getComputedStyle(element).color), light(getComputedStyle(behind).backgroundColor)];
+  return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+}"""

@@ -1,0 +1,167 @@
+"""Stored sessions: nothing is lost, and nobody sees another's."""
+
+import sqlite3
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from mhesa.errors import InputError
+from mhesa.serve.sessions import SessionError, Sessions, Stored
+
+SHAPE = (3, 1, 5)
+
+
+class Clock:
+    now = 1e9
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = []
+
+    def open_store(path=tmp_path / "sessions.sqlite", model="model", **settings):
+        opened.append(Sessions(path, model=model, shape=SHAPE, **settings))
+        return opened[-1]
+
+    yield open_store
+    for one in opened:
+        one.close()
+
+
+def some(position=7):
+    return Stored(torch.randn(SHAPE), 65, position)
+
+
+@pytest.mark.parametrize("path", [None, "file"])
+def test_what_is_saved_is_loaded_bit_for_bit(store, path):
+    sessions = store() if path else store(None)
+    stored = some()
+    sessions.save("me", "a", stored)
+    loaded = sessions.load("me", "a")
+    assert torch.equal(loaded.state, stored.state)
+    assert (loaded.token, loaded.position) == (65, 7)
+    assert sessions.load("me", "b") is sessions.load("you", "a") is None
+
+
+def test_sessions_survive_a_killed_process(store, tmp_path):
+    path = tmp_path / "sessions.sqlite"
+    code = (
+        "import os, sys, torch; from pathlib import Path; from mhesa.serve.sessions import *\n"
+        f"s = Sessions(Path(sys.argv[1]), model='model', shape={SHAPE})\n"
+        f"for i in range(50): s.save('me', str(i), Stored(torch.full({SHAPE}, float(i)), i, i))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=120).returncode == -9
+    sessions = store()
+    assert sessions.size() == (50, 50 * 60)
+    assert all((sessions.load("me", str(index)).state == index).all() for index in range(50))
+
+
+def test_forks_go_on_apart(store):
+    sessions = store()
+    first = some()
+    sessions.save("me", "a", first)
+    sessions.fork("me", "a", "b")
+    sessions.save("me", "a", some(9))
+    assert torch.equal(sessions.load("me", "b").state, first.state)
+    with pytest.raises(SessionError, match="exists already") as error:
+        sessions.fork("me", "a", "b")
+    assert error.value.status == 409
+    with pytest.raises(SessionError, match="no session c"):
+        sessions.fork("me", "c", "d")
+    with pytest.raises(SessionError, match="no session a"):
+        sessions.fork("you", "a", "d")
+
+
+def test_lists_are_of_one_client_and_in_pages(store):
+    sessions = store()
+    for name in "cab":
+        sessions.save("me", name, some())
+    sessions.save("you", "z", some())
+    assert [one.name for one in sessions.page("me")] == ["a", "b", "c"]
+    assert [one.name for one in sessions.page("me", after="a", limit=1)] == ["b"]
+    assert sessions.get("me", "a").bytes == 60
+    assert sessions.get("me", "z") is None
+    assert not sessions.delete("me", "z")
+    assert sessions.delete("you", "z")
+    assert sessions.page("you") == []
+
+
+def test_sessions_expire(store):
+    clock = Clock()
+    sessions = store(idle=100, clock=clock)
+    sessions.save("me", "old", some())
+    clock.now += 60
+    sessions.save("me", "new", some())
+    assert sessions.get("me", "new").expires == clock.now + 100
+    clock.now += 50
+    assert sessions.load("me", "old") is None
+    assert [one.name for one in sessions.page("me")] == ["new"]
+    assert sessions.expire() == 1
+    assert sessions.size() == (1, 60)
+
+
+def test_a_client_has_so_many_sessions(store):
+    sessions = store(most=2)
+    for name in "aba":
+        sessions.save("me", name, some())
+    for grow in (lambda: sessions.save("me", "c", some()), lambda: sessions.fork("me", "a", "c")):
+        with pytest.raises(SessionError, match="2 sessions already") as error:
+            grow()
+        assert error.value.status == 429
+    sessions.save("you", "c", some())
+    sessions.delete("me", "a")
+    sessions.save("me", "c", some())
+
+
+def test_another_models_sessions_are_refused(store):
+    store().save("me", "a", some())
+    with pytest.raises(SessionError, match="another model"):
+        store(model="other").load("me", "a")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 7, b"\xff" * 60])
+def test_a_damaged_state_is_refused(store, tmp_path, damage):
+    sessions = store()
+    sessions.save("me", "a", some())
+    with sqlite3.connect(tmp_path / "sessions.sqlite") as database:
+        database.execute("UPDATE sessions SET state = ?", (damage,))
+    with pytest.raises(SessionError, match="damaged"):
+        sessions.load("me", "a")
+
+
+@pytest.mark.parametrize("content", [b"text, and no database at all", None])
+def test_a_file_of_something_else_is_left_alone(store, tmp_path, content):
+    path = tmp_path / "other"
+    if content is None:
+        with sqlite3.connect(path) as database:
+            database.execute("CREATE TABLE mine (x)")
+        database.close()
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="cannot keep sessions in"):
+        store(path)
+    assert path.read_bytes() == before
+
+
+def test_threads_may_share_a_store(store):
+    sessions = store()
+
+    def work(client):
+        for index in range(50):
+            sessions.save(client, str(index % 5), some(index))
+            assert sessions.load(client, str(index % 5)).position == index
+
+    threads = [threading.Thread(target=work, args=(str(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sessions.size()[0] == 20

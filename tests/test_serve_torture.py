@@ -1,0 +1,270 @@
+"""What a server must survive, at full size: `make torture`. Loads stay on this machine and are bounded."""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+from serving import KEYS, running, save_model
+
+from mhesa.hf.configuration import MhesaConfig
+from mhesa.hf.modeling import MhesaForCausalLM
+from mhesa.hf.tokenization import ByteTokenizer
+
+AUTH = {"Authorization": f"Bearer {KEYS['alice']}"}
+ENDLESS = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def schemathesis(server, examples):
+    command = [
+        shutil.which("schemathesis", path=os.path.dirname(os.sys.executable) + ":" + os.environ["PATH"]),
+        *("run", f"{server.url}/openapi.json", "--header", f"Authorization: {AUTH['Authorization']}"),
+        *("--mode", "all", "--max-examples", str(examples), "--seed", "1", "--no-color"),
+        *("--checks", "not_a_server_error,status_code_conformance,content_type_conformance"),
+        *("--checks", "response_schema_conformance,unsupported_method"),
+        *("--phases", "examples,coverage,fuzzing,stateful", "--request-timeout", "20"),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+@pytest.mark.parametrize("examples", [3, pytest.param(200, marks=pytest.mark.torture)])
+def test_requests_made_up_from_the_schema_find_no_fault(folder, tmp_path, examples):
+    pytest.importorskip("schemathesis")
+    with running(folder, tmp_path / "log", limits={"tokens": 64}) as server:
+        done = schemathesis(server, examples)
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        assert server.client().get("/health").status_code == 200
+    assert {event["event"] for event in server.events()} == {"listening", "request", "stopping", "stopped"}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 1.2 million parameters."""
+    folder = tmp_path_factory.mktemp("model") / "large"
+    model = MhesaForCausalLM(MhesaConfig(hidden_size=128, num_hidden_layers=4, heads=8, dim_mhesa=256))
+    model.to_logits.weight.data.normal_()
+    model.to_logits.weight.data[256] = 0
+    model.save_pretrained(folder)
+    ByteTokenizer().save_pretrained(folder)
+    return folder
+
+
+async def stream(http, body):
+    """A stream's text and how it ended."""
+    text, end = "", "cut"
+    async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            if line == "data: [DONE]":
+                end = "done"
+            elif line.startswith("data: "):
+                event = json.loads(line[6:])
+                text += event["choices"][0]["text"] if "choices" in event else ""
+                end = event.get("error", {}).get("code", end)
+    return text, end
+
+
+def client(server):
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=server.url, headers=AUTH, timeout=300, limits=limits, trust_env=False)
+
+
+async def health(server, times):
+    async with client(server) as http:
+        while True:
+            started = time.perf_counter()
+            await http.get("/health")
+            times.append(time.perf_counter() - started)
+            await asyncio.sleep(0.02)
+
+
+def p99(times):
+    return sorted(times)[int(0.99 * len(times))]
+
+
+@pytest.mark.torture
+def test_a_thousand_streams_are_each_as_if_alone(large, tmp_path):
+    random.seed(0)
+    bodies = [
+        {
+            "prompt": "".join(random.choices("abcdef ", k=random.randrange(100))),
+            "max_tokens": random.randrange(50, 300),
+            "temperature": 0,
+        }
+        for _ in range(1000)
+    ]
+
+    async def together(server, times):
+        watch = asyncio.create_task(health(server, times))
+        async with client(server) as http:
+            found = await asyncio.gather(*(stream(http, body) for body in bodies))
+        watch.cancel()
+        return found
+
+    with running(large, tmp_path / "log") as server:
+        with server.client() as http:
+            alone = [http.post("/v1/completions", json=body).json()["choices"][0]["text"] for body in bodies]
+        process = psutil.Process(server.process.pid)
+        idle, most, times = process.memory_info().rss, [0], []
+        stop = threading.Event()
+        meter = threading.Thread(target=measure, args=(process, most, stop))
+        meter.start()
+        found = asyncio.run(together(server, times))
+        stop.set()
+        meter.join()
+    assert [end for _, end in found] == ["done"] * 1000
+    assert [text for text, _ in found] == alone
+    print(f"\nmemory above idle: {(most[0] - idle) / 1e6:.0f} MB; /health p99: {p99(times):.3f} s")
+    assert most[0] - idle <= 150e6
+    assert p99(times) < 1
+
+
+def measure(process, most, stop):
+    while not stop.is_set():
+        most[0] = max(most[0], process.memory_info().rss)
+        time.sleep(0.02)
+
+
+@pytest.mark.torture
+def test_ten_thousand_idle_sessions(large, tmp_path):
+    with (
+        running(large, tmp_path / "log", sessions=str(tmp_path / "s.sqlite")) as server,
+        server.client() as http,
+    ):
+        for index in range(10_000):
+            body = {"prompt": f"session {index}", "max_tokens": 1, "session": f"s{index}"}
+            assert http.post("/v1/completions", json=body).status_code == 200
+        memory = psutil.Process(server.process.pid).memory_info().rss
+        times = []
+        for index in random.Random(0).sample(range(10_000), 500):
+            started = time.perf_counter()
+            body = {"prompt": "", "max_tokens": 1, "session": f"s{index}"}
+            assert http.post("/v1/completions", json=body).status_code == 200
+            times.append(time.perf_counter() - started)
+    print(
+        f"\nthe whole process: {memory / 1e6:.0f} MB; resumed: p50 {1000 * statistics.median(times):.1f} ms,"
+    )
+    print(f"p99 {1000 * p99(times):.1f} ms")
+    assert memory <= 500e6
+    assert p99(times) < 0.02
+
+
+@pytest.mark.torture
+def test_a_thousand_disconnects_leave_neighbours_alone(large, tmp_path):
+    limits = {"tokens": ENDLESS}
+    neighbour = {"prompt": "neighbour", "temperature": 0, "max_tokens": 20_000}
+
+    async def load(server):
+        async with client(server) as http:
+            beside = [asyncio.create_task(stream(http, neighbour)) for _ in range(4)]
+            gate = asyncio.Semaphore(40)
+
+            async def leave(index):
+                # In the queue, while the prompt is read, while the text is written.
+                prompt = "x" * random.choice([1, 100, 100_000])
+                body = {"prompt": prompt, "max_tokens": ENDLESS, "stream": index % 2 == 0, "temperature": 0}
+                async with gate:
+                    with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                        await asyncio.wait_for(
+                            http.post("/v1/completions", json=body), random.choice([0.001, 0.02, 0.2])
+                        )
+
+            await asyncio.gather(*(leave(index) for index in range(1000)))
+            return await asyncio.gather(*beside)
+
+    with running(large, tmp_path / "log", limits=limits, slots=16) as server:
+        with server.client() as http:
+            alone = http.post("/v1/completions", json=neighbour).json()["choices"][0]["text"]
+        found = asyncio.run(load(server))
+        server.wait_for("mhesa_texts_waiting", 0)
+        server.wait_for("mhesa_texts_active", 0)
+        assert found == [(alone, "done")] * 4
+        times = [freed_after(server) for _ in range(50)]
+    print(f"\nslot freed after a disconnect: p50 {statistics.median(times):.3f} s, most {max(times):.3f} s")
+    assert max(times) < 0.25
+
+
+def freed_after(server):
+    """Seconds from a disconnect until the slot is free."""
+    body = json.dumps({"prompt": "x", "max_tokens": ENDLESS, "temperature": 0, "stream": True}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {AUTH['Authorization']}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        server.wait_for("mhesa_texts_active", 1)
+    started = time.perf_counter()
+    server.wait_for("mhesa_texts_active", 0)
+    return time.perf_counter() - started
+
+
+@pytest.mark.torture
+def test_five_hundred_slow_senders_are_closed_and_delay_nobody(folder, tmp_path):
+    with running(folder, tmp_path / "log") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        sockets = [socket.create_connection((host, int(port))) for _ in range(500)]
+        closed, started, times = set(), time.monotonic(), []
+        while len(closed) < 500 and time.monotonic() - started < 13:
+            for index, connection in enumerate(sockets):
+                if index not in closed:
+                    try:
+                        connection.send(b"G")
+                        connection.setblocking(False)
+                        if connection.recv(1) == b"":
+                            closed.add(index)
+                    except BlockingIOError:
+                        pass
+                    except OSError:
+                        closed.add(index)
+            with server.client() as http:
+                begun = time.perf_counter()
+                assert http.get("/health").status_code == 200
+                times.append(time.perf_counter() - begun)
+            time.sleep(0.8)
+        seconds = time.monotonic() - started
+        for connection in sockets:
+            connection.close()
+    print(
+        f"\n500 slow senders were closed after {seconds:.1f} s; /health at most {max(times):.3f} s meanwhile"
+    )
+    assert len(closed) == 500
+    assert max(times) < 1
+
+
+@pytest.mark.torture
+def test_sigterm_under_a_hundred_streams(large, tmp_path):
+    async def load(server):
+        async with client(server) as http:
+            body = {"prompt": "x", "temperature": 0}
+            streams = [
+                asyncio.create_task(stream(http, body | {"max_tokens": 500 if index % 2 else ENDLESS}))
+                for index in range(100)
+            ]
+            await asyncio.to_thread(server.wait_for, "mhesa_texts_active", 100)
+            server.process.send_signal(signal.SIGTERM)
+            return await asyncio.gather(*streams)
+
+    with running(large, tmp_path / "log", limits={"tokens": ENDLESS}) as server:
+        started = time.monotonic()
+        ends = [end for _, end in asyncio.run(load(server))]
+        assert server.process.wait(30) == 0
+        seconds = time.monotonic() - started
+    print(f"\nstopped after {seconds:.1f} s")
+    assert ends == ["shutting_down", "done"] * 50
+    assert seconds < 30
