@@ -316,6 +316,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(fails, corpus):
     assert "is a file" in fails("train", corpus, "--out", corpus)
     assert "cannot write to" in fails("train", corpus, "--out", corpus / "below")
     assert "out must name a folder" in fails("train", corpus, "--out", "")
+    assert "say with --out which folder" in fails("train", corpus)
 
 
 def test_other_text_does_not_resume_a_run(fails, trained, tmp_path):

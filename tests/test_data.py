@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhesa.data import Holdout, Source, Windows, open_corpus, pack, read_sources, standard_library
+from mhesa.data.corpus import Tokens
 from mhesa.data.holdout import cut
 from mhesa.errors import InputError
 from mhesa.hf import ByteTokenizer
@@ -322,6 +323,25 @@ def test_large_texts_are_tokenised_in_order(tmp_path):
     corpus = tokens_of(tmp_path / "large", holdout="tail:0.01")
     ids = corpus.tokens[1 : len(corpus.tokens)]
     assert ids.astype(np.uint8).tobytes() == lines(900_000)[: len(ids)]
+
+
+def resident_file_pages():
+    """Bytes of mapped files that this process holds in memory."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssFile" in line]
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+def test_token_files_are_not_kept_in_memory(tmp_path):
+    size = 200_000_000
+    with (tmp_path / "tokens.bin").open("wb") as file:
+        file.truncate(size)
+    tokens = Tokens(tmp_path / "tokens.bin", "uint16")
+    before, most = resident_file_pages(), 0
+    for nth, start in enumerate(range(0, len(tokens), 10_000)):
+        assert not tokens[start : start + 10_000].any()
+        most = max(most, resident_file_pages()) if nth % 100 == 0 else most
+    assert most - before < size / 4
 
 
 # Windows

@@ -601,14 +601,14 @@ def test_the_trainer_trains_evaluates_and_saves(tmp_path):
 def test_the_fused_loss_is_the_loss(autocast):
     torch.manual_seed(0)
     model = MhesaForCausalLM(
-        MhesaConfig(vocab_size=5000, hidden_size=32, num_hidden_layers=1, heads=2, dim_mhesa=8)
+        MhesaConfig(vocab_size=9000, hidden_size=32, num_hidden_layers=1, heads=2, dim_mhesa=8)
     )
-    ids, targets = torch.randint(5000, (2, 2, 100))
+    ids, targets = torch.randint(9000, (2, 2, 100))
     found = []
     for fused in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            outputs = model(ids, shift_labels=targets, fused_loss=fused)
+            outputs = model(ids, shift_labels=targets, loss_only=fused)
         outputs.loss.backward()
         assert (outputs.logits is None) == fused
         found.append([outputs.loss.detach(), *(p.grad.clone() for p in model.parameters())])
@@ -629,10 +629,10 @@ def test_the_fused_loss_never_holds_all_logits():
         "config = hf.MhesaConfig(vocab_size=50_000, hidden_size=64, num_hidden_layers=1, dim_mhesa=8)\n"
         "model = hf.MhesaForCausalLM(config)\n"
         "ids = torch.randint(50_000, (1, 64))\n"
-        "model(ids, shift_labels=ids, fused_loss=True).loss.backward()\n"
+        "model(ids, shift_labels=ids, loss_only=True).loss.backward()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "ids = torch.randint(50_000, (1, 2048))\n"
-        "model(ids, shift_labels=ids, fused_loss=True).loss.backward()\n"
+        "model(ids, shift_labels=ids, loss_only=True).loss.backward()\n"
         "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)

@@ -26,6 +26,8 @@ from mhesa.layers import MHESA, GatedMHESA
 from mhesa.model import GatedExponentialSmoothingLM, run_blocks
 
 IGNORED_LABEL = -100
+# From here on a vocabulary's logits take more memory than all else.
+LARGE_VOCABULARY = 8192
 
 
 class MhesaCacheLayer(CacheLayerMixin):
@@ -371,7 +373,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        fused_loss: bool = False,
+        loss_only: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `(batch, length, vocab_size)` of the next token, and the loss where `labels` are given.
@@ -382,8 +384,8 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             labels: `(batch, length)`, as `input_ids` are: they are shifted here. -100 is ignored, and so
                 is the first token of each packed sequence, which nothing predicts.
             logits_to_keep: how many logits from the end, all if 0, or which positions.
-            fused_loss: with `shift_labels`, find the loss chunk by chunk, so that the logits of a large
-                vocabulary are never in memory at once; none are returned then.
+            loss_only: return no logits. The loss of `shift_labels` over a large vocabulary is then found
+                chunk by chunk, and all logits are never in memory at once.
             kwargs: `shift_labels`, `(batch, length)`, the tokens to predict at each place, instead of
                 `labels`; for the loss, such as `num_items_in_batch`, and for `MhesaModel.forward`.
 
@@ -403,7 +405,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        if fused_loss and shift_labels is not None:
+        if loss_only and shift_labels is not None and self.config.vocab_size >= LARGE_VOCABULARY:
             return CausalLMOutputWithPast(
                 loss=_fused_loss(outputs.last_hidden_state, self.to_logits.weight, shift_labels),
                 past_key_values=outputs.past_key_values,
@@ -422,7 +424,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=None if loss_only else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
@@ -502,8 +504,9 @@ def _fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy((hidden @ weight.T).float(), targets)
     options = nn.LinearCrossEntropyOptions()
     with torch.autocast(device, enabled=False):
-        loss: Tensor = F.linear_cross_entropy(hidden, weight, targets, options=options)
-    return loss.float()
+        # Its own mean adds up in bf16, and a sum of thousands loses a fifth there.
+        losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
+    return losses.float().mean()
 
 
 def _in_place(packed: Tensor, real: Tensor | None) -> Tensor:

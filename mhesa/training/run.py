@@ -57,7 +57,7 @@ from mhesa.training.trainer import Batches, StepTrainer
 # The Trainer wants a number of steps; the budget ends training long before.
 ENDLESS = 2**31
 SAMPLE_TOKENS = 300
-SECONDS_BETWEEN_CURVES = 30.0
+SECONDS_BETWEEN_CURVES = 60.0
 # Of the held-out text, what evaluations on the way read.
 EVALUATED_BYTES = 1 << 17
 

@@ -19,9 +19,6 @@ from mhesa.hf.modeling import MhesaCache, MhesaForCausalLM
 from mhesa.training.checkpoint import Parts, load_part
 from mhesa.training.distributed import gather, is_parted, parted_like, processes, rank, whole
 
-# From here on a vocabulary's logits take more memory than all else.
-LARGE_VOCABULARY = 8192
-
 Batch = dict[str, Any]
 
 
@@ -116,7 +113,7 @@ class StepTrainer(Trainer):
         outputs = model(
             **inputs,
             past_key_values=cache,
-            fused_loss=self._config.vocab_size >= LARGE_VOCABULARY,
+            loss_only=True,
             return_dict=True,
         )
         if cache is not None:
