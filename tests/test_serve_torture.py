@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import threading
 import time
+from contextlib import suppress
 
 import httpx
 import psutil
@@ -180,7 +181,7 @@ def test_a_thousand_disconnects_leave_neighbours_alone(large, tmp_path):
                 prompt = "x" * random.choice([1, 100, 100_000])
                 body = {"prompt": prompt, "max_tokens": ENDLESS, "stream": index % 2 == 0, "temperature": 0}
                 async with gate:
-                    with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                    with suppress(TimeoutError, asyncio.TimeoutError):
                         await asyncio.wait_for(
                             http.post("/v1/completions", json=body), random.choice([0.001, 0.02, 0.2])
                         )

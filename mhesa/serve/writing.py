@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from mhesa.errors import InputError
+from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.sampling import Sampler, Sampling
 from mhesa.serve.engine import Job
 from mhesa.serve.errors import APIError
@@ -401,7 +402,7 @@ def _begin(service: Service, ids: np.ndarray, claim: Claim | None) -> Prompt:
 
 def _render(service: Service, body: ChatRequest) -> np.ndarray:
     tokenizer = service.tokenizer
-    if not tokenizer.chat_template:
+    if not isinstance(tokenizer, ByteTokenizer) or not tokenizer.chat_template:
         raise APIError(
             400,
             "this model has no chat template; use /v1/completions",
