@@ -10,9 +10,10 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import httpx
 import psutil
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
 
 def schemathesis(server, examples):
     command = [
-        shutil.which("schemathesis", path=os.path.dirname(os.sys.executable) + ":" + os.environ["PATH"]),
+        shutil.which("schemathesis", path=os.path.dirname(sys.executable) + ":" + os.environ["PATH"]),
         *("run", f"{server.url}/openapi.json", "--header", f"Authorization: {AUTH['Authorization']}"),
         *("--mode", "all", "--max-examples", str(examples), "--seed", "1", "--no-color"),
         *("--checks", "not_a_server_error,status_code_conformance,content_type_conformance"),
@@ -86,13 +87,30 @@ def client(server):
     return httpx.AsyncClient(base_url=server.url, headers=AUTH, timeout=300, limits=limits, trust_env=False)
 
 
-async def health(server, times):
-    async with client(server) as http:
-        while True:
-            started = time.perf_counter()
-            await http.get("/health")
-            times.append(time.perf_counter() - started)
-            await asyncio.sleep(0.02)
+# In a process of its own, so that it measures the server and not the load beside it.
+WATCH = """
+import http.client, sys, time
+while True:
+    started = time.perf_counter()
+    connection = http.client.HTTPConnection(sys.argv[1], timeout=60)
+    connection.request("GET", "/health")
+    assert connection.getresponse().read()
+    connection.close()
+    print(time.perf_counter() - started, flush=True)
+    time.sleep(0.02)
+"""
+
+
+@contextmanager
+def watched(server):
+    """Ask for `/health` all the while; the seconds that each answer took."""
+    command = [sys.executable, "-c", WATCH, server.url.removeprefix("http://")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    times = []
+    yield times
+    process.terminate()
+    times += map(float, process.communicate()[0].split())
+    assert times
 
 
 def p99(times):
@@ -111,22 +129,20 @@ def test_a_thousand_streams_are_each_as_if_alone(large, tmp_path):
         for _ in range(1000)
     ]
 
-    async def together(server, times):
-        watch = asyncio.create_task(health(server, times))
+    async def together(server):
         async with client(server) as http:
-            found = await asyncio.gather(*(stream(http, body) for body in bodies))
-        watch.cancel()
-        return found
+            return await asyncio.gather(*(stream(http, body) for body in bodies))
 
     with running(large, tmp_path / "log") as server:
         with server.client() as http:
             alone = [http.post("/v1/completions", json=body).json()["choices"][0]["text"] for body in bodies]
         process = psutil.Process(server.process.pid)
-        idle, most, times = process.memory_info().rss, [0], []
+        idle, most = process.memory_info().rss, [0]
         stop = threading.Event()
         meter = threading.Thread(target=measure, args=(process, most, stop))
         meter.start()
-        found = asyncio.run(together(server, times))
+        with watched(server) as times:
+            found = asyncio.run(together(server))
         stop.set()
         meter.join()
     assert [end for _, end in found] == ["done"] * 1000
