@@ -1,7 +1,6 @@
 """What a server must survive, at full size: `make torture`. Loads stay on this machine and are bounded."""
 
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -33,7 +32,7 @@ def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def schemathesis(server, examples):
+def schemathesis(server, examples, folder):
     command = [
         shutil.which("schemathesis", path=os.path.dirname(sys.executable) + ":" + os.environ["PATH"]),
         *("run", f"{server.url}/openapi.json", "--header", f"Authorization: {AUTH['Authorization']}"),
@@ -42,14 +41,14 @@ def schemathesis(server, examples):
         *("--checks", "response_schema_conformance,unsupported_method"),
         *("--phases", "examples,coverage,fuzzing,stateful", "--request-timeout", "20"),
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
 
 
 @pytest.mark.parametrize("examples", [3, pytest.param(200, marks=pytest.mark.torture)])
 def test_requests_made_up_from_the_schema_find_no_fault(folder, tmp_path, examples):
     pytest.importorskip("schemathesis")
     with running(folder, tmp_path / "log", limits={"tokens": 64}) as server:
-        done = schemathesis(server, examples)
+        done = schemathesis(server, examples, tmp_path)
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert server.client().get("/health").status_code == 200
     assert {event["event"] for event in server.events()} == {"listening", "request", "stopping", "stopped"}

@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from mhesa.errors import InputError
-from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.sampling import Sampler, Sampling
 from mhesa.serve.engine import Job
 from mhesa.serve.errors import APIError
@@ -402,7 +401,7 @@ def _begin(service: Service, ids: np.ndarray, claim: Claim | None) -> Prompt:
 
 def _render(service: Service, body: ChatRequest) -> np.ndarray:
     tokenizer = service.tokenizer
-    if not isinstance(tokenizer, ByteTokenizer) or not tokenizer.chat_template:
+    if not tokenizer.chat_template:
         raise APIError(
             400,
             "this model has no chat template; use /v1/completions",
