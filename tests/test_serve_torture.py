@@ -1,7 +1,6 @@
 """What a server must survive, at full size: `make torture`. Loads stay on this machine and are bounded."""
 
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -10,8 +9,10 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import threading
 import time
+from contextlib import contextmanager, suppress
 
 import httpx
 import psutil
@@ -31,23 +32,23 @@ def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def schemathesis(server, examples):
+def schemathesis(server, examples, folder):
     command = [
-        shutil.which("schemathesis", path=os.path.dirname(os.sys.executable) + ":" + os.environ["PATH"]),
+        shutil.which("schemathesis", path=os.path.dirname(sys.executable) + ":" + os.environ["PATH"]),
         *("run", f"{server.url}/openapi.json", "--header", f"Authorization: {AUTH['Authorization']}"),
         *("--mode", "all", "--max-examples", str(examples), "--seed", "1", "--no-color"),
         *("--checks", "not_a_server_error,status_code_conformance,content_type_conformance"),
         *("--checks", "response_schema_conformance,unsupported_method"),
         *("--phases", "examples,coverage,fuzzing,stateful", "--request-timeout", "20"),
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
 
 
 @pytest.mark.parametrize("examples", [3, pytest.param(200, marks=pytest.mark.torture)])
 def test_requests_made_up_from_the_schema_find_no_fault(folder, tmp_path, examples):
     pytest.importorskip("schemathesis")
     with running(folder, tmp_path / "log", limits={"tokens": 64}) as server:
-        done = schemathesis(server, examples)
+        done = schemathesis(server, examples, tmp_path)
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert server.client().get("/health").status_code == 200
     assert {event["event"] for event in server.events()} == {"listening", "request", "stopping", "stopped"}
@@ -85,13 +86,30 @@ def client(server):
     return httpx.AsyncClient(base_url=server.url, headers=AUTH, timeout=300, limits=limits, trust_env=False)
 
 
-async def health(server, times):
-    async with client(server) as http:
-        while True:
-            started = time.perf_counter()
-            await http.get("/health")
-            times.append(time.perf_counter() - started)
-            await asyncio.sleep(0.02)
+# In a process of its own, so that it measures the server and not the load beside it.
+WATCH = """
+import http.client, sys, time
+while True:
+    started = time.perf_counter()
+    connection = http.client.HTTPConnection(sys.argv[1], timeout=60)
+    connection.request("GET", "/health")
+    assert connection.getresponse().read()
+    connection.close()
+    print(time.perf_counter() - started, flush=True)
+    time.sleep(0.02)
+"""
+
+
+@contextmanager
+def watched(server):
+    """Ask for `/health` all the while; the seconds that each answer took."""
+    command = [sys.executable, "-c", WATCH, server.url.removeprefix("http://")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    times = []
+    yield times
+    process.terminate()
+    times += map(float, process.communicate()[0].split())
+    assert times
 
 
 def p99(times):
@@ -110,22 +128,20 @@ def test_a_thousand_streams_are_each_as_if_alone(large, tmp_path):
         for _ in range(1000)
     ]
 
-    async def together(server, times):
-        watch = asyncio.create_task(health(server, times))
+    async def together(server):
         async with client(server) as http:
-            found = await asyncio.gather(*(stream(http, body) for body in bodies))
-        watch.cancel()
-        return found
+            return await asyncio.gather(*(stream(http, body) for body in bodies))
 
     with running(large, tmp_path / "log") as server:
         with server.client() as http:
             alone = [http.post("/v1/completions", json=body).json()["choices"][0]["text"] for body in bodies]
         process = psutil.Process(server.process.pid)
-        idle, most, times = process.memory_info().rss, [0], []
+        idle, most = process.memory_info().rss, [0]
         stop = threading.Event()
         meter = threading.Thread(target=measure, args=(process, most, stop))
         meter.start()
-        found = asyncio.run(together(server, times))
+        with watched(server) as times:
+            found = asyncio.run(together(server))
         stop.set()
         meter.join()
     assert [end for _, end in found] == ["done"] * 1000
@@ -180,7 +196,7 @@ def test_a_thousand_disconnects_leave_neighbours_alone(large, tmp_path):
                 prompt = "x" * random.choice([1, 100, 100_000])
                 body = {"prompt": prompt, "max_tokens": ENDLESS, "stream": index % 2 == 0, "temperature": 0}
                 async with gate:
-                    with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                    with suppress(TimeoutError, asyncio.TimeoutError):
                         await asyncio.wait_for(
                             http.post("/v1/completions", json=body), random.choice([0.001, 0.02, 0.2])
                         )

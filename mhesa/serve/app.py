@@ -105,7 +105,7 @@ def _add_pages(app: FastAPI, service: Service) -> None:
 
 
 def _add_writing(app: FastAPI, service: Service) -> None:
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    stream: dict[str, Any] = {"text/event-stream": {}}
 
     @app.get("/v1/models", response_model=protocol.Models)
     async def models() -> JSONResponse:

@@ -41,7 +41,7 @@ class Writing(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=1 << 31)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     n: int | None = Field(None, ge=1, le=1 << 31, description="How many texts for each prompt.")
     stop: str | list[str] | None = Field(None, description="A text ends before the first of these.")
     seed: Seed | None = Field(None, description="Makes the texts repeatable.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -17,6 +18,7 @@ from mhesa.hf.vocabulary import TextTokenizer
 from mhesa.model import GatedExponentialSmoothingLM
 from mhesa.serve.engine import Busy, Engine, Job, Stopped, wake
 from mhesa.serve.errors import APIError, busy, stopping
+from mhesa.serve.logs import log
 from mhesa.serve.metrics import Metrics
 from mhesa.serve.sessions import Sessions, Stored
 from mhesa.serve.settings import Settings
@@ -150,6 +152,7 @@ class Run:
             if isinstance(job.error, Stopped):
                 raise stopping()
             if job.error is not None:
+                log("fault", error="".join(traceback.format_exception(job.error)))
                 raise APIError(500, "the model failed on this request", code="model_failure") from job.error
 
     async def finish(self) -> None:
