@@ -221,7 +221,9 @@ def _end_of_text(file: Path, tokenizer: Tokenizer) -> str:
         token = token.get("content")
     if isinstance(token, str):
         return token
-    return next((name for name in ENDS_OF_TEXT if tokenizer.token_to_id(name) is not None), END_OF_TEXT)
+    # A vocabulary may have learnt such a name from its text, and then it means nothing.
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    return next((name for name in ENDS_OF_TEXT if name in special), END_OF_TEXT)
 
 
 def _chat_template(folder: Path) -> str | None:
