@@ -105,8 +105,6 @@ class Sessions:
 
     def _open(self) -> None:
         run = self._database.execute
-        run("PRAGMA journal_mode = WAL")
-        run("PRAGMA synchronous = NORMAL")
         run(f"PRAGMA cache_size = -{CACHE_KIB}")
         run("BEGIN IMMEDIATE")
         (application,), (form,) = (
@@ -122,6 +120,9 @@ class Sessions:
         elif (application, form) != (APPLICATION, FORM):
             raise sqlite3.DatabaseError("it is a database of something else")
         run("COMMIT")
+        # Only now is it known to be ours to change.
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = NORMAL")
 
     def close(self) -> None:
         """Let go of the file."""

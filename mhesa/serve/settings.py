@@ -40,7 +40,7 @@ class Limits:
     logprobs: int = 20
     scored: int = 1 << 16
     seconds: float = 600
-    receive: float = 10
+    receive: float = 8
     send: float = 30
     drain: float = 20
     sessions: int = 100_000
