@@ -213,7 +213,7 @@ def test_runs_killed_at_every_call_go_on(settings, whole, tmp_path, torture_repo
 
 NO_SPACE = """
 mount -t tmpfs -o size=480k none {out} || exit 99
-timeout 100 {python} -m mhesa train --config {config} --overwrite
+OMP_NUM_THREADS=1 timeout 100 {python} -m mhesa train --config {config} --overwrite
 echo code $?
 cp -r {out}/. {copy}
 """
