@@ -193,20 +193,25 @@ def until(pieces: Iterable[bytes], endings: Sequence[bytes]) -> Iterator[bytes]:
     >>> b"".join(until([b"one ", b"two", b"\\n", b"\\nthree"], [b"\\n\\n", b"four"]))
     b'one two'
     """
-    held = b""
+    waiting = b""
     for piece in pieces:
-        held += piece
-        found = [place for ending in endings if (place := held.find(ending)) >= 0]
+        waiting += piece
+        found = [place for ending in endings if (place := waiting.find(ending)) >= 0]
         if found:
-            yield held[: min(found)]
+            yield waiting[: min(found)]
             return
-        safe = len(held) - max((_overlap(held, ending) for ending in endings), default=0)
-        yield held[:safe]
-        held = held[safe:]
-    yield held
+        safe = len(waiting) - held(waiting, endings)
+        yield waiting[:safe]
+        waiting = waiting[safe:]
+    yield waiting
 
 
-def _overlap(text: bytes, ending: bytes) -> int:
-    """How many bytes at the end of `text` begin `ending`."""
-    longest = min(len(text), len(ending) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(ending[:size])), 0)
+def held(text: bytes, endings: Sequence[bytes]) -> int:
+    """How many bytes at the end of `text` may be the beginning of an ending.
+
+    >>> held(b"one, tw", [b"two", b"wow"])
+    2
+    """
+    longest = min(len(text), max(map(len, endings), default=1) - 1)
+    sizes = range(longest, 0, -1)
+    return next((size for size in sizes if any(end.startswith(text[-size:]) for end in endings)), 0)

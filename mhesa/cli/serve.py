@@ -43,6 +43,7 @@ def serve(
 
         mhesa serve runs/first --host 0.0.0.0 --keys keys.txt --sessions sessions.sqlite
     """
+    # Only to see whether they are there: it is the server that uses them.
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401

@@ -243,6 +243,7 @@ class _Zstandard:
         yield rest
 
 
+# What opens a file here is closed by `_open`, which the linter cannot see.
 OPENERS: dict[str, Callable[[IO[bytes], str], IO[bytes]]] = {
     ".gz": lambda raw, name: cast(IO[bytes], gzip.GzipFile(fileobj=raw)),
     ".xz": lambda raw, name: cast(IO[bytes], lzma.LZMAFile(raw)),  # noqa: SIM115

@@ -79,6 +79,9 @@ ERF_BOTTOM = tuple(
 )
 ERF_END = np.float32(5.5)
 
+# Functions of kernels bear no types: numba finds them, and has none for its own. `_pack` and `_sum` only lend
+# their names to what `overload` compiles in their place for each type of weights.
+
 # Sums may be taken in any order, and products join them: vectors need both.
 fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
 

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mhesa.generation import held
 from mhesa.sampling import Sampler
 
 
@@ -127,15 +128,3 @@ class Reader:
         while self.scored < len(scores) and scores[self.scored].start < self.seen:
             self.scored += 1
         return self._decoder.decode(new, self.finish is not None), scores[first : self.scored]
-
-
-def held(data: bytes, stops: Sequence[bytes]) -> int:
-    """How many bytes at the end of `data` may be the beginning of a stop.
-
-    >>> held(b"one, tw", (b"two", b"wow"))
-    2
-    """
-    longest = min(len(data), max(map(len, stops), default=1) - 1)
-    return next(
-        (size for size in range(longest, 0, -1) if any(stop.startswith(data[-size:]) for stop in stops)), 0
-    )
