@@ -60,6 +60,26 @@ def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...]) -> None:
     assert equal(smooth(x), several)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [(5000,), (0, 700, 2900, 1, 1399)])
+@pytest.mark.usefixtures("threads")
+def test_threads_that_take_turns_at_a_sequence_change_no_bit(lengths: tuple[int, ...], reverse: bool) -> None:
+    x = torch.randn(1, sum(lengths), 5, 120)
+    state = torch.randn(len(lengths), 5, 120)
+    rates, skip = torch.linspace(0.1, 0.9, 5), torch.randn(5, 120)
+
+    def run(backend: str) -> list[Tensor]:
+        options = {"initial_state": state, "reverse": reverse, "return_final_state": True, "backend": backend}
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+        return list(exponential_smoothing(x, rates, 1 - rates, skip=skip, cu_seqlens=offsets, **options))
+
+    several = run("numba")
+    torch.set_num_threads(1)
+    assert equal(run("numba"), several)
+    for result, truth in zip(several, run("chunked"), strict=True):
+        assert (result - truth).norm() <= 1e-6 * truth.norm()
+
+
 @pytest.mark.usefixtures("threads")
 def test_without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 300, 2, 64)

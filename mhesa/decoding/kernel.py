@@ -27,7 +27,6 @@ from numba.extending import overload
 from mhesa.decoding.matmul import PADDING, PANEL, TILE, multiply
 from mhesa.ops.simd import (
     I32,
-    I64,
     cgutils,
     count,
     fields,

@@ -32,10 +32,9 @@ STREAMED = 1 << 23
 # A long sequence of few channels is cut into chunks of so many rows, at most so many.
 CHUNK_ROWS = 1024 * kernels.SPANS
 MOST_CHUNKS = 64
-# Sums in the accumulation type are handed over to fp64 after so many rows; of many channels after fewer: they
-# are also what a thread in a relay takes at a time, so many values that the second cache still holds them.
-MOST_SUMMED, LEAST_SUMMED = 256, 64
-SUMMED_VALUES = 1 << 15
+# Threads in a relay take so many rows at a time, or more of few channels: so many values that they are still
+# in the second cache when they are read again.
+LEAST_ROWS, RELAY_VALUES = 64, 1 << 15
 # Bytes of a tensor from which sequences that do not deal out evenly are shared in a relay, not by channels:
 # handing on costs more than short pieces of rows in the caches, and much less than those in memory.
 RELAYED = 1 << 22
@@ -77,15 +76,16 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(y, final_state)`, for plain tensors as `mhesa.ops.fused.make_scan` describes them."""
-    call = _Call(x, None, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+    call = _Call(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
     y = fresh(x.shape, x.dtype)
     final = call.tensor(kernels.FINAL, torch.empty(call.states, dtype=call.dtype))
+    call.rows(kernels.X, kernels.X_BATCH, x)
     call.tensor(kernels.OUT, y)
     if call.chunks.spans:
         call.tensor(kernels.CARRIES, torch.empty(call.chunks.spans, call.channels, dtype=call.dtype))
         call.run(kernels.ends, call.count)
         call.run(kernels.chain, 1, threads=1)
-    call.run(kernels.relay_forward if call.blocks else kernels.forward, call.count, traffic=2)
+    call.run(kernels.relay if call.relays() else kernels.forward, call.count, traffic=2)
     return y, final
 
 
@@ -101,11 +101,13 @@ def backward(
     reverse: bool,
 ) -> Gradients:
     """`(dx, dalpha, ddecay, dskip, dinitial)`, likewise."""
-    call = _Call(x, dy, alpha, decay, skip, initial_state, cu_seqlens, not reverse)
+    call = _Call(x, alpha, decay, skip, initial_state, cu_seqlens, not reverse)
     heads, head_dim = x.shape[2:]
-    groups = call.states[0] if call.blocks else min(call.count, GROUPS)
+    groups = min(call.count, GROUPS)
     dx = fresh(x.shape, x.dtype)
     dinitial = call.tensor(kernels.DINITIAL, torch.empty(call.states, dtype=call.dtype))
+    call.rows(kernels.X, kernels.X_BATCH, x)
+    call.rows(kernels.DY, kernels.DY_BATCH, dy)
     call.tensor(kernels.OUT, dx)
     call.parameter(kernels.DFINAL, dfinal)
     call.tensor(kernels.TOTALS, torch.zeros(groups, 4, call.channels, dtype=torch.float64))
@@ -118,9 +120,7 @@ def backward(
         call.fields[kernels.PLANE] = carries.stride(0)
         call.run(kernels.backward_ends, call.count)
         call.run(kernels.chain, 1, threads=1)
-    if call.blocks:
-        call.tensor(kernels.CARRIES, torch.empty(call.states, dtype=call.dtype))
-    call.run(kernels.relay_backward if call.blocks else kernels.backward, groups, traffic=3)
+    call.run(kernels.backward, groups, traffic=3)
     call.run(kernels.reduce, groups, threads=1)
     return dx, dalpha, ddecay, dskip, dinitial
 
@@ -131,7 +131,6 @@ class _Call:
     def __init__(
         self,
         x: Tensor,
-        dy: Tensor | None,
         alpha: Tensor,
         decay: Tensor,
         skip: Tensor | None,
@@ -147,39 +146,41 @@ class _Call:
         self.bytes, self.stored = x.nbytes, x.dtype
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.threads = 1 if x.numel() < PARALLEL else available()
-        sequences = _dense(batch, length) if cu_seqlens is None else _packed(cu_seqlens, length)
-        self.states = (len(sequences.batch), self.heads, self.head_dim)
-        self.chunks, self.blocks, self.whole = sequences.cut(_spans, self.channels), 0, True
+        self.sequences = _dense(batch, length) if cu_seqlens is None else _packed(cu_seqlens, length)
+        self.states = (len(self.sequences.batch), self.heads, self.head_dim)
+        # Blocks of channels, where they do not follow from the number of threads.
+        self.blocks, self.whole = 0, True
         self.kept: list[object] = []
         self.fields = array("q", bytes(8 * kernels.FIELDS))
         self.fields[kernels.LENGTH] = length
         self.fields[kernels.HEADS] = self.heads
         self.fields[kernels.HEAD_DIM] = self.head_dim
         self.fields[kernels.REVERSE] = reverse
-        self.fields[kernels.SUMMED] = _summed(self.channels)
-        self.rows(kernels.X, kernels.X_BATCH, x)
-        if dy is not None:
-            self.rows(kernels.DY, kernels.DY_BATCH, dy)
-        if self._relays():
-            self.chunks = sequences.cut(_relay, self.fields[kernels.SUMMED], reverse)
-            runners = math.ceil(self.threads / (RUNNERS * self.states[0]))
-            self.blocks = min(max(math.ceil(self.channels / WIDTH), runners), self.channels // NARROWEST)
-            counters = torch.zeros(self.states[0] * self.blocks, 2 * kernels.LINE, dtype=torch.int64)
-            self.tensor(kernels.RELAYS, counters)
-        self.count = len(self.chunks.table)
-        self.fields[kernels.COUNT] = self.count
-        self.fields[kernels.CHUNKS] = self.chunks.address
-        self.kept.append(self.chunks)
+        self.deal(self.sequences.cut(_spans, self.channels))
         self.parameter(kernels.ALPHA, alpha)
         self.parameter(kernels.DECAY, decay)
         self.parameter(kernels.SKIP, skip)
         self.parameter(kernels.INITIAL, initial_state)
 
-    def _relays(self) -> bool:
-        """Whether threads take turns at each sequence."""
-        even = self.states[0] % self.threads == 0 or self.states[0] >= min(4 * self.threads, GROUPS)
-        wide = self.channels >= kernels.NARROW and self.whole
-        return self.threads > 1 and not even and wide and self.bytes >= RELAYED
+    def deal(self, chunks: _Chunks) -> None:
+        """Pass the chunks that are to be worked through."""
+        self.chunks, self.count = chunks, len(chunks.table)
+        self.fields[kernels.COUNT] = self.count
+        self.fields[kernels.CHUNKS] = chunks.address
+
+    def relays(self) -> bool:
+        """Whether threads take turns at each sequence, which is then cut for them."""
+        sequences = self.states[0]
+        even = sequences % self.threads == 0 or sequences >= 4 * self.threads
+        if even or not self.whole or self.channels < kernels.NARROW or self.bytes < RELAYED:
+            return False
+        rows = max(LEAST_ROWS, RELAY_VALUES // self.channels)
+        self.deal(self.sequences.cut(_relay, rows, bool(self.fields[kernels.REVERSE])))
+        runners = math.ceil(self.threads / (RUNNERS * sequences))
+        self.blocks = min(max(math.ceil(self.channels / WIDTH), runners), self.channels // NARROWEST)
+        counters = torch.zeros(sequences * self.blocks, kernels.LINE, dtype=torch.int64)
+        self.tensor(kernels.RELAYS, counters)
+        return True
 
     def tensor(self, field: int, tensor: Tensor) -> Tensor:
         """Pass a contiguous tensor."""
@@ -223,13 +224,6 @@ class _Call:
         parallel(compiled(kernel, self.stored), self.fields.buffer_info()[0], threads)
 
 
-def _summed(channels: int) -> int:
-    """The rows after which sums are handed over."""
-    return min(
-        max(LEAST_SUMMED, SUMMED_VALUES // max(channels, 1) // LEAST_SUMMED * LEAST_SUMMED), MOST_SUMMED
-    )
-
-
 @lru_cache(maxsize=64)
 def _dense(batch: int, length: int) -> _Sequences:
     sequences = np.arange(batch)
@@ -248,7 +242,7 @@ def _spans(sequences: _Sequences, channels: int) -> _Chunks:
     """Whole sequences, or where rows are narrow and many, chunks of spans."""
     length = sequences.end - sequences.begin
     # By its own length and width alone: the result of a sequence must not depend on others.
-    cut = length >= (kernels.SPANS * MOST_SUMMED if channels < kernels.NARROW else math.inf)
+    cut = length >= (kernels.SPANS * kernels.SUMMED if channels < kernels.NARROW else math.inf)
     pieces = np.where(cut, np.clip(length // CHUNK_ROWS, 1, MOST_CHUNKS), 1)
     sequence = np.repeat(np.arange(len(length)), pieces)
     piece = np.arange(len(sequence)) - np.repeat(pieces.cumsum() - pieces, pieces)

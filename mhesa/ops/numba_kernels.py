@@ -34,9 +34,7 @@ from mhesa.ops.numba_tiles import (
     ROW_DECAY,
     ROW_DSKIP,
     ROW_P,
-    ROW_P_0,
     ROW_R,
-    ROW_R_0,
     ROW_SKIP,
     ROWS,
     SCRATCH,
@@ -53,13 +51,15 @@ from mhesa.ops.numba_tiles import (
 )
 from mhesa.ops.simd import count, doubles, fence, fields, integers, jit, offset, pointer, scratch, take, wait
 
+# After so many rows, sums in the accumulation type are handed over to fp64.
+SUMMED = 256
 # Rows narrower than this are scanned in spans,
 NARROW = 64
 # so many at a time: enough to hide the latency of one, and few enough for `WIDTH`.
 SPANS = 8
 # Above zero, for the carry of an infinite state.
 LEAST = 2.0**-1022
-# A counter has a cache line to itself; a relay has two.
+# A counter has a cache line to itself.
 LINE = 8
 
 # What a kernel is told, as one array of 64-bit integers; an address of 0 is an absent tensor.
@@ -67,7 +67,7 @@ TASK, X, DY, OUT, ALPHA, DECAY, SKIP, INITIAL, FINAL, DFINAL, DINITIAL, TOTALS, 
     15
 )
 CHUNKS, CARRIES, PLANE, COUNT, LENGTH, HEADS, HEAD_DIM, REVERSE, SPLITS, BLOCKS, STREAMS = range(15, 26)
-X_BATCH, X_ROW, X_HEAD, DY_BATCH, DY_ROW, DY_HEAD, SUMMED, RELAYS, FIELDS = range(26, 35)
+X_BATCH, X_ROW, X_HEAD, DY_BATCH, DY_ROW, DY_HEAD, RELAYS, FIELDS = range(26, 34)
 
 # The columns of the table of chunks. Whole sequences have no slot among the carries, -1; the others have
 # `SPANS` from there on. The last two say whether the chunk is the first and the last of its sequence.
@@ -78,7 +78,7 @@ SEQUENCE, BATCH, BEGIN, END, SLOT, FIRST, LAST, COLUMNS = range(8)
 @jit
 def _load_rates(p, row, alpha, decay, skip, start, n):
     """Fill the constant rows for `n` channels from `start` on, once for every span."""
-    for span in range(SPANS if p[CARRIES] and n < NARROW else 1):
+    for span in range(SPANS if p[CARRIES] else 1):
         i = 0
         while i < n:
             head, at = (start + i) // p[HEAD_DIM], span * n + i
@@ -98,119 +98,6 @@ def _row_of(p, chunk, rows, longer, span, step):
     return chunk[BEGIN] + span * rows + min(span, longer) + step
 
 
-@jit
-def _scan(p, x, out, row, t, steps, start, n):
-    """Scan `steps` rows from row `t` on, of `n` channels from `start` on, and write what they become."""
-    head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
-    whole, skips, streams = p[X_HEAD] == head_dim, p[SKIP] != 0, p[STREAMS] != 0
-    sign = -1 if p[REVERSE] else 1
-    x_step, out_step = sign * p[X_ROW], sign * channels
-    x_t, out_t = offset(x, t * p[X_ROW] + start), offset(out, t * channels + start)
-    step = 0
-    while step < steps:
-        taken = ROWS if steps - step >= ROWS else 1
-        done = 0
-        while done < n:
-            x_i, out_i, part, piece = offset(x_t, done), offset(out_t, done), offset(row, done), n
-            if not whole:
-                head, within = (start + done) // head_dim, (start + done) % head_dim
-                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
-                piece = min(n - done, head_dim - within)
-            if taken == ROWS:
-                forward_rows(x_i, x_step, out_i, out_step, part, skips, streams, piece)
-            else:
-                forward_row(x_i, x_step, out_i, out_step, part, skips, streams, piece)
-            done += piece
-        x_t, out_t = offset(x_t, taken * x_step), offset(out_t, taken * out_step)
-        step += taken
-
-
-@jit
-def _scan_state(p, x, row, t, steps, n):
-    """The same of whole rows, but for what they become: the state alone."""
-    x_step = -p[X_ROW] if p[REVERSE] else p[X_ROW]
-    x_t, step = offset(x, t * p[X_ROW]), 0
-    while step < steps:
-        taken = ROWS if steps - step >= ROWS else 1
-        if taken == ROWS:
-            ends_rows(x_t, x_step, row, n)
-        else:
-            ends_row(x_t, x_step, row, n)
-        x_t = offset(x_t, taken * x_step)
-        step += taken
-
-
-@jit
-def _carry(p, x, dy, out, row, t, steps, start, n):
-    """Carry the gradients back over `steps` rows from row `t` on; sums stay in the scratch memory."""
-    head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
-    whole = p[X_HEAD] == head_dim and p[DY_HEAD] == head_dim
-    skips, streams = p[SKIP] != 0, p[STREAMS] != 0
-    sign = -1 if p[REVERSE] else 1
-    x_step, dy_step, out_step = sign * p[X_ROW], sign * p[DY_ROW], sign * channels
-    x_t, dy_t = offset(x, t * p[X_ROW] + start), offset(dy, t * p[DY_ROW] + start)
-    out_t = offset(out, t * channels + start)
-    step = 0
-    while step < steps:
-        taken = ROWS if steps - step >= ROWS else 1
-        done = 0
-        while done < n:
-            x_i, dy_i = offset(x_t, done), offset(dy_t, done)
-            out_i, part, piece = offset(out_t, done), offset(row, done), n
-            if not whole:
-                head, within = (start + done) // head_dim, (start + done) % head_dim
-                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
-                dy_i = offset(dy_i, head * (p[DY_HEAD] - head_dim))
-                piece = min(n - done, head_dim - within)
-            if taken == ROWS:
-                backward_rows(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece)
-            else:
-                backward_row(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece)
-            done += piece
-        x_t, dy_t, out_t = (
-            offset(x_t, taken * x_step),
-            offset(dy_t, taken * dy_step),
-            offset(out_t, taken * out_step),
-        )
-        step += taken
-
-
-@jit
-def _carry_state(p, dy, row, t, steps, n):
-    """The same of whole rows, but for the gradients: `p` and `r` alone."""
-    dy_step = -p[DY_ROW] if p[REVERSE] else p[DY_ROW]
-    dy_t, step = offset(dy, t * p[DY_ROW]), 0
-    while step < steps:
-        taken = ROWS if steps - step >= ROWS else 1
-        if taken == ROWS:
-            backward_ends_rows(dy_t, dy_step, row, n)
-        else:
-            backward_ends_row(dy_t, dy_step, row, n)
-        dy_t = offset(dy_t, taken * dy_step)
-        step += taken
-
-
-@jit
-def _hand_over(row, total, channels, spans, n):
-    """Add the sums of a task to `total`, in fp64, and start them anew."""
-    for span in range(spans):
-        for i in range(n):
-            total[i] += row[ROW_DALPHA + span * n + i]
-            total[channels + i] += row[ROW_DDECAY + span * n + i]
-            total[2 * channels + i] += row[ROW_DSKIP + span * n + i]
-            row[ROW_DALPHA + span * n + i] = 0
-            row[ROW_DDECAY + span * n + i] = 0
-            row[ROW_DSKIP + span * n + i] = 0
-
-
-@jit
-def _hand_over_initial(row, total, initial, channels, n):
-    """Add what the state that a sequence starts from has to do with the decay."""
-    for i in range(n):
-        # A double each, or the product would round to fp32 first.
-        total[3 * channels + i] += np.float64(initial[i]) * np.float64(row[ROW_R + i])
-
-
 def forward(data):
     """Scan the chunks and channels of one task after another, until none is left."""
     p = fields(data)
@@ -218,7 +105,12 @@ def forward(data):
     x, out = pointer(p[X], data), pointer(p[OUT], data)
     alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
     initial, final, carries = pointer(p[INITIAL], row), pointer(p[FINAL], row), pointer(p[CARRIES], row)
-    chunks, channels = pointer(p[CHUNKS], p), p[HEADS] * p[HEAD_DIM]
+    chunks = pointer(p[CHUNKS], p)
+    head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
+    whole = p[X_HEAD] == head_dim
+    skips, streams = p[SKIP] != 0, p[STREAMS] != 0
+    sign = -1 if p[REVERSE] else 1
+    x_step, out_step = sign * p[X_ROW], sign * channels
     while True:
         task = take(p)
         if task >= p[SPLITS] * p[BLOCKS]:
@@ -231,8 +123,6 @@ def forward(data):
             for index in range(split * p[COUNT] // p[SPLITS], (split + 1) * p[COUNT] // p[SPLITS]):
                 chunk = offset(chunks, index * COLUMNS)
                 state = chunk[SEQUENCE] * channels + start
-                x_b = offset(x, chunk[BATCH] * p[X_BATCH])
-                out_b = offset(out, chunk[BATCH] * p[LENGTH] * channels)
                 spans = 1 if chunk[SLOT] < 0 else SPANS
                 for i in range(spans * n):
                     if chunk[SLOT] >= 0:
@@ -242,10 +132,25 @@ def forward(data):
                 rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
                 steps, step = rows + (1 if longer else 0), 0
                 while step < steps:
-                    taken = rows if spans == 1 else ROWS if rows - step >= ROWS else 1
+                    # One row at a time is read and written as a copy does; spans are not in order anyway.
+                    taken = ROWS if spans > 1 and rows - step >= ROWS else 1
                     for span in range(spans if step < rows else longer):
                         t = _row_of(p, chunk, rows, longer, span, step)
-                        _scan(p, x_b, out_b, offset(row, span * n), t, taken, start, n)
+                        x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)
+                        out_t = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
+                        done = 0
+                        while done < n:
+                            x_i, out_i = offset(x_t, done), offset(out_t, done)
+                            part, piece = offset(row, span * n + done), n
+                            if not whole:
+                                head, within = (start + done) // head_dim, (start + done) % head_dim
+                                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
+                                piece = min(n - done, head_dim - within)
+                            if taken == ROWS:
+                                forward_rows(x_i, x_step, out_i, out_step, part, skips, streams, piece)
+                            else:
+                                forward_row(x_i, x_step, out_i, out_step, part, skips, streams, piece)
+                            done += piece
                     step += taken
                 if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
                     last = 0 if p[REVERSE] else (spans - 1) * n
@@ -254,16 +159,22 @@ def forward(data):
     fence()
 
 
-def relay_forward(data):
-    """The same, several threads to a sequence: each hands the state on before it writes what rows become."""
+def relay(data):
+    """The same, several threads to a sequence of whole rows: each hands the state on before it writes.
+
+    A chunk is read twice, but from memory once: it is brought to the second cache while others are at work,
+    the state goes over it, and when that has been handed on, what rows become is written. The state takes
+    the same steps as in one thread, and comes to the same bits.
+    """
     p = fields(data)
     row = scratch(data, SCRATCH)
     x, out = pointer(p[X], data), pointer(p[OUT], data)
     alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
     initial, final = pointer(p[INITIAL], row), pointer(p[FINAL], row)
     chunks, channels = pointer(p[CHUNKS], p), p[HEADS] * p[HEAD_DIM]
-    x_step = -p[X_ROW] if p[REVERSE] else p[X_ROW]
-    loaded = -1
+    skips, streams = p[SKIP] != 0, p[STREAMS] != 0
+    sign = -1 if p[REVERSE] else 1
+    x_step, out_step, loaded = sign * p[X_ROW], sign * channels, -1
     while True:
         task = take(p)
         if task >= p[COUNT] * p[BLOCKS]:
@@ -274,24 +185,34 @@ def relay_forward(data):
         if loaded != block:
             _load_rates(p, row, alpha, decay, skip, start, n)
             loaded = block
-        steps, state = chunk[END] - chunk[BEGIN], chunk[SEQUENCE] * channels + start
-        t = chunk[END] - 1 if p[REVERSE] else chunk[BEGIN]
-        x_b = offset(x, chunk[BATCH] * p[X_BATCH])
-        passed = offset(integers(p[RELAYS]), (chunk[SEQUENCE] * p[BLOCKS] + block) * 2 * LINE)
-        fetch(offset(x_b, t * p[X_ROW] + start), x_step, steps, n)
+        rows, state = chunk[END] - chunk[BEGIN], chunk[SEQUENCE] * channels + start
+        t = _row_of(p, chunk, rows, 0, 0, 0)
+        x_0 = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)
+        out_0 = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
+        passed = offset(integers(p[RELAYS]), (chunk[SEQUENCE] * p[BLOCKS] + block) * LINE)
+        fetch(x_0, x_step, rows, n)
         wait(passed, chunk[SLOT])
         for i in range(n):
             if chunk[FIRST]:
-                row[ROW_P_0 + i] = initial[state + i] if p[INITIAL] else 0
+                row[ROW_P + i] = initial[state + i] if p[INITIAL] else 0
             else:
-                row[ROW_P_0 + i] = final[state + i]
-            row[ROW_P + i] = row[ROW_P_0 + i]
-        _scan_state(p, offset(x_b, start), row, t, steps, n)
+                row[ROW_P + i] = final[state + i]
+            row[ROW_R + i] = row[ROW_P + i]
+        step = 0
+        while step < rows:
+            taken = ROWS if rows - step >= ROWS else 1
+            if taken == ROWS:
+                ends_rows(offset(x_0, step * x_step), x_step, row, n)
+            else:
+                ends_row(offset(x_0, step * x_step), x_step, row, n)
+            step += taken
         for i in range(n):
             final[state + i] = row[ROW_P + i]
-            row[ROW_P + i] = row[ROW_P_0 + i]
+            row[ROW_P + i] = row[ROW_R + i]
         count(passed)
-        _scan(p, x_b, offset(out, chunk[BATCH] * p[LENGTH] * channels), row, t, steps, start, n)
+        for step in range(rows):
+            x_t, out_t = offset(x_0, step * x_step), offset(out_0, step * out_step)
+            forward_row(x_t, x_step, out_t, out_step, row, skips, streams, n)
     fence()
 
 
@@ -301,6 +222,7 @@ def ends(data):
     row = scratch(data, SCRATCH)
     x, carries, chunks = pointer(p[X], data), pointer(p[CARRIES], row), pointer(p[CHUNKS], p)
     alpha, decay = pointer(p[ALPHA], row), pointer(p[DECAY], row)
+    x_step = -p[X_ROW] if p[REVERSE] else p[X_ROW]
     n = p[HEADS] * p[HEAD_DIM]
     _load_rates(p, row, alpha, decay, alpha, 0, n)
     while True:
@@ -311,14 +233,17 @@ def ends(data):
         if chunk[SLOT] >= 0:
             for i in range(SPANS * n):
                 row[ROW_P + i] = 0
-            x_b = offset(x, chunk[BATCH] * p[X_BATCH])
             rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
             steps, step = rows + (1 if longer else 0), 0
             while step < steps:
                 taken = ROWS if rows - step >= ROWS else 1
                 for span in range(SPANS if step < rows else longer):
                     t = _row_of(p, chunk, rows, longer, span, step)
-                    _scan_state(p, x_b, offset(row, span * n), t, taken, n)
+                    x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW])
+                    if taken == ROWS:
+                        ends_rows(x_t, x_step, offset(row, span * n), n)
+                    else:
+                        ends_row(x_t, x_step, offset(row, span * n), n)
                 step += taken
             for i in range(SPANS * n):
                 carries[chunk[SLOT] * n + i] = row[ROW_P + i]
@@ -330,6 +255,7 @@ def backward_ends(data):
     row = scratch(data, SCRATCH)
     dy, carries, chunks = pointer(p[DY], data), pointer(p[CARRIES], row), pointer(p[CHUNKS], p)
     alpha, decay = pointer(p[ALPHA], row), pointer(p[DECAY], row)
+    dy_step = -p[DY_ROW] if p[REVERSE] else p[DY_ROW]
     n = p[HEADS] * p[HEAD_DIM]
     _load_rates(p, row, alpha, decay, alpha, 0, n)
     while True:
@@ -340,14 +266,17 @@ def backward_ends(data):
         if chunk[SLOT] >= 0:
             for i in range(SPANS * n):
                 row[ROW_P + i] = row[ROW_R + i] = 0
-            dy_b = offset(dy, chunk[BATCH] * p[DY_BATCH])
             rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
             steps, step = rows + (1 if longer else 0), 0
             while step < steps:
                 taken = ROWS if rows - step >= ROWS else 1
                 for span in range(SPANS if step < rows else longer):
                     t = _row_of(p, chunk, rows, longer, span, step)
-                    _carry_state(p, dy_b, offset(row, span * n), t, taken, n)
+                    dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW])
+                    if taken == ROWS:
+                        backward_ends_rows(dy_t, dy_step, offset(row, span * n), n)
+                    else:
+                        backward_ends_row(dy_t, dy_step, offset(row, span * n), n)
                 step += taken
             for i in range(SPANS * n):
                 carries[chunk[SLOT] * n + i] = row[ROW_P + i]
@@ -407,9 +336,12 @@ def backward(data):
     alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
     initial, carries = pointer(p[INITIAL], row), pointer(p[CARRIES], row)
     dfinal, dinitial = pointer(p[DFINAL], row), pointer(p[DINITIAL], row)
-    chunks, totals, channels = pointer(p[CHUNKS], p), doubles(p[TOTALS]), p[HEADS] * p[HEAD_DIM]
-    for i in range(WIDTH):
-        row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
+    chunks, totals = pointer(p[CHUNKS], p), doubles(p[TOTALS])
+    head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
+    whole = p[X_HEAD] == head_dim and p[DY_HEAD] == head_dim
+    skips, streams = p[SKIP] != 0, p[STREAMS] != 0
+    sign = -1 if p[REVERSE] else 1
+    x_step, dy_step, out_step = sign * p[X_ROW], sign * p[DY_ROW], sign * channels
     while True:
         task = take(p)
         if task >= p[SPLITS] * p[BLOCKS]:
@@ -423,8 +355,6 @@ def backward(data):
             for index in range(split * p[COUNT] // p[SPLITS], (split + 1) * p[COUNT] // p[SPLITS]):
                 chunk = offset(chunks, index * COLUMNS)
                 state = chunk[SEQUENCE] * channels + start
-                x_b, dy_b = offset(x, chunk[BATCH] * p[X_BATCH]), offset(dy, chunk[BATCH] * p[DY_BATCH])
-                out_b = offset(out, chunk[BATCH] * p[LENGTH] * channels)
                 spans = 1 if chunk[SLOT] < 0 else SPANS
                 for i in range(spans * n):
                     if chunk[SLOT] >= 0:
@@ -432,75 +362,49 @@ def backward(data):
                         row[ROW_R + i] = carries[p[PLANE] + chunk[SLOT] * channels + i]
                     else:
                         row[ROW_P + i], row[ROW_R + i] = dfinal[state + i], 0
+                    row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
                 rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
                 steps, step = rows + (1 if longer else 0), 0
                 while step < steps:
                     taken = ROWS if rows - step >= ROWS else 1
-                    if spans == 1:
-                        taken = min(p[SUMMED], rows - step)
                     for span in range(spans if step < rows else longer):
                         t = _row_of(p, chunk, rows, longer, span, step)
-                        _carry(p, x_b, dy_b, out_b, offset(row, span * n), t, taken, start, n)
+                        x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)
+                        dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW] + start)
+                        out_t = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
+                        done = 0
+                        while done < n:
+                            x_i, dy_i = offset(x_t, done), offset(dy_t, done)
+                            out_i, part, piece = offset(out_t, done), offset(row, span * n + done), n
+                            if not whole:
+                                head, within = (start + done) // head_dim, (start + done) % head_dim
+                                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
+                                dy_i = offset(dy_i, head * (p[DY_HEAD] - head_dim))
+                                piece = min(n - done, head_dim - within)
+                            if taken == ROWS:
+                                backward_rows(
+                                    x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece
+                                )
+                            else:
+                                backward_row(
+                                    x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece
+                                )
+                            done += piece
                     step += taken
-                    if step % p[SUMMED] < taken or step == steps:
-                        _hand_over(row, total, channels, spans, n)
+                    if step % SUMMED < taken or step == steps:
+                        for i in range(spans * n):
+                            total[i % n] += row[ROW_DALPHA + i]
+                            total[channels + i % n] += row[ROW_DDECAY + i]
+                            total[2 * channels + i % n] += row[ROW_DSKIP + i]
+                            row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
                 if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
-                    end = offset(row, 0 if p[REVERSE] else (spans - 1) * n)
+                    last = 0 if p[REVERSE] else (spans - 1) * n
                     for i in range(n):
-                        dinitial[state + i] = end[ROW_P + i]
-                    if p[INITIAL]:
-                        _hand_over_initial(end, total, offset(initial, state), channels, n)
-    fence()
-
-
-def relay_backward(data):
-    """The same, several threads to a sequence: each hands `p` and `r` on before it writes gradients."""
-    p = fields(data)
-    row = scratch(data, SCRATCH)
-    x, dy, out = pointer(p[X], data), pointer(p[DY], data), pointer(p[OUT], data)
-    alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
-    initial, carries = pointer(p[INITIAL], row), pointer(p[CARRIES], row)
-    dfinal, dinitial = pointer(p[DFINAL], row), pointer(p[DINITIAL], row)
-    chunks, totals, channels = pointer(p[CHUNKS], p), doubles(p[TOTALS]), p[HEADS] * p[HEAD_DIM]
-    dy_step = -p[DY_ROW] if p[REVERSE] else p[DY_ROW]
-    for i in range(WIDTH):
-        row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
-    loaded = -1
-    while True:
-        task = take(p)
-        if task >= p[COUNT] * p[BLOCKS]:
-            break
-        chunk, block = offset(chunks, task // p[BLOCKS] * COLUMNS), task % p[BLOCKS]
-        start = block * channels // p[BLOCKS]
-        n = (block + 1) * channels // p[BLOCKS] - start
-        if loaded != block:
-            _load_rates(p, row, alpha, decay, skip, start, n)
-            loaded = block
-        steps, state = chunk[END] - chunk[BEGIN], chunk[SEQUENCE] * channels + start
-        t = chunk[END] - 1 if p[REVERSE] else chunk[BEGIN]
-        x_b, dy_b = offset(x, chunk[BATCH] * p[X_BATCH]), offset(dy, chunk[BATCH] * p[DY_BATCH])
-        passed = offset(integers(p[RELAYS]), (chunk[SEQUENCE] * p[BLOCKS] + block) * 2 * LINE)
-        summed = offset(passed, LINE)
-        fetch(offset(dy_b, t * p[DY_ROW] + start), dy_step, steps, n)
-        wait(passed, chunk[SLOT])
-        for i in range(n):
-            if chunk[FIRST]:
-                row[ROW_P_0 + i], row[ROW_R_0 + i] = dfinal[state + i], 0
-            else:
-                row[ROW_P_0 + i], row[ROW_R_0 + i] = dinitial[state + i], carries[state + i]
-            row[ROW_P + i], row[ROW_R + i] = row[ROW_P_0 + i], row[ROW_R_0 + i]
-        _carry_state(p, offset(dy_b, start), row, t, steps, n)
-        for i in range(n):
-            dinitial[state + i], carries[state + i] = row[ROW_P + i], row[ROW_R + i]
-            row[ROW_P + i], row[ROW_R + i] = row[ROW_P_0 + i], row[ROW_R_0 + i]
-        count(passed)
-        _carry(p, x_b, dy_b, offset(out, chunk[BATCH] * p[LENGTH] * channels), row, t, steps, start, n)
-        total = offset(totals, chunk[SEQUENCE] * 4 * channels + start)
-        wait(summed, chunk[SLOT])
-        _hand_over(row, total, channels, 1, n)
-        if chunk[LAST] and p[INITIAL]:
-            _hand_over_initial(row, total, offset(initial, state), channels, n)
-        count(summed)
+                        dinitial[state + i] = row[ROW_P + last + i]
+                        if p[INITIAL]:
+                            # A double each, or the product would round to fp32 first.
+                            by_initial = np.float64(initial[state + i]) * np.float64(row[ROW_R + last + i])
+                            total[3 * channels + i] += by_initial
     fence()
 
 

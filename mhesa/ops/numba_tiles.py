@@ -15,13 +15,11 @@ WIDTH = 512
 STRIDE = WIDTH + 64
 # Channels that one vector instruction takes, or a few where vectors are shorter.
 LANES, HALF = 16, 8
-# Rows that are taken at a time where scratch memory would be more traffic than the tensors.
+# Rows that the backward pass takes at a time: its eight rows of scratch are more traffic than the tensors.
 ROWS = 4
-# The rows of a task's scratch memory; the last two keep what a stretch starts from.
-ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP, ROW_P_0, ROW_R_0 = range(
-    0, 10 * STRIDE, STRIDE
-)
-SCRATCH = 10 * STRIDE
+# The rows of a task's scratch memory.
+ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP = range(0, 8 * STRIDE, STRIDE)
+SCRATCH = 8 * STRIDE
 
 
 @intrinsic

@@ -11,9 +11,11 @@ runs that on all threads.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba.core.cgutils
@@ -300,13 +302,24 @@ def compiled(kernel: Callable[..., None], dtype: torch.dtype) -> int:
     """The address of a kernel for tensors of `dtype`, from the cache on disk if it is there."""
     signature = types.void(types.CPointer({**STORED, torch.int8: types.int8}[dtype]))
     try:
-        # The cache goes by the kernel's own file; what its instructions are is said in this one.
-        kernel.__qualname__ = f"{kernel.__name__}_{os.stat(__file__).st_mtime_ns:x}"
+        # The cache goes by the kernel's own file; much of it is said in neighbours and in this one.
+        kernel.__qualname__ = (
+            f"{kernel.__name__}_{_state(Path(__file__).parent, Path(kernel.__code__.co_filename).parent)}"
+        )
         function = cfunc(signature, cache=True, error_model="numpy")(kernel)
     except (OSError, RuntimeError):  # numba finds no folder to write to, or cannot write to it
         function = cfunc(signature, error_model="numpy")(kernel)
     _KEPT.append(function)
     return int(function.address)
+
+
+@cache
+def _state(*folders: Path) -> str:
+    """Changes when a source file does."""
+    files = sorted(path for folder in {*folders} for path in folder.glob("*.py"))
+    return hashlib.sha256(
+        repr([(path.name, path.stat().st_mtime_ns) for path in files]).encode()
+    ).hexdigest()[:16]
 
 
 # Compiled functions, which live as long as somebody holds them.
