@@ -21,9 +21,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mhesa.hf.configuration import END_OF_TEXT_ID, MhesaConfig
+from mhesa.folder import KEPT_IN_FP32
+from mhesa.hf.configuration import MhesaConfig
 from mhesa.layers import MHESA, GatedMHESA
 from mhesa.model import GatedExponentialSmoothingLM, run_blocks
+from mhesa.tokens.bytes import END_OF_TEXT_ID
 
 IGNORED_LABEL = -100
 # From here on a vocabulary's logits take more memory than all else.
@@ -162,8 +164,7 @@ class MhesaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["MhesaBlock"]  # noqa: RUF012 not a ClassVar there
-    # A decay near 1 is a long memory, and bf16 knows only two values between 0.99 and 1.
-    _keep_in_fp32_modules_strict = {"alphas", "dampen_factors"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = set(KEPT_IN_FP32)  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
@@ -330,18 +331,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
 
     def to_plain(self) -> GatedExponentialSmoothingLM:
         """The plain model of the same layers, for its explicit state; training one trains the other."""
-        config = self.config
-        with torch.device("meta"):
-            lm = GatedExponentialSmoothingLM(
-                num_tokens=config.vocab_size,
-                dim=config.hidden_size,
-                depth=config.num_hidden_layers,
-                heads=config.heads,
-                dim_mhesa=config.dim_mhesa,
-                dim_expansion_factor=config.dim_expansion_factor,
-                dropout=config.dropout,
-                backend=config.backend,
-            )
+        lm = self.config.sizes().empty()
         lm.token_emb, lm.layers, lm.to_logits = self.model.token_emb, self.model.layers, self.to_logits
         lm.training = self.training
         return lm
