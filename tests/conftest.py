@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -37,3 +39,20 @@ def _poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def run(monkeypatch, capsysbinary):
+    """Run the command in this process: its exit code, standard output and standard error."""
+
+    def run(*arguments, data=b""):
+        from mhesa import cli
+
+        capsysbinary.readouterr()
+        monkeypatch.setattr(sys, "argv", ["mhesa", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code, *capsysbinary.readouterr()
+
+    return run

@@ -23,7 +23,7 @@ TEMPLATE = (
 SCRIPT = """
 import json, sys, transformers
 from pathlib import Path
-from mhesa.hf.folder import load
+from mhesa.folder import load
 from mhesa.serve.server import serve
 from mhesa.serve.service import Service
 from mhesa.serve.settings import Limits, Settings

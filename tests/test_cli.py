@@ -118,35 +118,38 @@ def test_auto_classes_load_the_folder(trained):
     assert done.stdout.split() == ["MhesaForCausalLM", "15"], done.stderr
 
 
-def test_generate_continues_a_prompt(trained):
+def test_generate_continues_a_prompt(trained, run):
     out, _ = trained
-    runs = [mhesa("generate", out, "--prompt", "7 bott", "--length", 40, "--seed", 3) for _ in range(2)]
-    assert runs[0].returncode == 0, runs[0].stderr
-    assert runs[0].stdout == runs[1].stdout
-    assert runs[0].stdout.startswith("7 bott")
-    piped = mhesa("generate", out, "--prompt", "-", "--length", 40, "--seed", 3, "--no-echo", text="7 bott")
-    assert "7 bott" + piped.stdout == runs[0].stdout
-    first = runs[0].stdout[6]
-    cut = mhesa("generate", out, "--prompt", "7 bott", "--length", 40, "--seed", 3, "--stop", first)
-    assert cut.stdout == "7 bott\n"
+    alone = mhesa("generate", out, "--prompt", "7 bott", "--length", 40, "--seed", 3)
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout.startswith("7 bott")
+    whole = alone.stdout.encode()
+    assert run("generate", out, "--prompt", "7 bott", "--length", 40, "--seed", 3) == (0, whole, b"")
+    _, piped, _ = run(
+        "generate", out, "--prompt", "-", "--length", 40, "--seed", 3, "--no-echo", data=b"7 bott"
+    )
+    assert b"7 bott" + piped == whole
+    first = alone.stdout[6]
+    _, cut, _ = run("generate", out, "--prompt", "7 bott", "--length", 40, "--seed", 3, "--stop", first)
+    assert cut == b"7 bott\n"
 
 
-def test_eval_measures_files(trained, corpus, tmp_path):
+def test_eval_measures_files(trained, corpus, tmp_path, run):
     out, _ = trained
     (tmp_path / "noise.bin").write_bytes(os.urandom(5000))
-    table = mhesa("eval", out, corpus, tmp_path)
-    assert table.returncode == 0, table.stderr
-    assert "perplexity" in table.stdout
-    assert "all" in table.stdout
-    figures = json.loads(mhesa("eval", out, corpus, "--json").stdout)
+    code, table, err = run("eval", out, corpus, tmp_path)
+    assert code == 0, err
+    assert b"perplexity" in table
+    assert b"all" in table
+    figures = json.loads(run("eval", out, corpus, "--json")[1])
     assert list(figures) == ["loss", "bits_per_byte", "perplexity", "tokens", "bytes"]
     assert figures["tokens"] == figures["bytes"] == len(TEXT)
-    noise = json.loads(mhesa("eval", out, tmp_path, "--json").stdout)
+    noise = json.loads(run("eval", out, tmp_path, "--json")[1])
     assert noise["bits_per_byte"] > 7 > figures["bits_per_byte"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_stopped_run_resumes_to_the_same_weights(trained, corpus, tmp_path, number):
+def test_a_stopped_run_resumes_to_the_same_weights(trained, corpus, tmp_path, fails, number):
     whole, _ = trained
     out = tmp_path / "stopped"
     command = ["train", str(corpus), "--out", str(out), "--steps", "60", "--precision", "fp32", *TINY]
@@ -160,9 +163,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(trained, corpus, tmp_path, nu
     assert "Continue with: mhesa train --resume" in err
     assert (out / "model.safetensors").exists()
 
-    refused = mhesa("train", "--resume", "--out", out, "--dim", 24)
-    assert refused.returncode == 2
-    assert "has dim 16; it cannot be resumed with 24" in refused.stderr
+    refused = fails("train", "--resume", "--out", out, "--dim", 24)
+    assert "has dim 16; it cannot be resumed with 24" in refused
     resumed = mhesa("train", "--resume", "--out", out)
     assert resumed.returncode == 0, resumed.stderr
     expected, weights = (load_file(folder / "model.safetensors") for folder in (whole, out))
@@ -213,7 +215,7 @@ def test_settings_from_a_file_and_back(trained, tmp_path):
     assert saved == first | {"out": str(tmp_path / "run"), "seed": 1, "steps": 5}
 
 
-def test_a_vocabulary_goes_with_the_model(corpus, tmp_path):
+def test_a_vocabulary_goes_with_the_model(corpus, tmp_path, run):
     out = tmp_path / "run"
     options = ["--tokenizer", "bpe:300", "--eval-every", 10, "--report-to", "tensorboard", "--dropout", 0.1]
     done = mhesa("train", corpus, "--out", out, "--steps", 20, *options, *TINY)
@@ -221,10 +223,10 @@ def test_a_vocabulary_goes_with_the_model(corpus, tmp_path):
     assert "tokens (bpe:300), " in done.stderr
     assert "bits/byte held out" in done.stderr
     assert list(out.rglob("events.out.tfevents.*"))
-    written = mhesa("generate", out, "--prompt", "7 bott", "--length", 20, "--seed", 1)
-    assert written.returncode == 0, written.stderr
-    assert written.stdout.startswith("7 bott")
-    figures = json.loads(mhesa("eval", out, corpus, "--json").stdout)
+    code, written, err = run("generate", out, "--prompt", "7 bott", "--length", 20, "--seed", 1)
+    assert code == 0, err
+    assert written.startswith(b"7 bott")
+    figures = json.loads(run("eval", out, corpus, "--json")[1])
     assert figures["bytes"] == len(TEXT) > 2 * figures["tokens"]
     nats = figures["loss"] * figures["tokens"]
     assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT))

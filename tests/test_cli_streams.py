@@ -1,6 +1,5 @@
 """`mhesa generate --session` and `mhesa score` as a person uses them."""
 
-import io
 import json
 import os
 import signal
@@ -47,20 +46,6 @@ def fails(monkeypatch, capsys):
         assert err.startswith("Error: ")
         assert err.count("\n") == 1
         return err
-
-    return run
-
-
-@pytest.fixture
-def run(monkeypatch, capsysbinary):
-    """Run the command in this process: its exit code, standard output and standard error."""
-
-    def run(*arguments, data=b""):
-        monkeypatch.setattr(sys, "argv", ["mhesa", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code, *capsysbinary.readouterr()
 
     return run
 
@@ -174,6 +159,8 @@ def test_what_cannot_be_is_refused(fails, folder, tmp_path):
     assert "--top must be" in fails("score", folder, "--top", 0)
     assert "nowhere" in fails("score", folder, tmp_path / "nowhere")
     assert "cannot write" in fails("score", folder, tmp_path, "--heatmap", tmp_path / "no" / "page.html")
+    assert "cannot write" in fails("generate", folder, "--session", tmp_path / "no" / "talk.session")
+    assert "is a file" in fails("generate", folder / "config.json")
     assert "quantize" in fails("score", folder, tmp_path, "--quantize", "int3")
     assert "precision" in fails("generate", folder, "--precision", "fp8")
     assert "min_p" in fails("generate", folder, "--min-p", 2)

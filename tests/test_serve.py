@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mhesa.decoding import Decoder
 from mhesa.errors import InputError
 from mhesa.evaluation import surprisals
-from mhesa.hf.folder import load
+from mhesa.folder import load
 from mhesa.serve.settings import Limits, Settings, read_keys
 
 openai = pytest.importorskip("openai")

@@ -21,7 +21,7 @@ import torch
 
 from mhesa.decoding import Decoder
 from mhesa.errors import InputError
-from mhesa.hf.folder import load
+from mhesa.folder import load
 from mhesa.sampling import Sampler, Sampling, draw
 
 STREAMS = (1, 16, 128, 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -69,8 +70,6 @@ def root(
     ] = False,
 ) -> None:
     """Linear-time language models built on exponential smoothing."""
-    # transformers warns of choices that are ours to make, not the user's.
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    # Its warnings are of choices that are ours to make, not the user's; it reads this when it is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -16,14 +16,23 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mhesa.errors import InputError
+from mhesa.folder import load, read_config
 
 if TYPE_CHECKING:
     from mhesa.session import Reader
 
 errors = Console(stderr=True)
 
+
+def _whole(folder: Path) -> Path:
+    """Refuse what is no model's folder at once, before torch is imported."""
+    read_config(folder)
+    return folder
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")]
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.", callback=_whole)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu.")]
 Backend = Annotated[str | None, typer.Option(help="The operator's backend; the best one if omitted.")]
 Precision = Annotated[str | None, typer.Option(help="fp32 or bf16 weights; as they were saved if omitted.")]
@@ -38,7 +47,6 @@ def read_model(
     """The model of a folder, ready to read and write text."""
     import torch
 
-    from mhesa.hf.folder import load
     from mhesa.session import Reader
 
     precisions = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from mhesa.cli.common import Folder
+from mhesa.cli.common import Run
 
 
-def config(folder: Folder) -> None:
+def config(folder: Run) -> None:
     """Print the settings that a run was trained with, as YAML that --config takes.
 
     Example:

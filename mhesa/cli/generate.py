@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -63,6 +64,8 @@ def generate(
         raise InputError(f"length must be 0 or more, not {length}")
     if "" in (stop or []):
         raise InputError("a stop text must not be empty")
+    if session is not None and not os.access(session.parent, os.W_OK):
+        raise InputError(f"cannot write {session}: its folder is missing or read-only")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     known = session is not None and session.exists()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -43,8 +42,8 @@ class Decoder:
     bit whether it is read in one stretch or token by token, alone or in a batch. Elsewhere, and for
     other types, the model's own layers run (on CUDA a step is one CUDA graph).
 
-    Weights are copied: a decoder does not see what later becomes of the model's. It serves one call at a
-    time; several Python threads need one each.
+    Weights are copied: a decoder does not see what later becomes of the model's. Several Python threads
+    may share it: their calls take turns, each on all cores.
 
     Args:
         model: the language model.
@@ -74,7 +73,7 @@ class Decoder:
         like = model.initial_state(1)
         self._state_type, self._depth, self._width = like.dtype, like.shape[0], like.shape[2]
         self._engine = _engine(model, quantize, max_batch)
-        self._free = threading.Lock()
+        self._turn = threading.Lock()
         self._each_one = torch.arange(max_batch + 1)
 
     def initial_state(self, batch: int) -> Tensor:
@@ -89,15 +88,15 @@ class Decoder:
             state: `(depth, batch, dim_mhesa)`, changed in place; it may be part of a larger tensor.
 
         Returns:
-            Logits of what comes next, `(batch, num_tokens)`; the next call may overwrite them.
+            Logits of what comes next, `(batch, num_tokens)`.
 
         Raises:
             ValueError: the state does not fit the model or the ids, or there are more than `max_batch`.
             IndexError: an id outside the vocabulary; the state is as it was.
         """
         self._check(state, len(ids))
-        with self._alone():
-            return self._engine.run(ids, self._each_one[: len(ids) + 1], state, False)
+        with self._turn:
+            return self._engine.run(ids, self._each_one[: len(ids) + 1], state, False).clone()
 
     def prefill(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
         """Read a stretch of each sequence, in memory that does not grow with its length.
@@ -115,7 +114,7 @@ class Decoder:
         """
         self._check(state, len(ids))
         out = torch.empty(len(ids), self.num_tokens, dtype=self._state_type, device=self.device)
-        with self._alone():
+        with self._turn:
             for first, last, pieces in _calls(list(ids), self._engine.rows):
                 offsets = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
                 out[first:last] = self._engine.run(torch.cat(pieces), offsets, state[:, first:last], False)
@@ -132,21 +131,12 @@ class Decoder:
             Logits, `(length, num_tokens)`.
         """
         self._check(state, 1)
-        with self._alone():
+        with self._turn:
             parts = [
                 self._engine.run(piece, torch.tensor([0, len(piece)]), state, True).clone()
                 for piece in ids.split(self._engine.rows)
             ]
         return torch.cat(parts)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._free.acquire(blocking=False):
-            raise RuntimeError("a decoder serves one call at a time; give each thread its own")
-        try:
-            yield
-        finally:
-            self._free.release()
 
     def _check(self, state: Tensor, batch: int) -> None:
         shape = (self._depth, batch, self._width)

@@ -8,8 +8,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from mhesa.hf.cache import MhesaCache
 from mhesa.hf.configuration import MhesaConfig
-from mhesa.hf.modeling import MhesaCache, MhesaForCausalLM, MhesaModel, MhesaPreTrainedModel
+from mhesa.hf.modeling import MhesaForCausalLM, MhesaModel, MhesaPreTrainedModel
 from mhesa.hf.tokenization import ByteTokenizer
 
 __all__ = [

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from mhesa.layers import check_divisible, check_sizes
-from mhesa.ops.backends import check_backend
-
-END_OF_TEXT_ID = 256
+from mhesa.config import ALIASES, Sizes
+from mhesa.folder import MODEL_TYPE
+from mhesa.tokens.bytes import END_OF_TEXT_ID
 
 
 class MhesaConfig(PreTrainedConfig):
@@ -43,23 +43,19 @@ class MhesaConfig(PreTrainedConfig):
     ValueError: dim_mhesa must be divisible by heads, but 100 is not by 8
     """
 
-    model_type = "mhesa"
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = {
-        "num_tokens": "vocab_size",
-        "dim": "hidden_size",
-        "depth": "num_hidden_layers",
-    }
+    attribute_map: ClassVar[dict[str, str]] = ALIASES
 
-    vocab_size: int = 257
-    hidden_size: int = 128
-    num_hidden_layers: int = 4
-    heads: int = 8
-    dim_mhesa: int = 256
-    dim_expansion_factor: float = 4
-    dropout: float = 0.0
+    vocab_size: int = Sizes.vocab_size
+    hidden_size: int = Sizes.hidden_size
+    num_hidden_layers: int = Sizes.num_hidden_layers
+    heads: int = Sizes.heads
+    dim_mhesa: int = Sizes.dim_mhesa
+    dim_expansion_factor: float = Sizes.dim_expansion_factor
+    dropout: float = Sizes.dropout
     use_cache: bool = True
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool = Sizes.tie_word_embeddings
     bos_token_id: int | None = END_OF_TEXT_ID
     eos_token_id: int | list[int] | None = END_OF_TEXT_ID
     pad_token_id: int | None = END_OF_TEXT_ID
@@ -67,27 +63,14 @@ class MhesaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
-        self._check()
+        self.sizes()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, name) == END_OF_TEXT_ID >= self.vocab_size:
                 setattr(self, name, None)
 
-    def _check(self) -> None:
-        sizes = {
-            name: getattr(self, name)
-            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "heads", "dim_mhesa")
-        }
-        for name, size in sizes.items():
-            if not isinstance(size, int):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {size!r}")
-        factor = self.dim_expansion_factor
-        if not isinstance(factor, int | float) or not factor < float("inf"):
-            raise ValueError(f"dim_expansion_factor must be a finite number, not {factor!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-        check_sizes(**sizes, **{"dim_expansion_factor * hidden_size": int(factor * self.hidden_size)})
-        check_divisible("dim_mhesa", self.dim_mhesa, self.heads)
-        check_backend(self.backend)
+    def sizes(self) -> Sizes:
+        """What decides the shape of the model."""
+        return Sizes(**{field.name: getattr(self, field.name) for field in fields(Sizes)})
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: everything but `backend`."""

@@ -7,7 +7,6 @@ the same: it changes no output, no gradient and no state.
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, cast
 
@@ -16,137 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mhesa.hf.configuration import END_OF_TEXT_ID, MhesaConfig
+from mhesa.folder import KEPT_IN_FP32
+from mhesa.hf.cache import MhesaCache, MhesaCacheLayer, check_cache
+from mhesa.hf.configuration import MhesaConfig
+from mhesa.hf.packing import in_place, offsets, real_tokens, without_first_tokens
 from mhesa.layers import MHESA, GatedMHESA
 from mhesa.model import GatedExponentialSmoothingLM, run_blocks
+from mhesa.tokens.bytes import END_OF_TEXT_ID
 
-IGNORED_LABEL = -100
+__all__ = ["MhesaCache", "MhesaCacheLayer", "MhesaForCausalLM", "MhesaModel", "MhesaPreTrainedModel"]
+
 # From here on a vocabulary's logits take more memory than all else.
 LARGE_VOCABULARY = 8192
-
-
-class MhesaCacheLayer(CacheLayerMixin):
-    """One block's state, `(batch, dim_mhesa)` in fp32, and how many tokens went into it.
-
-    The state is replaced and never written to, so that copies of a cache, deep ones too, can share it.
-    """
-
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.state: Tensor | None = None
-        self.seen = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MhesaCacheLayer:
-        return copy.copy(self)
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences held, -1 before the first."""
-        return -1 if self.state is None else self.state.shape[0]
-
-    def advance(self, state: Tensor, length: int) -> None:
-        """Take the state after `length` more tokens."""
-        self.state = state
-        self.seen += length
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Raise `TypeError`: there are no keys and values."""
-        raise TypeError("a MhesaCache holds states, not keys and values; it serves mhesa models only")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Raise `TypeError`: there are no keys and values."""
-        self.lazy_initialization(key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over what was seen and `query_length` more tokens."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Any length fits: -1."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """`get_max_length` by the name that transformers 5.6 calls."""
-        return self.get_max_length()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.state = None
-        self.seen = 0
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row `i` continue what was row `beam_idx[i]`."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Follow every row by `repeats - 1` copies of itself."""
-        if self.state is not None:
-            self.state = self.state.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at `indices`."""
-        if self.state is not None:
-            self.state = self.state[indices.to(self.state.device)]
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Raise `ValueError`: a state cannot go back."""
-        raise ValueError("a state cannot forget its last tokens; copy.deepcopy the cache before they come")
-
-
-class MhesaCache(Cache):
-    """What a model remembers of its sequences, for `past_key_values`: a few kilobytes at any length.
-
-    Args:
-        config: of the model that it is for.
-
-    >>> config = MhesaConfig(hidden_size=16, num_hidden_layers=2, heads=2, dim_mhesa=8)
-    >>> model, cache = MhesaForCausalLM(config).eval(), MhesaCache(config)
-    >>> ids = torch.randint(256, (1, 10))
-    >>> _ = model(ids[:, :6], past_key_values=cache)
-    >>> rest = model(ids[:, 6:], past_key_values=cache).logits
-    >>> torch.allclose(rest, model(ids).logits[:, 6:], atol=1e-5)
-    True
-    >>> cache.get_seq_length()
-    10
-    """
-
-    def __init__(self, config: MhesaConfig) -> None:
-        super().__init__(layers=[MhesaCacheLayer() for _ in range(config.num_hidden_layers)])
-
-    def states(self, sequences: int) -> list[Tensor] | None:
-        """Each block's state, `None` before the first token.
-
-        Raises:
-            ValueError: the cache holds another number of sequences.
-        """
-        states = [state for layer in self.layers if (state := cast(MhesaCacheLayer, layer).state) is not None]
-        if not states:
-            return None
-        if states[0].shape[0] != sequences:
-            raise ValueError(
-                f"past_key_values holds {states[0].shape[0]} sequences and this batch has {sequences}: "
-                "pass the cache of these sequences, or none to begin anew"
-            )
-        return states
-
-    def advance(self, states: list[Tensor], length: int) -> None:
-        """Take the blocks' states after `length` more tokens."""
-        for layer, state in zip(self.layers, states, strict=True):
-            cast(MhesaCacheLayer, layer).advance(state, length)
 
 
 class MhesaBlock(GradientCheckpointingLayer, GatedMHESA):
@@ -162,8 +47,7 @@ class MhesaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["MhesaBlock"]  # noqa: RUF012 not a ClassVar there
-    # A decay near 1 is a long memory, and bf16 knows only two values between 0.99 and 1.
-    _keep_in_fp32_modules_strict = {"alphas", "dampen_factors"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = set(KEPT_IN_FP32)  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
@@ -241,8 +125,8 @@ class MhesaModel(MhesaPreTrainedModel):
             raise ValueError("pass either input_ids or inputs_embeds")
         x: Tensor = self.token_emb(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
-        real = _real_tokens(attention_mask, x)
-        cu_seqlens = _offsets(cu_seqlens, attention_mask, kwargs)
+        real = real_tokens(attention_mask, x)
+        cu_seqlens = offsets(cu_seqlens, attention_mask, kwargs)
         if real is not None and cu_seqlens is not None:
             raise ValueError("sequences are either padded or packed: leave out attention_mask or cu_seqlens")
         trace: list[Tensor] | None = [] if self._traces(output_hidden_states) else None
@@ -258,16 +142,16 @@ class MhesaModel(MhesaPreTrainedModel):
         if cache is not None:
             cache.advance(states, length)
         return BaseModelOutputWithPast(
-            last_hidden_state=_in_place(x, real),
+            last_hidden_state=in_place(x, real),
             past_key_values=cache,
-            hidden_states=None if trace is None else tuple(_in_place(h, real) for h in (*trace, x)),
+            hidden_states=None if trace is None else tuple(in_place(h, real) for h in (*trace, x)),
         )
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> MhesaCache | None:
         if given is None:
             wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
             return MhesaCache(self.config) if wanted else None
-        _check_cache(given)
+        check_cache(given)
         if use_cache is False:
             raise ValueError("past_key_values would be ignored with use_cache=False; leave one of them out")
         if len(given.layers) != len(self.layers):
@@ -330,18 +214,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
 
     def to_plain(self) -> GatedExponentialSmoothingLM:
         """The plain model of the same layers, for its explicit state; training one trains the other."""
-        config = self.config
-        with torch.device("meta"):
-            lm = GatedExponentialSmoothingLM(
-                num_tokens=config.vocab_size,
-                dim=config.hidden_size,
-                depth=config.num_hidden_layers,
-                heads=config.heads,
-                dim_mhesa=config.dim_mhesa,
-                dim_expansion_factor=config.dim_expansion_factor,
-                dropout=config.dropout,
-                backend=config.backend,
-            )
+        lm = self.config.sizes().empty()
         lm.token_emb, lm.layers, lm.to_logits = self.model.token_emb, self.model.layers, self.to_logits
         lm.training = self.training
         return lm
@@ -392,7 +265,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         Returns:
             Logits, the mean cross-entropy in nats, and the cache.
         """
-        cu_seqlens = _offsets(cu_seqlens, attention_mask, kwargs)
+        cu_seqlens = offsets(cu_seqlens, attention_mask, kwargs)
         # No argument by that name: the Trainer would look for it in every batch.
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
@@ -417,7 +290,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits=logits,
-                labels=None if labels is None else _without_first_tokens(labels, cu_seqlens),
+                labels=None if labels is None else without_first_tokens(labels, cu_seqlens),
                 shift_labels=shift_labels,
                 vocab_size=self.config.vocab_size,
                 **kwargs,
@@ -439,58 +312,13 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             )
         given = model_kwargs.get("past_key_values")
         if given is not None:
-            _check_cache(given)
+            check_cache(given)
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = MhesaCache(self.config)
             return None
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )
-
-
-def _check_cache(cache: object) -> None:
-    if not isinstance(cache, MhesaCache):
-        raise TypeError(
-            f"past_key_values must be a MhesaCache, not a {type(cache).__name__}: "
-            "make it with MhesaCache(model.config), or pass none"
-        )
-
-
-def _real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Where the current chunk has tokens, `(batch, length)`; `None` if that is everywhere."""
-    if attention_mask is None:
-        return None
-    batch, length = x.shape[:2]
-    shape = tuple(attention_mask.shape)
-    if len(shape) != 2 or shape[0] != batch or shape[1] < length:
-        raise ValueError(f"attention_mask must be ({batch}, {length}) or longer for this batch, not {shape}")
-    real = attention_mask[:, shape[1] - length :].bool()
-    return None if real.all() else real
-
-
-def _offsets(
-    cu_seqlens: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
-) -> Tensor | None:
-    """Offsets of packed sequences, whatever form they came in; `None` for a plain batch."""
-    if cu_seqlens is None:
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if cu_seqlens is not None or attention_mask is not None:
-        return cu_seqlens
-    position_ids = kwargs.get("position_ids")
-    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[0] != 1:
-        return None
-    starts = (position_ids[0, 1:] == 0).nonzero().flatten() + 1
-    if not len(starts):
-        return None
-    return torch.cat([starts.new_zeros(1), starts, starts.new_tensor([position_ids.shape[1]])])
-
-
-def _without_first_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Labels that let no packed sequence predict the first token of the next."""
-    if cu_seqlens is None:
-        return labels
-    starts = cu_seqlens[cu_seqlens < labels.shape[1]].long()
-    return labels.index_fill(1, starts, IGNORED_LABEL)
 
 
 def _fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -507,15 +335,6 @@ def _fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         # Its own mean adds up in bf16, and a sum of thousands loses a fifth there.
         losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
     return losses.float().mean()
-
-
-def _in_place(packed: Tensor, real: Tensor | None) -> Tensor:
-    """Packed values `(1, total, dim)` back at their places in the batch, zeros between them."""
-    if real is None:
-        return packed
-    values = packed.new_zeros(*real.shape, packed.shape[-1])
-    values[real] = packed[0]
-    return values
 
 
 def _plain_fields(lm: GatedExponentialSmoothingLM) -> dict[str, Any]:

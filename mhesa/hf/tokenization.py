@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-from torch import Tensor
 from transformers import AddedToken, PreTrainedTokenizer
 
-END_OF_TEXT = "<|endoftext|>"
+from mhesa.tokens.bytes import END_OF_TEXT, END_OF_TEXT_ID, PIECES, Bytes
+
 ERRORS = ("surrogateescape", "replace", "ignore", "backslashreplace", "strict")
 
 # ASCII stands for itself. Bytes above are spelled out: a letter such as "é" is two bytes and must stay
@@ -22,7 +21,7 @@ BYTE_IDS = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
 OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
-class ByteTokenizer(PreTrainedTokenizer):
+class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transformers' own methods win
     r"""Bytes of UTF-8 as tokens: ids 0 to 255 are the bytes, 256 is `<|endoftext|>`.
 
     Nothing is lost: whatever the bytes, decoding them and encoding the text again gives them back. A byte
@@ -62,7 +61,7 @@ class ByteTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> None:
         self.errors = _check_errors(errors)
-        self._added_tokens_decoder = {256: AddedToken(END_OF_TEXT, special=True, normalized=False)}
+        self._added_tokens_decoder = {END_OF_TEXT_ID: AddedToken(END_OF_TEXT, special=True, normalized=False)}
         kwargs["clean_up_tokenization_spaces"] = False
         super().__init__(  # type: ignore[no-untyped-call]
             errors=errors,
@@ -81,28 +80,6 @@ class ByteTokenizer(PreTrainedTokenizer):
     def get_vocab(self) -> dict[str, int]:
         """Every token and its id: ASCII as itself, other bytes as `<0xE9>`, then the added tokens."""
         return BYTE_IDS | self._added_tokens_encoder
-
-    def encode_bytes(self, data: bytes) -> np.ndarray:
-        """Ids of `data`, which may be anything, `(tokens,)`; no special token is looked for."""
-        return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
-
-    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of several texts."""
-        return [self.encode_bytes(text) for text in texts]
-
-    def fingerprint(self) -> str:
-        """What tells it from every tokenizer that gives other ids."""
-        return "bytes"
-
-    def decode_bytes(self, ids: Iterable[int] | np.ndarray | Tensor) -> bytes:
-        """The bytes of `ids`; special tokens give none.
-
-        Raises:
-            ValueError: an id that no token has.
-        """
-        return self._join(
-            ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids, skip_special_tokens=True
-        )
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:  # type: ignore[override]
         """The tokens of `text`; `split_special_tokens=True` takes special tokens' text for bytes too."""
@@ -150,17 +127,15 @@ class ByteTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        data = self._join(ids, skip_special_tokens)
+        data = self._join(ids, self._pieces(skip_special_tokens))
         return data.decode("utf-8", self.errors if errors is None else _check_errors(errors))
 
-    def _join(self, ids: Iterable[int], skip_special_tokens: bool) -> bytes:
-        table = {byte: bytes([byte]) for byte in range(256)}
-        for index, token in self._added_tokens_decoder.items():
-            table[index] = b"" if skip_special_tokens and token.special else _to_bytes(token.content)
-        try:
-            return b"".join(map(table.__getitem__, ids))
-        except KeyError as error:
-            raise ValueError(f"no token has the id {error}; the largest is {len(self) - 1}") from None
+    def _pieces(self, skip_special_tokens: bool = True) -> dict[int, bytes]:
+        added = {
+            index: b"" if skip_special_tokens and token.special else _to_bytes(token.content)
+            for index, token in self._added_tokens_decoder.items()
+        }
+        return PIECES | added
 
 
 def _to_bytes(text: str) -> bytes:

@@ -13,8 +13,6 @@ import numpy as np
 from starlette.requests import Request
 
 from mhesa.decoding import Decoder
-from mhesa.hf.tokenization import ByteTokenizer
-from mhesa.hf.vocabulary import TextTokenizer
 from mhesa.model import GatedExponentialSmoothingLM
 from mhesa.serve.engine import Busy, Engine, Job, Stopped, wake
 from mhesa.serve.errors import APIError, busy, stopping
@@ -24,6 +22,7 @@ from mhesa.serve.sessions import Sessions, Stored
 from mhesa.serve.settings import Settings
 from mhesa.serve.text import Vocabulary
 from mhesa.session import fingerprint
+from mhesa.tokens import Bytes, TextTokenizer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,7 +40,7 @@ class Service:
     def __init__(
         self,
         model: GatedExponentialSmoothingLM,
-        tokenizer: ByteTokenizer | TextTokenizer,
+        tokenizer: Bytes | TextTokenizer,
         settings: Settings,
         quantize: str | None = None,
     ) -> None:
@@ -99,7 +98,7 @@ class Service:
             self._loop.call_soon_threadsafe(wake, jobs)
 
 
-def _vocabulary(tokenizer: ByteTokenizer | TextTokenizer, size: int) -> Vocabulary:
+def _vocabulary(tokenizer: Bytes | TextTokenizer, size: int) -> Vocabulary:
     known = min(size, len(tokenizer))
     pieces = [tokenizer.decode_bytes([index]) for index in range(known)]
     return Vocabulary(pieces + [b""] * (size - known), tokenizer.eos_token_id)

@@ -24,13 +24,14 @@ from mhesa.devices import best_device
 from mhesa.durable import write_folder
 from mhesa.errors import InputError, TrainingError
 from mhesa.evaluation import Score, evaluate
+from mhesa.folder import load_tokenizer
 from mhesa.generation import stream
-from mhesa.hf.folder import load_tokenizer
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.hf.vocabulary import TextTokenizer, open_tokenizer, train_bpe
 from mhesa.model import GatedExponentialSmoothingLM
 from mhesa.sampling import Sampling
+from mhesa.tokens import Bytes
 from mhesa.training import checkpoint
 from mhesa.training.checkpoint import PREFIX, Progress
 from mhesa.training.distributed import barrier, is_parted, part, processes, rank
@@ -61,7 +62,7 @@ SECONDS_BETWEEN_CURVES = 60.0
 # Of the held-out text, what evaluations on the way read.
 EVALUATED_BYTES = 1 << 17
 
-AnyTokenizer = ByteTokenizer | TextTokenizer
+AnyTokenizer = Bytes | TextTokenizer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+"""What a model remembers, as transformers keeps it between calls."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from mhesa.hf.configuration import MhesaConfig
+
+
+class MhesaCacheLayer(CacheLayerMixin):
+    """One block's state, `(batch, dim_mhesa)` in fp32, and how many tokens went into it.
+
+    The state is replaced and never written to, so that copies of a cache, deep ones too, can share it.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.state: Tensor | None = None
+        self.seen = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MhesaCacheLayer:
+        return copy.copy(self)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first."""
+        return -1 if self.state is None else self.state.shape[0]
+
+    def advance(self, state: Tensor, length: int) -> None:
+        """Take the state after `length` more tokens."""
+        self.state = state
+        self.seen += length
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise `TypeError`: there are no keys and values."""
+        raise TypeError("a MhesaCache holds states, not keys and values; it serves mhesa models only")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Raise `TypeError`: there are no keys and values."""
+        self.lazy_initialization(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over what was seen and `query_length` more tokens."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Any length fits: -1."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """`get_max_length` by the name that transformers 5.6 calls."""
+        return self.get_max_length()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state = None
+        self.seen = 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row `i` continue what was row `beam_idx[i]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Follow every row by `repeats - 1` copies of itself."""
+        if self.state is not None:
+            self.state = self.state.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`."""
+        if self.state is not None:
+            self.state = self.state[indices.to(self.state.device)]
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Raise `ValueError`: a state cannot go back."""
+        raise ValueError("a state cannot forget its last tokens; copy.deepcopy the cache before they come")
+
+
+class MhesaCache(Cache):
+    """What a model remembers of its sequences, for `past_key_values`: a few kilobytes at any length.
+
+    Args:
+        config: of the model that it is for.
+
+    >>> import torch
+    >>> from mhesa.hf import MhesaForCausalLM
+    >>> config = MhesaConfig(hidden_size=16, num_hidden_layers=2, heads=2, dim_mhesa=8)
+    >>> model, cache = MhesaForCausalLM(config).eval(), MhesaCache(config)
+    >>> ids = torch.randint(256, (1, 10))
+    >>> _ = model(ids[:, :6], past_key_values=cache)
+    >>> rest = model(ids[:, 6:], past_key_values=cache).logits
+    >>> torch.allclose(rest, model(ids).logits[:, 6:], atol=1e-5)
+    True
+    >>> cache.get_seq_length()
+    10
+    """
+
+    def __init__(self, config: MhesaConfig) -> None:
+        super().__init__(layers=[MhesaCacheLayer() for _ in range(config.num_hidden_layers)])
+
+    def states(self, sequences: int) -> list[Tensor] | None:
+        """Each block's state, `None` before the first token.
+
+        Raises:
+            ValueError: the cache holds another number of sequences.
+        """
+        states = [state for layer in self.layers if (state := cast(MhesaCacheLayer, layer).state) is not None]
+        if not states:
+            return None
+        if states[0].shape[0] != sequences:
+            raise ValueError(
+                f"past_key_values holds {states[0].shape[0]} sequences and this batch has {sequences}: "
+                "pass the cache of these sequences, or none to begin anew"
+            )
+        return states
+
+    def advance(self, states: list[Tensor], length: int) -> None:
+        """Take the blocks' states after `length` more tokens."""
+        for layer, state in zip(self.layers, states, strict=True):
+            cast(MhesaCacheLayer, layer).advance(state, length)
+
+
+def check_cache(cache: object) -> None:
+    """Raise `TypeError` for a cache of another kind."""
+    if not isinstance(cache, MhesaCache):
+        raise TypeError(
+            f"past_key_values must be a MhesaCache, not a {type(cache).__name__}: "
+            "make it with MhesaCache(model.config), or pass none"
+        )

@@ -1,0 +1,283 @@
+"""A model's folder, read without transformers; what transformers makes of it is the oracle."""
+
+import json
+import pickle
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AddedToken, AutoTokenizer
+
+import mhesa
+from mhesa.errors import InputError
+from mhesa.folder import load, load_tokenizer
+from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM
+from mhesa.session import fingerprint
+from mhesa.tokens import Bytes, TextTokenizer, train_bpe
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = MhesaConfig(hidden_size=16, num_hidden_layers=2, heads=2, dim_mhesa=8, dim_expansion_factor=1.5)
+    MhesaForCausalLM(config).save_pretrained(tmp_path)
+    ByteTokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(folder, **values):
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def assert_loads_as_transformers_does(folder):
+    plain, _ = load(folder)
+    theirs = MhesaForCausalLM.from_pretrained(folder).to_plain().eval()
+    assert not plain.training
+    ours, expected = plain.state_dict(), theirs.state_dict()
+    assert list(ours) == list(expected)
+    for name, weight in expected.items():
+        assert ours[name].dtype == weight.dtype, name
+        assert torch.equal(ours[name], weight), name
+    assert fingerprint(plain) == fingerprint(theirs)
+    assert (plain.to_logits.weight is plain.token_emb.weight) == (
+        theirs.to_logits.weight is theirs.token_emb.weight
+    )
+    assert [p.requires_grad for p in plain.parameters()] == [p.requires_grad for p in theirs.parameters()]
+    ids = torch.randint(256, (2, 9))
+    assert torch.equal(plain(ids), theirs(ids))
+
+
+@pytest.mark.parametrize("named", ["dtype", "torch_dtype", None])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("told", ["float32", "bfloat16"])
+def test_weights_and_their_types(folder, named, saved, told):
+    def cast(weights):
+        for name, weight in weights.items():
+            weights[name] = weight.to(saved)
+
+    change_weights(folder, cast)
+    edit(folder, **{"dtype": ...} | ({named: told} if named else {}))
+    assert_loads_as_transformers_does(folder)
+
+
+def test_the_plain_models_names_are_read(folder):
+    edit(folder, hidden_size=..., num_hidden_layers=..., dim=16, depth=2)
+    assert_loads_as_transformers_does(folder)
+
+
+@pytest.mark.parametrize("missing", ["to_logits.weight", "model.token_emb.weight", "none, and equal", "none"])
+def test_tied_embeddings(folder, missing):
+    def tie(weights):
+        if missing != "none":
+            weights["to_logits.weight"] = weights["model.token_emb.weight"].clone()
+        weights.pop(missing, None)
+
+    change_weights(folder, tie)
+    edit(folder, tie_word_embeddings=True)
+    assert_loads_as_transformers_does(folder)
+
+
+def test_weights_are_not_the_files(folder):
+    model, _ = load(folder)
+    before = fingerprint(model)
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "model.safetensors does not fit config.json"),
+        ({"vocab_size": 10**30}, "model.safetensors does not fit config.json"),
+        ({"hidden_size": 2**40}, "model.safetensors does not fit config.json"),
+        ({"dim_mhesa": 2**62}, "model.safetensors does not fit config.json"),
+        ({"dim_expansion_factor": 1e300}, "model.safetensors does not fit config.json"),
+        (
+            {"dim_expansion_factor": float("inf")},
+            "config.json does not describe a model: dim_expansion_factor",
+        ),
+        ({"dtype": "float8_e4m3fn"}, "config.json does not describe a model: dtype must be one of"),
+        ({"dtype": ["float32"]}, "config.json does not describe a model: dtype must be one of"),
+        ({"tie_word_embeddings": "no"}, "config.json does not describe a model: tie_word_embeddings must be"),
+        ({"heads": None}, "config.json does not describe a model: heads must be a whole number"),
+        ({"model_type": ["mhesa"]}, "holds a model of type"),
+    ],
+    ids=str,
+)
+def test_forged_sizes_are_refused_before_they_cost_anything(folder, values, message):
+    edit(folder, **values)
+    with pytest.raises(InputError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "3", "", "\x00", '{"model_type": "mhesa"', "\udcff"])
+def test_a_damaged_configuration_is_named(folder, text):
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=r"config.json is broken|holds a model of type"):
+        load(folder)
+
+
+def test_every_damaged_header_is_named(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(header * 8, (300,), generator=generator).tolist()
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        # A flip may leave a header that says the same.
+        with suppress(InputError):
+            load(folder)
+    for size in (0, 7, 8, 100, header, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"model.safetensors is broken"):
+            load(folder)
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_no_code_of_a_folder_runs(folder):
+    sung = folder / "sung"
+    (folder / "canary.py").write_text(f"open({str(sung)!r}, 'w')\nclass Model: pass\n")
+    for name in ("pytorch_model.bin", "model.pt", "training_args.bin"):
+        (folder / name).write_bytes(pickle.dumps(Canary(sung)))
+    edit(folder, auto_map={"AutoConfig": "canary.Model", "AutoModelForCausalLM": "canary.Model"})
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["canary.Model", None]}}
+    path.write_text(json.dumps(values))
+    load(folder)
+    assert not sung.exists()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"it has no model.safetensors"):
+        load(folder)
+    assert not sung.exists()
+
+
+def test_bytes_without_tokens_of_their_own_are_plain(folder):
+    tokenizer, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(tokenizer) is Bytes
+    data = bytes(range(256)) + b"<|endoftext|>"
+    assert tokenizer.encode_bytes(data).tolist() == theirs.encode_bytes(data).tolist() == list(data)
+    ids = [*range(256), 256, 97]
+    assert tokenizer.decode_bytes(ids) == theirs.decode_bytes(ids)
+    assert tokenizer.decode_bytes(torch.tensor(ids)) == theirs.decode_bytes(ids)
+    assert (len(tokenizer), tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.chat_template) == (
+        len(theirs),
+        theirs.eos_token,
+        theirs.eos_token_id,
+        theirs.chat_template,
+    )
+    for bad in (-1, 257):
+        with pytest.raises(ValueError, match=f"no token has the id {bad}; the largest is 256"):
+            tokenizer.decode_bytes([97, bad])
+
+
+def test_plain_bytes_are_saved_for_transformers(tmp_path):
+    Bytes().save_pretrained(tmp_path)
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is ByteTokenizer
+    assert type(load_tokenizer(tmp_path)) is Bytes
+
+
+def added(tokenizer):
+    tokenizer.add_tokens(["é", AddedToken("<|tool|>", special=True)])
+
+
+def told_to_end(tokenizer):
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+
+
+def chatting(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+
+
+@pytest.mark.parametrize("change", [added, told_to_end, chatting])
+def test_bytes_with_more_are_transformers_own(tmp_path, change):
+    saved = ByteTokenizer()
+    change(saved)
+    saved.save_pretrained(tmp_path)
+    tokenizer, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(tokenizer, Bytes)
+    assert len(tokenizer) == len(theirs) == len(saved)
+    assert tokenizer.eos_token_id == theirs.eos_token_id == saved.eos_token_id
+    ids = [97, *range(256, len(saved))]
+    assert tokenizer.decode_bytes(ids) == theirs.decode_bytes(ids) == saved.decode_bytes(ids)
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": "hello"}]
+        expected = theirs.apply_chat_template(messages, return_dict=False)
+        assert tokenizer.apply_chat_template(messages, return_dict=False) == expected == [*b"hello", 256]
+
+
+def test_reading_and_writing_need_no_transformers(folder, tmp_path_factory):
+    words = tmp_path_factory.mktemp("words")
+    vocabulary = train_bpe([b"once upon a time there was a word " * 9], 280)
+    config = MhesaConfig(vocab_size=280, hidden_size=16, num_hidden_layers=1, heads=2, dim_mhesa=8)
+    MhesaForCausalLM(config).save_pretrained(words)
+    TextTokenizer(vocabulary.tokenizer, chat_template=TEMPLATE).save_pretrained(words)
+    code = (
+        "import sys, mhesa\n"
+        "for folder in sys.argv[1:]:\n"
+        "    session = mhesa.Session(mhesa.Reader(*mhesa.load(folder)))\n"
+        "    session.score('once'), session.generate(max_new_tokens=3, seed=1)\n"
+        "print(sorted({'transformers', 'accelerate', 'torch._dynamo', 'sympy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder, words], capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert done.stdout == "[]\n", done.stderr
+    ids = load_tokenizer(words).apply_chat_template([{"role": "user", "content": "once"}], return_dict=False)
+    theirs = AutoTokenizer.from_pretrained(words)
+    assert ids == theirs.apply_chat_template([{"role": "user", "content": "once"}], return_dict=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["generate", "--help"], 0),
+        (["score", "nowhere"], 2),
+        (["eval"], 2),
+    ],
+    ids=str,
+)
+def test_what_needs_no_model_needs_no_torch(arguments, code):
+    script = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        "from mhesa.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stderr.endswith("False\n")
+
+
+def test_every_public_name_is_there():
+    for name in mhesa.__all__:
+        assert getattr(mhesa, name).__name__ == name
+    assert set(mhesa.__all__) == set(mhesa.HOMES) <= set(dir(mhesa))
