@@ -15,9 +15,9 @@ from starlette.types import ASGIApp
 
 import mhesa
 from mhesa.serve import metrics, protocol
-from mhesa.serve.engine import Job
 from mhesa.serve.errors import APIError, invalid
 from mhesa.serve.guard import Guard
+from mhesa.serve.jobs import Job
 from mhesa.serve.page import CONTENT_SECURITY_POLICY, PAGE
 from mhesa.serve.service import Claim, Gone, Run, Service, client, facts, tokens
 from mhesa.serve.sessions import Listed, SessionError
@@ -143,14 +143,13 @@ def _add_writing(app: FastAPI, service: Service) -> None:
 
 
 def _model(service: Service) -> dict[str, Any]:
-    slab = service.engine.slab
     return {
         "id": service.settings.name,
         "object": "model",
         "created": service.created,
         "owned_by": "mhesa",
         "parameters": service.parameters,
-        "state_bytes": slab[:, :1].numel() * slab.element_size(),
+        "state_bytes": service.engine.slots.bytes,
     }
 
 

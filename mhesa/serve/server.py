@@ -92,7 +92,7 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             return
         service = self.service
-        log("stopping", active=len(service.engine.rows), waiting=service.engine.waiting)
+        log("stopping", active=len(service.engine.slots.rows), waiting=service.engine.waiting)
         service.stopping = self.should_exit = True
         # What is left then is told so, as an error or an event.
         loop.call_later(service.settings.limits.drain, service.engine.stop)

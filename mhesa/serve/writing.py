@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from mhesa.errors import InputError
 from mhesa.sampling import Sampler, Sampling
-from mhesa.serve.engine import Job
 from mhesa.serve.errors import APIError
+from mhesa.serve.jobs import Job
 from mhesa.serve.protocol import ChatRequest, CompletionRequest, StreamOptions, Writing
 from mhesa.serve.service import Claim, Gone, Run, Service, client, facts, tokens, utf8
 from mhesa.serve.sessions import SessionError
