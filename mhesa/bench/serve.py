@@ -22,7 +22,7 @@ import torch
 from mhesa.decoding import Decoder
 from mhesa.errors import InputError
 from mhesa.hf.folder import load
-from mhesa.sampling import Sampler, Sampling, draw
+from mhesa.sampling import Sampler, Samplers, Sampling
 
 STREAMS = (1, 16, 128, 1000)
 # What one measurement writes in all: some seconds' worth.
@@ -136,11 +136,11 @@ def bench_serve(folder: Path, streams: Sequence[int] = STREAMS, quantize: str | 
 def decoding_rate(decoder: Decoder, batch: int, seconds: float = 1.0) -> float:
     """Tokens a second of the plain loop: a step, a draw, and again."""
     state = decoder.initial_state(batch)
-    samplers = [Sampler(Sampling(), seed) for seed in range(batch)]
-    ids, tokens = torch.zeros(batch, dtype=torch.int64), 0
+    samplers = Samplers(decoder.num_tokens, [Sampler(Sampling(), seed) for seed in range(batch)])
+    tokens = 0
     started = time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds or tokens < 3 * batch:
-        ids = torch.tensor(draw(decoder.step(ids, state), samplers), device=decoder.device)
+        samplers.draw(decoder.step(samplers.last, state))
         tokens += batch
     return tokens / passed
 
