@@ -29,6 +29,7 @@ from mhesa.ops.simd import (
     I32,
     I64,
     cgutils,
+    count,
     fields,
     floats,
     integers,
@@ -38,6 +39,7 @@ from mhesa.ops.simd import (
     pointer,
     take,
     types,
+    wait,
 )
 
 # What a kernel is told, as one array of 64-bit integers: sizes and addresses, then the stages.
@@ -59,8 +61,6 @@ LINE = 8
 ROWS_A_TASK = 8 * TILE
 # How many tasks a thread should find in a stage, that none waits long for the last.
 TASKS_A_THREAD = 4
-# Tries before a waiting thread gives way to others.
-PATIENCE = 4096
 LEAST_NORMAL = np.float32(2.0**-126)
 EPSILON = np.float32(1e-5)
 
@@ -117,48 +117,6 @@ def _bits(context: Any, value: Any) -> Any:
         return builder.bitcast(args[0], I32)
 
     return types.uint32(types.float32), codegen
-
-
-@intrinsic
-def _done(context: Any, counter: Any) -> Any:
-    """Count a task as done: all that was written is to be seen by who reads the counter."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.atomic_rmw("add", args[0], I64(1), "release")
-        return context.get_dummy_value()
-
-    return types.void(counter), codegen
-
-
-@intrinsic
-def _read(context: Any, counter: Any) -> Any:
-    """What a counter holds now."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(args[0], "acquire", 8)
-
-    return types.int64(counter), codegen
-
-
-@intrinsic
-def _give_way(context: Any) -> Any:
-    """Let another thread run on this core."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "sched_yield")
-        builder.call(function, [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@jit
-def _wait(counter, tasks):  # type: ignore[no-untyped-def]
-    tries = 0
-    while _read(counter) < tasks:
-        tries += 1
-        if tries % PATIENCE == 0:
-            _give_way()
 
 
 @fast
@@ -395,6 +353,6 @@ def run(data):  # type: ignore[no-untyped-def]
         task = take(taken)
         while task < tasks:
             _work(data, p, stage, rows, totals, task * grain, min((task + 1) * grain, units))
-            _done(done)
+            count(done)
             task = take(taken)
-        _wait(done, tasks)
+        wait(done, tasks)

@@ -6,7 +6,7 @@ import math
 from array import array
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from torch import Tensor
 from mhesa.ops import numba_kernels as kernels
 from mhesa.ops.fused import Gradients, make_scan
 from mhesa.ops.memory import fresh
+from mhesa.ops.numba_tiles import LANES, WIDTH
 from mhesa.ops.simd import STORED, compiled
 from mhesa.ops.threads import available, parallel
 
@@ -31,6 +32,15 @@ STREAMED = 1 << 23
 # A long sequence of few channels is cut into chunks of so many rows, at most so many.
 CHUNK_ROWS = 1024 * kernels.SPANS
 MOST_CHUNKS = 64
+# Sums in the accumulation type are handed over to fp64 after so many rows; of many channels after fewer: they
+# are also what a thread in a relay takes at a time, so many values that the second cache still holds them.
+MOST_SUMMED, LEAST_SUMMED = 256, 64
+SUMMED_VALUES = 1 << 15
+# Bytes of a tensor from which sequences that do not deal out evenly are shared in a relay, not by channels:
+# handing on costs more than short pieces of rows in the caches, and much less than those in memory.
+RELAYED = 1 << 22
+# Threads that a relay keeps busy: only one at a time moves the state on, which is a third of the work.
+RUNNERS = 3
 
 Integers = npt.NDArray[np.int64]
 
@@ -43,6 +53,20 @@ class _Chunks(NamedTuple):
     address: int
 
 
+class _Sequences:
+    """Where each sequence is, in which of the batch and from which row to which, and tables of its chunks."""
+
+    def __init__(self, batch: Integers, begin: Integers, end: Integers) -> None:
+        self.batch, self.begin, self.end = batch, begin, end
+        self.tables: dict[tuple[Any, ...], _Chunks] = {}
+
+    def cut(self, into: Callable[..., _Chunks], *how: Any) -> _Chunks:
+        """The table that `into(self, *how)` makes, made once."""
+        if (into, how) not in self.tables:
+            self.tables[into, how] = into(self, *how)
+        return self.tables[into, how]
+
+
 def forward(
     x: Tensor,
     alpha: Tensor,
@@ -53,16 +77,15 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(y, final_state)`, for plain tensors as `mhesa.ops.fused.make_scan` describes them."""
-    call = _Call(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+    call = _Call(x, None, alpha, decay, skip, initial_state, cu_seqlens, reverse)
     y = fresh(x.shape, x.dtype)
     final = call.tensor(kernels.FINAL, torch.empty(call.states, dtype=call.dtype))
-    call.rows(kernels.X, kernels.X_BATCH, x)
     call.tensor(kernels.OUT, y)
-    if call.spans:
-        call.tensor(kernels.CARRIES, torch.empty(call.spans, call.channels, dtype=call.dtype))
-        call.run(kernels.ends, call.chunks)
+    if call.chunks.spans:
+        call.tensor(kernels.CARRIES, torch.empty(call.chunks.spans, call.channels, dtype=call.dtype))
+        call.run(kernels.ends, call.count)
         call.run(kernels.chain, 1, threads=1)
-    call.run(kernels.forward, call.chunks, traffic=2)
+    call.run(kernels.relay_forward if call.blocks else kernels.forward, call.count, traffic=2)
     return y, final
 
 
@@ -78,25 +101,26 @@ def backward(
     reverse: bool,
 ) -> Gradients:
     """`(dx, dalpha, ddecay, dskip, dinitial)`, likewise."""
-    call = _Call(x, alpha, decay, skip, initial_state, cu_seqlens, not reverse)
+    call = _Call(x, dy, alpha, decay, skip, initial_state, cu_seqlens, not reverse)
     heads, head_dim = x.shape[2:]
-    groups = min(call.chunks, GROUPS)
+    groups = call.states[0] if call.blocks else min(call.count, GROUPS)
     dx = fresh(x.shape, x.dtype)
     dinitial = call.tensor(kernels.DINITIAL, torch.empty(call.states, dtype=call.dtype))
-    call.rows(kernels.X, kernels.X_BATCH, x)
-    call.rows(kernels.DY, kernels.DY_BATCH, dy)
     call.tensor(kernels.OUT, dx)
     call.parameter(kernels.DFINAL, dfinal)
     call.tensor(kernels.TOTALS, torch.zeros(groups, 4, call.channels, dtype=torch.float64))
     dalpha = call.tensor(kernels.DALPHA, torch.empty(heads, dtype=call.dtype))
     ddecay = call.tensor(kernels.DDECAY, torch.empty(heads, dtype=call.dtype))
     dskip = call.tensor(kernels.DSKIP, torch.empty(heads, head_dim, dtype=call.dtype))
-    if call.spans:
-        carries = call.tensor(kernels.CARRIES, torch.empty(2, call.spans, call.channels, dtype=call.dtype))
+    if call.chunks.spans:
+        carries = torch.empty(2, call.chunks.spans, call.channels, dtype=call.dtype)
+        call.tensor(kernels.CARRIES, carries)
         call.fields[kernels.PLANE] = carries.stride(0)
-        call.run(kernels.backward_ends, call.chunks)
+        call.run(kernels.backward_ends, call.count)
         call.run(kernels.chain, 1, threads=1)
-    call.run(kernels.backward, groups, traffic=3)
+    if call.blocks:
+        call.tensor(kernels.CARRIES, torch.empty(call.states, dtype=call.dtype))
+    call.run(kernels.relay_backward if call.blocks else kernels.backward, groups, traffic=3)
     call.run(kernels.reduce, groups, threads=1)
     return dx, dalpha, ddecay, dskip, dinitial
 
@@ -107,6 +131,7 @@ class _Call:
     def __init__(
         self,
         x: Tensor,
+        dy: Tensor | None,
         alpha: Tensor,
         decay: Tensor,
         skip: Tensor | None,
@@ -119,26 +144,42 @@ class _Call:
             raise ValueError(f"backend 'numba' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
         batch, length, self.heads, self.head_dim = x.shape
         self.channels = self.heads * self.head_dim
-        self.bytes, self.elements, self.stored = x.nbytes, x.numel(), x.dtype
+        self.bytes, self.stored = x.nbytes, x.dtype
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if cu_seqlens is None:
-            sequences, chunks = batch, _dense(batch, length, self.channels)
-        else:
-            sequences, chunks = cu_seqlens.shape[0] - 1, _packed(cu_seqlens, length, self.channels)
-        self.states = (sequences, self.heads, self.head_dim)
-        self.chunks, self.spans = len(chunks.table), chunks.spans
-        self.kept: list[object] = [chunks]
+        self.threads = 1 if x.numel() < PARALLEL else available()
+        sequences = _dense(batch, length) if cu_seqlens is None else _packed(cu_seqlens, length)
+        self.states = (len(sequences.batch), self.heads, self.head_dim)
+        self.chunks, self.blocks, self.whole = sequences.cut(_spans, self.channels), 0, True
+        self.kept: list[object] = []
         self.fields = array("q", bytes(8 * kernels.FIELDS))
-        self.fields[kernels.CHUNKS] = chunks.address
-        self.fields[kernels.COUNT] = self.chunks
         self.fields[kernels.LENGTH] = length
         self.fields[kernels.HEADS] = self.heads
         self.fields[kernels.HEAD_DIM] = self.head_dim
         self.fields[kernels.REVERSE] = reverse
+        self.fields[kernels.SUMMED] = _summed(self.channels)
+        self.rows(kernels.X, kernels.X_BATCH, x)
+        if dy is not None:
+            self.rows(kernels.DY, kernels.DY_BATCH, dy)
+        if self._relays():
+            self.chunks = sequences.cut(_relay, self.fields[kernels.SUMMED], reverse)
+            runners = math.ceil(self.threads / (RUNNERS * self.states[0]))
+            self.blocks = min(max(math.ceil(self.channels / WIDTH), runners), self.channels // NARROWEST)
+            counters = torch.zeros(self.states[0] * self.blocks, 2 * kernels.LINE, dtype=torch.int64)
+            self.tensor(kernels.RELAYS, counters)
+        self.count = len(self.chunks.table)
+        self.fields[kernels.COUNT] = self.count
+        self.fields[kernels.CHUNKS] = self.chunks.address
+        self.kept.append(self.chunks)
         self.parameter(kernels.ALPHA, alpha)
         self.parameter(kernels.DECAY, decay)
         self.parameter(kernels.SKIP, skip)
         self.parameter(kernels.INITIAL, initial_state)
+
+    def _relays(self) -> bool:
+        """Whether threads take turns at each sequence."""
+        even = self.states[0] % self.threads == 0 or self.states[0] >= min(4 * self.threads, GROUPS)
+        wide = self.channels >= kernels.NARROW and self.whole
+        return self.threads > 1 and not even and wide and self.bytes >= RELAYED
 
     def tensor(self, field: int, tensor: Tensor) -> Tensor:
         """Pass a contiguous tensor."""
@@ -158,23 +199,23 @@ class _Call:
         """Pass a `(batch, length, heads, head_dim)` tensor, whose strides go to three fields."""
         if tensor.dtype != self.stored:
             tensor = tensor.to(self.stored)
-        tensor = self.tensor(field, _readable(tensor, merged=self.spans > 0))
+        tensor = self.tensor(field, _readable(tensor, merged=self.chunks.spans > 0))
         by_batch, by_row, by_head, _ = tensor.stride()
         self.fields[strides] = by_batch
         self.fields[strides + 1] = by_row
         self.fields[strides + 2] = by_head if self.heads > 1 else self.head_dim
+        self.whole = self.whole and self.fields[strides + 2] == self.head_dim
 
     def run(
         self, kernel: Callable[..., None], splits: int, *, threads: int | None = None, traffic: int = 0
     ) -> None:
         """Run a kernel over `splits` runs of the chunks; it reads and writes `traffic` tensors like x."""
-        if threads is None:
-            threads = 1 if self.elements < PARALLEL else available()
+        threads = threads or self.threads
         # Channels are cut only where the sequences do not deal out evenly.
         blocks = threads // math.gcd(splits, threads) if splits < 4 * threads else 1
-        blocks = max(1, min(blocks, self.channels // NARROWEST))
+        blocks = self.blocks or max(1, min(blocks, self.channels // NARROWEST))
         # Vectors are whole and aligned.
-        aligned = self.channels % (kernels.LANES * blocks) == 0 and self.head_dim % kernels.LANES == 0
+        aligned = self.channels % (LANES * blocks) == 0 and self.head_dim % LANES == 0
         self.fields[kernels.TASK] = 0
         self.fields[kernels.SPLITS] = splits
         self.fields[kernels.BLOCKS] = blocks
@@ -182,38 +223,66 @@ class _Call:
         parallel(compiled(kernel, self.stored), self.fields.buffer_info()[0], threads)
 
 
+def _summed(channels: int) -> int:
+    """The rows after which sums are handed over."""
+    return min(
+        max(LEAST_SUMMED, SUMMED_VALUES // max(channels, 1) // LEAST_SUMMED * LEAST_SUMMED), MOST_SUMMED
+    )
+
+
 @lru_cache(maxsize=64)
-def _dense(batch: int, length: int, channels: int) -> _Chunks:
+def _dense(batch: int, length: int) -> _Sequences:
     sequences = np.arange(batch)
-    return _cut(sequences, np.zeros_like(sequences), np.full_like(sequences, length), channels)
+    return _Sequences(sequences, np.zeros_like(sequences), np.full_like(sequences, length))
 
 
-def _packed(cu_seqlens: Tensor, length: int, channels: int) -> _Chunks:
+def _packed(cu_seqlens: Tensor, length: int) -> _Sequences:
     """Checks the offsets too: in compiled graphs nobody has, and they address memory."""
     offsets = cu_seqlens.to(torch.int64).numpy()
     if offsets[0] != 0 or offsets[-1] != length or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, not {offsets.tolist()}")
-    return _cut(np.zeros(len(offsets) - 1, dtype=np.int64), offsets[:-1], offsets[1:], channels)
+    return _Sequences(np.zeros(len(offsets) - 1, dtype=np.int64), offsets[:-1], offsets[1:])
 
 
-def _cut(batch: Integers, begin: Integers, end: Integers, channels: int) -> _Chunks:
-    """The table of chunks of sequences, given where each is."""
-    length = end - begin
+def _spans(sequences: _Sequences, channels: int) -> _Chunks:
+    """Whole sequences, or where rows are narrow and many, chunks of spans."""
+    length = sequences.end - sequences.begin
     # By its own length and width alone: the result of a sequence must not depend on others.
-    cut = length >= (kernels.SPANS * kernels.SUMMED if channels < kernels.NARROW else math.inf)
+    cut = length >= (kernels.SPANS * MOST_SUMMED if channels < kernels.NARROW else math.inf)
     pieces = np.where(cut, np.clip(length // CHUNK_ROWS, 1, MOST_CHUNKS), 1)
     sequence = np.repeat(np.arange(len(length)), pieces)
     piece = np.arange(len(sequence)) - np.repeat(pieces.cumsum() - pieces, pieces)
     before = cut[sequence].cumsum() - 1
+    begin = sequences.begin[sequence]
     table = np.empty((len(sequence), kernels.COLUMNS), dtype=np.int64)
     table[:, kernels.SEQUENCE] = sequence
-    table[:, kernels.BATCH] = batch[sequence]
-    table[:, kernels.BEGIN] = begin[sequence] + piece * length[sequence] // pieces[sequence]
-    table[:, kernels.END] = begin[sequence] + (piece + 1) * length[sequence] // pieces[sequence]
+    table[:, kernels.BATCH] = sequences.batch[sequence]
+    table[:, kernels.BEGIN] = begin + piece * length[sequence] // pieces[sequence]
+    table[:, kernels.END] = begin + (piece + 1) * length[sequence] // pieces[sequence]
     table[:, kernels.SLOT] = np.where(cut[sequence], before * kernels.SPANS, -1)
     table[:, kernels.FIRST] = piece == 0
     table[:, kernels.LAST] = piece == pieces[sequence] - 1
     return _Chunks(table, int(cut[sequence].sum()) * kernels.SPANS, table.ctypes.data)
+
+
+def _relay(sequences: _Sequences, rows: int, reverse: bool) -> _Chunks:
+    """Chunks of so many rows, in the order in which the scan comes to them, of all sequences in turn."""
+    length = sequences.end - sequences.begin
+    pieces = np.maximum(-(-length // rows), 1)
+    sequence = np.repeat(np.arange(len(length)), pieces)
+    piece = np.arange(len(sequence)) - np.repeat(pieces.cumsum() - pieces, pieces)
+    order = np.lexsort((sequence, piece))
+    sequence, piece = sequence[order], piece[order]
+    begin, end = sequences.begin[sequence], sequences.end[sequence]
+    table = np.empty((len(sequence), kernels.COLUMNS), dtype=np.int64)
+    table[:, kernels.SEQUENCE] = sequence
+    table[:, kernels.BATCH] = sequences.batch[sequence]
+    table[:, kernels.BEGIN] = np.maximum(end - (piece + 1) * rows, begin) if reverse else begin + piece * rows
+    table[:, kernels.END] = end - piece * rows if reverse else np.minimum(begin + (piece + 1) * rows, end)
+    table[:, kernels.SLOT] = piece
+    table[:, kernels.FIRST] = piece == 0
+    table[:, kernels.LAST] = piece == pieces[sequence] - 1
+    return _Chunks(table, 0, table.ctypes.data)
 
 
 def _readable(tensor: Tensor, *, merged: bool) -> Tensor:
@@ -226,7 +295,7 @@ def _readable(tensor: Tensor, *, merged: bool) -> Tensor:
     whole = heads == 1 or by_head == head_dim
     if tensor.numel() == 0:
         return tensor
-    if (head_dim == 1 or by_channel == 1) and (whole or (head_dim >= kernels.LANES and not merged)):
+    if (head_dim == 1 or by_channel == 1) and (whole or (head_dim >= LANES and not merged)):
         return tensor
     # The gradient of a sum is one number seen from everywhere.
     narrow = tensor[: 1 if by_batch == 0 else None, : 1 if by_row == 0 else None]

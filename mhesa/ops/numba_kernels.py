@@ -25,272 +25,69 @@ the gradient that enters a state from its future, and `r`, the derivative of tha
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from mhesa.ops.simd import (
-    I64,
-    Emitter,
-    doubles,
-    fence,
-    fields,
-    intrinsic,
-    jit,
-    offset,
-    pointer,
-    scratch,
-    take,
-    types,
+from mhesa.ops.numba_tiles import (
+    ROW_ALPHA,
+    ROW_DALPHA,
+    ROW_DDECAY,
+    ROW_DECAY,
+    ROW_DSKIP,
+    ROW_P,
+    ROW_P_0,
+    ROW_R,
+    ROW_R_0,
+    ROW_SKIP,
+    ROWS,
+    SCRATCH,
+    WIDTH,
+    backward_ends_row,
+    backward_ends_rows,
+    backward_row,
+    backward_rows,
+    ends_row,
+    ends_rows,
+    fetch,
+    forward_row,
+    forward_rows,
 )
+from mhesa.ops.simd import count, doubles, fence, fields, integers, jit, offset, pointer, scratch, take, wait
 
-# Channels whose state a task holds at a time: eight rows of fp32 fill half of a 32 KB cache.
-WIDTH = 512
-# Rows of scratch memory lie this far apart, not a power of two, or they would share cache sets and stall.
-STRIDE = WIDTH + 64
-SCRATCH = 8 * STRIDE
-# Channels that one vector instruction takes, or a few where vectors are shorter.
-LANES, HALF = 16, 8
-# Rows that the backward pass takes at a time: its eight rows of scratch are more traffic than the tensors.
-ROWS = 4
-# After so many rows, sums in the accumulation type are handed over to fp64.
-SUMMED = 256
 # Rows narrower than this are scanned in spans,
 NARROW = 64
 # so many at a time: enough to hide the latency of one, and few enough for `WIDTH`.
 SPANS = 8
 # Above zero, for the carry of an infinite state.
 LEAST = 2.0**-1022
+# A counter has a cache line to itself; a relay has two.
+LINE = 8
 
 # What a kernel is told, as one array of 64-bit integers; an address of 0 is an absent tensor.
 TASK, X, DY, OUT, ALPHA, DECAY, SKIP, INITIAL, FINAL, DFINAL, DINITIAL, TOTALS, DALPHA, DDECAY, DSKIP = range(
     15
 )
 CHUNKS, CARRIES, PLANE, COUNT, LENGTH, HEADS, HEAD_DIM, REVERSE, SPLITS, BLOCKS, STREAMS = range(15, 26)
-X_BATCH, X_ROW, X_HEAD, DY_BATCH, DY_ROW, DY_HEAD, FIELDS = range(26, 33)
+X_BATCH, X_ROW, X_HEAD, DY_BATCH, DY_ROW, DY_HEAD, SUMMED, RELAYS, FIELDS = range(26, 35)
 
 # The columns of the table of chunks. Whole sequences have no slot among the carries, -1; the others have
 # `SPANS` from there on. The last two say whether the chunk is the first and the last of its sequence.
+# A relay's chunks are in the order of the scan, and their slots say the how manieth of its sequence each is.
 SEQUENCE, BATCH, BEGIN, END, SLOT, FIRST, LAST, COLUMNS = range(8)
-
-# The rows of a task's scratch memory.
-ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP = range(0, 8 * STRIDE, STRIDE)
-
-
-@intrinsic
-def _forward_tile(
-    context: Any,
-    x: Any,
-    x_step: Any,
-    out: Any,
-    out_step: Any,
-    scratch: Any,
-    skips: Any,
-    streams: Any,
-    writes: Any,
-    lanes: Any,
-    rows: Any,
-) -> Any:
-    """Scan `lanes` channels over `rows` rows, the state in registers; without `writes` that alone."""
-    if not all(isinstance(constant, types.IntegerLiteral) for constant in (writes, lanes, rows)):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x_0, x_step, out_0, out_step, row, skips, streams, *_ = args
-        emit = Emitter(builder, x.dtype, lanes.literal_value)
-        a, d, s, h = (emit.load(row, I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P))
-        for step in range(rows.literal_value):
-            value = emit.widen(emit.load(x_0, builder.mul(x_step, I64(step))))
-            h = emit.flush(emit.fma(d, h, builder.fmul(a, value)))
-            if writes.literal_value:
-                # Without a skip term nothing is added, not zero times x: that is NaN where x is infinite.
-                y = builder.select(skips, emit.fma(s, value, h), h)
-                emit.stream(emit.narrow(y), out_0, builder.mul(out_step, I64(step)), streams)
-        emit.store(h, row, I64(ROW_P))
-        return context.get_dummy_value()
-
-    flags = (types.boolean, types.boolean)
-    return types.void(x, types.int64, out, types.int64, scratch, *flags, writes, lanes, rows), codegen
-
-
-@intrinsic
-def _backward_tile(
-    context: Any,
-    x: Any,
-    x_step: Any,
-    dy: Any,
-    dy_step: Any,
-    out: Any,
-    out_step: Any,
-    scratch: Any,
-    skips: Any,
-    streams: Any,
-    lanes: Any,
-    rows: Any,
-) -> Any:
-    """Carry the gradient of `lanes` channels back over `rows` rows, in registers."""
-    if not (isinstance(lanes, types.IntegerLiteral) and isinstance(rows, types.IntegerLiteral)):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x_0, x_step, dy_0, dy_step, out_0, out_step, row, skips, streams, *_ = args
-        emit = Emitter(builder, x.dtype, lanes.literal_value)
-        a, d, s = (emit.load(row, I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP))
-        carries = (ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP)
-        p, r, dalpha, ddecay, dskip = (emit.load(row, I64(place)) for place in carries)
-        for step in range(rows.literal_value):
-            value = emit.widen(emit.load(x_0, builder.mul(x_step, I64(step))))
-            dvalue = emit.widen(emit.load(dy_0, builder.mul(dy_step, I64(step))))
-            g = builder.fadd(dvalue, p)
-            dx = builder.fmul(a, g)
-            dx = builder.select(skips, emit.fma(s, dvalue, dx), dx)
-            emit.stream(emit.narrow(dx), out_0, builder.mul(out_step, I64(step)), streams)
-            dalpha, ddecay = emit.fma(g, value, dalpha), emit.fma(r, value, ddecay)
-            dskip = emit.fma(dvalue, value, dskip)
-            p, r = emit.flush(builder.fmul(d, g)), emit.flush(emit.fma(d, r, g))
-        for carry, place in zip((p, r, dalpha, ddecay, dskip), carries, strict=True):
-            emit.store(carry, row, I64(place))
-        return context.get_dummy_value()
-
-    flags = (types.boolean, types.boolean)
-    steps = (x, types.int64, dy, types.int64, out, types.int64)
-    return types.void(*steps, scratch, *flags, lanes, rows), codegen
-
-
-@intrinsic
-def _backward_ends_tile(context: Any, dy: Any, dy_step: Any, scratch: Any, lanes: Any, rows: Any) -> Any:
-    """Carry `p` and `r` of `lanes` channels back over `rows` rows, and nothing else."""
-    if not (isinstance(lanes, types.IntegerLiteral) and isinstance(rows, types.IntegerLiteral)):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        dy_0, dy_step, row, *_ = args
-        emit = Emitter(builder, dy.dtype, lanes.literal_value)
-        d, p, r = (emit.load(row, I64(place)) for place in (ROW_DECAY, ROW_P, ROW_R))
-        for step in range(rows.literal_value):
-            g = builder.fadd(emit.widen(emit.load(dy_0, builder.mul(dy_step, I64(step)))), p)
-            p, r = emit.flush(builder.fmul(d, g)), emit.flush(emit.fma(d, r, g))
-        emit.store(p, row, I64(ROW_P))
-        emit.store(r, row, I64(ROW_R))
-        return context.get_dummy_value()
-
-    return types.void(dy, types.int64, scratch, lanes, rows), codegen
-
-
-@intrinsic
-def _prefetch(context: Any, x: Any, index: Any) -> Any:
-    """Ask for `ROWS` vectors from `index` on."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emitter(builder, x.dtype, LANES)
-        for line in range(0, ROWS * LANES, 64 // emit.bytes):
-            emit.prefetch(args[0], builder.add(args[1], I64(line)))
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64), codegen
-
-
-# Each walks along rows in tiles of `LANES` channels, of half as many, and single ones. They are made for a
-# number of rows at a time, which must be a constant where the instructions are written.
-
-
-def _forward_walk(rows):
-    @jit
-    def walk(x, x_step, out, out_step, row, skips, streams, n):
-        i = 0
-        while n - i >= LANES:
-            x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
-            _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, LANES, rows)
-            i += LANES
-        if n - i >= HALF:
-            x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
-            _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, HALF, rows)
-            i += HALF
-        while i < n:
-            x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
-            _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, 1, rows)
-            i += 1
-
-    return walk
-
-
-def _ends_walk(rows):
-    @jit
-    def walk(x, x_step, row, n):
-        i = 0
-        while n - i >= LANES:
-            _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, LANES, rows)
-            i += LANES
-        if n - i >= HALF:
-            _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, HALF, rows)
-            i += HALF
-        while i < n:
-            _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, 1, rows)
-            i += 1
-
-    return walk
-
-
-def _backward_ends_walk(rows):
-    @jit
-    def walk(dy, dy_step, row, n):
-        i = 0
-        while n - i >= LANES:
-            _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), LANES, rows)
-            i += LANES
-        if n - i >= HALF:
-            _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), HALF, rows)
-            i += HALF
-        while i < n:
-            _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), 1, rows)
-            i += 1
-
-    return walk
-
-
-def _backward_walk(rows):
-    @jit
-    def walk(x, x_step, dy, dy_step, out, out_step, row, skips, streams, n):
-        # The next rows are asked for in the order of memory, which columns of several rows are not.
-        x_ahead, dy_ahead, ahead = offset(x, rows * x_step), offset(dy, rows * dy_step), 0
-        i = 0
-        while n - i >= LANES:
-            if rows == ROWS:
-                _prefetch(x_ahead, ahead)
-                _prefetch(dy_ahead, ahead)
-                ahead += ROWS * LANES
-                if ahead >= n:
-                    x_ahead, dy_ahead, ahead = offset(x_ahead, x_step), offset(dy_ahead, dy_step), 0
-            x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, LANES, rows)
-            i += LANES
-        if n - i >= HALF:
-            x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, HALF, rows)
-            i += HALF
-        while i < n:
-            x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, 1, rows)
-            i += 1
-
-    return walk
-
-
-_forward_row, _forward_rows = _forward_walk(1), _forward_walk(ROWS)
-_ends_row, _ends_rows = _ends_walk(1), _ends_walk(ROWS)
-_backward_row, _backward_rows = _backward_walk(1), _backward_walk(ROWS)
-_backward_ends_row, _backward_ends_rows = _backward_ends_walk(1), _backward_ends_walk(ROWS)
 
 
 @jit
 def _load_rates(p, row, alpha, decay, skip, start, n):
     """Fill the constant rows for `n` channels from `start` on, once for every span."""
-    for span in range(SPANS if p[CARRIES] else 1):
-        for i in range(n):
-            at, channel = span * n + i, start + i
-            row[ROW_ALPHA + at] = alpha[channel // p[HEAD_DIM]]
-            row[ROW_DECAY + at] = decay[channel // p[HEAD_DIM]]
-            row[ROW_SKIP + at] = skip[channel] if p[SKIP] else 0
+    for span in range(SPANS if p[CARRIES] and n < NARROW else 1):
+        i = 0
+        while i < n:
+            head, at = (start + i) // p[HEAD_DIM], span * n + i
+            same = min((head + 1) * p[HEAD_DIM] - start, n) - i
+            for channel in range(same):
+                row[ROW_ALPHA + at + channel] = alpha[head]
+                row[ROW_DECAY + at + channel] = decay[head]
+                row[ROW_SKIP + at + channel] = skip[start + i + channel] if p[SKIP] else 0
+            i += same
 
 
 @jit
@@ -301,6 +98,119 @@ def _row_of(p, chunk, rows, longer, span, step):
     return chunk[BEGIN] + span * rows + min(span, longer) + step
 
 
+@jit
+def _scan(p, x, out, row, t, steps, start, n):
+    """Scan `steps` rows from row `t` on, of `n` channels from `start` on, and write what they become."""
+    head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
+    whole, skips, streams = p[X_HEAD] == head_dim, p[SKIP] != 0, p[STREAMS] != 0
+    sign = -1 if p[REVERSE] else 1
+    x_step, out_step = sign * p[X_ROW], sign * channels
+    x_t, out_t = offset(x, t * p[X_ROW] + start), offset(out, t * channels + start)
+    step = 0
+    while step < steps:
+        taken = ROWS if steps - step >= ROWS else 1
+        done = 0
+        while done < n:
+            x_i, out_i, part, piece = offset(x_t, done), offset(out_t, done), offset(row, done), n
+            if not whole:
+                head, within = (start + done) // head_dim, (start + done) % head_dim
+                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
+                piece = min(n - done, head_dim - within)
+            if taken == ROWS:
+                forward_rows(x_i, x_step, out_i, out_step, part, skips, streams, piece)
+            else:
+                forward_row(x_i, x_step, out_i, out_step, part, skips, streams, piece)
+            done += piece
+        x_t, out_t = offset(x_t, taken * x_step), offset(out_t, taken * out_step)
+        step += taken
+
+
+@jit
+def _scan_state(p, x, row, t, steps, n):
+    """The same of whole rows, but for what they become: the state alone."""
+    x_step = -p[X_ROW] if p[REVERSE] else p[X_ROW]
+    x_t, step = offset(x, t * p[X_ROW]), 0
+    while step < steps:
+        taken = ROWS if steps - step >= ROWS else 1
+        if taken == ROWS:
+            ends_rows(x_t, x_step, row, n)
+        else:
+            ends_row(x_t, x_step, row, n)
+        x_t = offset(x_t, taken * x_step)
+        step += taken
+
+
+@jit
+def _carry(p, x, dy, out, row, t, steps, start, n):
+    """Carry the gradients back over `steps` rows from row `t` on; sums stay in the scratch memory."""
+    head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
+    whole = p[X_HEAD] == head_dim and p[DY_HEAD] == head_dim
+    skips, streams = p[SKIP] != 0, p[STREAMS] != 0
+    sign = -1 if p[REVERSE] else 1
+    x_step, dy_step, out_step = sign * p[X_ROW], sign * p[DY_ROW], sign * channels
+    x_t, dy_t = offset(x, t * p[X_ROW] + start), offset(dy, t * p[DY_ROW] + start)
+    out_t = offset(out, t * channels + start)
+    step = 0
+    while step < steps:
+        taken = ROWS if steps - step >= ROWS else 1
+        done = 0
+        while done < n:
+            x_i, dy_i = offset(x_t, done), offset(dy_t, done)
+            out_i, part, piece = offset(out_t, done), offset(row, done), n
+            if not whole:
+                head, within = (start + done) // head_dim, (start + done) % head_dim
+                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
+                dy_i = offset(dy_i, head * (p[DY_HEAD] - head_dim))
+                piece = min(n - done, head_dim - within)
+            if taken == ROWS:
+                backward_rows(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece)
+            else:
+                backward_row(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece)
+            done += piece
+        x_t, dy_t, out_t = (
+            offset(x_t, taken * x_step),
+            offset(dy_t, taken * dy_step),
+            offset(out_t, taken * out_step),
+        )
+        step += taken
+
+
+@jit
+def _carry_state(p, dy, row, t, steps, n):
+    """The same of whole rows, but for the gradients: `p` and `r` alone."""
+    dy_step = -p[DY_ROW] if p[REVERSE] else p[DY_ROW]
+    dy_t, step = offset(dy, t * p[DY_ROW]), 0
+    while step < steps:
+        taken = ROWS if steps - step >= ROWS else 1
+        if taken == ROWS:
+            backward_ends_rows(dy_t, dy_step, row, n)
+        else:
+            backward_ends_row(dy_t, dy_step, row, n)
+        dy_t = offset(dy_t, taken * dy_step)
+        step += taken
+
+
+@jit
+def _hand_over(row, total, channels, spans, n):
+    """Add the sums of a task to `total`, in fp64, and start them anew."""
+    for span in range(spans):
+        for i in range(n):
+            total[i] += row[ROW_DALPHA + span * n + i]
+            total[channels + i] += row[ROW_DDECAY + span * n + i]
+            total[2 * channels + i] += row[ROW_DSKIP + span * n + i]
+            row[ROW_DALPHA + span * n + i] = 0
+            row[ROW_DDECAY + span * n + i] = 0
+            row[ROW_DSKIP + span * n + i] = 0
+
+
+@jit
+def _hand_over_initial(row, total, initial, channels, n):
+    """Add what the state that a sequence starts from has to do with the decay."""
+    for i in range(n):
+        # A double each, or the product would round to fp32 first.
+        total[3 * channels + i] += np.float64(initial[i]) * np.float64(row[ROW_R + i])
+
+
 def forward(data):
     """Scan the chunks and channels of one task after another, until none is left."""
     p = fields(data)
@@ -308,12 +218,7 @@ def forward(data):
     x, out = pointer(p[X], data), pointer(p[OUT], data)
     alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
     initial, final, carries = pointer(p[INITIAL], row), pointer(p[FINAL], row), pointer(p[CARRIES], row)
-    chunks = pointer(p[CHUNKS], p)
-    head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
-    whole = p[X_HEAD] == head_dim
-    skips, streams = p[SKIP] != 0, p[STREAMS] != 0
-    sign = -1 if p[REVERSE] else 1
-    x_step, out_step = sign * p[X_ROW], sign * channels
+    chunks, channels = pointer(p[CHUNKS], p), p[HEADS] * p[HEAD_DIM]
     while True:
         task = take(p)
         if task >= p[SPLITS] * p[BLOCKS]:
@@ -326,6 +231,8 @@ def forward(data):
             for index in range(split * p[COUNT] // p[SPLITS], (split + 1) * p[COUNT] // p[SPLITS]):
                 chunk = offset(chunks, index * COLUMNS)
                 state = chunk[SEQUENCE] * channels + start
+                x_b = offset(x, chunk[BATCH] * p[X_BATCH])
+                out_b = offset(out, chunk[BATCH] * p[LENGTH] * channels)
                 spans = 1 if chunk[SLOT] < 0 else SPANS
                 for i in range(spans * n):
                     if chunk[SLOT] >= 0:
@@ -335,30 +242,56 @@ def forward(data):
                 rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
                 steps, step = rows + (1 if longer else 0), 0
                 while step < steps:
-                    # One row at a time is read and written as a copy does; spans are not in order anyway.
-                    taken = ROWS if spans > 1 and rows - step >= ROWS else 1
+                    taken = rows if spans == 1 else ROWS if rows - step >= ROWS else 1
                     for span in range(spans if step < rows else longer):
                         t = _row_of(p, chunk, rows, longer, span, step)
-                        x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)
-                        out_t = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
-                        done = 0
-                        while done < n:
-                            x_i, out_i = offset(x_t, done), offset(out_t, done)
-                            part, piece = offset(row, span * n + done), n
-                            if not whole:
-                                head, within = (start + done) // head_dim, (start + done) % head_dim
-                                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
-                                piece = min(n - done, head_dim - within)
-                            if taken == ROWS:
-                                _forward_rows(x_i, x_step, out_i, out_step, part, skips, streams, piece)
-                            else:
-                                _forward_row(x_i, x_step, out_i, out_step, part, skips, streams, piece)
-                            done += piece
+                        _scan(p, x_b, out_b, offset(row, span * n), t, taken, start, n)
                     step += taken
                 if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
                     last = 0 if p[REVERSE] else (spans - 1) * n
                     for i in range(n):
                         final[state + i] = row[ROW_P + last + i]
+    fence()
+
+
+def relay_forward(data):
+    """The same, several threads to a sequence: each hands the state on before it writes what rows become."""
+    p = fields(data)
+    row = scratch(data, SCRATCH)
+    x, out = pointer(p[X], data), pointer(p[OUT], data)
+    alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
+    initial, final = pointer(p[INITIAL], row), pointer(p[FINAL], row)
+    chunks, channels = pointer(p[CHUNKS], p), p[HEADS] * p[HEAD_DIM]
+    x_step = -p[X_ROW] if p[REVERSE] else p[X_ROW]
+    loaded = -1
+    while True:
+        task = take(p)
+        if task >= p[COUNT] * p[BLOCKS]:
+            break
+        chunk, block = offset(chunks, task // p[BLOCKS] * COLUMNS), task % p[BLOCKS]
+        start = block * channels // p[BLOCKS]
+        n = (block + 1) * channels // p[BLOCKS] - start
+        if loaded != block:
+            _load_rates(p, row, alpha, decay, skip, start, n)
+            loaded = block
+        steps, state = chunk[END] - chunk[BEGIN], chunk[SEQUENCE] * channels + start
+        t = chunk[END] - 1 if p[REVERSE] else chunk[BEGIN]
+        x_b = offset(x, chunk[BATCH] * p[X_BATCH])
+        passed = offset(integers(p[RELAYS]), (chunk[SEQUENCE] * p[BLOCKS] + block) * 2 * LINE)
+        fetch(offset(x_b, t * p[X_ROW] + start), x_step, steps, n)
+        wait(passed, chunk[SLOT])
+        for i in range(n):
+            if chunk[FIRST]:
+                row[ROW_P_0 + i] = initial[state + i] if p[INITIAL] else 0
+            else:
+                row[ROW_P_0 + i] = final[state + i]
+            row[ROW_P + i] = row[ROW_P_0 + i]
+        _scan_state(p, offset(x_b, start), row, t, steps, n)
+        for i in range(n):
+            final[state + i] = row[ROW_P + i]
+            row[ROW_P + i] = row[ROW_P_0 + i]
+        count(passed)
+        _scan(p, x_b, offset(out, chunk[BATCH] * p[LENGTH] * channels), row, t, steps, start, n)
     fence()
 
 
@@ -368,7 +301,6 @@ def ends(data):
     row = scratch(data, SCRATCH)
     x, carries, chunks = pointer(p[X], data), pointer(p[CARRIES], row), pointer(p[CHUNKS], p)
     alpha, decay = pointer(p[ALPHA], row), pointer(p[DECAY], row)
-    x_step = -p[X_ROW] if p[REVERSE] else p[X_ROW]
     n = p[HEADS] * p[HEAD_DIM]
     _load_rates(p, row, alpha, decay, alpha, 0, n)
     while True:
@@ -379,17 +311,14 @@ def ends(data):
         if chunk[SLOT] >= 0:
             for i in range(SPANS * n):
                 row[ROW_P + i] = 0
+            x_b = offset(x, chunk[BATCH] * p[X_BATCH])
             rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
             steps, step = rows + (1 if longer else 0), 0
             while step < steps:
                 taken = ROWS if rows - step >= ROWS else 1
                 for span in range(SPANS if step < rows else longer):
                     t = _row_of(p, chunk, rows, longer, span, step)
-                    x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW])
-                    if taken == ROWS:
-                        _ends_rows(x_t, x_step, offset(row, span * n), n)
-                    else:
-                        _ends_row(x_t, x_step, offset(row, span * n), n)
+                    _scan_state(p, x_b, offset(row, span * n), t, taken, n)
                 step += taken
             for i in range(SPANS * n):
                 carries[chunk[SLOT] * n + i] = row[ROW_P + i]
@@ -401,7 +330,6 @@ def backward_ends(data):
     row = scratch(data, SCRATCH)
     dy, carries, chunks = pointer(p[DY], data), pointer(p[CARRIES], row), pointer(p[CHUNKS], p)
     alpha, decay = pointer(p[ALPHA], row), pointer(p[DECAY], row)
-    dy_step = -p[DY_ROW] if p[REVERSE] else p[DY_ROW]
     n = p[HEADS] * p[HEAD_DIM]
     _load_rates(p, row, alpha, decay, alpha, 0, n)
     while True:
@@ -412,17 +340,14 @@ def backward_ends(data):
         if chunk[SLOT] >= 0:
             for i in range(SPANS * n):
                 row[ROW_P + i] = row[ROW_R + i] = 0
+            dy_b = offset(dy, chunk[BATCH] * p[DY_BATCH])
             rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
             steps, step = rows + (1 if longer else 0), 0
             while step < steps:
                 taken = ROWS if rows - step >= ROWS else 1
                 for span in range(SPANS if step < rows else longer):
                     t = _row_of(p, chunk, rows, longer, span, step)
-                    dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW])
-                    if taken == ROWS:
-                        _backward_ends_rows(dy_t, dy_step, offset(row, span * n), n)
-                    else:
-                        _backward_ends_row(dy_t, dy_step, offset(row, span * n), n)
+                    _carry_state(p, dy_b, offset(row, span * n), t, taken, n)
                 step += taken
             for i in range(SPANS * n):
                 carries[chunk[SLOT] * n + i] = row[ROW_P + i]
@@ -482,12 +407,9 @@ def backward(data):
     alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
     initial, carries = pointer(p[INITIAL], row), pointer(p[CARRIES], row)
     dfinal, dinitial = pointer(p[DFINAL], row), pointer(p[DINITIAL], row)
-    chunks, totals = pointer(p[CHUNKS], p), doubles(p[TOTALS])
-    head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
-    whole = p[X_HEAD] == head_dim and p[DY_HEAD] == head_dim
-    skips, streams = p[SKIP] != 0, p[STREAMS] != 0
-    sign = -1 if p[REVERSE] else 1
-    x_step, dy_step, out_step = sign * p[X_ROW], sign * p[DY_ROW], sign * channels
+    chunks, totals, channels = pointer(p[CHUNKS], p), doubles(p[TOTALS]), p[HEADS] * p[HEAD_DIM]
+    for i in range(WIDTH):
+        row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
     while True:
         task = take(p)
         if task >= p[SPLITS] * p[BLOCKS]:
@@ -501,6 +423,8 @@ def backward(data):
             for index in range(split * p[COUNT] // p[SPLITS], (split + 1) * p[COUNT] // p[SPLITS]):
                 chunk = offset(chunks, index * COLUMNS)
                 state = chunk[SEQUENCE] * channels + start
+                x_b, dy_b = offset(x, chunk[BATCH] * p[X_BATCH]), offset(dy, chunk[BATCH] * p[DY_BATCH])
+                out_b = offset(out, chunk[BATCH] * p[LENGTH] * channels)
                 spans = 1 if chunk[SLOT] < 0 else SPANS
                 for i in range(spans * n):
                     if chunk[SLOT] >= 0:
@@ -508,49 +432,75 @@ def backward(data):
                         row[ROW_R + i] = carries[p[PLANE] + chunk[SLOT] * channels + i]
                     else:
                         row[ROW_P + i], row[ROW_R + i] = dfinal[state + i], 0
-                    row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
                 rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
                 steps, step = rows + (1 if longer else 0), 0
                 while step < steps:
                     taken = ROWS if rows - step >= ROWS else 1
+                    if spans == 1:
+                        taken = min(p[SUMMED], rows - step)
                     for span in range(spans if step < rows else longer):
                         t = _row_of(p, chunk, rows, longer, span, step)
-                        x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)
-                        dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW] + start)
-                        out_t = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
-                        done = 0
-                        while done < n:
-                            x_i, dy_i = offset(x_t, done), offset(dy_t, done)
-                            out_i, part, piece = offset(out_t, done), offset(row, span * n + done), n
-                            if not whole:
-                                head, within = (start + done) // head_dim, (start + done) % head_dim
-                                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
-                                dy_i = offset(dy_i, head * (p[DY_HEAD] - head_dim))
-                                piece = min(n - done, head_dim - within)
-                            if taken == ROWS:
-                                _backward_rows(
-                                    x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece
-                                )
-                            else:
-                                _backward_row(
-                                    x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece
-                                )
-                            done += piece
+                        _carry(p, x_b, dy_b, out_b, offset(row, span * n), t, taken, start, n)
                     step += taken
-                    if step % SUMMED < taken or step == steps:
-                        for i in range(spans * n):
-                            total[i % n] += row[ROW_DALPHA + i]
-                            total[channels + i % n] += row[ROW_DDECAY + i]
-                            total[2 * channels + i % n] += row[ROW_DSKIP + i]
-                            row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
+                    if step % p[SUMMED] < taken or step == steps:
+                        _hand_over(row, total, channels, spans, n)
                 if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
-                    last = 0 if p[REVERSE] else (spans - 1) * n
+                    end = offset(row, 0 if p[REVERSE] else (spans - 1) * n)
                     for i in range(n):
-                        dinitial[state + i] = row[ROW_P + last + i]
-                        if p[INITIAL]:
-                            # A double each, or the product would round to fp32 first.
-                            by_initial = np.float64(initial[state + i]) * np.float64(row[ROW_R + last + i])
-                            total[3 * channels + i] += by_initial
+                        dinitial[state + i] = end[ROW_P + i]
+                    if p[INITIAL]:
+                        _hand_over_initial(end, total, offset(initial, state), channels, n)
+    fence()
+
+
+def relay_backward(data):
+    """The same, several threads to a sequence: each hands `p` and `r` on before it writes gradients."""
+    p = fields(data)
+    row = scratch(data, SCRATCH)
+    x, dy, out = pointer(p[X], data), pointer(p[DY], data), pointer(p[OUT], data)
+    alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
+    initial, carries = pointer(p[INITIAL], row), pointer(p[CARRIES], row)
+    dfinal, dinitial = pointer(p[DFINAL], row), pointer(p[DINITIAL], row)
+    chunks, totals, channels = pointer(p[CHUNKS], p), doubles(p[TOTALS]), p[HEADS] * p[HEAD_DIM]
+    dy_step = -p[DY_ROW] if p[REVERSE] else p[DY_ROW]
+    for i in range(WIDTH):
+        row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
+    loaded = -1
+    while True:
+        task = take(p)
+        if task >= p[COUNT] * p[BLOCKS]:
+            break
+        chunk, block = offset(chunks, task // p[BLOCKS] * COLUMNS), task % p[BLOCKS]
+        start = block * channels // p[BLOCKS]
+        n = (block + 1) * channels // p[BLOCKS] - start
+        if loaded != block:
+            _load_rates(p, row, alpha, decay, skip, start, n)
+            loaded = block
+        steps, state = chunk[END] - chunk[BEGIN], chunk[SEQUENCE] * channels + start
+        t = chunk[END] - 1 if p[REVERSE] else chunk[BEGIN]
+        x_b, dy_b = offset(x, chunk[BATCH] * p[X_BATCH]), offset(dy, chunk[BATCH] * p[DY_BATCH])
+        passed = offset(integers(p[RELAYS]), (chunk[SEQUENCE] * p[BLOCKS] + block) * 2 * LINE)
+        summed = offset(passed, LINE)
+        fetch(offset(dy_b, t * p[DY_ROW] + start), dy_step, steps, n)
+        wait(passed, chunk[SLOT])
+        for i in range(n):
+            if chunk[FIRST]:
+                row[ROW_P_0 + i], row[ROW_R_0 + i] = dfinal[state + i], 0
+            else:
+                row[ROW_P_0 + i], row[ROW_R_0 + i] = dinitial[state + i], carries[state + i]
+            row[ROW_P + i], row[ROW_R + i] = row[ROW_P_0 + i], row[ROW_R_0 + i]
+        _carry_state(p, offset(dy_b, start), row, t, steps, n)
+        for i in range(n):
+            dinitial[state + i], carries[state + i] = row[ROW_P + i], row[ROW_R + i]
+            row[ROW_P + i], row[ROW_R + i] = row[ROW_P_0 + i], row[ROW_R_0 + i]
+        count(passed)
+        _carry(p, x_b, dy_b, offset(out, chunk[BATCH] * p[LENGTH] * channels), row, t, steps, start, n)
+        total = offset(totals, chunk[SEQUENCE] * 4 * channels + start)
+        wait(summed, chunk[SLOT])
+        _hand_over(row, total, channels, 1, n)
+        if chunk[LAST] and p[INITIAL]:
+            _hand_over_initial(row, total, offset(initial, state), channels, n)
+        count(summed)
     fence()
 
 

@@ -30,6 +30,9 @@ cgutils: Any = numba.core.cgutils
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
+# Looks at a counter before others may have the core.
+PATIENCE = 4096
+
 # 16-bit floats travel as integers: numba has no arithmetic for them on CPU.
 STORED: dict[torch.dtype, Any] = {
     torch.float32: types.float32,
@@ -136,6 +139,50 @@ def fence(context: Any) -> Any:
     return types.void(), codegen
 
 
+@intrinsic
+def count(context: Any, counter: Any) -> Any:
+    """Count one more as done: all that was written is to be seen by who waits for the counter."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.atomic_rmw("add", args[0], I64(1), "release")
+        return context.get_dummy_value()
+
+    return types.void(counter), codegen
+
+
+@intrinsic
+def _counted(context: Any, counter: Any) -> Any:
+    """What a counter holds now."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(args[0], "acquire", 8)
+
+    return types.int64(counter), codegen
+
+
+@intrinsic
+def _give_way(context: Any) -> Any:
+    """Let another thread run on this core."""
+    name = "sched_yield" if os.name == "posix" else "SwitchToThread"
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), name)
+        builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@jit
+def wait(counter, least):  # type: ignore[no-untyped-def]
+    """Wait until a counter is at `least`; who counts may be on the same core."""
+    tries = 0
+    while _counted(counter) < least:
+        tries += 1
+        if tries % PATIENCE == 0:
+            _give_way()
+
+
 class Emitter:
     """Writes arithmetic on `lanes` neighbouring values as vector instructions.
 
@@ -187,14 +234,17 @@ class Emitter:
         """The size of a stored value."""
         return {types.float64: 8, types.float32: 4}.get(self.stored, 2)
 
-    def prefetch(self, pointer: Any, index: Any) -> None:
-        """Ask for the memory of a vector; an address that does not exist does no harm."""
+    def prefetch(self, pointer: Any, index: Any, locality: int = 3) -> None:
+        """Ask for the memory of a vector; an address that does not exist does no harm.
+
+        `locality` is LLVM's: 3 brings it to the innermost cache, 2 to the next.
+        """
         byte = I8.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
         address = self.builder.bitcast(self.address(pointer, index), byte)
-        # To read, to keep it close, and that it is data.
-        self.builder.call(function, [address, I32(0), I32(3), I32(1)])
+        # To read, how close, and that it is data.
+        self.builder.call(function, [address, I32(0), I32(locality), I32(1)])
 
     @staticmethod
     def align(pointer: Any) -> int:
