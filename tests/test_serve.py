@@ -125,6 +125,32 @@ def test_a_text_ends_before_a_stop_streamed_or_not(client):
     assert complete(client, stop=stop, max_tokens=200).choices[0].finish_reason == "stop"
 
 
+def test_biases_and_penalties_change_what_is_written(client):
+    forced = complete(client, logit_bias={"65": 100}, max_tokens=30).choices[0].text
+    assert forced == "A" * 30
+    varied = complete(client, logit_bias={str(byte): 50 for byte in b"ABC"}, presence_penalty=2, n=1)
+    assert set(varied.choices[0].text) == set("ABC")
+    plain = complete(client, max_tokens=200).choices[0].text
+    assert complete(client, max_tokens=200, frequency_penalty=2).choices[0].text != plain
+
+
+def test_the_best_of_several_is_the_likeliest(client):
+    settings = {"temperature": 1, "seed": 3, "max_tokens": 30}
+    each = complete(client, n=6, logprobs=0, **settings).choices
+    mean = {one.text: np.mean(one.logprobs.token_logprobs) for one in each}
+    likeliest = sorted(mean, key=mean.get, reverse=True)
+    best = complete(client, n=2, best_of=6, **settings)
+    assert [one.text for one in best.choices] == likeliest[:2]
+    assert [one.index for one in best.choices] == [0, 1]
+    assert best.choices[0].logprobs is None
+    assert best.usage.completion_tokens == sum(len(one.logprobs.token_logprobs) for one in each)
+
+
+def test_a_text_towards_an_end_is_refused_and_why(client):
+    with pytest.raises(openai.BadRequestError, match="cannot write towards an end"):
+        complete(client, suffix="the end")
+
+
 FOREVER = {"prompt": "x", "max_tokens": ENDLESS, "temperature": 0}
 
 
@@ -514,14 +540,20 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server, http):
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"GET / HTTP/1.1\r\nx: " + b"y" * 100_000, b"\0\xff nonsense\r\n\r\n", b"GET /\r\n HTTP/1.1\r\n\r\n"],
-    ids=["header", "bytes", "line"],
+    ("data", "status", "code"),
+    [
+        (b"GET / HTTP/1.1\r\nx: " + b"y" * 100_000, 431, "headers_too_large"),
+        (b"GET /" + b"y" * 100_000, 431, "headers_too_large"),
+        (b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 20_000, 431, "headers_too_large"),
+        (b"\0\xff nonsense\r\n\r\n", 400, "invalid_http"),
+        (b"GET /\r\n HTTP/1.1\r\n\r\n", 400, "invalid_http"),
+    ],
+    ids=["header", "path", "headers", "bytes", "line"],
 )
-def test_what_is_no_http_is_refused(server, data):
+def test_what_is_no_http_is_refused(server, data, status, code):
     answer = raw(server, data)
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == "invalid_http"
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == code
 
 
 @pytest.mark.parametrize("part", ["", "GET / HTTP/1.1\r\nHost:", HEAD + "Content-Length: 100\r\n\r\n{"])
