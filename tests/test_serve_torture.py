@@ -312,7 +312,8 @@ def test_sigterm_under_a_hundred_streams(large, tmp_path):
         seconds = time.monotonic() - started
     report(
         "SIGTERM under 100 streams, half of them endless",
-        f"{ends.count('done')} came whole, {ends.count('shutting_down')} were told; exit 0 after {seconds:.1f} s",
+        f"{ends.count('done')} came whole, {ends.count('shutting_down')} were told; "
+        f"exit 0 after {seconds:.1f} s",
     )
     assert ends == ["shutting_down", "done"] * 50
     assert seconds < 30

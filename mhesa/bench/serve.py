@@ -40,7 +40,8 @@ class Row:
         tokens: of each text.
         finished: how many came whole.
         requests_per_second, tokens_per_second: over the whole run.
-        of_decoding: that rate over the plain decode loop's at this batch.
+        of_steps: that over the rate of the decoder's steps alone at this batch, as `mhesa bench decode` has it.
+        of_loop: that over the rate of the plain decode loop, in which tokens are drawn too.
         first_token: until a stream's first token.
         per_token: a stream's mean time from a token to the next.
         pause: between two events of a stream, each of which may bring several tokens.
@@ -52,7 +53,8 @@ class Row:
     finished: int
     requests_per_second: float
     tokens_per_second: float
-    of_decoding: float
+    of_steps: float
+    of_loop: float
     first_token: Quantiles
     per_token: Quantiles
     pause: Quantiles
@@ -109,7 +111,9 @@ class _Stream(asyncio.Protocol):
             self.done.set_result(None)
 
 
-def bench_serve(folder: Path, streams: Sequence[int] = STREAMS, quantize: str | None = None) -> Iterator[Row]:
+def bench_serve(
+    folder: Path, streams: Sequence[int] = STREAMS, quantize: str | None = None, tokens: int | None = None
+) -> Iterator[Row]:
     """Start a server for a model, ask it for many texts at once, and compare with decoding alone.
 
     Server and clients share this machine. The decode loop is timed while the server is idle, before and
@@ -119,6 +123,7 @@ def bench_serve(folder: Path, streams: Sequence[int] = STREAMS, quantize: str | 
         folder: a trained model.
         streams: how many texts at once, one measurement each.
         quantize: how the decoder keeps weights.
+        tokens: of each text; some seconds' worth if omitted.
     """
     model, _ = load(folder)
     decoder = Decoder(model, max_batch=max(streams), quantize=quantize)
@@ -126,21 +131,28 @@ def bench_serve(folder: Path, streams: Sequence[int] = STREAMS, quantize: str | 
     with running(folder, arguments) as url:
         asyncio.run(_load(url, 1, 50))
         for count in streams:
-            tokens = max(100, min(4000, TOKENS // count))
-            before = decoding_rate(decoder, count)
-            row = asyncio.run(_load(url, count, tokens))
-            yield _row(row, count, tokens, (before + decoding_rate(decoder, count)) / 2)
+            length = tokens or max(100, min(4000, TOKENS // count))
+            before = decoding_rates(decoder, count)
+            run = asyncio.run(_load(url, count, length))
+            after = decoding_rates(decoder, count)
+            yield _row(run, count, length, [(a + b) / 2 for a, b in zip(before, after, strict=True)])
+
+
+def decoding_rates(decoder: Decoder, batch: int) -> tuple[float, float]:
+    """Tokens a second of steps alone, and of the plain loop: a step, a draw, and again."""
+    return _rate(decoder, batch, False), _rate(decoder, batch, True)
 
 
 @torch.inference_mode()
-def decoding_rate(decoder: Decoder, batch: int, seconds: float = 1.0) -> float:
-    """Tokens a second of the plain loop: a step, a draw, and again."""
+def _rate(decoder: Decoder, batch: int, drawing: bool, seconds: float = 1.0) -> float:
     state = decoder.initial_state(batch)
     samplers = Samplers(decoder.num_tokens, [Sampler(Sampling(), seed) for seed in range(batch)])
     tokens = 0
     started = time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds or tokens < 3 * batch:
-        samplers.draw(decoder.step(samplers.last, state))
+        logits = decoder.step(samplers.last, state)
+        if drawing:
+            samplers.draw(logits)
         tokens += batch
     return tokens / passed
 
@@ -219,7 +231,7 @@ async def _watch(host: str, port: int, health: list[float]) -> None:
         await asyncio.sleep(0.05)
 
 
-def _row(run: _Run, count: int, tokens: int, decoding: float) -> Row:
+def _row(run: _Run, count: int, tokens: int, rates: Sequence[float]) -> Row:
     streams = [stream for stream in run.streams if stream.events]
     written = sum(stream.events[-1][1] for stream in streams)
     firsts = [next(at for at, number in stream.events if number) - stream.started for stream in streams]
@@ -239,7 +251,8 @@ def _row(run: _Run, count: int, tokens: int, decoding: float) -> Row:
         finished=finished,
         requests_per_second=finished / run.seconds,
         tokens_per_second=written / run.seconds,
-        of_decoding=written / run.seconds / decoding,
+        of_steps=written / run.seconds / rates[0],
+        of_loop=written / run.seconds / rates[1],
         first_token=Quantiles.of(firsts),
         per_token=Quantiles.of(paces),
         pause=Quantiles.of(pauses),
