@@ -40,7 +40,7 @@ class Row:
         tokens: of each text.
         finished: how many came whole.
         requests_per_second, tokens_per_second: over the whole run.
-        of_steps: that over the rate of the decoder's steps alone at this batch, as `mhesa bench decode` has it.
+        of_steps: that over the rate of the decoder's steps alone, which is `mhesa bench decode`'s mark.
         of_loop: that over the rate of the plain decode loop, in which tokens are drawn too.
         first_token: until a stream's first token.
         per_token: a stream's mean time from a token to the next.
