@@ -466,6 +466,7 @@ def test_without_keys_only_this_machines_names_are_answered(folder, tmp_path):
             "/v1/completions", content='{"prompt": "x"}', headers={"Content-Type": "text/plain"}
         )
         assert answer.status_code == 400
+        assert "sent with Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 def test_a_server_that_is_open_to_the_network_without_keys_is_refused(folder):
@@ -478,6 +479,20 @@ def test_a_server_that_is_open_to_the_network_without_keys_is_refused(folder):
     assert done.returncode == 2
     assert "can be reached from other machines: give --keys FILE" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_address_in_use_is_told_in_one_line(server, folder):
+    port = server.url.rpartition(":")[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", port],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "Loading weights" not in line] == [
+        f"Error: cannot listen on 127.0.0.1:{port}: is it in use?"
+    ]
 
 
 @pytest.mark.parametrize(

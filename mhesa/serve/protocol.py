@@ -82,7 +82,7 @@ class CompletionRequest(Writing):
     @classmethod
     def _no_suffix(cls, value: str | None) -> str | None:
         if value:
-            raise ValueError("suffix: this model reads forwards alone and cannot write towards an end")
+            raise ValueError("this model reads forwards alone and cannot write towards an end")
         return value
 
 

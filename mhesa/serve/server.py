@@ -36,7 +36,8 @@ def serve(service: Service) -> None:
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     _raise_file_limit()
-    catch("uvicorn.error", logging.ERROR)
+    # That an address is in use is told below, in one line.
+    catch("uvicorn.error", logging.CRITICAL)
     settings = service.settings
     config = uvicorn.Config(
         create_app(service),
@@ -55,6 +56,7 @@ def serve(service: Service) -> None:
         bound = config.bind_socket()
     except SystemExit:
         raise InputError(f"cannot listen on {settings.host}:{settings.port}: is it in use?") from None
+    catch("uvicorn.error", logging.ERROR)
     try:
         _Server(config, service).run(sockets=[bound])
     finally:
