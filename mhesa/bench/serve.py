@@ -25,8 +25,8 @@ from mhesa.hf.folder import load
 from mhesa.sampling import Sampler, Samplers, Sampling
 
 STREAMS = (1, 16, 128, 1000)
-# What one measurement writes in all: some seconds' worth.
-TOKENS = 400_000
+# What one measurement writes in all, at most and, of short texts one after another, about: some seconds' worth.
+TOKENS, ENOUGH = 400_000, 100_000
 WRITTEN = re.compile(rb'"completion_tokens":(\d+)')
 PROMPT = "The quick brown fox"
 
@@ -36,7 +36,8 @@ class Row:
     """What one number of streams came to; times in milliseconds.
 
     Args:
-        streams: texts asked for at the same time, each over a connection of its own.
+        streams: clients at the same time, each with a connection for each text.
+        texts: how many they ask for in all, each client for one after another.
         tokens: of each text.
         finished: how many came whole.
         requests_per_second, tokens_per_second: over the whole run.
@@ -49,6 +50,7 @@ class Row:
     """
 
     streams: int
+    texts: int
     tokens: int
     finished: int
     requests_per_second: float
@@ -147,14 +149,20 @@ def decoding_rates(decoder: Decoder, batch: int) -> tuple[float, float]:
 def _rate(decoder: Decoder, batch: int, drawing: bool, seconds: float = 1.0) -> float:
     state = decoder.initial_state(batch)
     samplers = Samplers(decoder.num_tokens, [Sampler(Sampling(), seed) for seed in range(batch)])
-    tokens = 0
-    started = time.perf_counter()
-    while (passed := time.perf_counter() - started) < seconds or tokens < 3 * batch:
+
+    def advance() -> None:
         logits = decoder.step(samplers.last, state)
         if drawing:
             samplers.draw(logits)
-        tokens += batch
-    return tokens / passed
+
+    # Not timed: what is compiled, and threads that wake.
+    for _ in range(3):
+        advance()
+    steps, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds:
+        advance()
+        steps += 1
+    return batch * steps / passed
 
 
 @contextmanager
@@ -191,12 +199,13 @@ class _Run:
 async def _load(url: str, count: int, tokens: int) -> _Run:
     loop = asyncio.get_running_loop()
     address = urlsplit(url)
-    streams = []
+    streams: list[_Stream] = []
     started = time.perf_counter()
     host, port = str(address.hostname), address.port or 80
     health: list[float] = []
     watch = loop.create_task(_watch(host, port, health))
-    for seed in range(count):
+
+    async def ask(seed: int) -> None:
         body = {
             "prompt": PROMPT,
             "max_tokens": tokens,
@@ -205,9 +214,15 @@ async def _load(url: str, count: int, tokens: int) -> _Run:
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
         stream = _Stream(json.dumps(body).encode(), address.netloc, "", loop.create_future())
-        await loop.create_connection(partial(_same, stream), host, port)
         streams.append(stream)
-    await asyncio.gather(*(stream.done for stream in streams))
+        await loop.create_connection(partial(_same, stream), host, port)
+        await stream.done
+
+    async def client(first: int) -> None:
+        for nth in range(max(1, min(10, ENOUGH // (count * tokens)))):
+            await ask(first + nth * count)
+
+    await asyncio.gather(*(client(first) for first in range(count)))
     seconds = time.perf_counter() - started
     watch.cancel()
     with suppress(asyncio.CancelledError):
@@ -247,6 +262,7 @@ def _row(run: _Run, count: int, tokens: int, rates: Sequence[float]) -> Row:
     finished = sum(stream.finished for stream in run.streams)
     return Row(
         streams=count,
+        texts=len(run.streams),
         tokens=tokens,
         finished=finished,
         requests_per_second=finished / run.seconds,

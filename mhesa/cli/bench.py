@@ -186,7 +186,7 @@ def serve(
         raise InputError(f"tokens must be 1 to 4096, not {tokens}")
     found = []
     table = new_table(
-        *("streams", "tokens", "finished", "requests/s", "tokens/s", "of steps", "of loop"),
+        *("streams", "texts", "tokens", "finished", "requests/s", "tokens/s", "of steps", "of loop"),
         *("first", "token", "pause", "health"),
     )
     with progress("loading", len(counts)) as advance:
@@ -196,6 +196,7 @@ def serve(
             times = (row.first_token, row.per_token, row.pause, row.health)
             table.add_row(
                 f"{row.streams:,}",
+                f"{row.texts:,}",
                 f"{row.tokens:,}",
                 f"{row.finished:,}",
                 f"{row.requests_per_second:.1f}",
