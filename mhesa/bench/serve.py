@@ -25,7 +25,7 @@ from mhesa.hf.folder import load
 from mhesa.sampling import Sampler, Samplers, Sampling
 
 STREAMS = (1, 16, 128, 1000)
-# What one measurement writes in all, at most and, of short texts one after another, about: some seconds' worth.
+# What one measurement writes in all, some seconds' worth: at most, and with short texts one after another.
 TOKENS, ENOUGH = 400_000, 100_000
 WRITTEN = re.compile(rb'"completion_tokens":(\d+)')
 PROMPT = "The quick brown fox"
