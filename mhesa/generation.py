@@ -10,7 +10,7 @@ from torch import Tensor
 from mhesa.decoding import Decoder
 from mhesa.errors import InputError
 from mhesa.model import GatedExponentialSmoothingLM
-from mhesa.sampling import Sampler, Sampling, draw
+from mhesa.sampling import Sampler, Samplers, Sampling
 
 # Sequences that `generate` continues at a time.
 BATCH = 64
@@ -93,14 +93,15 @@ def stream(
     sampler.observe(_not_empty(ids))
     if max_new_tokens < 1:
         return
+    samplers = Samplers(decoder.num_tokens, [sampler])
     logits = decoder.prefill(ids[None], state)
     for left in reversed(range(max_new_tokens)):
-        (token,) = _numbers(draw(logits, [sampler]))
+        (token,) = _numbers(samplers.draw(logits))
         if token == eos_token_id:
             return
         yield token
         if left:
-            logits = decoder.step(torch.tensor([token]), state)
+            logits = decoder.step(samplers.last, state)
 
 
 def _continue(
@@ -118,9 +119,10 @@ def _continue(
     state = decoder.initial_state(len(rows))
     for row in rows:
         samplers[row].observe(_not_empty(prompts[row]))
+    drawing = Samplers(decoder.num_tokens, [samplers[row] for row in rows])
     logits = decoder.prefill([prompts[row] for row in rows], state)
     for _ in range(max_new_tokens):
-        tokens = _numbers(draw(logits, [samplers[row] for row in rows]))
+        tokens = _numbers(drawing.draw(logits))
         going = []
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if token == eos_token_id:
@@ -132,6 +134,7 @@ def _continue(
             return
         if len(going) < len(rows):
             state, rows = state[:, going], [rows[place] for place in going]
+            drawing = Samplers(decoder.num_tokens, [samplers[row] for row in rows])
         logits = decoder.step(torch.tensor([tokens[place] for place in going]), state)
 
 

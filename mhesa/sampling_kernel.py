@@ -3,72 +3,77 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
 
 import numpy as np
-from torch import Tensor
 
-from mhesa.ops.simd import compiled, doubles, fields, integers, jit, offset, pointer, take
-from mhesa.ops.threads import available, parallel
+from mhesa.ops.simd import doubles, fields, integers, jit, offset, pointer, take
+from mhesa.sampling import (
+    BIAS,
+    COUNT,
+    FREQUENCY,
+    MIN_P,
+    NOTE_FIELDS,
+    NOTED,
+    NOTES,
+    PRESENCE,
+    RANDOM,
+    REPETITION,
+    SEEN,
+    TEMPERATURE,
+    TOKEN,
+    TOP_K,
+    TOP_P,
+)
 
 # What the kernel is told.
-TASK, ROWS, TOKENS, LOGITS, LOGITS_STEP, SETTINGS, SEEN, SEEN_OFFSETS, WEIGHTS, ORDER, OUT, FIELDS = range(12)
-# What a row is told.
-TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, RANDOM, SETTINGS_FIELDS = range(7)
+TASK, THREAD, ROWS, TOKENS, LOGITS, LOGITS_STEP, SAMPLERS, WEIGHTS, ORDER, OUT, FIELDS = range(11)
 # Below so many numbers in all, a second thread is not worth waking.
 PARALLEL = 1 << 12
 
 
-def draw_rows(logits: Tensor, settings: np.ndarray, seen: Sequence[Collection[int]]) -> list[int]:
-    """A token for each row.
-
-    Args:
-        logits: fp32 or fp64 on CPU, `(rows, tokens)`, contiguous along tokens.
-        settings: `(rows, SETTINGS_FIELDS)`.
-        seen: tokens whose logits the repetition penalty changes, for each row.
-    """
-    rows, tokens = logits.shape
-    ids = np.array([token for row in seen for token in row], dtype=np.int64)
-    offsets = np.zeros(rows + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in seen], out=offsets[1:])
-    weights, order = np.empty((rows, tokens)), np.empty((rows, tokens), dtype=np.int64)
-    out, table = np.empty(rows, dtype=np.int64), np.zeros(FIELDS, dtype=np.int64)
-    table[ROWS], table[TOKENS] = rows, tokens
-    table[LOGITS], table[LOGITS_STEP] = logits.data_ptr(), logits.stride(0)
-    for field, array in (
-        (SETTINGS, settings),
-        (SEEN, ids),
-        (SEEN_OFFSETS, offsets),
-        (WEIGHTS, weights),
-        (ORDER, order),
-        (OUT, out),
-    ):
-        table[field] = array.ctypes.data
-    threads = min(rows, available()) if rows * tokens >= PARALLEL else 1
-    parallel(compiled(_draw, logits.dtype), table.ctypes.data, threads)
-    return out.tolist()
-
-
-def _draw(data):  # type: ignore[no-untyped-def]
+def draw(data):  # type: ignore[no-untyped-def]
+    """Draw tokens for rows until there are none left, in scratch memory of a thread's own."""
     p = fields(data)
-    n, seen, offsets = p[TOKENS], integers(p[SEEN]), integers(p[SEEN_OFFSETS])
+    n, thread = p[TOKENS], take(offset(p, THREAD))
+    weights, order = offset(doubles(p[WEIGHTS]), thread * n), offset(integers(p[ORDER]), thread * n)
     while True:
         row = take(p)
         if row >= p[ROWS]:
             return
         logits = offset(pointer(p[LOGITS], data), row * p[LOGITS_STEP])
-        settings = offset(doubles(p[SETTINGS]), row * SETTINGS_FIELDS)
-        weights, order = offset(doubles(p[WEIGHTS]), row * n), offset(integers(p[ORDER]), row * n)
+        sampler = integers(p[SAMPLERS])[row]
         for i in range(n):
             weights[i] = logits[i]
-        for i in range(offsets[row], offsets[row + 1]):
-            token = seen[i]
-            weights[token] *= settings[PENALTY] if weights[token] < 0 else 1 / settings[PENALTY]
-        integers(p[OUT])[row] = _choose(weights, order, n, settings)
+        _adjust(weights, doubles(sampler), doubles(integers(sampler)[NOTES]), integers(sampler)[NOTED])
+        random = _random(offset(integers(sampler), RANDOM))
+        integers(p[OUT])[row] = _choose(weights, order, n, doubles(sampler), integers(sampler)[TOP_K], random)
 
 
 @jit
-def _choose(weights, order, n, settings):  # type: ignore[no-untyped-def]
+def _adjust(weights, settings, notes, noted):  # type: ignore[no-untyped-def]
+    """Penalties and biases of tokens that were noted."""
+    for i in range(noted):
+        note = offset(notes, i * NOTE_FIELDS)
+        token = int(note[TOKEN])
+        if note[SEEN] != 0:
+            weights[token] *= settings[REPETITION] if weights[token] < 0 else 1 / settings[REPETITION]
+        weights[token] += note[BIAS] - settings[FREQUENCY] * note[COUNT]
+        if note[COUNT] > 0:
+            weights[token] -= settings[PRESENCE]
+
+
+@jit
+def _random(state):  # type: ignore[no-untyped-def]
+    """A number in [0, 1) from SplitMix64 (https://doi.org/10.1145/2714064.2660195)."""
+    z = np.uint64(state[0]) + np.uint64(0x9E3779B97F4A7C15)
+    state[0] = np.int64(z)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return float((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+@jit
+def _choose(weights, order, n, settings, k, random):  # type: ignore[no-untyped-def]
     """One token by its logits, of which `weights` is left in disarray."""
     best = 0
     for i in range(1, n):
@@ -85,13 +90,12 @@ def _choose(weights, order, n, settings):  # type: ignore[no-untyped-def]
     for i in range(n):
         weights[i] = math.exp((weights[i] - top) / settings[TEMPERATURE])
         total += weights[i]
-    k, least = int(settings[TOP_K]), settings[MIN_P]
     if 0 < k < n or settings[TOP_P] < 1:
         kept = _likeliest(weights, order, n, min(k, n) if k else n, settings[TOP_P], total)
-        return _walk(weights, order, n - 1, -1, kept, least, settings[RANDOM])
+        return _walk(weights, order, n - 1, -1, kept, settings[MIN_P], random)
     for i in range(n):
         order[i] = i
-    return _walk(weights, order, 0, 1, n, least, settings[RANDOM])
+    return _walk(weights, order, 0, 1, n, settings[MIN_P], random)
 
 
 @jit

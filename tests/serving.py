@@ -1,6 +1,7 @@
 """A small model and servers of it, each in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -105,3 +106,13 @@ def _url(process: subprocess.Popen, log: Path) -> str:
                 return json.loads(line)["url"]
         time.sleep(0.05)
     raise AssertionError(log.read_text())
+
+
+def report(what, found):
+    """Tell what was found, and add it to the report that `make torture` writes, if it does."""
+    print(f"\n{what}: {found}")
+    if path := os.environ.get("TORTURE_REPORT"):
+        with open(path, "r+") as file:
+            if "## The server" not in file.read():
+                file.write("\n## The server\n\n| what happened | what was found |\n|---|---|\n")
+            file.write(f"| {what} | {found} |\n")

@@ -125,6 +125,32 @@ def test_a_text_ends_before_a_stop_streamed_or_not(client):
     assert complete(client, stop=stop, max_tokens=200).choices[0].finish_reason == "stop"
 
 
+def test_biases_and_penalties_change_what_is_written(client):
+    forced = complete(client, logit_bias={"65": 100}, max_tokens=30).choices[0].text
+    assert forced == "A" * 30
+    varied = complete(client, logit_bias={str(byte): 50 for byte in b"ABC"}, presence_penalty=2, n=1)
+    assert set(varied.choices[0].text) == set("ABC")
+    plain = complete(client, max_tokens=200).choices[0].text
+    assert complete(client, max_tokens=200, frequency_penalty=2).choices[0].text != plain
+
+
+def test_the_best_of_several_is_the_likeliest(client):
+    settings = {"temperature": 1, "seed": 3, "max_tokens": 30}
+    each = complete(client, n=6, logprobs=0, **settings).choices
+    mean = {one.text: np.mean(one.logprobs.token_logprobs) for one in each}
+    likeliest = sorted(mean, key=mean.get, reverse=True)
+    best = complete(client, n=2, best_of=6, **settings)
+    assert [one.text for one in best.choices] == likeliest[:2]
+    assert [one.index for one in best.choices] == [0, 1]
+    assert best.choices[0].logprobs is None
+    assert best.usage.completion_tokens == sum(len(one.logprobs.token_logprobs) for one in each)
+
+
+def test_a_text_towards_an_end_is_refused_and_why(client):
+    with pytest.raises(openai.BadRequestError, match="cannot write towards an end"):
+        complete(client, suffix="the end")
+
+
 FOREVER = {"prompt": "x", "max_tokens": ENDLESS, "temperature": 0}
 
 
@@ -322,8 +348,16 @@ BAD = [
     ({"prompt": "x", "logprobs": 21}, 400, "limit_exceeded"),
     ({"prompt": "x", "seed": -1}, 400, "invalid_value"),
     ({"prompt": "x", "stream_options": {}}, 400, "invalid_value"),
-    ({"prompt": "x", "presence_penalty": 1}, 400, "invalid_value"),
-    ({"prompt": "x", "best_of": 2}, 400, "invalid_value"),
+    ({"prompt": "x", "presence_penalty": 3}, 400, "invalid_value"),
+    ({"prompt": "x", "frequency_penalty": float("nan")}, 400, "invalid_value"),
+    ({"prompt": "x", "logit_bias": {"257": 1}}, 400, "invalid_value"),
+    ({"prompt": "x", "logit_bias": {"-1": 1}}, 400, "invalid_value"),
+    ({"prompt": "x", "logit_bias": {"65": 101}}, 400, "invalid_value"),
+    ({"prompt": "x", "logit_bias": {f"{token}": 1 for token in range(1025)}}, 400, "limit_exceeded"),
+    ({"prompt": "x", "best_of": 2, "n": 3}, 400, "invalid_value"),
+    ({"prompt": "x", "best_of": 2, "stream": True}, 400, "invalid_value"),
+    ({"prompt": "x", "best_of": 129}, 400, "limit_exceeded"),
+    ({"prompt": "x", "suffix": "y"}, 400, "invalid_value"),
     ({"prompt": "x", "temprature": 1}, 400, "unknown_parameter"),
     ({"prompt": "x", "\ud800\r\n": 1}, 400, "invalid_value"),
     ({"prompt": "x", "session": "../x"}, 400, "invalid_value"),
@@ -432,6 +466,7 @@ def test_without_keys_only_this_machines_names_are_answered(folder, tmp_path):
             "/v1/completions", content='{"prompt": "x"}', headers={"Content-Type": "text/plain"}
         )
         assert answer.status_code == 400
+        assert "sent with Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 def test_a_server_that_is_open_to_the_network_without_keys_is_refused(folder):
@@ -444,6 +479,20 @@ def test_a_server_that_is_open_to_the_network_without_keys_is_refused(folder):
     assert done.returncode == 2
     assert "can be reached from other machines: give --keys FILE" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_address_in_use_is_told_in_one_line(server, folder):
+    port = server.url.rpartition(":")[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", port],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "Loading weights" not in line] == [
+        f"Error: cannot listen on 127.0.0.1:{port}: is it in use?"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -506,14 +555,20 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server, http):
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"GET / HTTP/1.1\r\nx: " + b"y" * 100_000, b"\0\xff nonsense\r\n\r\n", b"GET /\r\n HTTP/1.1\r\n\r\n"],
-    ids=["header", "bytes", "line"],
+    ("data", "status", "code"),
+    [
+        (b"GET / HTTP/1.1\r\nx: " + b"y" * 100_000, 431, "headers_too_large"),
+        (b"GET /" + b"y" * 100_000, 431, "headers_too_large"),
+        (b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 20_000, 431, "headers_too_large"),
+        (b"\0\xff nonsense\r\n\r\n", 400, "invalid_http"),
+        (b"GET /\r\n HTTP/1.1\r\n\r\n", 400, "invalid_http"),
+    ],
+    ids=["header", "path", "headers", "bytes", "line"],
 )
-def test_what_is_no_http_is_refused(server, data):
+def test_what_is_no_http_is_refused(server, data, status, code):
     answer = raw(server, data)
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == "invalid_http"
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == code
 
 
 @pytest.mark.parametrize("part", ["", "GET / HTTP/1.1\r\nHost:", HEAD + "Content-Length: 100\r\n\r\n{"])

@@ -135,6 +135,32 @@ def test_it_fits_the_screen_and_can_be_read(page, tmp_path, scheme, width):
     page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1280])
+def test_the_api_is_described_for_a_person(page, server, tmp_path, scheme, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=scheme)
+    page.goto("/docs")
+    page.wait_for_selector("h2:has-text('Errors')")
+    with server.client() as http:
+        api = http.get("/openapi.json").json()
+    routes = [(method, path) for path, methods in api["paths"].items() for method in methods]
+    assert [title.lower() for title in page.locator("#all h2").all_text_contents()] == [
+        *(f"{method}{path}".lower() for method, path in routes),
+        "errors",
+    ]
+    written = page.locator("section:has(h2:has-text('/v1/completions'))").first
+    for name, field in api["components"]["schemas"]["CompletionRequest"]["properties"].items():
+        assert written.locator(f"dt:has(code:text-is('{name}'))").count() >= 1, name
+        assert field.get("description", "") in written.text_content()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for name in ("body", ".soft", "a", "dt"):
+        assert page.evaluate(CONTRAST, name) >= 4.5, name
+    assert page.faults == []
+    assert all(url.startswith((server.url, "data:")) for url in page.asked)
+    page.screenshot(path=tmp_path / f"docs-{scheme}-{width}.png", full_page=True)
+
+
 # Contrast as WCAG 2 defines it, of an element's text against the nearest background behind it.
 CONTRAST = """name => {
   const numbers = color => color.match(/[0-9.]+/g).map(Number);

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 import httpx
 import psutil
 import pytest
-from serving import KEYS, running, save_model
+from serving import KEYS, report, running, save_model
 
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.modeling import MhesaForCausalLM
@@ -45,6 +45,12 @@ def schemathesis(server, examples, phases, folder):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
 
 
+def summary(output):
+    """The line in which schemathesis counts what it did."""
+    lines = [line.strip(" =") for line in output.splitlines()]
+    return next((line for line in reversed(lines) if "generated" in line or "passed" in line), lines[-1])
+
+
 @pytest.mark.parametrize(
     ("examples", "phases"),
     [(5, "fuzzing"), pytest.param(100, "examples,coverage,fuzzing,stateful", marks=pytest.mark.torture)],
@@ -53,6 +59,8 @@ def test_requests_made_up_from_the_schema_find_no_fault(folder, tmp_path, exampl
     pytest.importorskip("schemathesis")
     with running(folder, tmp_path / "log", limits={"tokens": 64}) as server:
         done = schemathesis(server, examples, phases, tmp_path)
+        if examples > 10:
+            report("schemathesis, all phases, valid and invalid", summary(done.stdout))
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert server.client().get("/health").status_code == 200
     assert {event["event"] for event in server.events()} == {"listening", "request", "stopping", "stopped"}
@@ -150,7 +158,11 @@ def test_a_thousand_streams_are_each_as_if_alone(large, tmp_path):
         meter.join()
     assert [end for _, end in found] == ["done"] * 1000
     assert [text for text, _ in found] == alone
-    print(f"\nmemory above idle: {(most[0] - idle) / 1e6:.0f} MB; /health p99: {p99(times):.3f} s")
+    report(
+        "1,000 streams at once, each compared with its text alone",
+        f"{sum(text == one for (text, _), one in zip(found, alone, strict=True)):,} equal; memory "
+        f"{(most[0] - idle) / 1e6:.0f} MB above idle; `/health` p99 {p99(times):.3f} s",
+    )
     assert most[0] - idle <= 150e6
     assert p99(times) < 1
 
@@ -172,6 +184,7 @@ def test_ten_thousand_idle_sessions(large, tmp_path):
             body = {"prompt": f"session {index}", "max_tokens": 1, "session": f"s{index}"}
             return http.post("/v1/completions", json=body).status_code
 
+        before = psutil.Process(server.process.pid).memory_info().rss
         with ThreadPoolExecutor(8) as threads:
             assert set(threads.map(create, range(10_000))) == {200}
         memory = psutil.Process(server.process.pid).memory_info().rss
@@ -181,10 +194,12 @@ def test_ten_thousand_idle_sessions(large, tmp_path):
             body = {"prompt": "", "max_tokens": 1, "session": f"s{index}"}
             assert http.post("/v1/completions", json=body).status_code == 200
             times.append(time.perf_counter() - started)
-    print(
-        f"\nthe whole process: {memory / 1e6:.0f} MB; resumed: p50 {1000 * statistics.median(times):.1f} ms,"
+    report(
+        "10,000 idle sessions, 500 of them resumed",
+        f"the whole process {memory / 1e6:.0f} MB, {(memory - before) / 1e6:.0f} MB more than without them; "
+        f"a resumed one's answer after {1000 * statistics.median(times):.1f} ms (p50), "
+        f"{1000 * p99(times):.1f} ms (p99)",
     )
-    print(f"p99 {1000 * p99(times):.1f} ms")
     assert memory <= 500e6
     assert p99(times) < 0.02
 
@@ -219,14 +234,18 @@ def test_a_thousand_disconnects_leave_neighbours_alone(large, tmp_path):
         server.wait_for("mhesa_texts_waiting", 0)
         server.wait_for("mhesa_texts_active", 0)
         assert found == [(alone, "done")] * 4
-        times = [freed_after(server) for _ in range(50)]
-    print(f"\nslot freed after a disconnect: p50 {statistics.median(times):.3f} s, most {max(times):.3f} s")
+        times = [freed_after(server, stream=index % 2 == 0) for index in range(50)]
+    report(
+        "1,000 disconnects, in the queue, in prompts, in texts, streamed and not",
+        "4 neighbours' texts unchanged, all slots free; then 50 times: free after "
+        f"{statistics.median(times):.3f} s (p50), {max(times):.3f} s (most)",
+    )
     assert max(times) < 0.25
 
 
-def freed_after(server):
+def freed_after(server, stream):
     """Seconds from a disconnect until the slot is free."""
-    body = json.dumps({"prompt": "x", "max_tokens": ENDLESS, "temperature": 0, "stream": True}).encode()
+    body = json.dumps({"prompt": "x", "max_tokens": ENDLESS, "temperature": 0, "stream": stream}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {AUTH['Authorization']}\r\n"
@@ -264,9 +283,11 @@ def test_five_hundred_slow_senders_are_closed_and_delay_nobody(folder, tmp_path)
         seconds = time.monotonic() - started
         for connection in sockets:
             connection.close()
-    print(
-        f"\n500 slow senders were closed after {seconds:.1f} s; /health at most {max(times):.3f} s meanwhile"
+    report(
+        "500 connections that send a byte a second",
+        f"{len(closed)} closed after {seconds:.1f} s; `/health` at most {max(times):.3f} s meanwhile",
     )
+    assert seconds < 10
     assert len(closed) == 500
     assert max(times) < 1
 
@@ -289,6 +310,10 @@ def test_sigterm_under_a_hundred_streams(large, tmp_path):
         ends = [end for _, end in asyncio.run(load(server))]
         assert server.process.wait(30) == 0
         seconds = time.monotonic() - started
-    print(f"\nstopped after {seconds:.1f} s")
+    report(
+        "SIGTERM under 100 streams, half of them endless",
+        f"{ends.count('done')} came whole, {ends.count('shutting_down')} were told; "
+        f"exit 0 after {seconds:.1f} s",
+    )
     assert ends == ["shutting_down", "done"] * 50
     assert seconds < 30

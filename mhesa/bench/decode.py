@@ -18,7 +18,7 @@ from mhesa.model import GatedExponentialSmoothingLM
 
 # The largest difference from fp64 logits, whose size is about 1, for a figure to be worth printing.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "int8": 5e-2}
-BATCHES = (1, 8, 64)
+BATCHES = (1, 8, 64, 128)
 CONTEXTS = (1_000, 32_000, 1_000_000)
 # Steps that are timed together; prompt lengths; new tokens of the other packages.
 STEPS, PROMPT, NEW = 16, 2048, 32

@@ -22,13 +22,13 @@ import torch
 from mhesa.decoding import Decoder
 from mhesa.errors import InputError
 from mhesa.folder import load
-from mhesa.sampling import Sampler, Sampling, draw
+from mhesa.sampling import Sampler, Samplers, Sampling
 
 STREAMS = (1, 16, 128, 1000)
-# What one measurement writes in all: some seconds' worth.
-TOKENS = 400_000
+# What one measurement writes in all, some seconds' worth: at most, and with short texts one after another.
+TOKENS, ENOUGH = 400_000, 100_000
 WRITTEN = re.compile(rb'"completion_tokens":(\d+)')
-PROMPT = "The quick brown fox jumps over the lazy dog. " * 2
+PROMPT = "The quick brown fox"
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class Row:
     """What one number of streams came to; times in milliseconds.
 
     Args:
-        streams: texts asked for at the same time, each over a connection of its own.
+        streams: clients at the same time, each with a connection for each text.
+        texts: how many they ask for in all, each client for one after another.
         tokens: of each text.
         finished: how many came whole.
         requests_per_second, tokens_per_second: over the whole run.
-        of_decoding: that rate over the plain decode loop's at this batch.
+        of_steps: that over the rate of the decoder's steps alone, which is `mhesa bench decode`'s mark.
+        of_loop: that over the rate of the plain decode loop, in which tokens are drawn too.
         first_token: until a stream's first token.
         per_token: a stream's mean time from a token to the next.
         pause: between two events of a stream, each of which may bring several tokens.
@@ -48,11 +50,13 @@ class Row:
     """
 
     streams: int
+    texts: int
     tokens: int
     finished: int
     requests_per_second: float
     tokens_per_second: float
-    of_decoding: float
+    of_steps: float
+    of_loop: float
     first_token: Quantiles
     per_token: Quantiles
     pause: Quantiles
@@ -109,7 +113,9 @@ class _Stream(asyncio.Protocol):
             self.done.set_result(None)
 
 
-def bench_serve(folder: Path, streams: Sequence[int] = STREAMS, quantize: str | None = None) -> Iterator[Row]:
+def bench_serve(
+    folder: Path, streams: Sequence[int] = STREAMS, quantize: str | None = None, tokens: int | None = None
+) -> Iterator[Row]:
     """Start a server for a model, ask it for many texts at once, and compare with decoding alone.
 
     Server and clients share this machine. The decode loop is timed while the server is idle, before and
@@ -119,6 +125,7 @@ def bench_serve(folder: Path, streams: Sequence[int] = STREAMS, quantize: str | 
         folder: a trained model.
         streams: how many texts at once, one measurement each.
         quantize: how the decoder keeps weights.
+        tokens: of each text; some seconds' worth if omitted.
     """
     model, _ = load(folder)
     decoder = Decoder(model, max_batch=max(streams), quantize=quantize)
@@ -126,23 +133,36 @@ def bench_serve(folder: Path, streams: Sequence[int] = STREAMS, quantize: str | 
     with running(folder, arguments) as url:
         asyncio.run(_load(url, 1, 50))
         for count in streams:
-            tokens = max(100, min(4000, TOKENS // count))
-            before = decoding_rate(decoder, count)
-            row = asyncio.run(_load(url, count, tokens))
-            yield _row(row, count, tokens, (before + decoding_rate(decoder, count)) / 2)
+            length = tokens or max(100, min(4000, TOKENS // count))
+            before = decoding_rates(decoder, count)
+            run = asyncio.run(_load(url, count, length))
+            after = decoding_rates(decoder, count)
+            yield _row(run, count, length, [(a + b) / 2 for a, b in zip(before, after, strict=True)])
+
+
+def decoding_rates(decoder: Decoder, batch: int) -> tuple[float, float]:
+    """Tokens a second of steps alone, and of the plain loop: a step, a draw, and again."""
+    return _rate(decoder, batch, False), _rate(decoder, batch, True)
 
 
 @torch.inference_mode()
-def decoding_rate(decoder: Decoder, batch: int, seconds: float = 1.0) -> float:
-    """Tokens a second of the plain loop: a step, a draw, and again."""
+def _rate(decoder: Decoder, batch: int, drawing: bool, seconds: float = 1.0) -> float:
     state = decoder.initial_state(batch)
-    samplers = [Sampler(Sampling(), seed) for seed in range(batch)]
-    ids, tokens = torch.zeros(batch, dtype=torch.int64), 0
-    started = time.perf_counter()
-    while (passed := time.perf_counter() - started) < seconds or tokens < 3 * batch:
-        ids = torch.tensor(draw(decoder.step(ids, state), samplers), device=decoder.device)
-        tokens += batch
-    return tokens / passed
+    samplers = Samplers(decoder.num_tokens, [Sampler(Sampling(), seed) for seed in range(batch)])
+
+    def advance() -> None:
+        logits = decoder.step(samplers.last, state)
+        if drawing:
+            samplers.draw(logits)
+
+    # Not timed: what is compiled, and threads that wake.
+    for _ in range(3):
+        advance()
+    steps, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds:
+        advance()
+        steps += 1
+    return batch * steps / passed
 
 
 @contextmanager
@@ -179,12 +199,13 @@ class _Run:
 async def _load(url: str, count: int, tokens: int) -> _Run:
     loop = asyncio.get_running_loop()
     address = urlsplit(url)
-    streams = []
+    streams: list[_Stream] = []
     started = time.perf_counter()
     host, port = str(address.hostname), address.port or 80
     health: list[float] = []
     watch = loop.create_task(_watch(host, port, health))
-    for seed in range(count):
+
+    async def ask(seed: int) -> None:
         body = {
             "prompt": PROMPT,
             "max_tokens": tokens,
@@ -193,9 +214,15 @@ async def _load(url: str, count: int, tokens: int) -> _Run:
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
         stream = _Stream(json.dumps(body).encode(), address.netloc, "", loop.create_future())
-        await loop.create_connection(partial(_same, stream), host, port)
         streams.append(stream)
-    await asyncio.gather(*(stream.done for stream in streams))
+        await loop.create_connection(partial(_same, stream), host, port)
+        await stream.done
+
+    async def client(first: int) -> None:
+        for nth in range(max(1, min(10, ENOUGH // (count * tokens)))):
+            await ask(first + nth * count)
+
+    await asyncio.gather(*(client(first) for first in range(count)))
     seconds = time.perf_counter() - started
     watch.cancel()
     with suppress(asyncio.CancelledError):
@@ -219,7 +246,7 @@ async def _watch(host: str, port: int, health: list[float]) -> None:
         await asyncio.sleep(0.05)
 
 
-def _row(run: _Run, count: int, tokens: int, decoding: float) -> Row:
+def _row(run: _Run, count: int, tokens: int, rates: Sequence[float]) -> Row:
     streams = [stream for stream in run.streams if stream.events]
     written = sum(stream.events[-1][1] for stream in streams)
     firsts = [next(at for at, number in stream.events if number) - stream.started for stream in streams]
@@ -235,11 +262,13 @@ def _row(run: _Run, count: int, tokens: int, decoding: float) -> Row:
     finished = sum(stream.finished for stream in run.streams)
     return Row(
         streams=count,
+        texts=len(run.streams),
         tokens=tokens,
         finished=finished,
         requests_per_second=finished / run.seconds,
         tokens_per_second=written / run.seconds,
-        of_decoding=written / run.seconds / decoding,
+        of_steps=written / run.seconds / rates[0],
+        of_loop=written / run.seconds / rates[1],
         first_token=Quantiles.of(firsts),
         per_token=Quantiles.of(paces),
         pause=Quantiles.of(pauses),

@@ -159,10 +159,16 @@ def serve(
     streams: Annotated[
         list[int] | None, typer.Option(help="How many streams at once; 1, 16, 128 and 1000 if omitted.")
     ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each text; some seconds' worth if omitted.")
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="int8: a quarter of the memory to read.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time a server of a model under load, beside the plain decode loop; both share this machine.
+    """Time a server of a model under load, beside decoding alone; both share this machine.
+
+    Its tokens a second are beside those of the decoder's steps (`mhesa bench decode`) and of a loop that
+    draws too, timed before and after on the same number of texts.
 
     Times are in milliseconds, the median and what one in a hundred exceeds: until a stream's first token,
     a stream's mean time for a token, between two events of a stream, and of `/health` meanwhile.
@@ -176,21 +182,27 @@ def serve(
     counts = streams or list(STREAMS)
     if min(counts) < 1:
         raise InputError(f"streams must be at least 1, not {min(counts)}")
+    if tokens is not None and not 1 <= tokens <= 4096:
+        raise InputError(f"tokens must be 1 to 4096, not {tokens}")
     found = []
     table = new_table(
-        "streams", "finished", "requests/s", "tokens/s", "of decoding", "first", "token", "pause", "health"
+        *("streams", "texts", "tokens", "finished", "requests/s", "tokens/s", "of steps", "of loop"),
+        *("first", "token", "pause", "health"),
     )
     with progress("loading", len(counts)) as advance:
-        for row in bench_serve(folder, counts, quantize):
+        for row in bench_serve(folder, counts, quantize, tokens):
             advance(1)
             found.append(row)
             times = (row.first_token, row.per_token, row.pause, row.health)
             table.add_row(
                 f"{row.streams:,}",
+                f"{row.texts:,}",
+                f"{row.tokens:,}",
                 f"{row.finished:,}",
                 f"{row.requests_per_second:.1f}",
                 f"{row.tokens_per_second:,.0f}",
-                f"{row.of_decoding:.2f}",
+                f"{row.of_steps:.2f}",
+                f"{row.of_loop:.2f}",
                 *(f"{part.p50:.3g}, {part.p99:.3g}" for part in times),
             )
     if as_json:

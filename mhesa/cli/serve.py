@@ -56,7 +56,7 @@ def serve(
     from mhesa.serve.settings import Limits, Settings, read_keys
 
     settings = Settings(
-        name=name or folder.resolve().name,
+        name=name or folder.absolute().name,
         host=host,
         port=port,
         keys=read_keys(keys) if keys else {},

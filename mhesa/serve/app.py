@@ -10,15 +10,15 @@ import numpy as np
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 import mhesa
 from mhesa.serve import metrics, protocol
-from mhesa.serve.engine import Job
 from mhesa.serve.errors import APIError, invalid
 from mhesa.serve.guard import Guard
-from mhesa.serve.page import CONTENT_SECURITY_POLICY, PAGE
+from mhesa.serve.jobs import Job
+from mhesa.serve.page import page
 from mhesa.serve.service import Claim, Gone, Run, Service, client, facts, tokens
 from mhesa.serve.sessions import Listed, SessionError
 from mhesa.serve.writing import chat, check_limit, check_model, complete
@@ -85,9 +85,15 @@ def _api_error(error: Exception) -> APIError:
 
 
 def _add_pages(app: FastAPI, service: Service) -> None:
+    playground, reference = page("playground.html"), page("docs.html")
+
     @app.get("/", include_in_schema=False)
-    async def playground() -> HTMLResponse:
-        return HTMLResponse(PAGE, headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY})
+    async def show_playground() -> Response:
+        return playground
+
+    @app.get("/docs", include_in_schema=False)
+    async def show_reference() -> Response:
+        return reference
 
     @app.get("/health", response_model=protocol.Health)
     async def health() -> JSONResponse:
@@ -143,14 +149,13 @@ def _add_writing(app: FastAPI, service: Service) -> None:
 
 
 def _model(service: Service) -> dict[str, Any]:
-    slab = service.engine.slab
     return {
         "id": service.settings.name,
         "object": "model",
         "created": service.created,
         "owned_by": "mhesa",
         "parameters": service.parameters,
-        "state_bytes": slab[:, :1].numel() * slab.element_size(),
+        "state_bytes": service.engine.slots.bytes,
     }
 
 

@@ -82,10 +82,15 @@ def invalid(errors: Sequence[Any]) -> APIError:
             param=where[-1][:64],
             code="unknown_parameter",
         )
+    if first["type"] == "model_attributes_type" and not where:
+        return APIError(
+            400,
+            "the body must be a JSON object, sent with Content-Type: application/json",
+            code="invalid_value",
+        )
     # Which of several forms was meant is not told, only what is wrong with it.
     names = [part for part in where if part.isidentifier() and part.islower()] or where[:1]
     name = ".".join(names[:1])
-    message = f"{name}: {first['msg']}" if name else str(first["msg"])
-    return APIError(
-        400, message.removeprefix("Value error, ")[:500], param=name or None, code="invalid_value"
-    )
+    told = first["msg"].removeprefix("Value error, ")
+    message = f"{name}: {told}" if name else told
+    return APIError(400, message[:500], param=name or None, code="invalid_value")

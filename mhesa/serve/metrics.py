@@ -61,14 +61,14 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """What the engine and the sessions tell."""
         engine = self._engine
-        slot = engine.slab[:, :1].numel() * engine.slab.element_size()
+        slots = engine.slots
         sessions, stored = self._sessions.size()
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "mhesa_texts_active": ("Texts being written.", lambda: len(engine.rows)),
+            "mhesa_texts_active": ("Texts being written.", lambda: len(slots.rows)),
             "mhesa_prompts_reading": ("Prompts being read.", lambda: engine.reading),
             "mhesa_texts_waiting": ("Texts that wait for a slot.", lambda: engine.waiting),
-            "mhesa_slots": ("Texts that can be written at once.", lambda: engine.slots),
-            "mhesa_state_bytes": ("States of texts being written.", lambda: len(engine.rows) * slot),
+            "mhesa_slots": ("Texts that can be written at once.", lambda: slots.most),
+            "mhesa_state_bytes": ("States of texts being written.", lambda: len(slots.rows) * slots.bytes),
             "mhesa_sessions": ("Stored sessions.", lambda: sessions),
             "mhesa_session_bytes": ("States of stored sessions.", lambda: stored),
         }

@@ -1,4 +1,4 @@
-"""The playground: one static page, nothing fetched from outside."""
+"""The pages: static, nothing fetched from outside."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import hashlib
 import re
 from importlib import resources
 
-PAGE = resources.files("mhesa.serve").joinpath("playground.html").read_text("utf-8")
+from starlette.responses import HTMLResponse
 
 
-def _hashes(tag: str) -> str:
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found]
+def page(name: str) -> HTMLResponse:
+    """A page of this package, which may run and style only what it holds itself."""
+    text = resources.files("mhesa.serve").joinpath(name).read_text("utf-8")
+    policy = (
+        f"default-src 'none'; connect-src 'self'; script-src {_hashes('script', text)}; "
+        f"style-src {_hashes('style', text)}; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+
+
+def _hashes(tag: str, text: str) -> str:
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in found]
     return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-
-# Only what the page itself holds may run or style it, and it may talk to this server alone.
-CONTENT_SECURITY_POLICY = (
-    f"default-src 'none'; connect-src 'self'; script-src {_hashes('script')}; style-src {_hashes('style')}; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, field_validator
 
@@ -10,14 +10,9 @@ SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SessionName = Annotated[str, StringConstraints(pattern=SESSION_NAME)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 TokenIds = list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]]
-# Parameters of OpenAI's that this server takes only at the value at which they do nothing.
-NEUTRAL: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "suffix": (None, ""),
-    "best_of": (None,),
-}
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
 class Body(BaseModel):
@@ -51,18 +46,15 @@ class Writing(Body):
         None, description="Go on from the state stored under this name, and store what becomes of it there."
     )
     user: str | None = Field(None, description="Ignored.")
-    frequency_penalty: float | None = Field(None, description="0 only.")
-    presence_penalty: float | None = Field(None, description="0 only.")
-    logit_bias: dict[str, Any] | None = Field(None, description="Empty only.")
-
-    @field_validator(*NEUTRAL, check_fields=False)
-    @classmethod
-    def _neutral(cls, value: object, info: Any) -> object:
-        if value not in NEUTRAL[info.field_name]:
-            raise ValueError(
-                "not supported by this server, leave it out; for repetition, see repetition_penalty"
-            )
-        return value
+    frequency_penalty: Penalty | None = Field(
+        None, description="Taken off a token's logit for every time that the text has it."
+    )
+    presence_penalty: Penalty | None = Field(
+        None, description="Taken off the logits of tokens that the text has at all."
+    )
+    logit_bias: dict[TokenName, Bias] | None = Field(
+        None, description="Added to the logits of these token ids; -100 rules a token out."
+    )
 
 
 class CompletionRequest(Writing):
@@ -74,12 +66,24 @@ class CompletionRequest(Writing):
     max_tokens: int | None = Field(None, ge=0, le=1 << 31, description="16 if omitted.")
     logprobs: int | None = Field(None, ge=0, le=1 << 31, description="Likeliest tokens beside each.")
     echo: bool | None = Field(None, description="Give the prompt back before the text.")
-    suffix: str | None = Field(None, description="Empty only.")
-    best_of: int | None = Field(None, description="Not supported.")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 31,
+        description="Write so many, and give the `n` likeliest; not in a stream.",
+    )
+    suffix: str | None = Field(None, description="Empty only: the model reads forwards alone.")
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": "def main(", "max_tokens": 64, "temperature": 0.8}]}
     )
+
+    @field_validator("suffix")
+    @classmethod
+    def _no_suffix(cls, value: str | None) -> str | None:
+        if value:
+            raise ValueError("this model reads forwards alone and cannot write towards an end")
+        return value
 
 
 class TextPart(Body):
@@ -97,6 +101,12 @@ class Message(Body):
     name: str | None = None
 
 
+class TextFormat(Body):
+    """The only form of answer there is."""
+
+    type: Literal["text"]
+
+
 class ChatRequest(Writing):
     """The next turn of a conversation."""
 
@@ -105,6 +115,13 @@ class ChatRequest(Writing):
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 31, description="The same.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1 << 31)
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    store: Literal[False] | None = Field(None, description="Nothing is stored.")
+    service_tier: Literal["auto", "default"] | None = None
+    metadata: dict[str, str] | None = Field(None, description="Ignored.")
+    safety_identifier: str | None = Field(None, description="Ignored.")
+    prompt_cache_key: str | None = Field(None, description="Ignored.")
 
 
 class ScoreRequest(Body):

@@ -9,11 +9,11 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mhesa.errors import InputError
 from mhesa.serve.app import create_app
@@ -36,7 +36,8 @@ def serve(service: Service) -> None:
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     _raise_file_limit()
-    catch("uvicorn.error", logging.ERROR)
+    # That an address is in use is told below, in one line.
+    catch("uvicorn.error", logging.CRITICAL)
     settings = service.settings
     config = uvicorn.Config(
         create_app(service),
@@ -49,13 +50,13 @@ def serve(service: Service) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=settings.limits.head,
         timeout_graceful_shutdown=int(settings.limits.drain) + 5,
     )
     try:
         bound = config.bind_socket()
     except SystemExit:
         raise InputError(f"cannot listen on {settings.host}:{settings.port}: is it in use?") from None
+    catch("uvicorn.error", logging.ERROR)
     try:
         _Server(config, service).run(sockets=[bound])
     finally:
@@ -93,7 +94,7 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             return
         service = self.service
-        log("stopping", active=len(service.engine.rows), waiting=service.engine.waiting)
+        log("stopping", active=len(service.engine.slots.rows), waiting=service.engine.waiting)
         service.stopping = self.should_exit = True
         # What is left then is told so, as an error or an event.
         loop.call_later(service.settings.limits.drain, service.engine.stop)
@@ -106,23 +107,42 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(EXPIRE_SECONDS)
 
 
-def _protocol(limits: Limits) -> type[H11Protocol]:
+def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
     """HTTP/1.1 whose connections cannot be held by sending or reading slowly."""
 
-    class Protocol(H11Protocol):
+    class Protocol(HttpToolsProtocol):
         _receiving: asyncio.TimerHandle | None = None
         _sending: asyncio.TimerHandle | None = None
+        _whole = False
+        # Bytes of the request's line and headers, until they are there.
+        _head: int | None = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._receiving = self.loop.call_later(limits.receive, transport.abort)
+            self._arm()
 
         def data_received(self, data: bytes) -> None:
+            if self._head is not None:
+                self._head += len(data)
             super().data_received(data)
-            if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            if self._whole:
                 self._disarm()
             elif self._receiving is None:
-                self._receiving = self.loop.call_later(limits.receive, self.transport.abort)
+                self._arm()
+            if self._head is not None and self._head > limits.head:
+                self._refuse(431, "the request's headers are too large", "headers_too_large")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._whole = False
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            self._head = None
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._whole, self._head = True, 0
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -140,12 +160,19 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            body = APIError(400, "this is not a valid HTTP request", code="invalid_http").response().body
-            head = (
-                f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-            )
-            self.transport.write(f"{head}\r\nconnection: close\r\n\r\n".encode() + bytes(body))
+            self._refuse(400, "this is not a valid HTTP request", "invalid_http")
+
+        def _refuse(self, status: int, message: str, code: str) -> None:
+            body = bytes(APIError(status, message, code=code).response().body)
+            head = [
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n",
+            ]
+            self.transport.write("\r\n".join(head).encode() + body)
             self.transport.close()
+
+        def _arm(self) -> None:
+            self._receiving = self.loop.call_later(limits.receive, self.transport.abort)
 
         def _disarm(self) -> None:
             if self._receiving is not None:

@@ -14,8 +14,9 @@ from starlette.requests import Request
 
 from mhesa.decoding import Decoder
 from mhesa.model import GatedExponentialSmoothingLM
-from mhesa.serve.engine import Busy, Engine, Job, Stopped, wake
+from mhesa.serve.engine import Engine
 from mhesa.serve.errors import APIError, busy, stopping
+from mhesa.serve.jobs import Busy, Job, Stopped, wake
 from mhesa.serve.logs import log
 from mhesa.serve.metrics import Metrics
 from mhesa.serve.sessions import Sessions, Stored
@@ -58,7 +59,7 @@ class Service:
         )
         self.engine = Engine(
             Decoder(model, max_batch=settings.slots, quantize=quantize),
-            model.initial_state(settings.slots),
+            settings.slots,
             queue=settings.queue,
             tell=self._tell,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from mhesa.errors import InputError
@@ -20,6 +21,7 @@ class Limits:
         tokens: tokens of each text.
         texts: texts in all, prompts times `n`.
         stops, stop: how many stop strings, and bytes of each.
+        biases: tokens that a bias is given for.
         logprobs: likeliest tokens beside each.
         scored: tokens that are scored one by one in an answer.
         seconds: from a request's arrival to the end of its answer.
@@ -37,6 +39,7 @@ class Limits:
     texts: int = 128
     stops: int = 16
     stop: int = 256
+    biases: int = 1024
     logprobs: int = 20
     scored: int = 1 << 16
     seconds: float = 600
@@ -91,6 +94,7 @@ class Settings:
             )
 
 
+@lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`.
 

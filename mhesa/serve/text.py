@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -71,6 +72,11 @@ class Choice:
     def drawn(self) -> int:
         """Tokens drawn, with the one that ended the text."""
         return self.count + (self.last == self.vocabulary.end)
+
+    @property
+    def likelihood(self) -> float:
+        """The mean of the tokens' log-probabilities, if they were noted; a text of none comes last."""
+        return sum(scored.logprob for scored in self.scores) / len(self.scores) if self.scores else -math.inf
 
     def take(self, token: int) -> bool:
         """Add a token; whether the text is finished by it."""

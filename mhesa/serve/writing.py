@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import jinja2
@@ -16,22 +14,15 @@ from starlette.types import Receive, Scope, Send
 
 from mhesa.errors import InputError
 from mhesa.sampling import Sampler, Sampling
-from mhesa.serve.engine import Job
 from mhesa.serve.errors import APIError
+from mhesa.serve.forms import Chat, Completions, Form, Prompt
+from mhesa.serve.jobs import Job
 from mhesa.serve.protocol import ChatRequest, CompletionRequest, StreamOptions, Writing
 from mhesa.serve.service import Claim, Gone, Run, Service, client, facts, tokens, utf8
 from mhesa.serve.sessions import SessionError
-from mhesa.serve.text import Choice, Reader, Scored
+from mhesa.serve.text import Choice, Reader
 
 DEFAULT_TOKENS = 16
-
-
-class Prompt:
-    """A prompt's tokens, behind one that goes before: what a text begins with, or a session's last."""
-
-    def __init__(self, before: int, ids: np.ndarray) -> None:
-        self.ids = ids
-        self.all = np.concatenate([np.array([before], dtype=ids.dtype), ids])
 
 
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
@@ -46,8 +37,13 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     check_limit(top or 0, "logprobs", limits.logprobs)
     if body.echo and top is not None:
         check_limit(sum(map(len, prompts)), "tokens of a prompt that is echoed with logprobs", limits.scored)
-    form = _Completions(service, body, bool(body.echo))
-    return await _write(service, request, body, prompts, limit, top, form)
+    n, best_of = body.n or 1, body.best_of or body.n or 1
+    if best_of < n or (best_of > n and body.stream):
+        raise APIError(
+            400, "best_of must be n or more, and n in a stream", param="best_of", code="invalid_value"
+        )
+    form = Completions(service, n, top, bool(body.echo))
+    return await _write(service, request, body, prompts, limit, best_of, form)
 
 
 async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
@@ -63,7 +59,8 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
             400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value"
         )
     top = (body.top_logprobs or 0) if body.logprobs else None
-    return await _write(service, request, body, [prompt], limit, top, _Chat(service, body, False))
+    n = body.n or 1
+    return await _write(service, request, body, [prompt], limit, n, Chat(service, n, top, False))
 
 
 async def _write(
@@ -72,14 +69,16 @@ async def _write(
     body: Writing,
     prompts: list[np.ndarray],
     limit: int,
-    top: int | None,
-    form: _Form,
+    count: int,
+    form: Form,
 ) -> Response:
     limits = service.settings.limits
-    texts = len(prompts) * (body.n or 1)
+    texts = len(prompts) * count
     check_limit(texts, "prompts times n", min(limits.texts, service.settings.slots))
     check_limit(sum(map(len, prompts)), "tokens of all prompts", limits.prompt)
-    sampling, stops = _sampling(body), _stops(service, body)
+    sampling, stops = _sampling(service, body), _stops(service, body)
+    # Which of several texts is the best is told by their tokens' log-probabilities.
+    top = 0 if form.top is None and count > form.n else form.top
     if body.stream_options is not None and not body.stream:
         raise APIError(
             400, "stream_options is for streams only", param="stream_options", code="invalid_value"
@@ -95,7 +94,7 @@ async def _write(
         for prompt in form.prompts:
             choices = [
                 Choice(service.vocabulary, Sampler(sampling, _seed(body, index)), limit, stops, top)
-                for index in range(body.n or 1)
+                for index in range(count)
             ]
             for choice in choices:
                 choice.sampler.observe(prompt.all.tolist() if sampling.repetition_penalty != 1 else ())
@@ -105,7 +104,7 @@ async def _write(
                     choices,
                     client=client(request) or (request.client.host if request.client else ""),
                     state=claim.stored.state if claim and claim.stored else None,
-                    score=form.echo and top is not None,
+                    score=form.echo and form.top is not None,
                     top=top or 0,
                     stream=bool(body.stream),
                     keep_state=claim is not None,
@@ -131,7 +130,7 @@ class _Answer:
     """What a request's answer has to see to, whole or streamed."""
 
     def __init__(
-        self, form: _Form, claim: Claim | None, options: StreamOptions, facts: dict[str, Any]
+        self, form: Form, claim: Claim | None, options: StreamOptions, facts: dict[str, Any]
     ) -> None:
         self.form, self.claim, self.options, self.facts = form, claim, options, facts
 
@@ -206,172 +205,6 @@ def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, separators=(",", ":")).encode("ascii") + b"\n\n"
 
 
-class _Form:
-    """How an answer looks, and what is the same in all of its parts."""
-
-    prefix, kind, chunk = "cmpl", "text_completion", "text_completion"
-    run: Run
-    prompts: Sequence[Prompt]
-
-    def __init__(self, service: Service, body: Writing, echo: bool) -> None:
-        self.service, self.body, self.echo = service, body, echo
-        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
-        self.created = int(time.time())
-
-    def head(self, streamed: bool) -> dict[str, Any]:
-        kind = self.chunk if streamed else self.kind
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.service.settings.name}
-
-    def usage(self) -> dict[str, int]:
-        """Tokens of prompts and of texts, so far."""
-        read = sum(len(prompt.ids) for prompt in self.prompts)
-        written = sum(choice.count for job in self.run.jobs for choice in job.choices)
-        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-    def whole(self) -> dict[str, Any]:
-        """The answer that is not streamed."""
-        choices = []
-        for index, (job, choice) in enumerate(self.owners()):
-            text, scores = Reader(choice).read()
-            choices.append(self.choice(index, job, text, scores, choice.finish))
-        return {**self.head(False), "choices": choices, "usage": self.usage()}
-
-    def owners(self) -> list[tuple[Job, Choice]]:
-        """Every text and the job that it belongs to."""
-        return [(job, choice) for job in self.run.jobs for choice in job.choices]
-
-    def begin(self, index: int) -> list[dict[str, Any]]:
-        """Events before a text."""
-        return []
-
-    def choice(
-        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
-    ) -> dict[str, Any]:
-        """A whole text."""
-        raise NotImplementedError
-
-    def pieces(
-        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
-    ) -> list[dict[str, Any]]:
-        """Events of a piece of a text."""
-        raise NotImplementedError
-
-    def bytes(self, token: int) -> bytes:
-        return self.service.vocabulary.pieces[token]
-
-    def name(self, token: int) -> str:
-        """A token as text, which not every token is."""
-        if token == self.service.vocabulary.end:
-            return str(self.service.tokenizer.eos_token)
-        try:
-            return self.bytes(token).decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes(token))
-
-
-class _Completions(_Form):
-    """OpenAI's `text_completion`."""
-
-    def __init__(self, service: Service, body: Writing, echo: bool) -> None:
-        super().__init__(service, body, echo)
-        # Where each text is by now, in characters.
-        self.offsets: dict[int, int] = {}
-
-    def choice(
-        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
-    ) -> dict[str, Any]:
-        if self.echo and index not in self.offsets:
-            prompt = self.prompts[self.run.jobs.index(job)]
-            echoed = self.service.tokenizer.decode_bytes(prompt.ids)
-            text = echoed.decode("utf-8", "replace") + text
-            scores = (_prompt_scores(job) if job.score else []) + scores
-        logprobs = None
-        if job.choices[0].top is not None:
-            logprobs = self._logprobs(index, scores, job.choices[0].top)
-        self.offsets.setdefault(index, 0)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-    def pieces(
-        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
-    ) -> list[dict[str, Any]]:
-        return [{**self.head(True), "choices": [self.choice(index, job, text, scores, finish)]}]
-
-    def _logprobs(self, index: int, scores: list[Scored], top: int) -> dict[str, Any]:
-        offsets, at = [], self.offsets.get(index, 0)
-        for scored in scores:
-            piece = self.bytes(scored.token)
-            # A byte that goes on with a character belongs to the one that has begun.
-            offsets.append(at - bool(at and piece and piece[0] & 0xC0 == 0x80))
-            at += sum(byte & 0xC0 != 0x80 for byte in piece)
-        self.offsets[index] = at
-        likeliest = [
-            {self.name(token): value for token, value in [*scored.top, (scored.token, scored.logprob)]}
-            for scored in scores
-        ]
-        return {
-            "tokens": [self.name(scored.token) for scored in scores],
-            "token_logprobs": [scored.logprob for scored in scores],
-            "top_logprobs": likeliest if top else None,
-            "text_offset": offsets,
-        }
-
-
-class _Chat(_Form):
-    """OpenAI's `chat.completion`."""
-
-    prefix, kind, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def choice(
-        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
-    ) -> dict[str, Any]:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._logprobs(job, scores),
-            "finish_reason": finish,
-        }
-
-    def begin(self, index: int) -> list[dict[str, Any]]:
-        return [self._event(index, {"role": "assistant", "content": ""}, None, None)]
-
-    def pieces(
-        self, index: int, job: Job, text: str, scores: list[Scored], finish: str | None
-    ) -> list[dict[str, Any]]:
-        events = []
-        if text:
-            events.append(self._event(index, {"content": text}, self._logprobs(job, scores), None))
-        if finish:
-            events.append(self._event(index, {}, None, finish))
-        return events
-
-    def _event(
-        self, index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, finish: str | None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return {**self.head(True), "choices": [choice]}
-
-    def _logprobs(self, job: Job, scores: list[Scored]) -> dict[str, Any] | None:
-        if job.choices[0].top is None:
-            return None
-        content = [
-            {
-                **self._token(scored.token, scored.logprob),
-                "top_logprobs": [self._token(token, value) for token, value in scored.top],
-            }
-            for scored in scores
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.name(token), "logprob": logprob, "bytes": list(self.bytes(token))}
-
-
-def _prompt_scores(job: Job) -> list[Scored]:
-    values = [value for part in job.logprobs for value in part.tolist()]
-    ids = job.ids[1:].tolist()
-    return [Scored(0, *row) for row in zip(ids, values, job.likeliest or [[]] * len(ids), strict=True)]
-
-
 def check_model(service: Service, name: str | None) -> None:
     """Raise `APIError` unless `name` is the model that is served, or none."""
     if name is not None and name != service.settings.name:
@@ -429,16 +262,33 @@ def _render(service: Service, body: ChatRequest) -> np.ndarray:
     return tokens(service, [int(token) for token in ids])
 
 
-def _sampling(body: Writing) -> Sampling:
+def _sampling(service: Service, body: Writing) -> Sampling:
     given = {
         name: value
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        for name in (
+            *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+            *("frequency_penalty", "presence_penalty"),
+        )
         if (value := getattr(body, name)) is not None
     }
     try:
-        return Sampling(**given)
+        return Sampling(**given, logit_bias=_biases(service, body))
     except InputError as error:
         raise APIError(400, str(error), param=str(error).split()[0], code="invalid_value") from error
+
+
+def _biases(service: Service, body: Writing) -> dict[int, float]:
+    biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
+    check_limit(len(biases), "logit_bias tokens", service.settings.limits.biases)
+    size = len(service.vocabulary.pieces)
+    if biases and max(biases) >= size:
+        raise APIError(
+            400,
+            f"logit_bias: token ids must be 0 to {size - 1}, not {max(biases)}",
+            param="logit_bias",
+            code="invalid_value",
+        )
+    return biases
 
 
 def _seed(body: Writing, index: int) -> int | None:
