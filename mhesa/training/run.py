@@ -336,6 +336,8 @@ def _arguments(settings: TrainingSettings) -> TrainingArguments:
         ignore_data_skip=True,
         logging_nan_inf_filter=False,
         report_to=settings.report_to,
+        project="mhesa",
+        run_name=Path(settings.out).name,
         disable_tqdm=True,
         dataloader_pin_memory=settings.device != "cpu",
     )
