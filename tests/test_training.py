@@ -306,9 +306,6 @@ def test_a_compiled_model_learns_the_same(settings, tmp_path):
     train(compiled)
     [one], [other] = ([row["loss"] for row in rows(run) if "loss" in row] for run in (plain, compiled))
     assert one == pytest.approx(other, abs=1e-5)
-    assert all(
-        torch.allclose(weights(compiled)[name], value, atol=1e-3) for name, value in weights(plain).items()
-    )
 
 
 @needs_compiler
