@@ -10,7 +10,9 @@ from mhesa import cli
 from mhesa.bench import lengths, ops, train
 from mhesa.bench.lengths import bench_lengths
 from mhesa.bench.ops import Case, Contestant, bench_ops
+from mhesa.bench.run import bench_run, outside
 from mhesa.bench.train import Sizes, bench_train
+from mhesa.training import TrainingSettings
 
 SMALL = [Case((2, 64, 2, 8), torch.float32), Case((1, 65, 4, 4), torch.bfloat16)]
 
@@ -81,6 +83,22 @@ def test_the_commands_print_tables_and_json(monkeypatch, capsys):
     rows = json.loads(run("ops", "--rounds", "1", "--json"))
     assert {"shape", "dtype", "operator", "timed", "milliseconds", "over_clone", "error"} <= set(rows[0])
     assert {"length", "timed", "milliseconds", "nanoseconds_per_step", "over_shorter"} <= set(rows[-1])
+
+
+def test_a_run_is_timed_part_by_part(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {index}, {index * index}\n" for index in range(3000)))
+    sizes = {"dim": 16, "depth": 2, "heads": 2, "dim_mhesa": 8, "context": 32, "batch_size": 4}
+    settings = TrainingSettings(
+        out=str(tmp_path / "run"), sources=(str(tmp_path / "text.txt"),), steps=12, device="cpu", **sizes
+    )
+    parts, summary = bench_run(settings)
+    assert summary.steps == 12
+    assert sum(part.seconds for part in parts) == pytest.approx(summary.seconds)
+    assert sum(part.share for part in parts) == pytest.approx(1)
+    assert all(part.seconds > 0 for part in parts)
+    by_name = {part.name: part.share for part in parts}
+    arithmetic = sum(by_name[name] for name in ("forward", "backward", "clipping", "optimizer"))
+    assert outside(parts) == pytest.approx(1 - arithmetic)
 
 
 def test_a_shape_that_is_none_is_refused(monkeypatch, capsys):

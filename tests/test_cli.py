@@ -271,7 +271,6 @@ def test_a_vocabulary_goes_with_the_model(corpus, tmp_path, run):
         (["--eval-every", "-1"], "eval_every must be 0 or more, not -1"),
         (["--patience", "3"], "say with eval_every how often"),
         (["--report-to", "paper"], "report_to must be one of none, tensorboard, wandb, trackio, not paper"),
-        (["--report-to", "wandb"], "report_to wandb needs it installed: pip install wandb"),
         (["--batch-size", "1000000000"], "make batch_size or context smaller"),
         (["--dim", "1000000000"], "make dim, depth or dim_mhesa smaller"),
         (["--config", "missing.yaml"], "cannot read missing.yaml: No such file or directory"),

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from mhesa.data import Holdout, Source, Windows, open_corpus, pack, read_sources, standard_library
 from mhesa.data.corpus import Tokens
 from mhesa.data.holdout import cut
+from mhesa.data.sources import STRETCH
 from mhesa.errors import InputError
 from mhesa.hf import ByteTokenizer
 
@@ -325,6 +326,30 @@ def test_large_texts_are_tokenised_in_order(tmp_path):
     assert ids.astype(np.uint8).tobytes() == lines(900_000)[: len(ids)]
 
 
+def test_bytes_take_a_byte_each_and_zeros_are_no_ends(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"\0x\0")
+    corpus = tokens_of(tmp_path, holdout="tail:0.3")
+    assert corpus.tokens[0:9].tolist() == [256, 0, 120, 0, 256, 0, 120, 0]
+    [folder] = (
+        path.parent
+        for path in Path(os.environ["MHESA_CACHE"]).glob("tokens/*/facts.json")
+        if corpus.facts.sha256 in path.read_text()
+    )
+    assert (folder / "tokens.bin").stat().st_size == corpus.facts.training_tokens
+
+
+def test_every_stretch_of_a_file_counts(tmp_path):
+    text = bytes(STRETCH) + b"the end"
+    (tmp_path / "one").write_bytes(text)
+    (tmp_path / "other").write_bytes(text[:-1] + b"!")
+    (tmp_path / "begin").write_bytes(text[:STRETCH])
+    (tmp_path / "end").write_bytes(text[STRETCH:])
+    names = (["one"], ["other"], ["begin", "end"])
+    digests = {Source([str(tmp_path / name) for name in chosen]).sha256 for chosen in names}
+    assert len(digests) == 3
+
+
 def resident_file_pages():
     """Bytes of mapped files that this process holds in memory."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssFile" in line]
@@ -336,7 +361,8 @@ def test_token_files_are_not_kept_in_memory(tmp_path):
     size = 200_000_000
     with (tmp_path / "tokens.bin").open("wb") as file:
         file.truncate(size)
-    tokens = Tokens(tmp_path / "tokens.bin", "uint16")
+    (tmp_path / "begins.bin").write_bytes(bytes(8))
+    tokens = Tokens(tmp_path, "uint8", eos_token_id=0)
     before, most = resident_file_pages(), 0
     for nth, start in enumerate(range(0, len(tokens), 10_000)):
         assert not tokens[start : start + 10_000].any()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import threading
 import time
 from dataclasses import replace
@@ -290,6 +291,66 @@ def test_a_carried_state_is_the_state_of_the_whole_stream(settings):
     with torch.no_grad():
         expected = model.to_plain()(ids[:, :-1], labels=ids[:, 1:])
     assert losses == [pytest.approx(expected.item(), abs=1e-5)]
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler"
+)
+
+
+@needs_compiler
+def test_a_compiled_model_learns_the_same(settings, tmp_path):
+    plain = replace(settings, depth=1, carry_state=True)
+    compiled = replace(plain, compile=True, out=str(tmp_path / "compiled"))
+    train(plain)
+    train(compiled)
+    [one], [other] = ([row["loss"] for row in rows(run) if "loss" in row] for run in (plain, compiled))
+    assert one == pytest.approx(other, abs=1e-5)
+
+
+@needs_compiler
+@pytest.mark.torture
+@pytest.mark.timeout(1000)
+def test_a_compiled_run_goes_on_as_if_it_had_never_stopped(settings, tmp_path):
+    whole = replace(settings, steps=20, save_every=10, carry_state=True, compile=True)
+    again = replace(whole, out=str(tmp_path / "again"))
+    train(whole)
+    shutil.copytree(whole.out, again.out)
+    shutil.rmtree(Path(again.out) / "checkpoints" / "step-20")
+    train(again, resume=True)
+    assert_same_run(again, whole, 20)
+
+
+# Reports
+
+
+def test_figures_reach_wandb_without_a_network(settings, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(replace(settings, steps=20, eval_every=10, report_to="wandb"))
+    [log] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    for name in (b"train/loss", b"train/bits_per_byte", b"train/held_out_bits_per_byte"):
+        assert name in log.read_bytes()
+
+
+def test_figures_reach_trackio_without_a_network(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="pip install trackio")
+    train(replace(settings, steps=20, eval_every=10, report_to="trackio"))
+    with sqlite3.connect(tmp_path / "trackio" / "mhesa.db") as database:
+        found = [json.loads(row) for (row,) in database.execute("SELECT metrics FROM metrics")]
+    losses = [row["train/loss"] for row in found if "train/loss" in row]
+    assert losses == [pytest.approx(row["loss"]) for row in rows(settings) if "loss" in row]
+    assert any("train/held_out_bits_per_byte" in row for row in found)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_reporter_that_is_missing_is_named(settings, monkeypatch, name):
+    monkeypatch.setattr("mhesa.training.settings.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=f"report_to {name} needs it installed: pip install {name}"):
+        replace(settings, report_to=name).resolve()
 
 
 def test_a_curve_is_a_picture(tmp_path):

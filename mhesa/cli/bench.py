@@ -154,6 +154,45 @@ def decode(
     Console().print(table)
 
 
+def run(
+    sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE", help="As in mhesa train.")] = None,
+    minutes: Annotated[float, typer.Option(help="How long the run is.")] = 1.0,
+    holdout: Annotated[
+        str, typer.Option(help="As in mhesa train.", metavar="content:F|tail:F")
+    ] = "content:0.05",
+    as_json: AsJson = False,
+) -> None:
+    """Time a whole run of `mhesa train` on this CPU, part by part; nothing of it is kept.
+
+    What counts as outside of forward, backward and optimizer: reading windows, the Trainer's loop, rows of
+    metrics, the plot and checkpoints. Clipping is the optimizer's, and has a row of its own.
+
+    Example:
+
+        mhesa bench run book.txt --holdout tail:0.1 --minutes 3
+    """
+    from tempfile import TemporaryDirectory
+
+    from mhesa.bench.run import bench_run, outside
+    from mhesa.training import TrainingSettings
+
+    with TemporaryDirectory() as folder:
+        settings = TrainingSettings(
+            out=folder, sources=tuple(sources or ()), minutes=minutes, holdout=holdout, device="cpu"
+        )
+        parts, summary = bench_run(settings, console=Console(stderr=True))
+    if as_json:
+        figures = {"parts": list(map(asdict, parts)), "outside": outside(parts), "loss": summary.score.loss}
+        typer.echo(json.dumps(figures))
+        return
+    table = new_table("part of a run", "ms a step", "share")
+    for part in parts:
+        table.add_row(part.name, f"{part.milliseconds_a_step:.2f}", f"{part.share:.1%}")
+    table.add_row("outside of forward, backward and optimizer", "", f"{outside(parts):.1%}")
+    Console().print(table)
+    typer.echo(f"\n{summary.steps:,} steps, {summary.score.loss:.3f} nats per token held out")
+
+
 def serve(
     folder: Folder,
     streams: Annotated[

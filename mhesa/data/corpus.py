@@ -6,24 +6,23 @@ import hashlib
 import json
 import mmap
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from mhesa.data.cache import cache_folder, lock
 from mhesa.data.holdout import Holdout, Piece
-from mhesa.data.sources import TEXT_FIELD, Document, File, Report, find_files, nothing_in
+from mhesa.data.parallel import batches, ordered, threads
+from mhesa.data.sources import TEXT_FIELD, Document, Report, find_files, nothing_in
 from mhesa.durable import write_folder
 from mhesa.errors import InputError
 
 # Counted up when the same text and tokenizer would give other files.
-FORMAT = 1
+FORMAT = 2
 BATCH = 1 << 22
 # Held-out text that is kept to measure on; the rest is only kept from training.
 MEASURED_BYTES = 1 << 21
@@ -31,11 +30,9 @@ MEASURED_BYTES = 1 << 21
 VOCABULARY_BYTES = 1 << 28
 READS_BETWEEN_RELEASES = 256
 TOKENS = "tokens.bin"
+BEGINS = "begins.bin"
 HELD_OUT = "held_out.bin"
 FACTS = "facts.json"
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 class Tokenizer(Protocol):
@@ -91,16 +88,25 @@ class Corpus:
 
 
 class Tokens:
-    """A file of token ids, mapped and not read: `tokens[start:stop]` is a copy of a few of them.
+    """Token ids in a file, mapped and not read: `tokens[start:stop]` is a copy of a few of them.
+
+    Where documents begin is in a file of its own, and the end-of-text token there need not fit the ids'
+    type: bytes take a byte each.
 
     Pages that were touched are given back now and then, so that a long run over a large file does not
     come to hold all of it.
+
+    Args:
+        folder: where both files are.
+        dtype: of the ids.
+        eos_token_id: the token that every document begins with.
     """
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._ids = np.frombuffer(self._map, dtype=dtype)
+    def __init__(self, folder: Path, dtype: str, eos_token_id: int) -> None:
+        self._maps: list[mmap.mmap] = []
+        self._ids = self._mapped(folder / TOKENS, dtype)
+        self._begins = self._mapped(folder / BEGINS, "int64")
+        self._eos_token_id = eos_token_id
         self._reads = 0
 
     def __len__(self) -> int:
@@ -108,9 +114,23 @@ class Tokens:
 
     def __getitem__(self, place: slice) -> np.ndarray:
         self._reads += 1
-        if self._reads % READS_BETWEEN_RELEASES == 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-        return self._ids[place].copy()
+        if self._reads % READS_BETWEEN_RELEASES == 0:
+            self._release()
+        start, stop, _ = place.indices(len(self))
+        ids = self._ids[start:stop].astype(np.int64)
+        first, last = np.searchsorted(self._begins, (start, stop))
+        ids[self._begins[first:last] - start] = self._eos_token_id
+        return ids
+
+    def _mapped(self, path: Path, dtype: str) -> np.ndarray:
+        with path.open("rb") as file:
+            self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return np.frombuffer(self._maps[-1], dtype=dtype)
+
+    def _release(self) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for it in self._maps:
+                it.madvise(mmap.MADV_DONTNEED)
 
 
 class Source:
@@ -132,8 +152,9 @@ class Source:
         self.files = find_files(sources)
         self.text_field = text_field
         self.holdout = Holdout.parse(holdout)
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(File.sha256, self.files))
+        with threads() as pool:
+            stretches = [(file, start) for file in self.files for start in file.stretches()]
+            digests = list(pool.map(lambda stretch: stretch[0].sha256(stretch[1]), stretches))
         self.sha256 = _digest(digests, text_field, holdout)
         self.size = sum(file.size for file in self.files)
 
@@ -176,25 +197,25 @@ def open_corpus(source: Source, tokenizer: Tokenizer, on_read: Report = lambda a
     name = _digest(FORMAT, source.sha256, tokenizer.fingerprint())[:32]
     folder = cache_folder() / "tokens" / name
     with lock(name):
-        corpus = _load(folder)
+        corpus = _load(folder, tokenizer)
         if corpus is None:
             try:
                 with write_folder(folder) as partial:
                     _tokenize(source, tokenizer, partial, on_read)
             except OSError as error:
                 raise InputError(f"cannot write tokens to {folder}: {error.strerror}") from error
-            corpus = _load(folder)
+            corpus = _load(folder, tokenizer)
     assert corpus is not None
     return corpus
 
 
-def _load(folder: Path) -> Corpus | None:
+def _load(folder: Path, tokenizer: Tokenizer) -> Corpus | None:
     try:
         saved = json.loads((folder / FACTS).read_text())
     except (OSError, ValueError):
         return None
     facts = Facts(**saved["facts"])
-    tokens = Tokens(folder / TOKENS, saved["dtype"])
+    tokens = Tokens(folder, saved["dtype"], tokenizer.eos_token_id)
     if len(tokens) != facts.training_tokens:
         return None
     data = (folder / HELD_OUT).read_bytes()
@@ -222,7 +243,7 @@ class _Writer:
         self.source = source
         self.tokenizer = tokenizer
         self.folder = folder
-        self.dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+        self.dtype = _smallest_type(tokenizer)
         self.documents = self.training_bytes = self.training_tokens = 0
         self.read = self.held_out_bytes = 0
         self.last_document = -1
@@ -234,17 +255,21 @@ class _Writer:
 
     def write(self, pieces: Iterator[Piece]) -> None:
         """Tokenise the training pieces and keep some of the others."""
-        batches = _batches(piece for piece in pieces if not self._took(piece))
+        taken = batches((piece for piece in pieces if not self._took(piece)), _size, BATCH)
         with (
             (self.folder / TOKENS).open("wb", buffering=0) as file,
-            ThreadPoolExecutor(os.cpu_count()) as pool,
+            (self.folder / BEGINS).open("wb") as begins,
+            threads() as pool,
         ):
-            for _ in ordered(pool, _write_at, self._placed(file, ordered(pool, self._encode, batches))):
+            for _ in ordered(pool, _write_at, self._placed(file, begins, ordered(pool, self._encode, taken))):
                 pass
 
-    def _placed(self, file: FileIO, batches: Iterable[np.ndarray]) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Where each batch goes, so that several threads can write."""
-        for ids in batches:
+    def _placed(
+        self, file: FileIO, begins: IO[bytes], encoded: Iterable[tuple[np.ndarray, np.ndarray]]
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Where the ids of each batch go, so that several threads can write."""
+        for ids, first in encoded:
+            begins.write((self.training_tokens + first).tobytes())
             yield file.fileno(), self.training_tokens * ids.itemsize, ids
             self.training_tokens += len(ids)
 
@@ -294,13 +319,31 @@ class _Writer:
             or piece.rank <= max(self.measured, self.lowest_rank)
         )
 
-    def _encode(self, batch: list[Piece]) -> np.ndarray:
-        end = np.array([self.tokenizer.eos_token_id], dtype=self.dtype)
-        parts = []
+    def _encode(self, batch: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a batch, and where among them documents begin."""
+        end = np.array([self.tokenizer.eos_token_id])
+        parts, begins, length = [], [], 0
         encoded = self.tokenizer.encode_batch([piece.data for piece in batch])
         for piece, ids in zip(batch, encoded, strict=True):
-            parts += [end, ids] if piece.starts else [ids]
-        return np.concatenate(parts).astype(self.dtype, copy=False)
+            if piece.starts:
+                begins.append(length)
+                parts.append(end)
+            parts.append(ids)
+            length += len(ids) + piece.starts
+        # In a byte, end of text is a 0 until `Tokens` puts it in its place.
+        return np.concatenate(parts, dtype=self.dtype, casting="unsafe"), np.array(begins, dtype=np.int64)
+
+
+def _smallest_type(tokenizer: Tokenizer) -> str:
+    """What holds every id but that of end of text."""
+    largest = len(tokenizer) - 1
+    if largest == tokenizer.eos_token_id:
+        largest -= 1
+    return np.min_scalar_type(largest).name
+
+
+def _size(piece: Piece) -> int:
+    return len(piece.data)
 
 
 def _write_at(place: tuple[int, int, np.ndarray]) -> None:
@@ -309,30 +352,6 @@ def _write_at(place: tuple[int, int, np.ndarray]) -> None:
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.data)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def ordered(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """`map` on a pool's threads in order, a few items ahead and no more."""
-    waiting: deque[Future[B]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > pool._max_workers:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _digest(*values: object) -> str:

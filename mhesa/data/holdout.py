@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from mhesa.data.parallel import batches, ordered, threads
 from mhesa.errors import InputError
 
 LARGEST_PIECE = 1 << 16
 SMALLEST_PIECE = 1 << 10
+RANKED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,30 @@ class Holdout:
         """
         size = min(max(total // 256, SMALLEST_PIECE), LARGEST_PIECE)
         left = int(total * (1 - self.fraction))
-        for index, document in enumerate(documents):
-            before: bool | None = None
-            for data in cut(document, size):
-                rank = content_rank(data)
-                if self.method == "content":
-                    sides = [(data, rank <= self.fraction)]
-                else:
-                    sides = [(data[: max(left, 0)], False), (data[max(left, 0) :], True)]
-                left -= len(data)
-                for part, held_out in sides:
-                    if part:
-                        yield Piece(part, index, held_out is not before, held_out, rank)
-                        before = held_out
+        pieces = ((index, data) for index, document in enumerate(documents) for data in cut(document, size))
+        last, before = -1, False
+        for index, data, rank in _ranked(pieces):
+            if self.method == "content":
+                sides = [(data, rank <= self.fraction)]
+            else:
+                sides = [(data[: max(left, 0)], False), (data[max(left, 0) :], True)]
+            left -= len(data)
+            for part, held_out in sides:
+                if part:
+                    starts = index != last or held_out is not before
+                    yield Piece(part, index, starts, held_out, rank)
+                    last, before = index, held_out
+
+
+def _ranked(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes, float]]:
+    """Pieces with their ranks, which are found on every core."""
+
+    def rank(batch: list[tuple[int, bytes]]) -> list[tuple[int, bytes, float]]:
+        return [(index, data, content_rank(data)) for index, data in batch]
+
+    with threads() as pool:
+        for batch in ordered(pool, rank, batches(pieces, lambda piece: len(piece[1]), RANKED_AT_ONCE)):
+            yield from batch
 
 
 def cut(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:

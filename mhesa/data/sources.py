@@ -21,6 +21,7 @@ from mhesa.data.cache import hub_file, spool
 from mhesa.errors import InputError
 
 CHUNK = 1 << 20
+STRETCH = 1 << 26
 HUB = "hf://"
 TEXT_FIELD = "text"
 JSON_LINES = (".jsonl", ".ndjson")
@@ -66,13 +67,22 @@ class File:
         """Bytes on the disk."""
         return self.path.stat().st_size
 
-    def sha256(self) -> str:
-        """The digest of what is on the disk, and of how it is read."""
-        digest = hashlib.sha256(f"{self.path.suffix.lower()} {self.form}\n".encode())
+    def stretches(self) -> range:
+        """Where the stretches of the file begin that are hashed one by one, on several cores."""
+        return range(0, max(self.size, 1), STRETCH)
+
+    def sha256(self, start: int) -> str:
+        """The digest of a stretch of what is on the disk, and of how the file is read."""
+        how = f"{self.path.suffix.lower()} {self.form}" if start == 0 else f"{start}"
+        digest = hashlib.sha256(f"{how}\n".encode())
+        buffer = memoryview(bytearray(CHUNK))
         try:
             with self.path.open("rb", buffering=0) as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
+                file.seek(start)
+                left = STRETCH
+                while size := file.readinto(buffer[:left]):
+                    digest.update(buffer[:size])
+                    left -= size
         except OSError as error:
             raise InputError(f"cannot read {self.name}: {error.strerror}") from error
         return digest.hexdigest()

@@ -79,7 +79,7 @@ class Windows:
     def read(self, starts: Sequence[int] | np.ndarray) -> Tensor:
         """The windows that begin there, each with the token behind it: `(windows, context + 1)`."""
         ids = [self.tokens[start : start + self.context + 1] for start in starts]
-        return torch.from_numpy(np.stack(ids).astype(np.int64))
+        return torch.from_numpy(np.stack(ids))
 
     def _draw_order(self, nth: int) -> np.ndarray:
         # Offsets and orders are drawn from generators of their own, so that neither moves the other.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import os
 import signal
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +15,16 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from mhesa.data import Corpus, Document, Source, Tokenizer, Windows, open_corpus
+from mhesa.data import Corpus, Source, Windows, open_corpus
 from mhesa.data.cache import cache_folder, lock
 from mhesa.devices import best_device
 from mhesa.durable import write_folder
 from mhesa.errors import InputError, TrainingError
-from mhesa.evaluation import Score, evaluate
+from mhesa.evaluation import evaluate
 from mhesa.folder import load_tokenizer
-from mhesa.generation import stream
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.hf.vocabulary import TextTokenizer, open_tokenizer, train_bpe
-from mhesa.model import GatedExponentialSmoothingLM
-from mhesa.sampling import Sampling
 from mhesa.tokens import Bytes
 from mhesa.training import checkpoint
 from mhesa.training.checkpoint import PREFIX, Progress
@@ -39,7 +33,6 @@ from mhesa.training.folder import (
     CHECKPOINTS,
     COMPLETE,
     CURVE,
-    RUN_FILES,
     append_metrics,
     check_free,
     check_same_corpus,
@@ -48,6 +41,7 @@ from mhesa.training.folder import (
     read_metrics,
 )
 from mhesa.training.memory import check_memory, keep_memory
+from mhesa.training.outcome import Summary, compress, first_bytes, save_model, with_weights, write_sample
 from mhesa.training.plot import draw_curve
 from mhesa.training.progress import ProgressDisplay
 from mhesa.training.schedule import Budget, StopOnSignal, learning_rate
@@ -57,29 +51,11 @@ from mhesa.training.trainer import Batches, StepTrainer
 
 # The Trainer wants a number of steps; the budget ends training long before.
 ENDLESS = 2**31
-SAMPLE_TOKENS = 300
 SECONDS_BETWEEN_CURVES = 60.0
 # Of the held-out text, what evaluations on the way read.
 EVALUATED_BYTES = 1 << 17
 
 AnyTokenizer = Bytes | TextTokenizer
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run comes to."""
-
-    folder: Path
-    steps: int
-    seconds: float
-    score: Score
-    compressors: dict[str, float]
-    sample: bytes
-
-    @property
-    def files(self) -> list[str]:
-        """Names of what the run has put into the folder."""
-        return [name for name in RUN_FILES if (self.folder / name).exists()]
 
 
 class Stopped(Exception):  # noqa: N818 - a wish that was met, not an error
@@ -244,9 +220,9 @@ class Run:
     def finish(self, trainer: StepTrainer) -> Summary:
         """Save the model and, unless the run was stopped, measure it."""
         weights = self._best_weights() if self._takes_best() else trainer.weights()
-        model = _with_weights(self.config, weights)
+        model = with_weights(self.config, weights)
         if rank() == 0:
-            _save(model, self.folder)
+            save_model(model, self.folder)
         if self.after_step.stopped_by:
             barrier()
             raise Stopped(signal.Signals(self.after_step.stopped_by), self.progress.step, self.folder)
@@ -269,8 +245,8 @@ class Run:
             steps=self.progress.step,
             seconds=self.progress.seconds,
             score=evaluate(plain, self.tokenizer, held_out, self.display.advance),
-            compressors=_compress(held_out),
-            sample=_sample(plain, self.tokenizer, self.settings.seed),
+            compressors=compress(held_out),
+            sample=write_sample(plain, self.tokenizer, self.settings.seed),
         )
         self._record(summary)
         return summary
@@ -278,12 +254,12 @@ class Run:
     def _evaluate(self, trainer: StepTrainer) -> Evaluation | None:
         model = self.model
         if is_parted(model):
-            model = _with_weights(self.config, trainer.weights())
+            model = with_weights(self.config, trainer.weights())
         if rank() != 0:
             return None
         plain = model.to_plain().eval()
-        score = evaluate(plain, self.tokenizer, _first(self.corpus.held_out, EVALUATED_BYTES))
-        sample = _sample(plain, self.tokenizer, self.settings.seed)
+        score = evaluate(plain, self.tokenizer, first_bytes(self.corpus.held_out, EVALUATED_BYTES))
+        sample = write_sample(plain, self.tokenizer, self.settings.seed)
         return Evaluation(score.bits_per_byte, sample.decode("utf-8", "replace"))
 
     def _on_row(self, row: dict[str, Any]) -> None:
@@ -361,6 +337,8 @@ def _arguments(settings: TrainingSettings) -> TrainingArguments:
         ignore_data_skip=True,
         logging_nan_inf_filter=False,
         report_to=settings.report_to,
+        project="mhesa",
+        run_name=Path(settings.out).name,
         disable_tqdm=True,
         dataloader_pin_memory=settings.device != "cpu",
     )
@@ -372,23 +350,6 @@ def _recompute(model: MhesaForCausalLM) -> None:
     enable()
 
 
-def _with_weights(config: Any, weights: dict[str, torch.Tensor]) -> MhesaForCausalLM:
-    with torch.device("meta"):
-        model = MhesaForCausalLM(config)
-    model.load_state_dict(weights, assign=True)
-    model.train(False)
-    return model
-
-
-def _save(model: MhesaForCausalLM, folder: Path) -> None:
-    """Write the model's files, each whole or not at all."""
-    with write_folder(folder / CHECKPOINTS / "model") as partial:
-        model.save_pretrained(partial)
-    for file in (folder / CHECKPOINTS / "model").iterdir():
-        file.replace(folder / file.name)
-    (folder / CHECKPOINTS / "model").rmdir()
-
-
 def _tell_all(summary: Summary | None) -> Summary:
     """The first process's summary, in every process."""
     told = [summary]
@@ -396,26 +357,3 @@ def _tell_all(summary: Summary | None) -> Summary:
         torch.distributed.broadcast_object_list(told)
     assert told[0] is not None
     return told[0]
-
-
-def _first(documents: Iterable[Document], size: int) -> list[Document]:
-    """The first documents, up to about `size` bytes and at least one."""
-    chosen: list[Document] = []
-    for document in documents:
-        if size <= 0:
-            break
-        chosen.append(replace(document, data=document.data[:size]))
-        size -= len(document.data)
-    return chosen
-
-
-def _compress(documents: Iterable[Document]) -> dict[str, float]:
-    data = b"".join(document.data for document in documents)
-    sizes = {"xz -9": len(lzma.compress(data, preset=9)), "gzip -9": len(gzip.compress(data, 9))}
-    return {name: 8 * size / len(data) for name, size in sizes.items()}
-
-
-def _sample(model: GatedExponentialSmoothingLM, tokenizer: Tokenizer, seed: int) -> bytes:
-    start = torch.tensor([tokenizer.eos_token_id])
-    tokens = stream(model, start, max_new_tokens=SAMPLE_TOKENS, sampling=Sampling(temperature=0.8), seed=seed)
-    return tokenizer.decode_bytes(list(tokens))

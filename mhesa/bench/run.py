@@ -1,0 +1,96 @@
+"""Where the time of a training run goes: forward, backward, optimizer, and all else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from rich.console import Console
+
+from mhesa.errors import InputError
+from mhesa.hf.modeling import MhesaForCausalLM
+from mhesa.training import Summary, TrainingSettings, train
+from mhesa.training.steps import AfterStep
+from mhesa.training.trainer import Batches
+
+# What a step is made of. The gradient is clipped for the optimizer, but has a row of its own.
+PARTS: dict[str, tuple[type, str]] = {
+    "forward": (MhesaForCausalLM, "forward"),
+    "backward": (Accelerator, "backward"),
+    "clipping": (Accelerator, "clip_grad_norm_"),
+    "optimizer": (AcceleratedOptimizer, "step"),
+    "reading windows": (Batches, "_batch"),
+    "rows, plot, checkpoints": (AfterStep, "__call__"),
+}
+ARITHMETIC = ("forward", "backward", "clipping", "optimizer")
+REST = "the Trainer's loop"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the result."""
+
+    name: str
+    seconds: float
+    milliseconds_a_step: float
+    share: float
+
+
+def bench_run(settings: TrainingSettings, *, console: Console | None = None) -> tuple[list[Part], Summary]:
+    """Train as `mhesa train` does, with a stopwatch at every part of a step.
+
+    Args:
+        settings: of the run; it must be on a CPU, for an accelerator works while the program goes on.
+        console: where its progress is shown.
+
+    Returns:
+        The parts, the last of them what none of the others accounts for, and what came of the run.
+        Shares are of the seconds that its budget counts.
+
+    Raises:
+        InputError: the run is not on a CPU, or cannot be.
+    """
+    if settings.resolve().device != "cpu":
+        raise InputError("only a run on a CPU can be timed part by part; give it --device cpu")
+    seconds = dict.fromkeys(PARTS, 0.0)
+    with ExitStack() as stack:
+        for name, (owner, method) in PARTS.items():
+            stack.enter_context(_timed(owner, method, seconds, name))
+        summary = train(settings, console=console)
+    seconds[REST] = summary.seconds - sum(seconds.values())
+    parts = [
+        Part(name, spent, 1e3 * spent / summary.steps, spent / summary.seconds)
+        for name, spent in seconds.items()
+    ]
+    return parts, summary
+
+
+def outside(parts: list[Part]) -> float:
+    """The share of all that is not forward, backward and optimizer."""
+    return sum(part.share for part in parts if part.name not in ARITHMETIC)
+
+
+@contextmanager
+def _timed(owner: type, method: str, seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time of every call of a method to `seconds[name]`."""
+    plain: Callable[..., Any] = getattr(owner, method)
+
+    @wraps(plain)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            seconds[name] += time.perf_counter() - began
+
+    setattr(owner, method, timed)
+    try:
+        yield
+    finally:
+        setattr(owner, method, plain)

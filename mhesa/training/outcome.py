@@ -1,0 +1,84 @@
+"""What comes of a run: its model saved, measured beside compressors, and let write."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mhesa.data import Document, Tokenizer
+from mhesa.durable import write_folder
+from mhesa.evaluation import Score
+from mhesa.generation import stream
+from mhesa.hf.configuration import MhesaConfig
+from mhesa.hf.modeling import MhesaForCausalLM
+from mhesa.model import GatedExponentialSmoothingLM
+from mhesa.sampling import Sampling
+from mhesa.training.folder import CHECKPOINTS, RUN_FILES
+
+SAMPLE_TOKENS = 300
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run comes to."""
+
+    folder: Path
+    steps: int
+    seconds: float
+    score: Score
+    compressors: dict[str, float]
+    sample: bytes
+
+    @property
+    def files(self) -> list[str]:
+        """Names of what the run has put into the folder."""
+        return [name for name in RUN_FILES if (self.folder / name).exists()]
+
+
+def with_weights(config: MhesaConfig, weights: dict[str, Tensor]) -> MhesaForCausalLM:
+    """The model of a configuration with weights that are there."""
+    with torch.device("meta"):
+        model = MhesaForCausalLM(config)
+    model.load_state_dict(weights, assign=True)
+    model.train(False)
+    return model
+
+
+def save_model(model: MhesaForCausalLM, folder: Path) -> None:
+    """Write the model's files, each whole or not at all."""
+    with write_folder(folder / CHECKPOINTS / "model") as partial:
+        model.save_pretrained(partial)
+    for file in (folder / CHECKPOINTS / "model").iterdir():
+        file.replace(folder / file.name)
+    (folder / CHECKPOINTS / "model").rmdir()
+
+
+def first_bytes(documents: Iterable[Document], size: int) -> list[Document]:
+    """The first documents, up to about `size` bytes and at least one."""
+    chosen: list[Document] = []
+    for document in documents:
+        if size <= 0:
+            break
+        chosen.append(replace(document, data=document.data[:size]))
+        size -= len(document.data)
+    return chosen
+
+
+def compress(documents: Iterable[Document]) -> dict[str, float]:
+    """Bits per byte of documents, one behind the other, by compressors that everybody has."""
+    data = b"".join(document.data for document in documents)
+    sizes = {"xz -9": len(lzma.compress(data, preset=9)), "gzip -9": len(gzip.compress(data, 9))}
+    return {name: 8 * size / len(data) for name, size in sizes.items()}
+
+
+def write_sample(model: GatedExponentialSmoothingLM, tokenizer: Tokenizer, seed: int) -> bytes:
+    """What a model writes of its own accord."""
+    start = torch.tensor([tokenizer.eos_token_id])
+    tokens = stream(model, start, max_new_tokens=SAMPLE_TOKENS, sampling=Sampling(temperature=0.8), seed=seed)
+    return tokenizer.decode_bytes(list(tokens))
