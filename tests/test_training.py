@@ -325,11 +325,12 @@ def test_a_compiled_run_goes_on_as_if_it_had_never_stopped(settings, tmp_path):
 
 
 def test_figures_reach_wandb_without_a_network(settings, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="pip install wandb")
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(replace(settings, steps=20, eval_every=10, report_to="wandb"))
+    assert wandb.run is None
     [log] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     for name in (b"train/loss", b"train/bits_per_byte", b"train/held_out_bits_per_byte"):
         assert name in log.read_bytes()

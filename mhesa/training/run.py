@@ -44,6 +44,7 @@ from mhesa.training.memory import check_memory, keep_memory
 from mhesa.training.outcome import Summary, compress, first_bytes, save_model, with_weights, write_sample
 from mhesa.training.plot import draw_curve
 from mhesa.training.progress import ProgressDisplay
+from mhesa.training.reports import report
 from mhesa.training.schedule import Budget, StopOnSignal, learning_rate
 from mhesa.training.settings import TrainingSettings
 from mhesa.training.steps import AfterStep, Evaluation
@@ -96,7 +97,7 @@ def train(
     run = Run.begin(settings, resume, overwrite, console)
     if settings.device == "cpu":
         keep_memory()
-    with StopOnSignal() as signals, run.display:
+    with StopOnSignal() as signals, run.display, report(settings.report_to):
         trainer = run.trainer(signals)
         run.display.open("training", 1.0)
         start = None if run.checkpoint is None else str(run.checkpoint)
