@@ -1,5 +1,7 @@
 """The language model against the original package, and its state against one pass."""
 
+import copy
+
 import pytest
 import torch
 from gated_state_spaces_pytorch import GatedExponentialSmoothingLM as OriginalLM
@@ -31,11 +33,16 @@ def test_the_model_equals_the_original(sizes, batch, length, dtype):
     assert relative_error(ours(ids), original(ids)) <= tolerance
     losses = ours(ids, labels=labels), original(ids, labels=labels)
     assert relative_error(*losses) <= tolerance
-    for loss in losses:
+    exact = copy.deepcopy(original).double()
+    for loss in (*losses, exact(ids, labels=labels)):
         loss.backward()
-    expected = dict(original.named_parameters())
+    expected, truth = dict(original.named_parameters()), dict(exact.named_parameters())
     for name, parameter in ours.named_parameters():
-        assert relative_error(parameter.grad, expected[name].grad) <= tolerance, name
+        grad, theirs, right = parameter.grad, expected[name].grad, truth[name].grad
+        # A gate's gradient is one number, which can cancel until the original's own rounding is above the
+        # tolerance, on some processors: ours must then be nearer to what the original gives in fp64.
+        nearer = relative_error(grad.double(), right) <= relative_error(theirs.double(), right)
+        assert relative_error(grad, theirs) <= tolerance or nearer, name
 
 
 def test_the_same_seed_gives_the_original_initial_values():
