@@ -263,11 +263,13 @@ def test_five_hundred_slow_senders_are_closed_and_delay_nobody(folder, tmp_path)
         host, port = server.url.removeprefix("http://").split(":")
         sockets = [socket.create_connection((host, int(port))) for _ in range(500)]
         closed, started, times = set(), time.monotonic(), []
+        request = iter(b"GET /" + b"a" * 100)
         while len(closed) < 500 and time.monotonic() - started < 13:
+            byte = bytes([next(request)])
             for index, connection in enumerate(sockets):
                 if index not in closed:
                     try:
-                        connection.send(b"G")
+                        connection.send(byte)
                         connection.setblocking(False)
                         if connection.recv(1) == b"":
                             closed.add(index)

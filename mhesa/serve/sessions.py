@@ -19,7 +19,7 @@ from mhesa.errors import InputError
 # Marks the files that are ours, and their form.
 APPLICATION, FORM = 0x6D686573, 1
 # Of memory, for states that were used of late.
-CACHE_KIB = 64 * 1024
+CACHE_KIB = 16 * 1024
 SCHEMA = """
 CREATE TABLE sessions (
     client TEXT NOT NULL, name TEXT NOT NULL, model TEXT NOT NULL, position INTEGER NOT NULL,
