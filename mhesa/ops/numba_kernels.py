@@ -392,11 +392,10 @@ def backward(data):
                             done += piece
                     step += taken
                     if step % SUMMED < taken or step == steps:
-                        for i in range(spans * n):
-                            total[i % n] += row[ROW_DALPHA + i]
-                            total[channels + i % n] += row[ROW_DDECAY + i]
-                            total[2 * channels + i % n] += row[ROW_DSKIP + i]
-                            row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
+                        for span in range(spans):
+                            _hand_over(total, offset(row, ROW_DALPHA + span * n), n)
+                            _hand_over(offset(total, channels), offset(row, ROW_DDECAY + span * n), n)
+                            _hand_over(offset(total, 2 * channels), offset(row, ROW_DSKIP + span * n), n)
                 if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
                     last = 0 if p[REVERSE] else (spans - 1) * n
                     for i in range(n):
@@ -406,6 +405,15 @@ def backward(data):
                             by_initial = np.float64(initial[state + i]) * np.float64(row[ROW_R + last + i])
                             total[3 * channels + i] += by_initial
     fence()
+
+
+@jit
+def _hand_over(total, sums, n):
+    """Add sums to those in fp64, and begin them anew."""
+    for i in range(n):
+        total[i] += sums[i]
+    for i in range(n):
+        sums[i] = 0
 
 
 def reduce(data):

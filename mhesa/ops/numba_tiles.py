@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhesa.ops.simd import I64, Emitter, intrinsic, jit, offset, types
+from mhesa.ops.simd import I64, REGISTER, Emitter, intrinsic, jit, offset, specialized, types
 
 # Channels whose state a task holds at a time: eight rows of fp32 fill half of a 32 KB cache.
 WIDTH = 512
@@ -42,16 +42,20 @@ def _forward_tile(
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x_0, x_step, out_0, out_step, row, skips, streams, *_ = args
-        emit = Emitter(builder, x.dtype, lanes.literal_value)
-        a, d, s, h = (emit.load(row, I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P))
-        for step in range(rows.literal_value):
-            value = emit.widen(emit.load(x_0, builder.mul(x_step, I64(step))))
-            h = emit.flush(emit.fma(d, h, builder.fmul(a, value)))
-            if writes.literal_value:
-                # Without a skip term nothing is added, not zero times x: that is NaN where x is infinite.
-                y = builder.select(skips, emit.fma(s, value, h), h)
-                emit.stream(emit.narrow(y), out_0, builder.mul(out_step, I64(step)), streams)
-        emit.store(h, row, I64(ROW_P))
+
+        def scan(skips: bool, streams: bool) -> None:
+            emit = Emitter(builder, x.dtype, lanes.literal_value)
+            a, d, s, h = (emit.load(row, I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P))
+            for step in range(rows.literal_value):
+                value = emit.widen(emit.load(x_0, builder.mul(x_step, I64(step))))
+                h = emit.flush(emit.fma(d, h, builder.fmul(a, value)))
+                if writes.literal_value:
+                    # Without a skip term nothing is added, not zero times x: that is NaN for infinite x.
+                    y = emit.fma(s, value, h) if skips else h
+                    emit.store(emit.narrow(y), out_0, builder.mul(out_step, I64(step)), streams)
+            emit.store(h, row, I64(ROW_P))
+
+        specialized(builder, scan, skips, streams)
         return context.get_dummy_value()
 
     flags = (types.boolean, types.boolean)
@@ -79,22 +83,36 @@ def _backward_tile(
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x_0, x_step, dy_0, dy_step, out_0, out_step, row, skips, streams, *_ = args
-        emit = Emitter(builder, x.dtype, lanes.literal_value)
-        a, d, s = (emit.load(row, I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP))
         carries = (ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP)
-        p, r, dalpha, ddecay, dskip = (emit.load(row, I64(place)) for place in carries)
-        for step in range(rows.literal_value):
-            value = emit.widen(emit.load(x_0, builder.mul(x_step, I64(step))))
-            dvalue = emit.widen(emit.load(dy_0, builder.mul(dy_step, I64(step))))
-            g = builder.fadd(dvalue, p)
-            dx = builder.fmul(a, g)
-            dx = builder.select(skips, emit.fma(s, dvalue, dx), dx)
-            emit.stream(emit.narrow(dx), out_0, builder.mul(out_step, I64(step)), streams)
-            dalpha, ddecay = emit.fma(g, value, dalpha), emit.fma(r, value, ddecay)
-            dskip = emit.fma(dvalue, value, dskip)
-            p, r = emit.flush(builder.fmul(d, g)), emit.flush(emit.fma(d, r, g))
-        for carry, place in zip((p, r, dalpha, ddecay, dskip), carries, strict=True):
-            emit.store(carry, row, I64(place))
+        # As many channels at once as the carries of fit into registers.
+        at_once = min(REGISTER // (8 if x.dtype == types.float64 else 4), lanes.literal_value)
+        emit = Emitter(builder, x.dtype, at_once)
+
+        def carry_back(first: int, skips: bool, streams: bool) -> None:
+            a, d, s = (emit.load(row, I64(place + first)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP))
+            p, r, dalpha, ddecay, dskip = (emit.load(row, I64(place + first)) for place in carries)
+            for step in range(rows.literal_value):
+                x_t, dy_t, out_t = (
+                    builder.add(builder.mul(by_row, I64(step)), I64(first))
+                    for by_row in (x_step, dy_step, out_step)
+                )
+                value, dvalue = emit.widen(emit.load(x_0, x_t)), emit.widen(emit.load(dy_0, dy_t))
+                g = builder.fadd(dvalue, p)
+                dx = builder.fmul(a, g)
+                dx = emit.fma(s, dvalue, dx) if skips else dx
+                emit.store(emit.narrow(dx), out_0, out_t, streams)
+                dalpha, ddecay = emit.fma(g, value, dalpha), emit.fma(r, value, ddecay)
+                dskip = emit.fma(dvalue, value, dskip)
+                p, r = builder.fmul(d, g), emit.fma(d, r, g)
+            sums = (emit.flush(p), emit.flush(r), dalpha, ddecay, dskip)
+            for carry, place in zip(sums, carries, strict=True):
+                emit.store(carry, row, I64(place + first))
+
+        def tile(skips: bool, streams: bool) -> None:
+            for first in range(0, lanes.literal_value, at_once):
+                carry_back(first, skips, streams)
+
+        specialized(builder, tile, skips, streams)
         return context.get_dummy_value()
 
     flags = (types.boolean, types.boolean)
@@ -114,9 +132,9 @@ def _backward_ends_tile(context: Any, dy: Any, dy_step: Any, scratch: Any, lanes
         d, p, r = (emit.load(row, I64(place)) for place in (ROW_DECAY, ROW_P, ROW_R))
         for step in range(rows.literal_value):
             g = builder.fadd(emit.widen(emit.load(dy_0, builder.mul(dy_step, I64(step)))), p)
-            p, r = emit.flush(builder.fmul(d, g)), emit.flush(emit.fma(d, r, g))
-        emit.store(p, row, I64(ROW_P))
-        emit.store(r, row, I64(ROW_R))
+            p, r = builder.fmul(d, g), emit.fma(d, r, g)
+        emit.store(emit.flush(p), row, I64(ROW_P))
+        emit.store(emit.flush(r), row, I64(ROW_R))
         return context.get_dummy_value()
 
     return types.void(dy, types.int64, scratch, lanes, rows), codegen

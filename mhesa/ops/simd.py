@@ -21,7 +21,7 @@ from typing import Any
 import numba.core.cgutils
 import numba.extending
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 
 # Numba is annotated in part only.
 jit: Any = numba.njit
@@ -31,6 +31,10 @@ cgutils: Any = numba.core.cgutils
 
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+# Bytes of a vector register.
+_FEATURES = binding.get_host_cpu_features()
+REGISTER = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx2") else 16
 
 # Looks at a counter before others may have the core.
 PATIENCE = 4096
@@ -185,6 +189,17 @@ def wait(counter, least):  # type: ignore[no-untyped-def]
             _give_way()
 
 
+def specialized(builder: Any, write: Callable[..., None], *flags: Any, known: tuple[bool, ...] = ()) -> None:
+    """Branch once on all flags, to what `write` writes where it knows them: no row has branches then."""
+    if not flags:
+        return write(*known)
+    with builder.if_else(flags[0]) as (true, false):
+        with true:
+            specialized(builder, write, *flags[1:], known=(*known, True))
+        with false:
+            specialized(builder, write, *flags[1:], known=(*known, False))
+
+
 class Emitter:
     """Writes arithmetic on `lanes` neighbouring values as vector instructions.
 
@@ -217,19 +232,12 @@ class Emitter:
         """A vector as it is stored; it need not be aligned as a vector is."""
         return self.builder.load(self.address(pointer, index), align=self.align(pointer))
 
-    def store(self, value: Any, pointer: Any, index: Any) -> None:
-        """Store a vector as it is."""
-        self.builder.store(value, self.address(pointer, index), align=self.align(pointer))
-
-    def stream(self, value: Any, pointer: Any, index: Any, past: Any) -> None:
-        """Store a vector; if `past` is true, past the caches: it must then be aligned as a vector is."""
-        with self.builder.if_else(past) as (streamed, cached):
-            with streamed:
-                whole = min(64, self.bytes * self.lanes)
-                store = self.builder.store(value, self.address(pointer, index), align=whole)
-                store.set_metadata("nontemporal", self.builder.module.add_metadata([I32(1)]))
-            with cached:
-                self.store(value, pointer, index)
+    def store(self, value: Any, pointer: Any, index: Any, past: bool = False) -> None:
+        """Store a vector; if `past`, past the caches: it must then be aligned as a vector is."""
+        align = min(64, self.bytes * self.lanes) if past else self.align(pointer)
+        store = self.builder.store(value, self.address(pointer, index), align=align)
+        if past:
+            store.set_metadata("nontemporal", self.builder.module.add_metadata([I32(1)]))
 
     @property
     def bytes(self) -> int:
