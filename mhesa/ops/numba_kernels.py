@@ -366,7 +366,7 @@ def backward(data):
                 rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
                 steps, step = rows + (1 if longer else 0), 0
                 while step < steps:
-                    taken = ROWS if rows - step >= ROWS else 1
+                    taken = ROWS if spans > 1 and rows - step >= ROWS else 1
                     for span in range(spans if step < rows else longer):
                         t = _row_of(p, chunk, rows, longer, span, step)
                         x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)

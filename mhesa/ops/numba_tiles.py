@@ -15,7 +15,7 @@ WIDTH = 512
 STRIDE = WIDTH + 64
 # Channels that one vector instruction takes, or a few where vectors are shorter.
 LANES, HALF = 16, 8
-# Rows that the backward pass takes at a time: its eight rows of scratch are more traffic than the tensors.
+# Rows that are taken at a time where they are too short for a copy's speed.
 ROWS = 4
 # The rows of a task's scratch memory.
 ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP = range(0, 8 * STRIDE, STRIDE)
@@ -140,31 +140,25 @@ def _backward_ends_tile(context: Any, dy: Any, dy_step: Any, scratch: Any, lanes
     return types.void(dy, types.int64, scratch, lanes, rows), codegen
 
 
-@intrinsic
-def _prefetch(context: Any, x: Any, index: Any) -> Any:
-    """Ask for `ROWS` vectors from `index` on."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = Emitter(builder, x.dtype, LANES)
-        for line in range(0, ROWS * LANES, 64 // emit.bytes):
-            emit.prefetch(args[0], builder.add(args[1], I64(line)))
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64), codegen
-
-
 # Each walks along rows in tiles of `LANES` channels, of half as many, and single ones. They are made for a
-# number of rows at a time, which must be a constant where the instructions are written.
+# number of rows at a time, which must be a constant where the instructions are written. Where rows are taken
+# from the last to the first, so are their tiles: memory is then read in one direction, as processors expect.
+
+
+@jit
+def _tile(i, n, step):
+    """Where the tile `i` of so many begins, along rows that are `step` apart."""
+    return (n // LANES - 1 - i if step < 0 else i) * LANES
 
 
 def _forward_walk(rows):
     @jit
     def walk(x, x_step, out, out_step, row, skips, streams, n):
-        i = 0
-        while n - i >= LANES:
+        for tile in range(n // LANES):
+            i = _tile(tile, n, x_step)
             x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
             _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, LANES, rows)
-            i += LANES
+        i = n // LANES * LANES
         if n - i >= HALF:
             x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
             _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, HALF, rows)
@@ -180,10 +174,10 @@ def _forward_walk(rows):
 def _ends_walk(rows):
     @jit
     def walk(x, x_step, row, n):
-        i = 0
-        while n - i >= LANES:
+        for tile in range(n // LANES):
+            i = _tile(tile, n, x_step)
             _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, LANES, rows)
-            i += LANES
+        i = n // LANES * LANES
         if n - i >= HALF:
             _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, HALF, rows)
             i += HALF
@@ -197,10 +191,10 @@ def _ends_walk(rows):
 def _backward_ends_walk(rows):
     @jit
     def walk(dy, dy_step, row, n):
-        i = 0
-        while n - i >= LANES:
+        for tile in range(n // LANES):
+            i = _tile(tile, n, dy_step)
             _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), LANES, rows)
-            i += LANES
+        i = n // LANES * LANES
         if n - i >= HALF:
             _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), HALF, rows)
             i += HALF
@@ -214,19 +208,11 @@ def _backward_ends_walk(rows):
 def _backward_walk(rows):
     @jit
     def walk(x, x_step, dy, dy_step, out, out_step, row, skips, streams, n):
-        # The next rows are asked for in the order of memory, which columns of several rows are not.
-        x_ahead, dy_ahead, ahead = offset(x, rows * x_step), offset(dy, rows * dy_step), 0
-        i = 0
-        while n - i >= LANES:
-            if rows == ROWS:
-                _prefetch(x_ahead, ahead)
-                _prefetch(dy_ahead, ahead)
-                ahead += ROWS * LANES
-                if ahead >= n:
-                    x_ahead, dy_ahead, ahead = offset(x_ahead, x_step), offset(dy_ahead, dy_step), 0
+        for tile in range(n // LANES):
+            i = _tile(tile, n, out_step)
             x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
             _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, LANES, rows)
-            i += LANES
+        i = n // LANES * LANES
         if n - i >= HALF:
             x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
             _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, HALF, rows)
