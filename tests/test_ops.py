@@ -162,9 +162,10 @@ def test_accuracy(backend: str, dtype: torch.dtype, bar: float) -> None:
         shape = (1, *shape[1:]) if packed else shape
         case = Case(*shape, dtype=dtype, skip=skip, state=state, offsets=offsets, reverse=reverse)
         truths = case.results("reference", torch.float64)
-        results = case.results(backend)
-        for result, truth in zip(results, truths, strict=True):
-            assert error(result, truth) <= bar
+        # Where a gradient that is one sum cancels, the definition itself may miss the bar in this type.
+        plain = case.results("reference")
+        for result, truth, same in zip(case.results(backend), truths, plain, strict=True):
+            assert error(result, truth) <= max(bar, 4 * error(same, truth))
 
     holds()
 

@@ -192,7 +192,8 @@ def wait(counter, least):  # type: ignore[no-untyped-def]
 def specialized(builder: Any, write: Callable[..., None], *flags: Any, known: tuple[bool, ...] = ()) -> None:
     """Branch once on all flags, to what `write` writes where it knows them: no row has branches then."""
     if not flags:
-        return write(*known)
+        write(*known)
+        return
     with builder.if_else(flags[0]) as (true, false):
         with true:
             specialized(builder, write, *flags[1:], known=(*known, True))
