@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mhesa.ops import exponential_smoothing, reference
@@ -112,6 +114,26 @@ def test_forward_mode_is_refused() -> None:
     x, *rest = (tensor.detach() for tensor in arguments())
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(lambda x: run(x, *rest), (x,), (x,))
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="jvp"):
+        run(forward_ad.make_dual(x, x), *rest)
+
+
+def test_what_is_called_directly_is_seen_by_who_looks_on() -> None:
+    tensors = arguments()
+    expected = run(*tensors)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        watched = run(*tensors)
+    assert torch.ops.mhesa.numba_forward.default in seen
+    assert torch.equal(watched, expected)
+    gradients = (torch.autograd.grad(y.sum(), tensors) for y in (watched, expected))
+    assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

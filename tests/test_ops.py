@@ -164,8 +164,8 @@ def test_accuracy(backend: str, dtype: torch.dtype, bar: float) -> None:
         truths = case.results("reference", torch.float64)
         # Where a gradient that is one sum cancels, the definition itself may miss the bar in this type.
         plain = case.results("reference")
-        for result, truth, same in zip(case.results(backend), truths, plain, strict=True):
-            assert error(result, truth) <= max(bar, 4 * error(same, truth))
+        for result, truth, usual in zip(case.results(backend), truths, plain, strict=True):
+            assert error(result, truth) <= max(bar, 4 * error(usual, truth))
 
     holds()
 

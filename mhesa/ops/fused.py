@@ -5,6 +5,9 @@ them as single nodes, and wraps them in an `autograd.Function`, since only that 
 (an autograd formula on the raw operator alone makes `torch.func.grad` raise and `torch.func.jvp`
 return zeros). The gradient is a second `Function`, differentiable in turn: its backward is written in
 terms of the scan itself, so that derivatives of any order exist. Forward-mode differentiation raises.
+
+Both ways cost as much as copying a megabyte. Where nobody looks on, no compiler, transform or mode, the
+kernels are called directly, in a third `Function` that does nothing else where gradients are wanted.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.library import custom_op
+from torch.nn import Parameter
 
 from mhesa.ops.backends import Scan
 
@@ -75,6 +79,7 @@ def make_scan(name: str, forward: Scan, backward: ScanBackward) -> Scan:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         Smoothing.setup_context(ctx, (name, *inputs), output)
 
+    _KERNELS[name] = forward, backward
     forward_op = custom_op(f"mhesa::{name}_forward", raw_forward, mutates_args=())
     backward_op = custom_op(f"mhesa::{name}_backward", raw_backward, mutates_args=())
     forward_op.register_fake(_fake_forward)
@@ -86,6 +91,28 @@ def make_scan(name: str, forward: Scan, backward: ScanBackward) -> Scan:
         lambda ctx, *grads: SmoothingGradient.backward(ctx, *grads)[1:], setup_context=setup_context
     )
     return partial(_smoothing, name)
+
+
+_KERNELS: dict[str, tuple[Scan, ScanBackward]] = {}
+
+
+class EagerSmoothing(Function):
+    """The scan on plain tensors, `(name, x, .., reverse) -> (y, final_state)`, by the kernels themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *args: Any) -> Any:
+        """Call the kernel."""
+        Smoothing.setup_context(ctx, (name, *args), None)
+        return _KERNELS[name][0](*args)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        """Call the kernel, unless the gradient is to be differentiated in turn."""
+        if torch.is_grad_enabled() or not _unobserved(dy, dfinal):
+            return Smoothing.backward(ctx, dy, dfinal)
+        saved = ctx.saved_tensors
+        gradients = _KERNELS[ctx.name][1](*(dy, dfinal, *saved, ctx.reverse))
+        return _for_inputs(gradients, *saved[:-1])
 
 
 class Smoothing(Function):
@@ -116,13 +143,11 @@ class Smoothing(Function):
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient, differentiable in turn."""
         x, alpha, decay, skip, initial_state, cu_seqlens = ctx.saved_tensors
-        dx, dalpha, ddecay, dskip, dinitial = _apply(
+        gradients = _apply(
             SmoothingGradient,
             (ctx.name, dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, ctx.reverse),
         )
-        dskip = None if skip is None else dskip
-        dinitial = None if initial_state is None else dinitial
-        return None, dx, dalpha, ddecay, dskip, dinitial, None, None
+        return _for_inputs(gradients, x, alpha, decay, skip, initial_state)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -219,7 +244,31 @@ def _smoothing(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `mhesa.ops.exponential_smoothing`."""
-    return _apply(Smoothing, (name, x, alpha, decay, skip, initial_state, cu_seqlens, reverse))
+    args = (x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+    tensors = [tensor for tensor in args[:6] if tensor is not None]
+    if not _unobserved(*tensors):
+        return _apply(Smoothing, (name, *args))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _apply(EagerSmoothing, (name, *args))
+    return _KERNELS[name][0](*args)
+
+
+def _unobserved(*tensors: Tensor) -> bool:
+    """Whether all that is to be done with the tensors is to compute on them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
+        or not all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    )
+
+
+def _for_inputs(gradients: Gradients, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of what a `Function` here takes, and `None` for what is not there or no tensor."""
+    present = (None if t is None else gradient for gradient, t in zip(gradients, tensors, strict=True))
+    return None, *present, None, None
 
 
 def _apply(function: type[Function], args: tuple[Any, ...]) -> Any:

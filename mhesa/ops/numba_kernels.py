@@ -76,6 +76,18 @@ SEQUENCE, BATCH, BEGIN, END, SLOT, FIRST, LAST, COLUMNS = range(8)
 
 
 @jit
+def _fill(to, value, n):
+    for i in range(n):
+        to[i] = value
+
+
+@jit
+def _copy(to, source, n):
+    for i in range(n):
+        to[i] = source[i]
+
+
+@jit
 def _load_rates(p, row, alpha, decay, skip, start, n):
     """Fill the constant rows for `n` channels from `start` on, once for every span."""
     for span in range(SPANS if p[CARRIES] else 1):
@@ -83,10 +95,10 @@ def _load_rates(p, row, alpha, decay, skip, start, n):
         while i < n:
             head, at = (start + i) // p[HEAD_DIM], span * n + i
             same = min((head + 1) * p[HEAD_DIM] - start, n) - i
-            for channel in range(same):
-                row[ROW_ALPHA + at + channel] = alpha[head]
-                row[ROW_DECAY + at + channel] = decay[head]
-                row[ROW_SKIP + at + channel] = skip[start + i + channel] if p[SKIP] else 0
+            _fill(offset(row, ROW_ALPHA + at), alpha[head], same)
+            _fill(offset(row, ROW_DECAY + at), decay[head], same)
+            if p[SKIP]:
+                _copy(offset(row, ROW_SKIP + at), offset(skip, start + i), same)
             i += same
 
 
@@ -124,11 +136,12 @@ def forward(data):
                 chunk = offset(chunks, index * COLUMNS)
                 state = chunk[SEQUENCE] * channels + start
                 spans = 1 if chunk[SLOT] < 0 else SPANS
-                for i in range(spans * n):
-                    if chunk[SLOT] >= 0:
-                        row[ROW_P + i] = carries[chunk[SLOT] * channels + i]
-                    else:
-                        row[ROW_P + i] = initial[state + i] if p[INITIAL] else 0
+                if chunk[SLOT] >= 0:
+                    _copy(offset(row, ROW_P), offset(carries, chunk[SLOT] * channels), spans * n)
+                elif p[INITIAL]:
+                    _copy(offset(row, ROW_P), offset(initial, state), n)
+                else:
+                    _fill(offset(row, ROW_P), 0, n)
                 rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
                 steps, step = rows + (1 if longer else 0), 0
                 while step < steps:
@@ -154,8 +167,7 @@ def forward(data):
                     step += taken
                 if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
                     last = 0 if p[REVERSE] else (spans - 1) * n
-                    for i in range(n):
-                        final[state + i] = row[ROW_P + last + i]
+                    _copy(offset(final, state), offset(row, ROW_P + last), n)
     fence()
 
 
@@ -192,12 +204,13 @@ def relay(data):
         passed = offset(integers(p[RELAYS]), (chunk[SEQUENCE] * p[BLOCKS] + block) * LINE)
         fetch(x_0, x_step, rows, n)
         wait(passed, chunk[SLOT])
-        for i in range(n):
-            if chunk[FIRST]:
-                row[ROW_P + i] = initial[state + i] if p[INITIAL] else 0
-            else:
-                row[ROW_P + i] = final[state + i]
-            row[ROW_R + i] = row[ROW_P + i]
+        if not chunk[FIRST]:
+            _copy(offset(row, ROW_P), offset(final, state), n)
+        elif p[INITIAL]:
+            _copy(offset(row, ROW_P), offset(initial, state), n)
+        else:
+            _fill(offset(row, ROW_P), 0, n)
+        _copy(offset(row, ROW_R), offset(row, ROW_P), n)
         step = 0
         while step < rows:
             taken = ROWS if rows - step >= ROWS else 1
@@ -206,9 +219,8 @@ def relay(data):
             else:
                 ends_row(offset(x_0, step * x_step), x_step, row, n)
             step += taken
-        for i in range(n):
-            final[state + i] = row[ROW_P + i]
-            row[ROW_P + i] = row[ROW_R + i]
+        _copy(offset(final, state), offset(row, ROW_P), n)
+        _copy(offset(row, ROW_P), offset(row, ROW_R), n)
         count(passed)
         for step in range(rows):
             x_t, out_t = offset(x_0, step * x_step), offset(out_0, step * out_step)
@@ -231,8 +243,7 @@ def ends(data):
             break
         chunk = offset(chunks, index * COLUMNS)
         if chunk[SLOT] >= 0:
-            for i in range(SPANS * n):
-                row[ROW_P + i] = 0
+            _fill(offset(row, ROW_P), 0, SPANS * n)
             rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
             steps, step = rows + (1 if longer else 0), 0
             while step < steps:
@@ -245,8 +256,7 @@ def ends(data):
                     else:
                         ends_row(x_t, x_step, offset(row, span * n), n)
                 step += taken
-            for i in range(SPANS * n):
-                carries[chunk[SLOT] * n + i] = row[ROW_P + i]
+            _copy(offset(carries, chunk[SLOT] * n), offset(row, ROW_P), SPANS * n)
 
 
 def backward_ends(data):
@@ -264,8 +274,8 @@ def backward_ends(data):
             break
         chunk = offset(chunks, index * COLUMNS)
         if chunk[SLOT] >= 0:
-            for i in range(SPANS * n):
-                row[ROW_P + i] = row[ROW_R + i] = 0
+            _fill(offset(row, ROW_P), 0, SPANS * n)
+            _fill(offset(row, ROW_R), 0, SPANS * n)
             rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
             steps, step = rows + (1 if longer else 0), 0
             while step < steps:
@@ -278,9 +288,8 @@ def backward_ends(data):
                     else:
                         backward_ends_row(dy_t, dy_step, offset(row, span * n), n)
                 step += taken
-            for i in range(SPANS * n):
-                carries[chunk[SLOT] * n + i] = row[ROW_P + i]
-                carries[p[PLANE] + chunk[SLOT] * n + i] = row[ROW_R + i]
+            _copy(offset(carries, chunk[SLOT] * n), offset(row, ROW_P), SPANS * n)
+            _copy(offset(carries, p[PLANE] + chunk[SLOT] * n), offset(row, ROW_R), SPANS * n)
 
 
 @jit
@@ -328,6 +337,21 @@ def chain(data):
                 state = _across(state, previous * d, d) + end
 
 
+@jit
+def _hand_over(total, sums, n):
+    """Add sums to those in fp64, and begin them anew."""
+    for i in range(n):
+        total[i] += sums[i]
+    _fill(sums, 0, n)
+
+
+@jit
+def _add_products(total, a, b, n):
+    """Products of a double each, or they would round to fp32 first."""
+    for i in range(n):
+        total[i] += np.float64(a[i]) * np.float64(b[i])
+
+
 def backward(data):
     """Carry the gradients back; sums go to `TOTALS`, those of a run of chunks together."""
     p = fields(data)
@@ -356,13 +380,15 @@ def backward(data):
                 chunk = offset(chunks, index * COLUMNS)
                 state = chunk[SEQUENCE] * channels + start
                 spans = 1 if chunk[SLOT] < 0 else SPANS
-                for i in range(spans * n):
-                    if chunk[SLOT] >= 0:
-                        row[ROW_P + i] = carries[chunk[SLOT] * channels + i]
-                        row[ROW_R + i] = carries[p[PLANE] + chunk[SLOT] * channels + i]
-                    else:
-                        row[ROW_P + i], row[ROW_R + i] = dfinal[state + i], 0
-                    row[ROW_DALPHA + i] = row[ROW_DDECAY + i] = row[ROW_DSKIP + i] = 0
+                if chunk[SLOT] >= 0:
+                    entering = offset(carries, chunk[SLOT] * channels)
+                    _copy(offset(row, ROW_P), entering, spans * n)
+                    _copy(offset(row, ROW_R), offset(entering, p[PLANE]), spans * n)
+                else:
+                    _copy(offset(row, ROW_P), offset(dfinal, state), n)
+                    _fill(offset(row, ROW_R), 0, n)
+                for sums in (ROW_DALPHA, ROW_DDECAY, ROW_DSKIP):
+                    _fill(offset(row, sums), 0, spans * n)
                 rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
                 steps, step = rows + (1 if longer else 0), 0
                 while step < steps:
@@ -398,22 +424,15 @@ def backward(data):
                             _hand_over(offset(total, 2 * channels), offset(row, ROW_DSKIP + span * n), n)
                 if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
                     last = 0 if p[REVERSE] else (spans - 1) * n
-                    for i in range(n):
-                        dinitial[state + i] = row[ROW_P + last + i]
-                        if p[INITIAL]:
-                            # A double each, or the product would round to fp32 first.
-                            by_initial = np.float64(initial[state + i]) * np.float64(row[ROW_R + last + i])
-                            total[3 * channels + i] += by_initial
+                    _copy(offset(dinitial, state), offset(row, ROW_P + last), n)
+                    if p[INITIAL]:
+                        _add_products(
+                            offset(total, 3 * channels),
+                            offset(initial, state),
+                            offset(row, ROW_R + last),
+                            n,
+                        )
     fence()
-
-
-@jit
-def _hand_over(total, sums, n):
-    """Add sums to those in fp64, and begin them anew."""
-    for i in range(n):
-        total[i] += sums[i]
-    for i in range(n):
-        sums[i] = 0
 
 
 def reduce(data):

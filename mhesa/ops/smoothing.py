@@ -96,10 +96,10 @@ def exponential_smoothing(
     dtype = accumulation_dtype(x.dtype)
     y, final_state = scan(
         x,
-        alpha.to(dtype),
-        decay.to(dtype),
-        None if skip is None else skip.to(dtype),
-        None if initial_state is None else initial_state.to(dtype),
+        _as(dtype, alpha),
+        _as(dtype, decay),
+        None if skip is None else _as(dtype, skip),
+        None if initial_state is None else _as(dtype, initial_state),
         cu_seqlens,
         reverse,
     )
@@ -142,6 +142,11 @@ def exponential_smoothing_step(
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that sums and states are held in: fp64 for fp64, fp32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """The tensor in a type; a conversion to what it is costs ten times as much as to ask."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check_shapes(
