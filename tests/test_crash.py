@@ -1,17 +1,19 @@
 """Runs that die: killed at random moments and at every write of a checkpoint, or out of disk space.
 
-The ordinary tests kill a few; `make torture` kills 200 and writes what came of it to `benchmarks/torture.md`.
+The ordinary tests kill a few; `make torture` kills hundreds and writes `benchmarks/torture.md`.
 Processes are forked from one that has imported everything, and killed for real.
 """
 
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from mhesa.training.checkpoint import find_damage, newest, steps
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["mhesa.training"])
-RANDOM_KILLS = 120
+RANDOM_KILLS = 200
 RANDOM_KILLS_IN_ORDINARY_TESTS = 6
 CALLS_IN_ORDINARY_TESTS = 4
 # All that writes, syncs, renames or removes.
@@ -113,25 +115,29 @@ def assert_same_end(out, whole):
     assert mine | {"seconds": 0} == expected | {"seconds": 0}
 
 
-def kill_at_random(settings, whole, tmp_path, count, record):
+def kill_one(settings, whole, tmp_path, moment):
+    """Kill a run at a moment, a part of a run's time, and see it to its end; whether it still ran."""
     path, seconds = whole
+    run = replace(settings, out=str(tmp_path / f"run{moment}"))
+    process = start(run)
+    process.join(moment * seconds)
+    process.kill()
+    process.join(100)
+    finish(run)
+    assert_same_end(run.out, path)
+    shutil.rmtree(run.out)
+    return process.exitcode == -signal.SIGKILL
+
+
+def kill_at_random(settings, whole, tmp_path, count, record):
     moments = random.Random(0)
-    killed = trial = 0
-    while killed < count:
-        trial += 1
-        run = replace(settings, out=str(tmp_path / f"run{trial}"))
-        process = start(run)
-        began = time.monotonic()
-        # At first kernels are loaded, and nothing is written.
-        process.join(moments.uniform(0.3 * seconds, seconds))
-        if not process.is_alive():
-            seconds = time.monotonic() - began  # the machine was busier when it was timed
-        process.kill()
-        process.join(100)
-        killed += process.exitcode == -signal.SIGKILL
-        finish(run)
-        assert_same_end(run.out, path)
-        shutil.rmtree(run.out)
+    killed = 0
+    # Each run keeps one core busy.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while killed < count:
+            # At first kernels are loaded, and nothing is written.
+            chosen = [moments.uniform(0.3, 1) for _ in range(count - killed)]
+            killed += sum(pool.map(lambda moment: kill_one(settings, whole, tmp_path, moment), chosen))
     record(f"killed with SIGKILL at a random moment | {count} | {count} | {count}")
 
 
@@ -181,15 +187,18 @@ def kill_at_calls(settings, whole, tmp_path, choose, record):
     assert {"openat", "write", "fsync", "rename", "mkdir"} <= set(kinds)
     by_kind = [(kind, nth + 1) for kind in sorted(set(kinds)) for nth in range(kinds.count(kind))]
     chosen = choose(by_kind)
-    killed = 0
-    for kind, nth in chosen:
+
+    def kill(call):
+        kind, nth = call
         run = replace(settings, out=str(tmp_path / f"{kind}{nth}"))
         exitcode, _ = trace(run, tmp_path, ["-e", f"inject={kind}:signal=SIGKILL:when={nth}"])
-        killed += exitcode == -signal.SIGKILL
         finish(run)
         assert_same_end(run.out, whole[0])
         shutil.rmtree(run.out)
-    assert killed == len(chosen)
+        return exitcode == -signal.SIGKILL
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        assert all(pool.map(kill, chosen))
     counts = f" | {len(chosen)}" * 3
     record(f"killed at each {', '.join(sorted(set(kinds)))} of two checkpoints{counts}")
 

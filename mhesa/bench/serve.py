@@ -247,7 +247,8 @@ async def _watch(host: str, port: int, health: list[float]) -> None:
 
 
 def _row(run: _Run, count: int, tokens: int, rates: Sequence[float]) -> Row:
-    streams = [stream for stream in run.streams if stream.events]
+    # A text may have ended before it began.
+    streams = [stream for stream in run.streams if stream.events and stream.events[-1][1]]
     written = sum(stream.events[-1][1] for stream in streams)
     firsts = [next(at for at, number in stream.events if number) - stream.started for stream in streams]
     paces = [
