@@ -56,3 +56,64 @@ def run(monkeypatch, capsysbinary):
         return caught.value.code, *capsysbinary.readouterr()
 
     return run
+
+
+# A server of a small model, one for each file of tests that asks for it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model's folder."""
+    from serving import save_model
+
+    return save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """A running server; nothing may have gone wrong inside by its end."""
+    from serving import ENDLESS, running
+
+    log = tmp_path_factory.mktemp("log") / "log"
+    limits = {"tokens": ENDLESS, "receive": 1.0, "send": 1.0}
+    with running(folder, log, limits=limits, slots=32, queue=32) as server:
+        yield server
+        assert {event["event"] for event in server.events()} <= {"listening", "request"}
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """OpenAI's own client."""
+    import httpx
+    from serving import KEYS
+
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1",
+        api_key=KEYS["alice"],
+        max_retries=0,
+        http_client=httpx.Client(trust_env=False),
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server):
+    """A client that sends what it is told."""
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def greedy(folder):
+    """What transformers writes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+
+    def write(prompt, tokens):
+        ids = torch.tensor([[256, *prompt.encode()]])
+        out = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :]
+        return tokenizer.decode_bytes(out).decode("utf-8", "replace")
+
+    return write

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ import torch
 from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM
 
 KEYS = {"alice": "alice-key-0123456789", "bob": "bob-key-0123456789ab"}
+ENDLESS = 1 << 30
+FOREVER = {"prompt": "x", "max_tokens": ENDLESS, "temperature": 0}
+HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['alice']}\r\n"
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'poet' %}{{ raise_exception('no such role') }}{% endif %}"
@@ -116,3 +120,18 @@ def report(what, found):
             if "## The server" not in file.read():
                 file.write("\n## The server\n\n| what happened | what was found |\n|---|---|\n")
             file.write(f"| {what} | {found} |\n")
+
+
+def raw(server, data, wait=10.0):
+    """Send bytes and read until the server closes."""
+    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=wait) as connection:
+        connection.sendall(data)
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+        return received
+
+
+def complete(client, prompt="7 bottles", **settings):
+    given = {"model": "tiny", "max_tokens": 40, "temperature": 0} | settings
+    return client.completions.create(prompt=prompt, **given)

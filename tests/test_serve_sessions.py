@@ -1,5 +1,6 @@
 """Stored sessions: nothing is lost, and nobody sees another's."""
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from serving import ENDLESS, KEYS, running
 
 from mhesa.errors import InputError
 from mhesa.serve.sessions import SessionError, Sessions, Stored
@@ -165,3 +167,87 @@ def test_threads_may_share_a_store(store):
     for thread in threads:
         thread.join()
     assert sessions.size()[0] == 20
+
+
+# Over connections
+
+
+def session(http, name, prompt, **settings):
+    body = {"prompt": prompt, "session": name, "max_tokens": 20, "temperature": 0} | settings
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"] if not body.get("stream") else answer.text
+
+
+def test_a_session_goes_on_where_it_stopped(http, greedy):
+    first = session(http, "one", "Hello")
+    second = session(http, "one", " and", stream=True)
+    third = session(http, "one", "", max_tokens=10)
+    # As text, for as long as it is text.
+    prompt = "Hello" + first
+    assert first == greedy("Hello", 20)
+    if "\ufffd" not in first:
+        assert json.dumps(greedy(prompt + " and", 20))[1:5] in second
+    found = http.get("/v1/sessions/one").json()
+    assert found["position"] == 5 + 20 + 4 + 20 + 10
+    assert len(third.encode()) >= 10
+
+
+def test_a_session_equals_a_text_read_at_once(http):
+    ids = list(range(40, 120))
+    for cut in (0, 1, 40, 80):
+        name = f"cut{cut}"
+        session(http, name, bytes(ids[:cut]).decode(), max_tokens=0)
+        assert session(http, name, bytes(ids[cut:]).decode()) == session(http, "at-once", bytes(ids).decode())
+        http.delete("/v1/sessions/at-once")
+
+
+def test_sessions_are_listed_forked_and_deleted(http, server):
+    session(http, "list-a", "Hello")
+    assert http.post("/v1/sessions/list-a/fork", json={"to": "list-b"}).json()["name"] == "list-b"
+    assert http.post("/v1/sessions/list-a/fork", json={"to": "list-b"}).status_code == 409
+    assert session(http, "list-a", "x") == session(http, "list-b", "x")
+    page = http.get("/v1/sessions", params={"after": "list-", "limit": 1}).json()
+    assert [one["name"] for one in page["data"]] == ["list-a"]
+    assert page["has_more"]
+    with server.client(KEYS["bob"]) as other:
+        assert other.get("/v1/sessions").json()["data"] == []
+        for answer in (
+            other.get("/v1/sessions/list-a"),
+            other.delete("/v1/sessions/list-a"),
+            other.post("/v1/sessions/list-a/fork", json={"to": "mine"}),
+        ):
+            assert answer.status_code == 404
+        session(other, "list-a", "not the same")
+    assert http.delete("/v1/sessions/list-a").json()["deleted"]
+    assert http.get("/v1/sessions/list-a").status_code == 404
+    with server.client(KEYS["bob"]) as other:
+        assert other.get("/v1/sessions/list-a").status_code == 200
+
+
+def test_a_session_in_use_is_refused_and_a_disconnect_leaves_it(http, server):
+    session(http, "busy", "Hello")
+    before = http.get("/v1/sessions/busy").json()["position"]
+    body = {"prompt": "", "session": "busy", "max_tokens": ENDLESS, "temperature": 0, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as endless:
+        lines = endless.iter_lines()
+        next(lines)
+        answer = http.post("/v1/completions", json={"prompt": "", "session": "busy"})
+        assert answer.status_code == 409, answer.text
+        assert answer.json()["error"]["code"] == "session_in_use"
+    server.wait_for("mhesa_texts_active", 0)
+    assert http.get("/v1/sessions/busy").json()["position"] == before
+
+
+def test_sessions_survive_a_restart(folder, tmp_path):
+    texts = []
+    for run in range(2):
+        with (
+            running(folder, tmp_path / "log", sessions=str(tmp_path / "s.sqlite")) as server,
+            server.client() as http,
+        ):
+            if run == 0:
+                session(http, "kept", "Hello")
+                http.post("/v1/sessions/kept/fork", json={"to": "again"})
+            texts.append(session(http, ["kept", "again"][run], "x"))
+    assert texts[0] == texts[1]

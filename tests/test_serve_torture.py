@@ -28,9 +28,6 @@ AUTH = {"Authorization": f"Bearer {KEYS['alice']}"}
 ENDLESS = 1 << 30
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def schemathesis(server, examples, phases, folder):

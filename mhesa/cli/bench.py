@@ -7,9 +7,8 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from mhesa.cli.common import AsJson, Device, Folder, new_table, progress
+from mhesa.cli.common import AsJson, Device, Folder, errors, new_table, progress, show
 from mhesa.errors import InputError
 
 
@@ -71,7 +70,8 @@ def _print_case(rows: list[Any]) -> None:
             f"{row.over_clone:.2f}",
             f"{row.error:.0e}",
         )
-    Console().print(table, "")
+    show(table)
+    typer.echo()
 
 
 def _print_lengths(rows: list[Any]) -> None:
@@ -84,7 +84,7 @@ def _print_lengths(rows: list[Any]) -> None:
             f"{row.nanoseconds_per_step:.0f}",
             "" if row.over_shorter is None else f"{row.over_shorter:.2f}",
         )
-    Console().print(table)
+    show(table)
 
 
 def train(
@@ -118,7 +118,7 @@ def train(
             f"{row.times_the_original:.2f}",
             f"{row.over_the_products:.2f}",
         )
-    Console().print(table)
+    show(table)
 
 
 def decode(
@@ -151,7 +151,7 @@ def decode(
     table = new_table("session memory", *(f"{context:,} tokens" for context in CONTEXTS))
     for name in dict.fromkeys(session.name for session in sessions):
         table.add_row(name, *(f"{session.bytes:,}" for session in sessions if session.name == name))
-    Console().print(table)
+    show(table)
 
 
 def run(
@@ -180,7 +180,7 @@ def run(
         settings = TrainingSettings(
             out=folder, sources=tuple(sources or ()), minutes=minutes, holdout=holdout, device="cpu"
         )
-        parts, summary = bench_run(settings, console=Console(stderr=True))
+        parts, summary = bench_run(settings, console=errors)
     if as_json:
         figures = {"parts": list(map(asdict, parts)), "outside": outside(parts), "loss": summary.score.loss}
         typer.echo(json.dumps(figures))
@@ -189,7 +189,7 @@ def run(
     for part in parts:
         table.add_row(part.name, f"{part.milliseconds_a_step:.2f}", f"{part.share:.1%}")
     table.add_row("outside of forward, backward and optimizer", "", f"{outside(parts):.1%}")
-    Console().print(table)
+    show(table)
     typer.echo(f"\n{summary.steps:,} steps, {summary.score.loss:.3f} nats per token held out")
 
 
@@ -247,7 +247,7 @@ def serve(
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in found]))
     else:
-        Console().print(table)
+        show(table)
 
 
 def _print_rates(rows: list[Any]) -> None:
@@ -263,7 +263,8 @@ def _print_rates(rows: list[Any]) -> None:
             row.mark,
             f"{row.ratio:.2f}",
         )
-    Console().print(table, "")
+    show(table)
+    typer.echo()
 
 
 def _check_bench(rounds: int, device: str) -> None:

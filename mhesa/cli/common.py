@@ -84,6 +84,13 @@ def new_table(first: str, *others: str) -> Table:
     return table
 
 
+def show(table: Table) -> None:
+    """Print a table to standard output; whole, whatever its width, where that is no terminal."""
+    output = Console()
+    output.width = output.width if output.is_terminal else 1000
+    output.print(table)
+
+
 @contextmanager
 def progress(description: str, total: int, hidden: bool = False) -> Iterator[Callable[[int], object]]:
     """A bar on standard error, where that is a terminal; what it gives is called with each advance."""

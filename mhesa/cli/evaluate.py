@@ -6,7 +6,6 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mhesa.cli.common import (
     Backend,
@@ -17,6 +16,7 @@ from mhesa.cli.common import (
     new_table,
     progress,
     read_model,
+    show,
 )
 
 
@@ -66,4 +66,4 @@ def evaluate(
             f"{part.tokens:,}",
             f"{part.bytes:,}",
         )
-    Console().print(table)
+    show(table)

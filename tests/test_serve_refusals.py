@@ -1,0 +1,226 @@
+"""What a server refuses, and how it says so: bad requests, strangers, settings that cannot be."""
+
+import base64
+import json
+import math
+import subprocess
+import sys
+
+import httpx
+import pytest
+from serving import ENDLESS, KEYS, complete, running
+
+from mhesa.errors import InputError
+from mhesa.serve.settings import Limits, Settings, read_keys
+
+openai = pytest.importorskip("openai")
+
+JSON = {"Content-Type": "application/json"}
+
+# What cannot be
+
+
+BAD = [
+    ({"prompt": "x", "model": "other"}, 404, "model_not_found"),
+    ({"prompt": "x", "model": "../../etc/passwd"}, 404, "model_not_found"),
+    ({"prompt": "x", "model": "/etc/passwd\0"}, 404, "model_not_found"),
+    ({"prompt": []}, 400, "invalid_value"),
+    ({"prompt": [300]}, 400, "invalid_value"),
+    ({"prompt": [-1]}, 400, "invalid_value"),
+    ({"prompt": [[]], "max_tokens": -1}, 400, "invalid_value"),
+    ({"prompt": [1.5]}, 400, "invalid_value"),
+    ({"prompt": "\ud800"}, 400, "invalid_value"),
+    ({"prompt": "x", "max_tokens": ENDLESS + 1}, 400, "limit_exceeded"),
+    ({"prompt": "x", "max_tokens": 10**400}, 400, "invalid_value"),
+    ({"prompt": "x", "temperature": -1}, 400, "invalid_value"),
+    ({"prompt": "x", "temperature": float("nan")}, 400, "invalid_value"),
+    ({"prompt": "x", "top_p": 0}, 400, "invalid_value"),
+    ({"prompt": "x", "n": 0}, 400, "invalid_value"),
+    ({"prompt": "x", "n": 1000}, 400, "limit_exceeded"),
+    ({"prompt": ["x"] * 20, "n": 2}, 400, "limit_exceeded"),
+    ({"prompt": "x", "stop": ["a"] * 17}, 400, "limit_exceeded"),
+    ({"prompt": "x", "stop": ["a" * 257]}, 400, "limit_exceeded"),
+    ({"prompt": "x", "stop": ""}, 400, "invalid_value"),
+    ({"prompt": "x", "logprobs": 21}, 400, "limit_exceeded"),
+    ({"prompt": "x", "seed": -1}, 400, "invalid_value"),
+    ({"prompt": "x", "stream_options": {}}, 400, "invalid_value"),
+    ({"prompt": "x", "presence_penalty": 3}, 400, "invalid_value"),
+    ({"prompt": "x", "frequency_penalty": float("nan")}, 400, "invalid_value"),
+    ({"prompt": "x", "logit_bias": {"257": 1}}, 400, "invalid_value"),
+    ({"prompt": "x", "logit_bias": {"-1": 1}}, 400, "invalid_value"),
+    ({"prompt": "x", "logit_bias": {"65": 101}}, 400, "invalid_value"),
+    ({"prompt": "x", "logit_bias": {f"{token}": 1 for token in range(1025)}}, 400, "limit_exceeded"),
+    ({"prompt": "x", "best_of": 2, "n": 3}, 400, "invalid_value"),
+    ({"prompt": "x", "best_of": 2, "stream": True}, 400, "invalid_value"),
+    ({"prompt": "x", "best_of": 129}, 400, "limit_exceeded"),
+    ({"prompt": "x", "suffix": "y"}, 400, "invalid_value"),
+    ({"prompt": "x", "temprature": 1}, 400, "unknown_parameter"),
+    ({"prompt": "x", "\ud800\r\n": 1}, 400, "invalid_value"),
+    ({"prompt": "x", "session": "../x"}, 400, "invalid_value"),
+    ({"prompt": "x", "session": "x", "n": 2}, 400, "invalid_value"),
+    ("text", 400, "invalid_value"),
+    ([], 400, "invalid_value"),
+    (None, 400, "invalid_value"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code"), BAD, ids=lambda value: ascii(value)[:40])
+def test_what_cannot_be_is_refused_in_openais_shape(http, body, status, code):
+    answer = http.post(
+        "/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert "\n" not in error["message"]
+    assert "/work" not in answer.text
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"prompt": ' + b"[[" * 5000,
+        b'{"n": 1' + b"0" * 5000 + b"}",
+        b"\0",
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_a_body_that_is_no_json_is_refused(http, content):
+    answer = http.post("/v1/completions", content=content, headers=JSON)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_openais_client_raises_its_own_errors(client, server):
+    with pytest.raises(openai.NotFoundError, match="there is no such model"):
+        complete(client, model="gpt-4")
+    with pytest.raises(openai.BadRequestError, match="top_p"):
+        complete(client, top_p=0)
+    with pytest.raises(openai.AuthenticationError):
+        complete(client.with_options(api_key="wrong"))
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+@pytest.mark.parametrize(
+    "path", ["/nope", "/v1/models/../x", "/v1/%2e%2e/%2e%2e/etc/passwd", "/v1/sessions/%00"]
+)
+def test_paths_lead_nowhere_else(http, path):
+    assert http.get(path).status_code in (400, 404)
+
+
+def test_a_wrong_method_is_told_the_right_one(http):
+    answer = http.get("/v1/completions")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
+# Who may come in
+
+
+def test_every_route_needs_a_key_but_health(server):
+    with server.client() as http:
+        paths = http.get("/openapi.json").json()["paths"]
+    routes = [(method, path) for path, methods in paths.items() for method in methods]
+    routes += [
+        ("get", path)
+        for path in ("/", "/openapi.json", "//v1/models", "/nope", "/docs", "/health/", "//health")
+    ]
+    assert len(routes) > 15
+    basic = base64.b64encode(b"alice:wrong").decode()
+    for header in (None, "Bearer wrong", "Bearer", f"Basic {basic}", "Basic \xe9", "Bearer " + "x" * 5000):
+        headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+        with httpx.Client(base_url=server.url, headers=headers, trust_env=False) as http:
+            for method, path in routes:
+                answer = http.request(method, path, headers={"Host": "localhost"})
+                if path == "/health":
+                    assert answer.status_code == 200
+                    continue
+                assert answer.status_code == 401, (method, path)
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+    good = base64.b64encode(f"anyone:{KEYS['bob']}".encode()).decode()
+    with httpx.Client(
+        base_url=server.url, headers={"Authorization": f"Basic {good}"}, trust_env=False
+    ) as http:
+        assert http.get("/").status_code == 200
+        assert http.get("/v1/models", headers={"Host": "forged.example"}).status_code == 200
+
+
+def test_without_keys_only_this_machines_names_are_answered(folder, tmp_path):
+    with running(folder, tmp_path / "log", keys={}) as server, server.client(key=None) as http:
+        assert http.get("/v1/models").status_code == 200
+        assert http.get("/v1/models", headers={"Host": "localhost:80"}).status_code == 200
+        for host in ("forged.example", "127.0.0.1.forged.example", "localhost.forged.example", ""):
+            assert http.get("/v1/models", headers={"Host": host}).status_code == 403
+        # A page elsewhere can send a form, but not JSON.
+        answer = http.post(
+            "/v1/completions", content='{"prompt": "x"}', headers={"Content-Type": "text/plain"}
+        )
+        assert answer.status_code == 400
+        assert "sent with Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_a_server_that_is_open_to_the_network_without_keys_is_refused(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", "0", "--host", "0.0.0.0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "can be reached from other machines: give --keys FILE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_address_in_use_is_told_in_one_line(server, folder):
+    port = server.url.rpartition(":")[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", port],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "Loading weights" not in line] == [
+        f"Error: cannot listen on 127.0.0.1:{port}: is it in use?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"port": 70000}, "port must be 0 to 65535"),
+        ({"slots": 0}, "slots must be at least 1"),
+        ({"queue": -1}, "queue must be at least 0"),
+        ({"limits": Limits(tokens=0)}, "max_tokens must be at least 1"),
+        ({"limits": Limits(seconds=math.nan)}, "timeout must be a positive number"),
+        ({"host": "::"}, "can be reached from other machines"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        Settings(name="tiny", **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# keys\nme: short\n", "line 2: must be a name, a colon and a key"),
+        ("me 0123456789abcdef", "line 1: must be a name, a colon and a key"),
+        ("\n", "holds no key"),
+        ("me: 0123456789abcdef\nyou: 0123456789abcdef\n", "line 2: this name or key is there already"),
+        (None, "cannot read keys from"),
+    ],
+)
+def test_keys_that_cannot_be_are_refused_and_not_repeated(tmp_path, text, message):
+    path = tmp_path / "keys"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        read_keys(path)
+    assert "0123456789abcdef" not in str(error.value)
