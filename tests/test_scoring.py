@@ -144,6 +144,7 @@ def peak_memory(chunks):
 
 
 @pytest.mark.torture
+@pytest.mark.timeout(1200)
 def test_memory_does_not_grow_with_a_line_of_100_mb():
     # Allocators keep some megabytes more or less for some time; the text alone would be 100.
     assert peak_memory(1600) - peak_memory(80) < 16e6
