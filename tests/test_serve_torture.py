@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 import httpx
 import psutil
 import pytest
-from serving import KEYS, report, running, save_model
+from serving import KEYS, report, running
 
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.modeling import MhesaForCausalLM
@@ -26,8 +26,6 @@ from mhesa.hf.tokenization import ByteTokenizer
 
 AUTH = {"Authorization": f"Bearer {KEYS['alice']}"}
 ENDLESS = 1 << 30
-
-
 
 
 def schemathesis(server, examples, phases, folder):
