@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -179,46 +179,64 @@ def trace(settings, tmp_path, inject):
     return process.exitcode, [line for line in log.read_text().splitlines() if "resumed>" not in line]
 
 
-def kill_at_calls(settings, whole, tmp_path, choose, record):
+@dataclass(frozen=True)
+class Fault:
+    """What strace does to a run at one of its calls, and how the run then ends."""
+
+    inject: str
+    exitcode: int
+    calls: tuple[str, ...]
+    told: str
+
+
+KILL = Fault("signal=SIGKILL", -signal.SIGKILL, tuple(CALLS.split(",")), "killed")
+FULL = Fault("error=ENOSPC", 1, ("openat", "write", "fsync", "mkdir"), "told that the disk is full")
+
+
+def fail_at_calls(fault, settings, whole, tmp_path, choose, record):
     counted = replace(settings, out=str(tmp_path / "counted"))
     exitcode, calls = trace(counted, tmp_path, [])
     assert exitcode == 0
     kinds = [found[1] for call in calls if (found := re.match(r"\d+ +(\w+)\(", call))]
     assert {"openat", "write", "fsync", "rename", "mkdir"} <= set(kinds)
+    kinds = [kind for kind in kinds if kind in fault.calls]
     by_kind = [(kind, nth + 1) for kind in sorted(set(kinds)) for nth in range(kinds.count(kind))]
     chosen = choose(by_kind)
 
-    def kill(call):
+    def fail(call):
         kind, nth = call
         run = replace(settings, out=str(tmp_path / f"{kind}{nth}"))
-        exitcode, _ = trace(run, tmp_path, ["-e", f"inject={kind}:signal=SIGKILL:when={nth}"])
+        exitcode, _ = trace(run, tmp_path, ["-e", f"inject={kind}:{fault.inject}:when={nth}"])
         finish(run)
         assert_same_end(run.out, whole[0])
         shutil.rmtree(run.out)
-        return exitcode == -signal.SIGKILL
+        return exitcode
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        assert all(pool.map(kill, chosen))
+        assert list(pool.map(fail, chosen)) == [fault.exitcode] * len(chosen)
     counts = f" | {len(chosen)}" * 3
-    record(f"killed at each {', '.join(sorted(set(kinds)))} of two checkpoints{counts}")
+    record(f"{fault.told} at each {', '.join(sorted(set(kinds)))} of two checkpoints{counts}")
 
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+FAULT = pytest.mark.parametrize("fault", [KILL, FULL], ids=["killed", "full"])
 
 
 @needs_strace
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(settings, whole, tmp_path):
+@FAULT
+def test_a_run_that_cannot_write_a_checkpoint_goes_on(fault, settings, whole, tmp_path):
     def some(calls):
         return random.Random(1).sample(calls, CALLS_IN_ORDINARY_TESTS)
 
-    kill_at_calls(settings, whole, tmp_path, some, lambda line: None)
+    fail_at_calls(fault, settings, whole, tmp_path, some, lambda line: None)
 
 
 @needs_strace
+@FAULT
 @pytest.mark.torture
 @pytest.mark.timeout(3000)
-def test_runs_killed_at_every_call_go_on(settings, whole, tmp_path, torture_report):
-    kill_at_calls(settings, whole, tmp_path, lambda calls: calls, torture_report)
+def test_runs_that_fail_at_every_call_go_on(fault, settings, whole, tmp_path, torture_report):
+    fail_at_calls(fault, settings, whole, tmp_path, lambda calls: calls, torture_report)
 
 
 # No space left
