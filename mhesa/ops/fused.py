@@ -30,6 +30,9 @@ ScanBackward = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool], Gradients
 ]
 
+# Of each backend, forward and backward.
+_KERNELS: dict[str, tuple[Scan, ScanBackward]] = {}
+
 
 def make_scan(name: str, forward: Scan, backward: ScanBackward) -> Scan:
     """Register two kernels as `mhesa::<name>_forward` and `mhesa::<name>_backward`.
@@ -91,9 +94,6 @@ def make_scan(name: str, forward: Scan, backward: ScanBackward) -> Scan:
         lambda ctx, *grads: SmoothingGradient.backward(ctx, *grads)[1:], setup_context=setup_context
     )
     return partial(_smoothing, name)
-
-
-_KERNELS: dict[str, tuple[Scan, ScanBackward]] = {}
 
 
 class EagerSmoothing(Function):
