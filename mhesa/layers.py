@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhesa.ops import exponential_smoothing, exponential_smoothing_step
 from mhesa.ops.backends import check_backend
+from mhesa.ops.gelu import gelu
 from mhesa.ops.smoothing import accumulation_dtype
 
 
@@ -133,8 +135,9 @@ class GatedMHESA(nn.Module):
         check_sizes(**{"dim_expansion_factor * dim": dim_hidden})
         check_divisible("dim_mhesa", dim_mhesa, heads)
         self.norm = nn.LayerNorm(dim)
-        self.to_u = nn.Sequential(nn.Linear(dim, dim_hidden, bias=False), nn.GELU())
-        self.to_v = nn.Sequential(nn.Linear(dim, dim_mhesa, bias=False), nn.GELU())
+        # Sequences of one, as checkpoints name their weights.
+        self.to_u = nn.Sequential(nn.Linear(dim, dim_hidden, bias=False))
+        self.to_v = nn.Sequential(nn.Linear(dim, dim_mhesa, bias=False))
         self.mhesa = MHESA(dim=dim_mhesa, heads=heads, backend=backend)
         self.to_gate = nn.Linear(dim_mhesa, dim_hidden, bias=False)
         self.to_out = nn.Linear(dim_hidden, dim)
@@ -150,18 +153,17 @@ class GatedMHESA(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the block over `x` of `(batch, length, dim)`; states are `(batch, dim_mhesa)`."""
         y = self.norm(x)
-        smoothed, state = self.mhesa(
-            self.to_v(y), initial_state=initial_state, return_state=True, cu_seqlens=cu_seqlens
-        )
-        gated = self.dropout(self.to_gate(smoothed) * self.to_u(y))
+        v = gelu(self.to_v(y), backend=self.mhesa.backend)
+        smoothed, state = self.mhesa(v, initial_state=initial_state, return_state=True, cu_seqlens=cu_seqlens)
+        gated = self.dropout(gelu(self.to_u(y), self.to_gate(smoothed), backend=self.mhesa.backend))
         out = self.dropout(self.to_out(gated)) + x
         return (out, state) if return_state else out
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: `x` of `(batch, dim)`, `state` of `(batch, dim_mhesa)` to output and new state."""
         y = self.norm(x)
-        smoothed, state = self.mhesa.step(self.to_v(y), state)
-        return self.to_out(self.to_gate(smoothed) * self.to_u(y)) + x, state
+        smoothed, state = self.mhesa.step(F.gelu(self.to_v(y)), state)
+        return self.to_out(self.to_gate(smoothed) * F.gelu(self.to_u(y))) + x, state
 
 
 def check_sizes(**sizes: int) -> None:

@@ -84,7 +84,7 @@ def train(
     dropout: Annotated[float, option(MODEL, "Part of a block's product and output dropped in training.")] = 0,
     context: Annotated[int, option(STEP, "Tokens a training window.")] = 256,
     batch_size: Annotated[
-        int | None, option(STEP, "Windows a step in all; enough to keep the device busy if omitted.")
+        int | None, option(STEP, "Windows a step, of all processes; enough to keep each busy if omitted.")
     ] = None,
     accumulate: Annotated[int, option(STEP, "Micro-batches a step, for less memory.")] = 1,
     lr: Annotated[float, option(STEP, "Peak learning rate.")] = 3e-3,

@@ -25,6 +25,7 @@ from llvmlite import ir
 from numba.extending import overload
 
 from mhesa.decoding.matmul import PADDING, PANEL, TILE, multiply
+from mhesa.ops.numba_gelu import gelu
 from mhesa.ops.simd import (
     I32,
     cgutils,
@@ -62,21 +63,6 @@ ROWS_A_TASK = 8 * TILE
 TASKS_A_THREAD = 4
 LEAST_NORMAL = np.float32(2.0**-126)
 EPSILON = np.float32(1e-5)
-
-# erf(x / sqrt(2)) / x as a quotient of polynomials of x^2, highest power first, fitted on 0 <= x <= 5.5 by
-# least squares with Lawson's weights; off by 1.4e-9 at most before it is rounded to fp32.
-ERF_TOP = tuple(
-    np.float32(c)
-    for c in (
-        -1.4552496169e-10, 1.0356924445e-07, 1.6759729472e-05, 3.3838693030e-04,
-        9.5901819715e-03, 6.5295765551e-02, 7.9788457008e-01,
-    )
-)  # fmt: skip
-ERF_BOTTOM = tuple(
-    np.float32(c)
-    for c in (1.9728211082e-06, 8.1419014239e-05, 1.9273644506e-03, 2.8436436733e-02, 2.4850286644e-01, 1.0)
-)
-ERF_END = np.float32(5.5)
 
 # Functions of kernels bear no types: numba finds them, and has none for its own. `_pack` and `_sum` only lend
 # their names to what `overload` compiles in their place for each type of weights.
@@ -139,20 +125,6 @@ def _smooth(v, alpha, decay, skip, state, n):  # type: ignore[no-untyped-def]
         h = np.float32(0) if abs(h) < LEAST_NORMAL else h
         state[i] = h
         v[i] = h + skip[i] * v[i]
-
-
-@fast
-def _gelu(x):  # type: ignore[no-untyped-def]
-    inside = min(max(x, -ERF_END), ERF_END)
-    t = inside * inside
-    top, bottom = ERF_TOP[0], ERF_BOTTOM[0]
-    for c in ERF_TOP[1:]:
-        top = top * t + c
-    for c in ERF_BOTTOM[1:]:
-        bottom = bottom * t + c
-    half = np.float32(0.5) * x
-    y = half + half * (inside * top / bottom)
-    return np.float32(0) if x < -ERF_END else y
 
 
 @jit
@@ -234,7 +206,7 @@ def _products(panel, x, x_step, totals, columns, rows):  # type: ignore[no-untyp
 def _keep(kind, totals, step, matrix_steps, out, bias):  # type: ignore[no-untyped-def]
     if kind == GELU:
         for i in range(PANEL):
-            out[i] = _gelu(_sum(totals, i, step, matrix_steps))
+            out[i] = gelu(_sum(totals, i, step, matrix_steps))
     elif kind == GATE:
         for i in range(PANEL):
             out[i] *= _sum(totals, i, step, matrix_steps)

@@ -108,7 +108,7 @@ class EagerSmoothing(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         """Call the kernel, unless the gradient is to be differentiated in turn."""
-        if torch.is_grad_enabled() or not _unobserved(dy, dfinal):
+        if torch.is_grad_enabled() or not unobserved(dy, dfinal):
             return Smoothing.backward(ctx, dy, dfinal)
         saved = ctx.saved_tensors
         gradients = _KERNELS[ctx.name][1](*(dy, dfinal, *saved, ctx.reverse))
@@ -246,14 +246,14 @@ def _smoothing(
     """See `mhesa.ops.exponential_smoothing`."""
     args = (x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
     tensors = [tensor for tensor in args[:6] if tensor is not None]
-    if not _unobserved(*tensors):
+    if not unobserved(*tensors):
         return _apply(Smoothing, (name, *args))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _apply(EagerSmoothing, (name, *args))
     return _KERNELS[name][0](*args)
 
 
-def _unobserved(*tensors: Tensor) -> bool:
+def unobserved(*tensors: Tensor) -> bool:
     """Whether all that is to be done with the tensors is to compute on them."""
     return not (
         torch.compiler.is_compiling()

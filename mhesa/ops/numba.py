@@ -231,8 +231,14 @@ def _dense(batch: int, length: int) -> _Sequences:
 
 
 def _packed(cu_seqlens: Tensor, length: int) -> _Sequences:
+    return _offsets(cu_seqlens.to(torch.int64).numpy().tobytes(), length)
+
+
+# All layers of a model are given the same offsets, forward and backward.
+@lru_cache(maxsize=1)
+def _offsets(cu_seqlens: bytes, length: int) -> _Sequences:
     """Checks the offsets too: in compiled graphs nobody has, and they address memory."""
-    offsets = cu_seqlens.to(torch.int64).numpy()
+    offsets = np.frombuffer(cu_seqlens, dtype=np.int64)
     if offsets[0] != 0 or offsets[-1] != length or (offsets[1:] < offsets[:-1]).any():
         raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, not {offsets.tolist()}")
     return _Sequences(np.zeros(len(offsets) - 1, dtype=np.int64), offsets[:-1], offsets[1:])

@@ -32,8 +32,9 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
     "tuple[str, ...]": ((tuple,), "a list of texts"),
 }
-# Enough tokens a step to keep the device's matrix products busy, and what a step costs beside them small.
-# More would only make fewer steps of the same time: a CPU that computes in fp32 takes a quarter.
+# Enough tokens a step to keep a process's matrix products busy, and what a step costs beside them small, the
+# sum of gradients over processes included. More would only make fewer steps of the same time: a CPU that
+# computes in fp32 takes a quarter.
 TOKENS_A_STEP = {"bf16": 4096, "fp32": 1024}
 TOKENS_A_STEP_ON_ACCELERATORS = 65536
 
@@ -51,8 +52,8 @@ class TrainingSettings:
         dim, depth, heads, dim_mhesa, dim_expansion_factor: the model, see `GatedExponentialSmoothingLM`.
         dropout: how often, in training, an element of a block's gated product and output is 0.
         context: tokens a training window.
-        batch_size: windows a step, in all micro-batches and processes together; enough to keep the
-            device busy if omitted.
+        batch_size: windows a step, in all micro-batches and processes together; enough to keep every
+            process busy if omitted.
         accumulate: micro-batches a step.
         join: let the state run on from one document into the next; they are packed apart otherwise.
         carry_state: let windows follow one another in streams, each beginning with the state of the
@@ -234,7 +235,7 @@ class TrainingSettings:
             self,
             device=device,
             precision=precision,
-            batch_size=self.batch_size or self._whole_batch(max(tokens // self.context, 1)),
+            batch_size=self.batch_size or self._share(max(tokens // self.context, 1)) * processes(),
             minutes=3.0 if self.steps is None and self.minutes is None else self.minutes,
         )
 
@@ -244,10 +245,9 @@ class TrainingSettings:
         assert self.batch_size is not None, "only resolved settings have a batch size"
         return self.batch_size
 
-    def _whole_batch(self, windows: int) -> int:
-        """The next number of windows that micro-batches and processes can share."""
-        shares = self.accumulate * processes()
-        return math.ceil(windows / shares) * shares
+    def _share(self, windows: int) -> int:
+        """The next number of windows that a process's micro-batches can share."""
+        return math.ceil(windows / self.accumulate) * self.accumulate
 
     def save(self, path: Path, **facts: dict[str, Any]) -> None:
         """Write the settings as JSON, and under their names other facts of the run."""

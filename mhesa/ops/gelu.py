@@ -1,0 +1,85 @@
+"""GELU, alone or times a gate: what a block does between its matrix products.
+
+PyTorch goes over memory for it two to five times; on a CPU the kernels of `mhesa.ops.numba_gelu` do once.
+Compilers, which do as much by themselves, and devices other than CPUs get PyTorch's own operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from mhesa.ops.backends import BACKENDS
+from mhesa.ops.fused import unobserved
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def gelu(x: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """The Gaussian error linear unit, `gate * x * Phi(x)`.
+
+    Args:
+        x: of any shape and floating-point type; computed in fp32 (fp64 for fp64).
+        gate: shaped as `x`; ones if omitted.
+        backend: of the smoothing beside it: what is not `"numba"`, or `None` on a CPU, leaves this to
+            PyTorch.
+
+    The unit of https://arxiv.org/abs/1606.08415, exact, not its approximation by tanh.
+
+    >>> gelu(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]))
+    tensor([0.0000, 1.6827])
+    """
+    tensors = [x] if gate is None else [x, gate]
+    if not (unobserved(*tensors) and _served(tensors, backend)):
+        return F.gelu(x) if gate is None else gate * F.gelu(x)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        y: Tensor = _apply(x, gate)
+        return y
+    return _forward(x, gate)
+
+
+def _served(tensors: list[Tensor], backend: str | None) -> bool:
+    x = tensors[0]
+    return (
+        backend in (None, "numba")
+        and x.dtype in NARROW
+        and all(tensor.shape == x.shape and tensor.dtype == x.dtype for tensor in tensors)
+        and all(BACKENDS["numba"].serves(tensor.device) for tensor in tensors)
+    )
+
+
+class _Gelu(Function):
+    """`gate * GELU(x)` by the kernels themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None) -> Tensor:
+        """Call the kernel; nothing it computes is needed again."""
+        ctx.save_for_backward(x, gate)
+        return _forward(x, gate)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Call the kernel, unless the gradient is to be differentiated in turn."""
+        x, gate = ctx.saved_tensors
+        if torch.is_grad_enabled() or not unobserved(dy):
+            gated = dy if gate is None else dy * gate
+            dx = torch.ops.aten.gelu_backward(gated, x)
+            return dx, None if gate is None else dy * F.gelu(x)
+        from mhesa.ops import numba_gelu
+
+        return numba_gelu.backward(
+            dy.contiguous(), x.contiguous(), gate if gate is None else gate.contiguous()
+        )
+
+
+_apply: Any = _Gelu.apply
+
+
+def _forward(x: Tensor, gate: Tensor | None) -> Tensor:
+    from mhesa.ops import numba_gelu
+
+    return numba_gelu.forward(x.contiguous(), gate if gate is None else gate.contiguous())
