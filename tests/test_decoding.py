@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.decoding import Decoder
+from mhesa.decoding import Decoder, kernel
 from mhesa.decoding.native import ROWS
 from mhesa.errors import InputError
 
@@ -154,6 +154,24 @@ def test_a_slice_of_a_slab_is_moved_on_in_place():
     assert not slab[:, [0, 5]].any()
 
 
+def test_a_sparing_decoder_keeps_small_calls_to_one_core():
+    model = tiny(dim=128, dim_mhesa=64)
+    results = []
+    for sparing in (False, True):
+        decoder, state = Decoder(model, sparing=sparing), model.initial_state(1)
+        results.append((decoder.step(torch.tensor([3]), state), state))
+        # A long prompt is worth all cores.
+        for length, threads in (
+            (1, 1 if sparing else torch.get_num_threads()),
+            (100, torch.get_num_threads()),
+        ):
+            decoder.prefill(torch.zeros(1, length, dtype=torch.int64), model.initial_state(1))
+            assert decoder._engine.table[kernel.THREADS] == threads
+    (logits, state), (same_logits, same_state) = results
+    assert torch.equal(logits, same_logits)
+    assert torch.equal(state, same_state)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("token", [-1, 50, 2**40])
 def test_an_id_outside_the_vocabulary_is_refused_and_nothing_moves(dtype, token):
@@ -230,7 +248,7 @@ from mhesa.decoding import matmul
 if sys.argv[1] == "plain":
     matmul._processor_has = lambda feature: False
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.decoding import Decoder
+from mhesa.decoding import Decoder, kernel
 torch.manual_seed(0)
 model = GatedExponentialSmoothingLM(num_tokens=50, dim=40, depth=2, heads=2, dim_mhesa=24).eval()
 ids = torch.randint(50, (3, 9))

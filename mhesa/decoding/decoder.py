@@ -50,6 +50,8 @@ class Decoder:
         max_batch: how many sequences a call may have.
         quantize: `"int8"` stores matrices in 8 bits with a scale for each output; a quarter of the memory
             to read, on CPU only. `None` keeps them as they are.
+        sparing: keep calls that are over in a moment to one core, for the sake of what the program does
+            beside them. They take somewhat longer then; results are the same.
 
     Raises:
         InputError: no such quantisation, or not on this device.
@@ -63,7 +65,12 @@ class Decoder:
     """
 
     def __init__(
-        self, model: GatedExponentialSmoothingLM, *, max_batch: int = 1, quantize: str | None = None
+        self,
+        model: GatedExponentialSmoothingLM,
+        *,
+        max_batch: int = 1,
+        quantize: str | None = None,
+        sparing: bool = False,
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, not {max_batch}")
@@ -72,7 +79,7 @@ class Decoder:
         self.num_tokens = model.token_emb.num_embeddings
         like = model.initial_state(1)
         self._state_type, self._depth, self._width = like.dtype, like.shape[0], like.shape[2]
-        self._engine = _engine(model, quantize, max_batch)
+        self._engine = _engine(model, quantize, max_batch, sparing)
         self._turn = threading.Lock()
         self._each_one = torch.arange(max_batch + 1)
 
@@ -149,7 +156,9 @@ class Decoder:
             raise ValueError(f"the decoder takes 1 to {self.max_batch} sequences, not {batch}")
 
 
-def _engine(model: GatedExponentialSmoothingLM, quantize: str | None, max_batch: int) -> Engine:
+def _engine(
+    model: GatedExponentialSmoothingLM, quantize: str | None, max_batch: int, sparing: bool
+) -> Engine:
     if quantize is not None and quantize not in QUANTIZED:
         raise InputError(f"quantize must be one of {', '.join(QUANTIZED)}, not {quantize}")
     weight = model.to_logits.weight
@@ -161,7 +170,7 @@ def _engine(model: GatedExponentialSmoothingLM, quantize: str | None, max_batch:
     if native:
         from mhesa.decoding.native import NativeEngine
 
-        return NativeEngine(model, torch.int8 if quantize else weight.dtype, max_batch)
+        return NativeEngine(model, torch.int8 if quantize else weight.dtype, max_batch, sparing)
     from mhesa.decoding.layers import GraphEngine, LayersEngine
 
     return (GraphEngine if weight.device.type == "cuda" else LayersEngine)(model)

@@ -18,8 +18,10 @@ from mhesa.ops.threads import available, parallel
 
 # Rows that go through the model together: few enough for what becomes of them to stay in cache.
 ROWS = 256
-# A model of fewer weights is done before a second thread has woken.
+# A call of fewer multiplications is done before a second thread has woken.
 PARALLEL = 1 << 16
+# One of fewer is not much faster on two, which then have no core left for anything else.
+SPARING = 1 << 21
 
 
 class NativeEngine:
@@ -29,11 +31,15 @@ class NativeEngine:
         model: the language model; later changes of its weights go unseen.
         weights: `torch.float32`, `torch.bfloat16` or `torch.int8`.
         max_batch: how many sequences a call may have at most.
+        sparing: keep small calls to one core.
     """
 
     @torch.no_grad()
-    def __init__(self, model: GatedExponentialSmoothingLM, weights: torch.dtype, max_batch: int) -> None:
+    def __init__(
+        self, model: GatedExponentialSmoothingLM, weights: torch.dtype, max_batch: int, sparing: bool
+    ) -> None:
         self.weights, self.rows = weights, max(max_batch, ROWS)
+        self.parallel = SPARING if sparing else PARALLEL
         rows = self.rows
         self.num_tokens, self.dim = model.token_emb.weight.shape
         blocks = [cast(GatedMHESA, block) for block in model.layers]
@@ -76,7 +82,7 @@ class NativeEngine:
         """See `mhesa.decoding.decoder.Engine`."""
         ids = ids.contiguous()
         table, sequences = self.table, len(offsets) - 1
-        threads = available() if self.size * len(ids) >= PARALLEL else 1
+        threads = available() if self.size * len(ids) >= self.parallel else 1
         table[kernel.ROWS], table[kernel.SEQUENCES], table[kernel.EVERY] = len(ids), sequences, every
         table[kernel.THREADS] = threads
         table[kernel.IDS], table[kernel.OFFSETS] = ids.data_ptr(), offsets.data_ptr()

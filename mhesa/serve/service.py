@@ -58,7 +58,7 @@ class Service:
             idle=limits.idle,
         )
         self.engine = Engine(
-            Decoder(model, max_batch=settings.slots, quantize=quantize),
+            Decoder(model, max_batch=settings.slots, quantize=quantize, sparing=True),
             settings.slots,
             queue=settings.queue,
             tell=self._tell,
