@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mhesa.ops.memory import fresh
@@ -35,8 +33,9 @@ from mhesa.ops.simd import (
 )
 from mhesa.ops.threads import available, parallel
 
-# What a kernel is told, as one array of 64-bit integers; without a gate its addresses are 0.
-TASK, COUNT, STREAMS, X, GATE, DY, OUT, DX, DGATE, FIELDS = range(10)
+# What the kernel is told, as one array of 64-bit integers; an address of 0 is an absent tensor. With dy it
+# writes gradients: dx where y would be.
+TASK, COUNT, STREAMS, X, GATE, DY, OUT, DGATE, FIELDS = range(9)
 # Values that a task takes, and that a vector instruction does, or a few where vectors are shorter.
 PIECE, LANES = 1 << 13, 16
 
@@ -55,7 +54,7 @@ EXP2 = tuple(math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1))
 def forward(x: Tensor, gate: Tensor | None) -> Tensor:
     """`gate * GELU(x)`, for contiguous tensors of one shape and one type, fp32 or narrower."""
     y = fresh(x.shape, x.dtype)
-    _run(_forward, x.dtype, {X: x, GATE: gate, OUT: y})
+    _run({X: x, GATE: gate, OUT: y})
     return y
 
 
@@ -63,11 +62,11 @@ def backward(dy: Tensor, x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor
     """`(dx, dgate)`, likewise."""
     dx = fresh(x.shape, x.dtype)
     dgate = None if gate is None else fresh(x.shape, x.dtype)
-    _run(_backward, x.dtype, {X: x, GATE: gate, DY: dy, DX: dx, DGATE: dgate})
+    _run({X: x, GATE: gate, DY: dy, OUT: dx, DGATE: dgate})
     return dx, dgate
 
 
-def _run(kernel: Callable[[Any], None], dtype: torch.dtype, tensors: dict[int, Tensor | None]) -> None:
+def _run(tensors: dict[int, Tensor | None]) -> None:
     present = {field: tensor for field, tensor in tensors.items() if tensor is not None}
     count = present[X].numel()
     told = array("q", bytes(8 * FIELDS))
@@ -75,7 +74,9 @@ def _run(kernel: Callable[[Any], None], dtype: torch.dtype, tensors: dict[int, T
     told[STREAMS] = sum(tensor.nbytes for tensor in present.values()) > STREAMED
     for field, tensor in present.items():
         told[field] = tensor.data_ptr()
-    parallel(compiled(kernel, dtype), told.buffer_info()[0], 1 if count < PARALLEL else available())
+    parallel(
+        compiled(_kernel, present[X].dtype), told.buffer_info()[0], 1 if count < PARALLEL else available()
+    )
 
 
 def _polynomial(emit: Emitter, x: Any, coefficients: tuple[float, ...]) -> Any:
@@ -121,99 +122,61 @@ def gelu(context: Any, x: Any) -> Any:
 
 
 @intrinsic
-def _forward_at(
-    context: Any, x: Any, gate: Any, out: Any, at: Any, gated: Any, streams: Any, lanes: Any
-) -> Any:
-    if not isinstance(lanes, types.IntegerLiteral):
-        return None
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x_0, gate_0, out_0, at, gated, streams, _ = args
-        emit = Emitter(builder, x.dtype, lanes.literal_value)
-
-        def write(gated: bool, streams: bool) -> None:
-            value = emit.widen(emit.load(x_0, at))
-            y = builder.fmul(value, _phi(emit, value))
-            if gated:
-                y = builder.fmul(y, emit.widen(emit.load(gate_0, at)))
-            emit.store(emit.narrow(y), out_0, at, streams)
-
-        specialized(builder, write, gated, streams)
-        return context.get_dummy_value()
-
-    return types.void(x, gate, out, types.int64, types.boolean, types.boolean, lanes), codegen
-
-
-@intrinsic
-def _backward_at(
+def _write_at(
     context: Any,
     x: Any,
     gate: Any,
     dy: Any,
-    dx: Any,
+    out: Any,
     dgate: Any,
     at: Any,
     gated: Any,
+    derives: Any,
     streams: Any,
     lanes: Any,
 ) -> Any:
+    """Write `lanes` values of y, or of dx and dgate."""
     if not isinstance(lanes, types.IntegerLiteral):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x_0, gate_0, dy_0, dx_0, dgate_0, at, gated, streams, _ = args
+        x_0, gate_0, dy_0, out_0, dgate_0, at, gated, derives, streams, _ = args
         emit = Emitter(builder, x.dtype, lanes.literal_value)
 
-        def write(gated: bool, streams: bool) -> None:
-            value, dvalue = emit.widen(emit.load(x_0, at)), emit.widen(emit.load(dy_0, at))
+        def write(gated: bool, derives: bool, streams: bool) -> None:
+            value = emit.widen(emit.load(x_0, at))
+            weight = emit.widen(emit.load(gate_0, at)) if gated else emit.constant(FLOAT, 1.0)
             phi = _phi(emit, value)
-            if gated:
-                dgated = builder.fmul(dvalue, builder.fmul(value, phi))
-                dvalue = builder.fmul(dvalue, emit.widen(emit.load(gate_0, at)))
-                emit.store(emit.narrow(dgated), dgate_0, at, streams)
-            slope = emit.fma(value, _density(emit, value), phi)
-            emit.store(emit.narrow(builder.fmul(dvalue, slope)), dx_0, at, streams)
+            y = builder.fmul(value, phi)
+            if derives:
+                dvalue = emit.widen(emit.load(dy_0, at))
+                if gated:
+                    emit.store(emit.narrow(builder.fmul(dvalue, y)), dgate_0, at, streams)
+                y, weight = emit.fma(value, _density(emit, value), phi), builder.fmul(dvalue, weight)
+            emit.store(emit.narrow(builder.fmul(y, weight)), out_0, at, streams)
 
-        specialized(builder, write, gated, streams)
+        specialized(builder, write, gated, derives, streams)
         return context.get_dummy_value()
 
-    return types.void(x, gate, dy, dx, dgate, types.int64, types.boolean, types.boolean, lanes), codegen
+    flags = (types.boolean, types.boolean, types.boolean)
+    return types.void(x, gate, dy, out, dgate, types.int64, *flags, lanes), codegen
 
 
-def _forward(data: Any) -> None:
-    """Write `gate * GELU(x)`, one piece after another, until none is left."""
-    p = fields(data)
-    x, gate, out = pointer(p[X], data), pointer(p[GATE], data), pointer(p[OUT], data)
-    gated, streams = p[GATE] != 0, p[STREAMS] != 0
-    while True:
-        i = take(p) * PIECE
-        if i >= p[COUNT]:
-            break
-        end = min(i + PIECE, p[COUNT])
-        while i + LANES <= end:
-            _forward_at(x, gate, out, i, gated, streams, LANES)
-            i += LANES
-        while i < end:
-            _forward_at(x, gate, out, i, gated, False, 1)
-            i += 1
-    fence()
-
-
-def _backward(data: Any) -> None:
-    """Write the gradients of `x` and `gate`, likewise."""
+def _kernel(data: Any) -> None:
+    """Write one piece after another, until none is left."""
     p = fields(data)
     x, gate, dy = pointer(p[X], data), pointer(p[GATE], data), pointer(p[DY], data)
-    dx, dgate = pointer(p[DX], data), pointer(p[DGATE], data)
-    gated, streams = p[GATE] != 0, p[STREAMS] != 0
+    out, dgate = pointer(p[OUT], data), pointer(p[DGATE], data)
+    gated, derives, streams = p[GATE] != 0, p[DY] != 0, p[STREAMS] != 0
     while True:
         i = take(p) * PIECE
         if i >= p[COUNT]:
             break
         end = min(i + PIECE, p[COUNT])
         while i + LANES <= end:
-            _backward_at(x, gate, dy, dx, dgate, i, gated, streams, LANES)
+            _write_at(x, gate, dy, out, dgate, i, gated, derives, streams, LANES)
             i += LANES
         while i < end:
-            _backward_at(x, gate, dy, dx, dgate, i, gated, False, 1)
+            _write_at(x, gate, dy, out, dgate, i, gated, derives, False, 1)
             i += 1
     fence()
