@@ -6,7 +6,6 @@ import heapq
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO
 
 import numpy as np
 import torch
@@ -72,13 +71,6 @@ class Batch:
     tokens: list[int]
     bits: np.ndarray
     sizes: np.ndarray
-
-
-def chunks_of(stream: IO[bytes]) -> Iterator[bytes]:
-    """What a stream has, as it comes."""
-    read = getattr(stream, "read1", stream.read)
-    while chunk := read(PIECE):
-        yield chunk
 
 
 def pieces_of(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:

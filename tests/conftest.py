@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -42,7 +41,19 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(monkeypatch, capsysbinary):
+def standard_input(monkeypatch, tmp_path):
+    """Put text where this process reads its standard input."""
+
+    def put(text):
+        path = tmp_path / "standard input"
+        path.write_bytes(text)
+        monkeypatch.setattr(sys, "stdin", path.open())
+
+    return put
+
+
+@pytest.fixture
+def run(monkeypatch, capsysbinary, standard_input):
     """Run the command in this process: its exit code, standard output and standard error."""
 
     def run(*arguments, data=b""):
@@ -50,7 +61,7 @@ def run(monkeypatch, capsysbinary):
 
         capsysbinary.readouterr()
         monkeypatch.setattr(sys, "argv", ["mhesa", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        standard_input(data)
         with pytest.raises(SystemExit) as caught:
             cli.main()
         return caught.value.code, *capsysbinary.readouterr()

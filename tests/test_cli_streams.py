@@ -154,7 +154,7 @@ def test_a_reader_that_leaves_early_ends_it_quietly(folder, command):
     process.wait(timeout=60)
 
 
-def test_what_cannot_be_is_refused(fails, folder, tmp_path):
+def test_what_cannot_be_is_refused(fails, folder, tmp_path, monkeypatch):
     assert "--by must be" in fails("score", folder, "--by", "page")
     assert "--top must be" in fails("score", folder, "--top", 0)
     assert "nowhere" in fails("score", folder, tmp_path / "nowhere")
@@ -165,4 +165,7 @@ def test_what_cannot_be_is_refused(fails, folder, tmp_path):
     assert "precision" in fails("generate", folder, "--precision", "fp8")
     assert "min_p" in fails("generate", folder, "--min-p", 2)
     assert "empty" in fails("generate", folder, "--stop", "")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input" in fails("score", folder)
+    assert "standard input" in fails("generate", folder, "--prompt", "-")
     assert "seed" in fails("generate", folder, "--seed", -1)

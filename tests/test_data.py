@@ -2,11 +2,13 @@
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mhesa import data
 from mhesa.data import Holdout, Source, Windows, open_corpus, pack, read_sources, standard_library
 from mhesa.data.corpus import Tokens
 from mhesa.data.holdout import cut
@@ -63,9 +66,23 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path):
     assert joined(read_sources([str(tmp_path / "notes[1].txt")])) == b"here"
 
 
-def test_dash_is_standard_input(texts, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped \xff")))
+def test_dash_is_standard_input(texts, standard_input):
+    standard_input(b"piped \xff")
     assert joined(read_sources([str(texts / "b.txt"), "-"])) == b"secondpiped \xff"
+
+
+def test_an_interrupt_is_heard_though_it_cuts_no_read_short(monkeypatch):
+    def interrupt():
+        # Once the other thread waits; a signal that this thread gets does not wake it.
+        time.sleep(0.2)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    reader, writer = os.pipe()
+    with open(reader) as stdin, open(writer, "w"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(data.standard_input())
 
 
 def test_no_source_is_the_standard_library():

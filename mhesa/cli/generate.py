@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -56,8 +55,9 @@ def generate(
 
         mhesa generate runs/mine --session talk.session --prompt 'And then '
     """
+    from mhesa.data import standard_input
     from mhesa.sampling import Sampling
-    from mhesa.scoring import chunks_of, pieces_of
+    from mhesa.scoring import pieces_of
     from mhesa.session import Session
 
     if length < 0:
@@ -70,10 +70,10 @@ def generate(
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     known = session is not None and session.exists()
     text = Session.load(session, reader) if session and known else Session(reader)
-    given = sys.stdin.buffer if prompt == "-" else io.BytesIO(prompt.encode("utf-8", "surrogateescape"))
+    given = standard_input() if prompt == "-" else [prompt.encode("utf-8", "surrogateescape")]
     with interruptible():
         try:
-            for pieces in pieces_of(chunks_of(given)):
+            for pieces in pieces_of(given):
                 text.feed(b"".join(pieces))
                 if echo:
                     write(pieces)

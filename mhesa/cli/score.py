@@ -106,11 +106,11 @@ def _documents(
     files: list[File | None], advance: Callable[[int], object]
 ) -> Iterator[tuple[str, Iterator[bytes]]]:
     """The texts of some files, each a name and its bytes as they come."""
-    from mhesa.scoring import chunks_of
+    from mhesa.data import standard_input
 
     for file in files:
         if file is None:
-            yield "-", chunks_of(sys.stdin.buffer)
+            yield "-", standard_input()
         else:
             yield from file.documents(on_read=advance)
 

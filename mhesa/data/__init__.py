@@ -3,6 +3,7 @@
 from mhesa.data.corpus import Corpus, Source, Tokenizer, open_corpus
 from mhesa.data.holdout import Holdout
 from mhesa.data.sources import Document, File, find_files, read_sources, standard_library
+from mhesa.data.standard_input import standard_input
 from mhesa.data.windows import Windows, pack
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "open_corpus",
     "pack",
     "read_sources",
+    "standard_input",
     "standard_library",
 ]

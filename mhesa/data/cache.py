@@ -6,10 +6,9 @@ import atexit
 import hashlib
 import json
 import os
-import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 from filelock import FileLock
 
@@ -33,12 +32,12 @@ def lock(name: str) -> FileLock:
     return FileLock(cache_folder() / f"{name}.lock")
 
 
-def spool(stream: IO[bytes]) -> Path:
-    """Copy a stream to a file, which goes when the process ends: a corpus is read more than once."""
+def spool(chunks: Iterable[bytes]) -> Path:
+    """Write text to a file, which goes when the process ends: a corpus is read more than once."""
     with tempfile.NamedTemporaryFile(dir=cache_folder(), prefix="stdin-", delete=False) as file:
         atexit.register(Path(file.name).unlink, missing_ok=True)
         try:
-            shutil.copyfileobj(stream, file, 1 << 20)
+            file.writelines(chunks)
         except OSError as error:
             raise InputError(f"cannot keep standard input in {cache_folder()}: {error.strerror}") from error
     return Path(file.name)

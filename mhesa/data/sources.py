@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import json
 import lzma
-import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mhesa.data.cache import hub_file, spool
+from mhesa.data.standard_input import standard_input
 from mhesa.errors import InputError
 
 CHUNK = 1 << 20
@@ -315,9 +315,7 @@ def standard_library() -> list[Path]:
 
 def _expand(source: str) -> Iterator[File]:
     if source == "-":
-        if sys.stdin is None:
-            raise InputError("there is no standard input to read: it is closed")
-        yield File(spool(sys.stdin.buffer), "-", "")
+        yield File(spool(standard_input()), "-", "")
     elif source.startswith(HUB):
         yield File(hub_file(source), source, ".jsonl")
     else:
