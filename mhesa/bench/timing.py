@@ -10,10 +10,11 @@ import torch
 
 # Larger than most caches; what is written there drives everything else out.
 CACHES = 1 << 27
-# What takes longer has its caches and its memory to itself anyway.
-SLOW = 0.1
-# Of anything else a turn takes so many samples.
+# What takes fewer seconds than this is sampled more than once a turn.
+SHORT = 0.1
 SAMPLES = 5
+# What takes more than this finds little of whoever was before.
+LONG = 1.0
 
 
 def interleave(
@@ -28,8 +29,9 @@ def interleave(
 
     Whatever slows the machine for a while then slows all of them alike: their ratios hold where their
     times do not. Each finds what it finds in a long computation, whoever was before: it runs once
-    uncounted, so that the allocator gives it its own memory again; then the caches are filled with other
-    things, and its rehearsal brings the program back to them, but not the data.
+    uncounted, so that the allocator gives it its own memory again, unless even its fastest run was a long
+    one; then the caches are filled with other things, and its rehearsal brings the program back to them, but
+    not the data.
 
     Args:
         things: what to time, by name.
@@ -44,19 +46,20 @@ def interleave(
     True
     """
     others = torch.empty(CACHES, dtype=torch.uint8, device=device)
-    slow = {name: _time(thing, device) > SLOW for name, thing in things.items()}
+    fastest = {name: _time(thing, device) for name, thing in things.items()}
     on_round()
     seconds: dict[str, list[float]] = {name: [] for name in things}
     for _ in range(rounds):
         for name, thing in things.items():
             if sum(seconds[name]) < enough:
-                for _ in range(1 if slow[name] else SAMPLES):
-                    if not slow[name]:
+                for _ in range(SAMPLES if fastest[name] < SHORT else 1):
+                    if fastest[name] < LONG:
                         thing()
                     others.fill_(0)
                     if rehearsals is not None:
                         rehearsals[name]()
                     seconds[name].append(_time(thing, device))
+                    fastest[name] = min(fastest[name], seconds[name][-1])
         on_round()
     return {name: statistics.median(values) for name, values in seconds.items()}
 
