@@ -13,8 +13,6 @@ CACHES = 1 << 27
 # What takes fewer seconds than this is sampled more than once a turn.
 SHORT = 0.1
 SAMPLES = 5
-# What takes more than this finds little of whoever was before.
-LONG = 1.0
 
 
 def interleave(
@@ -29,9 +27,9 @@ def interleave(
 
     Whatever slows the machine for a while then slows all of them alike: their ratios hold where their
     times do not. Each finds what it finds in a long computation, whoever was before: it runs once
-    uncounted, so that the allocator gives it its own memory again, unless even its fastest run was a long
-    one; then the caches are filled with other things, and its rehearsal brings the program back to them, but
-    not the data.
+    uncounted, so that the allocator gives it its own memory again, unless even its fastest run took
+    `enough`; then the caches are filled with other things, and its rehearsal brings the program back to them,
+    but not the data.
 
     Args:
         things: what to time, by name.
@@ -53,7 +51,7 @@ def interleave(
         for name, thing in things.items():
             if sum(seconds[name]) < enough:
                 for _ in range(SAMPLES if fastest[name] < SHORT else 1):
-                    if fastest[name] < LONG:
+                    if fastest[name] < enough:
                         thing()
                     others.fill_(0)
                     if rehearsals is not None:

@@ -30,20 +30,23 @@ def ops(
 
         mhesa bench ops --shape 16x2048x8x64
     """
-    from mhesa.bench.lengths import LENGTHS, bench_lengths
+    from mhesa.bench.lengths import bench_lengths
     from mhesa.bench.ops import DTYPES, SHAPES, Case, bench_ops
 
     _check_bench(rounds, device)
     shapes = SHAPES if shape is None else [_shape(shape)]
     cases = [Case(shape, dtype) for dtype in DTYPES for shape in shapes]
-    lengths = LENGTHS if shape is None else ()
     found: list[Any] = []
-    with progress("timing", 2 * (rounds + 1) * (len(cases) + len(lengths))) as advance:
+    with progress("timing", 2 * (rounds + 1) * (len(cases) + (shape is None))) as advance:
         for rows in bench_ops(cases, rounds=rounds, device=device, on_round=lambda: advance(1)):
             found += rows
             if not as_json:
                 _print_case(rows)
-        by_length = list(bench_lengths(lengths, rounds=rounds, device=device, on_round=lambda: advance(1)))
+        by_length = (
+            list(bench_lengths(rounds=rounds, device=device, on_round=lambda: advance(1)))
+            if shape is None
+            else []
+        )
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in [*found, *by_length]]))
     elif by_length:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 
 import torch
 
@@ -14,8 +12,6 @@ from mhesa.training.settings import TrainingSettings
 
 # Weights, gradients and two moments of AdamW, in fp32.
 BYTES_A_PARAMETER = 16
-# mallopt(3)
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def check_memory(settings: TrainingSettings, vocab_size: int) -> None:
@@ -37,17 +33,6 @@ def check_memory(settings: TrainingSettings, vocab_size: int) -> None:
             f"{_gigabytes(batch)} and {settings.device} has {_gigabytes(there)}; make batch_size or context "
             "smaller, or accumulate larger"
         )
-
-
-def keep_memory() -> None:
-    """Let the C library keep what is freed: a step on a CPU asks for the same again a moment later.
-
-    Given back, it comes again page by page, each filled with zeros first: a tenth of a small model's time.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def count_parameters(settings: TrainingSettings, vocab_size: int) -> int:

@@ -25,6 +25,7 @@ from mhesa.folder import load_tokenizer
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.hf.vocabulary import TextTokenizer, open_tokenizer, train_bpe
+from mhesa.ops.memory import keep_memory
 from mhesa.tokens import Bytes
 from mhesa.training import checkpoint
 from mhesa.training.checkpoint import PREFIX, Progress
@@ -40,7 +41,7 @@ from mhesa.training.folder import (
     prepare,
     read_metrics,
 )
-from mhesa.training.memory import check_memory, keep_memory
+from mhesa.training.memory import check_memory
 from mhesa.training.outcome import Summary, compress, first_bytes, save_model, with_weights, write_sample
 from mhesa.training.plot import draw_curve
 from mhesa.training.progress import ProgressDisplay
