@@ -45,7 +45,10 @@ def write_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        readers = partial.stat().st_mode & 0o666
         for file in sorted(partial.iterdir()):
+            # Some libraries write files that only their owner may read.
+            file.chmod(readers)
             sync(file)
         sync(partial)
         remove(path)

@@ -129,10 +129,11 @@ def _read_weights(path: Path, sizes: Sizes, dtype: torch.dtype | None) -> GatedE
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no mapping
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is broken: {error}") from error
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise InputError(f"{path} is broken: {name} is of type {weight.dtype}, which no weight can be")
     if dtype is None:
-        dtype = next(
-            (weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32
-        )
+        dtype = next((weight.dtype for weight in weights.values()), torch.float32)
     state = {name.removeprefix(PREFIX): _copy(name, weight, dtype) for name, weight in weights.items()}
     for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
         if name not in weights:

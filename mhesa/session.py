@@ -199,10 +199,9 @@ class Session:
         try:
             token, position = int(details["token"]), int(details["position"])
         except (KeyError, ValueError) as error:
-            raise InputError(f"{path} is damaged: {error}") from error
-        whole = (
-            state is not None and state.shape == place.state[:, 0].shape and state.dtype == place.state.dtype
-        )
+            raise InputError(f"{path} is damaged: it does not say where in its text it is") from error
+        mine = place.state[:, 0]
+        whole = state.shape == mine.shape and state.dtype == mine.dtype and state.isfinite().all()
         if not whole or not 0 <= token < reader.decoder.num_tokens or position < 0:
             raise InputError(f"{path} is damaged: its contents do not fit the model")
         place.state[:, 0] = state
@@ -262,6 +261,8 @@ def _replace(path: Path, data: bytes) -> None:
 
 def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
     """The state in a saved session, empty if there is none, and what else it says."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file; give the file of a saved session")
     try:
         with safe_open(path, framework="pt") as file:
             state = file.get_tensor("state") if "state" in file.keys() else torch.empty(0)  # noqa: SIM118

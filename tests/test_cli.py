@@ -101,6 +101,7 @@ def test_the_folder_holds_a_whole_run(trained):
     assert losses[-1] < losses[0] - 1
     assert rows[-1]["held_out_bits_per_byte"] > 0
     assert not [path for path in out.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+    assert len({path.stat().st_mode for path in out.iterdir() if path.is_file()}) == 1
 
 
 def test_auto_classes_load_the_folder(trained):

@@ -11,6 +11,7 @@ import torch
 
 from mhesa import GatedExponentialSmoothingLM, cli
 from mhesa.hf import ByteTokenizer, MhesaForCausalLM
+from mhesa.training import TrainingSettings
 
 COMMAND = [sys.executable, "-m", "mhesa"]
 TEXT = b"one line\nsecond line\n\nthird \xff\x00 line\n"
@@ -154,6 +155,26 @@ def test_a_reader_that_leaves_early_ends_it_quietly(folder, command):
     process.wait(timeout=60)
 
 
+@pytest.mark.parametrize("arguments", [["generate", "--length", "50"], ["config"], ["--version"]], ids=str)
+def test_output_that_cannot_be_written_is_said_in_one_line(folder, arguments):
+    command, *options = arguments
+    where = [] if command == "--version" else [str(folder)]
+    if command == "config":
+        TrainingSettings(out=str(folder)).save(folder / "settings.json")
+    with open("/dev/full", "wb") as full:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": full, "stderr": subprocess.PIPE}
+        done = subprocess.run([*COMMAND, command, *where, *options], **streams, check=False)
+    assert (done.returncode, done.stderr) == (1, b"Error: cannot go on: No space left on device\n")
+
+
+def test_a_closed_standard_output_is_nowhere(folder):
+    line = 'exec "$0" "$@" >&-'
+    done = subprocess.run(
+        ["sh", "-c", line, *COMMAND, "score", str(folder)], input=TEXT, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_what_cannot_be_is_refused(fails, folder, tmp_path, monkeypatch):
     assert "--by must be" in fails("score", folder, "--by", "page")
     assert "--top must be" in fails("score", folder, "--top", 0)
@@ -168,4 +189,4 @@ def test_what_cannot_be_is_refused(fails, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert "standard input" in fails("score", folder)
     assert "standard input" in fails("generate", folder, "--prompt", "-")
-    assert "seed" in fails("generate", folder, "--seed", -1)
+    assert "seed" in fails("generate", folder, "--prompt", "a", "--seed", -1)

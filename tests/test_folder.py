@@ -151,6 +151,14 @@ def test_every_damaged_header_is_named(folder):
             load(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_weights_that_are_no_fractions_are_refused(folder, dtype):
+    path = folder / "model.safetensors"
+    save_file({name: weight.to(dtype) for name, weight in load_file(path).items()}, path)
+    with pytest.raises(InputError, match=r"safetensors is broken: .* is of type torch\.(complex|int)64"):
+        load(folder)
+
+
 class Canary:
     def __init__(self, path):
         self.path = path

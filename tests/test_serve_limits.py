@@ -20,6 +20,8 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server, http):
     assert b"body_too_large" in answer
     chunks = (b"x" * 65536 for _ in range(32))
     assert http.post("/v1/completions", content=chunks).status_code == 413
+    for path in ("/v1/completions", "/v1/score") * 5:
+        assert http.post(path, content=b"x" * 3_000_000).status_code == 413
 
 
 @pytest.mark.parametrize(

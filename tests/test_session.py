@@ -149,6 +149,11 @@ def damage(path, kind):
         size = int.from_bytes(data[:8], "little")
         details = json.loads(data[8 : 8 + size])["__metadata__"]
         save_file({"state": torch.zeros(3, 8)}, path, metadata=details)
+    elif kind == "NaN":
+        path.write_bytes(data[:-8] + b"\xff" * 8)
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
     elif kind == "weights":
         save_file({"weight": torch.zeros(3)}, path)
     else:
@@ -157,7 +162,9 @@ def damage(path, kind):
         save_file(load_file(path), path, metadata=details)
 
 
-@pytest.mark.parametrize("kind", ["cut", "empty", "noise", "shape", "weights", "700", "-1", "x"])
+@pytest.mark.parametrize(
+    "kind", ["cut", "empty", "noise", "shape", "NaN", "folder", "weights", "700", "-1", "x"]
+)
 def test_a_damaged_file_is_refused_by_name(reader, tmp_path, kind):
     path = tmp_path / "talk.session"
     Session(reader).save(path)

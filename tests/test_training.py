@@ -73,6 +73,8 @@ def test_settings_of_something_else_are_refused(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(InputError, match=r"settings\.json"):
         TrainingSettings.load(tmp_path / "settings.json")
+    with pytest.raises(InputError, match="holds no training run: it has no"):
+        TrainingSettings.load(tmp_path / "nowhere" / "settings.json")
 
 
 def test_automatic_choices_keep_to_what_was_asked(settings):

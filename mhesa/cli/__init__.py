@@ -45,12 +45,20 @@ app.add_typer(benches, name="bench")
 
 def main() -> None:
     """Run the command line; what the user can mend gets one line and exit code 2."""
+    if sys.stdout is None:
+        # It was closed: what is printed goes nowhere, and no other file is given its number.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 it is for the whole run
     try:
         app()
     except InputError as error:
         _fail(str(error), 2)
     except (TrainingError, FloatingPointError) as error:
         _fail(str(error), 1)
+    except OSError as error:
+        # What standard output did not take now, it would not take when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"cannot go on: {where}{error.strerror or error}", 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -10,6 +11,7 @@ import time
 import traceback
 import uuid
 from collections.abc import MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +22,9 @@ from mhesa.serve.service import Service
 from mhesa.serve.settings import is_loopback
 
 OPEN = frozenset({"/health"})
+# Of a body over the limit, so many times the limit is read and dropped after the answer, for so many seconds.
+DRAINED = 16
+LINGER = 2.0
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="mhesa: any name, and an API key for the password"'}
 
@@ -64,7 +69,9 @@ class Guard:
             body = await self._body(headers, receive)
             await self.app(scope, _replay(body, receive), answer)
         except APIError as error:
-            await error.response()(scope, receive, answer)
+            most = DRAINED * self.service.settings.limits.body
+            sender = _lingering(receive, answer, most) if error.status == 413 else answer
+            await error.response()(scope, receive, sender)
         except Exception:
             log("fault", id=request_id, error=traceback.format_exc())
         finally:
@@ -125,6 +132,28 @@ class Guard:
             if len(body) > limit:
                 raise _too_large(limit)
         return bytes(body)
+
+
+def _lingering(receive: Receive, send: Send, most: int) -> Send:
+    """Send an answer and let the rest of a body come: who is still sending at the end never reads it."""
+
+    async def drain() -> None:
+        left, more = most, True
+        while more and left > 0:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            more = message.get("more_body", False)
+
+    async def answer(message: Message) -> None:
+        last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if last:
+            await send({**message, "more_body": True})
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(drain(), LINGER)
+            message = {"type": "http.response.body"}
+        await send(message)
+
+    return answer
 
 
 def _too_large(limit: int) -> APIError:

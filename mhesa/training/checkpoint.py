@@ -122,7 +122,9 @@ def find_damage(path: Path) -> str | None:
             file = path / os.path.basename(name)
             if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
                 return f"{file} is damaged"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError):
+        return f"{path / MANIFEST} is damaged: it does not list files"
+    except (OSError, ValueError) as error:
         return f"{path / MANIFEST} is damaged: {error}"
     return None
 

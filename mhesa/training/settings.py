@@ -267,7 +267,11 @@ class TrainingSettings:
             if unknown:
                 raise InputError(f"{path} holds unknown settings: {', '.join(sorted(unknown))}")
             return cls(**{**values, "sources": tuple(values["sources"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"{path.parent} holds no training run: it has no {path.name}") from error
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{path} does not hold the settings of a training run") from error
+        except (OSError, ValueError) as error:
             raise InputError(f"{path} does not hold the settings of a training run: {error}") from error
 
     @classmethod
