@@ -168,6 +168,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(trained, corpus, tmp_path, fa
     assert "has dim 16; it cannot be resumed with 24" in refused
     resumed = mhesa("train", "--resume", "--out", out)
     assert resumed.returncode == 0, resumed.stderr
+    assert "goes on from step" in resumed.stderr
     expected, weights = (load_file(folder / "model.safetensors") for folder in (whole, out))
     assert all((weights[name] == expected[name]).all() for name in expected)
     steps, expected_steps = (

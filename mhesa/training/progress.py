@@ -81,9 +81,9 @@ class ProgressDisplay:
                 self._progress.update(self._task, figures=figures, completed=done)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            done = self.budget.spent(int(row["step"]))
+            done = min(self.budget.spent(int(row["step"])), 1.0)
             left = self.budget.seconds * (1 - done) / max(done, 1e-9)
-            self.console.print(f"{done:4.0%}  {figures}  {max(left, 0):,.0f} s left", highlight=False)
+            self.console.print(f"{done:4.0%}  {figures}  {left:,.0f} s left", highlight=False)
 
     def _show_evaluation(self, row: Row) -> None:
         self.console.rule(f"step {row['step']:,}: {row['held_out_bits_per_byte']:.3f} bits/byte held out")

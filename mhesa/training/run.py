@@ -186,6 +186,8 @@ class Run:
             tokenizer.save_pretrained(folder)
         barrier()
         _announce(console, settings, corpus, run.model.num_parameters())
+        if start is not None:
+            console.print(f"goes on from [bold]step {run.progress.step:,}[/]", highlight=False)
         return run
 
     def trainer(self, signals: StopOnSignal) -> StepTrainer:
