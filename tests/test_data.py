@@ -78,11 +78,14 @@ def test_an_interrupt_is_heard_though_it_cuts_no_read_short(monkeypatch):
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     reader, writer = os.pipe()
+    # What starts tests in the background has signals from the keyboard ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(reader) as stdin, open(writer, "w"):
         monkeypatch.setattr(sys, "stdin", stdin)
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             next(data.standard_input())
+    signal.signal(signal.SIGINT, before)
 
 
 def test_no_source_is_the_standard_library():
