@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mhesa.decoding import Decoder
-    from mhesa.folder import load
-    from mhesa.generation import generate
-    from mhesa.layers import MHESA, GatedMHESA
-    from mhesa.model import GatedExponentialSmoothingLM
+    from mhesa.inference.decoder import Decoder
+    from mhesa.inference.generation import generate
+    from mhesa.inference.sampling import Sampling
+    from mhesa.inference.session import Reader, Session
+    from mhesa.model.layers import MHESA, GatedMHESA
+    from mhesa.model.lm import GatedExponentialSmoothingLM
+    from mhesa.model.loading import load
     from mhesa.ops import conv1d_fft, exponential_smoothing, exponential_smoothing_step
-    from mhesa.sampling import Sampling
-    from mhesa.session import Reader, Session
     from mhesa.training import TrainingSettings, train
 
 __version__ = "0.1.0"
@@ -38,28 +38,28 @@ __all__ = [
     "train",
 ]
 
-HOMES = {
-    "MHESA": "mhesa.layers",
-    "Decoder": "mhesa.decoding",
-    "GatedExponentialSmoothingLM": "mhesa.model",
-    "GatedMHESA": "mhesa.layers",
-    "Reader": "mhesa.session",
-    "Sampling": "mhesa.sampling",
-    "Session": "mhesa.session",
+_LAZY_EXPORTS = {
+    "MHESA": "mhesa.model.layers",
+    "Decoder": "mhesa.inference.decoder",
+    "GatedExponentialSmoothingLM": "mhesa.model.lm",
+    "GatedMHESA": "mhesa.model.layers",
+    "Reader": "mhesa.inference.session",
+    "Sampling": "mhesa.inference.sampling",
+    "Session": "mhesa.inference.session",
     "TrainingSettings": "mhesa.training",
     "conv1d_fft": "mhesa.ops",
     "exponential_smoothing": "mhesa.ops",
     "exponential_smoothing_step": "mhesa.ops",
-    "generate": "mhesa.generation",
-    "load": "mhesa.folder",
+    "generate": "mhesa.inference.generation",
+    "load": "mhesa.model.loading",
     "train": "mhesa.training",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
+    if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(HOMES[name]), name)
+    value = globals()[name] = getattr(import_module(_LAZY_EXPORTS[name]), name)
     return value
 
 

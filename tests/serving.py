@@ -28,9 +28,9 @@ TEMPLATE = (
 SCRIPT = """
 import json, sys, transformers
 from pathlib import Path
-from mhesa.folder import load
-from mhesa.serve.server import serve
-from mhesa.serve.service import Service
+from mhesa.model.loading import load
+from mhesa.serve.http.server import serve
+from mhesa.serve.api.service import Service
 from mhesa.serve.settings import Limits, Settings
 transformers.logging.disable_progress_bar()
 given = json.loads(sys.argv[2])

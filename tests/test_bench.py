@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks import lengths, ops, train
+from benchmarks.lengths import bench_lengths
+from benchmarks.ops import Case, Contestant, bench_ops
+from benchmarks.run import bench_run, outside
+from benchmarks.train import Sizes, bench_train
 from mhesa import cli
-from mhesa.bench import lengths, ops, train
-from mhesa.bench.lengths import bench_lengths
-from mhesa.bench.ops import Case, Contestant, bench_ops
-from mhesa.bench.run import bench_run, outside
-from mhesa.bench.train import Sizes, bench_train
 from mhesa.training import TrainingSettings
 
 SMALL = [Case((2, 64, 2, 8), torch.float32), Case((1, 65, 4, 4), torch.bfloat16)]

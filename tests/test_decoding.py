@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.decoding import Decoder, kernel
-from mhesa.decoding.native import ROWS
 from mhesa.errors import InputError
+from mhesa.inference.decoder import Decoder, kernel
+from mhesa.inference.decoder.native import ROWS
 
 NATIVE = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")]
 EVERY = [*NATIVE, (torch.float64, None)]
@@ -244,11 +244,11 @@ def test_processors_without_pair_instructions_get_the_same_sums(tmp_path):
     """The instructions are chosen when a kernel is compiled: once more, for a processor that has none."""
     script = """
 import sys, torch
-from mhesa.decoding import matmul
+from mhesa.inference.decoder import matmul
 if sys.argv[1] == "plain":
     matmul._processor_has = lambda feature: False
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.decoding import Decoder, kernel
+from mhesa.inference.decoder import Decoder, kernel
 torch.manual_seed(0)
 model = GatedExponentialSmoothingLM(num_tokens=50, dim=40, depth=2, heads=2, dim_mhesa=24).eval()
 ids = torch.randint(50, (3, 9))

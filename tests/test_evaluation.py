@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from mhesa import GatedExponentialSmoothingLM, evaluation
+from mhesa import GatedExponentialSmoothingLM
 from mhesa.data import Document
-from mhesa.evaluation import Score, evaluate
 from mhesa.hf import ByteTokenizer
+from mhesa.inference import evaluation
+from mhesa.inference.evaluation import Score, evaluate
 
 
 @pytest.fixture(scope="module")

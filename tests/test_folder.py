@@ -13,10 +13,10 @@ from transformers import AddedToken, AutoTokenizer
 
 import mhesa
 from mhesa.errors import InputError
-from mhesa.folder import load, load_tokenizer
 from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM
-from mhesa.session import fingerprint
-from mhesa.tokens import Bytes, TextTokenizer, train_bpe
+from mhesa.inference.session import fingerprint
+from mhesa.model.loading import load, load_tokenizer
+from mhesa.tokenizers import Bytes, TextTokenizer, train_bpe
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}"
 
@@ -288,4 +288,4 @@ def test_what_needs_no_model_needs_no_torch(arguments, code):
 def test_every_public_name_is_there():
     for name in mhesa.__all__:
         assert getattr(mhesa, name).__name__ == name
-    assert set(mhesa.__all__) == set(mhesa.HOMES) <= set(dir(mhesa))
+    assert set(mhesa.__all__) == set(mhesa._LAZY_EXPORTS) <= set(dir(mhesa))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mhesa.ops import exponential_smoothing, reference
-from mhesa.ops import numba as kernels
+from mhesa.ops.cpu import scan as kernels
 
 OFFSETS = pytest.mark.parametrize("offsets", [None, [0, 2, 2, 5]], ids=["batch", "packed"])
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.decoding import Decoder
 from mhesa.errors import InputError
-from mhesa.generation import generate, stream, until
-from mhesa.sampling import Sampling
+from mhesa.inference.decoder import Decoder
+from mhesa.inference.generation import generate, stream, until
+from mhesa.inference.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mhesa.ops import exponential_smoothing
-from mhesa.ops import threads as threading
+from mhesa.ops.cpu import threads as threading
 
 CALL = """
 import sys, torch

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from mhesa.errors import InputError
-from mhesa.sampling import Sampler, Samplers, Sampling, draw
+from mhesa.inference.sampling import BatchSampler, Sampling, TokenSampler, draw
 
 
 def processed(sampling, logits, seen):
@@ -57,7 +57,7 @@ CASES = [
 def test_draws_follow_the_distribution_of_transformers(sampling, seen):
     logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
     expected = processed(sampling, logits, seen)
-    samplers = [Sampler(sampling, seed) for seed in range(20_000)]
+    samplers = [TokenSampler(sampling, seed) for seed in range(20_000)]
     for sampler in samplers:
         sampler.observe(seen)
     counts = np.bincount(draw(logits.expand(20_000, -1), samplers), minlength=8)
@@ -78,41 +78,43 @@ def test_nothing_is_drawn_that_transformers_leaves_out(size, top_k, top_p, seed)
     logits = 3 * torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
     sampling = Sampling(top_k=top_k, top_p=top_p)
     possible = processed(sampling, logits, ()) > 0
-    tokens = draw(logits.expand(50, -1), [Sampler(sampling, seed + i) for i in range(50)])
+    tokens = draw(logits.expand(50, -1), [TokenSampler(sampling, seed + i) for i in range(50)])
     assert all(possible[token] for token in tokens)
 
 
 def test_greedy_is_argmax_and_takes_the_first_of_equals():
     logits = torch.randn(40, 300)
     logits[7, 11] = logits[7, 200] = 50
-    assert draw(logits, [Sampler(Sampling(temperature=0)) for _ in range(40)]) == logits.argmax(-1).tolist()
+    assert (
+        draw(logits, [TokenSampler(Sampling(temperature=0)) for _ in range(40)]) == logits.argmax(-1).tolist()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_tiny_temperature_is_greedy(dtype):
     logits = (torch.randn(4, 50) * 100).to(dtype)
-    samplers = [Sampler(Sampling(temperature=1e-30), 0) for _ in range(4)]
+    samplers = [TokenSampler(Sampling(temperature=1e-30), 0) for _ in range(4)]
     assert torch.equal(logits.gather(1, torch.tensor(draw(logits, samplers))[:, None])[:, 0], logits.amax(1))
 
 
 def test_a_row_draws_the_same_in_any_company():
     logits = torch.randn(30, 100)
-    together = draw(logits, [Sampler(Sampling(top_p=0.9), seed) for seed in range(30)])
-    alone = [draw(logits[row, None], [Sampler(Sampling(top_p=0.9), row)])[0] for row in range(30)]
+    together = draw(logits, [TokenSampler(Sampling(top_p=0.9), seed) for seed in range(30)])
+    alone = [draw(logits[row, None], [TokenSampler(Sampling(top_p=0.9), row)])[0] for row in range(30)]
     assert together == alone
 
 
 def test_the_random_stream_is_splitmix64():
     # What Vigna's own program prints for this seed; of 256 equal tokens the highest byte picks one.
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    samplers = Samplers(256, [Sampler(seed=1234567)])
+    samplers = BatchSampler(256, [TokenSampler(seed=1234567)])
     assert [samplers.draw(torch.zeros(1, 256))[0] for _ in published] == [each >> 56 for each in published]
 
 
 def test_what_was_drawn_is_penalised_as_openai_documents():
     """`mu[j] - c[j] * frequency - (c[j] > 0) * presence`, where `c` counts what was drawn before."""
     logits, counts = torch.randn(1, 300, dtype=torch.float64), torch.zeros(300)
-    samplers = Samplers(300, [Sampler(Sampling(0, frequency_penalty=0.25, presence_penalty=0.5))])
+    samplers = BatchSampler(300, [TokenSampler(Sampling(0, frequency_penalty=0.25, presence_penalty=0.5))])
     for _ in range(500):
         expected = (logits - 0.25 * counts - 0.5 * (counts > 0)).argmax().item()
         assert samplers.draw(logits) == [expected]
@@ -122,10 +124,10 @@ def test_what_was_drawn_is_penalised_as_openai_documents():
 
 def test_rows_that_come_and_go_draw_as_if_alone():
     logits, settings = torch.randn(1, 50), Sampling(top_p=0.9, presence_penalty=1.0)
-    alone = {seed: Samplers(50, [Sampler(settings, seed)]) for seed in range(40)}
-    together, seeds, random = Samplers(50, most=8), [], np.random.default_rng(0)
+    alone = {seed: BatchSampler(50, [TokenSampler(settings, seed)]) for seed in range(40)}
+    together, seeds, random = BatchSampler(50, most=8), [], np.random.default_rng(0)
     for new in alone:
-        together.append(Sampler(settings, new))
+        together.append(TokenSampler(settings, new))
         seeds.append(new)
         assert together.draw(logits.expand(len(seeds), -1)) == [alone[s].draw(logits)[0] for s in seeds]
         assert together.last[: len(seeds)].tolist() == [alone[s].last.item() for s in seeds]
@@ -138,23 +140,23 @@ def test_rows_that_come_and_go_draw_as_if_alone():
 
 def test_biases_of_tokens_that_are_not_there_are_refused():
     with pytest.raises(InputError, match="token ids must be 0 to 19, not 20"):
-        draw(torch.zeros(1, 20), [Sampler(Sampling(logit_bias={20: 1.0}))])
+        draw(torch.zeros(1, 20), [TokenSampler(Sampling(logit_bias={20: 1.0}))])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_row_that_is_no_number_says_so_and_spares_the_others(poison, temperature):
     logits = torch.randn(3, 20)
-    expected = draw(logits, [Sampler(Sampling(temperature), seed) for seed in range(3)])
+    expected = draw(logits, [TokenSampler(Sampling(temperature), seed) for seed in range(3)])
     logits[1] = poison
-    tokens = draw(logits, [Sampler(Sampling(temperature), seed) for seed in range(3)])
+    tokens = draw(logits, [TokenSampler(Sampling(temperature), seed) for seed in range(3)])
     assert tokens == [expected[0], -1, expected[2]]
 
 
 def test_impossible_tokens_are_not_drawn():
     logits = torch.full((1, 50), -torch.inf)
     logits[0, 13] = 1.0
-    assert draw(logits, [Sampler()]) == [13]
+    assert draw(logits, [TokenSampler()]) == [13]
 
 
 @pytest.mark.parametrize(
@@ -182,4 +184,4 @@ def test_sampling_that_cannot_be_is_refused(values):
 
 def test_a_negative_seed_is_refused():
     with pytest.raises(InputError, match="seed must be"):
-        Sampler(seed=-1)
+        TokenSampler(seed=-1)

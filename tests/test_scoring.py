@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.heatmap import Heatmap
 from mhesa.hf import ByteTokenizer
-from mhesa.scoring import BY, PIECE, by_line, by_token, most_surprising, pieces_of, score
-from mhesa.session import Reader
+from mhesa.inference.heatmap import Heatmap
+from mhesa.inference.scoring import BY, PIECE, by_line, by_token, most_surprising, pieces_of, score
+from mhesa.inference.session import Reader
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +126,8 @@ PEAK = """
 import resource, sys, torch
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.hf import ByteTokenizer
-from mhesa.scoring import by_line, score
-from mhesa.session import Reader
+from mhesa.inference.scoring import by_line, score
+from mhesa.inference.session import Reader
 model = GatedExponentialSmoothingLM(num_tokens=257, dim=8, depth=1, heads=1, dim_mhesa=8).eval()
 chunks = (b"\\x00\\xffy " * 16384 for _ in range(int(sys.argv[1])))
 (line,) = by_line("-", score(Reader(model, ByteTokenizer()), chunks))

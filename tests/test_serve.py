@@ -8,9 +8,9 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from serving import KEYS, complete, raw, running, save_model
 
-from mhesa.decoding import Decoder
-from mhesa.evaluation import surprisals
-from mhesa.folder import load
+from mhesa.inference.decoder import Decoder
+from mhesa.inference.evaluation import surprisals
+from mhesa.model.loading import load
 
 openai = pytest.importorskip("openai")
 

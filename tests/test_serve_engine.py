@@ -10,11 +10,11 @@ import torch
 from serving import report
 
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.decoding import Decoder
-from mhesa.sampling import Sampler, Sampling
-from mhesa.serve.engine import Engine
-from mhesa.serve.jobs import Busy, Job, Stopped
-from mhesa.serve.text import Choice, Vocabulary
+from mhesa.inference.decoder import Decoder
+from mhesa.inference.sampling import Sampling, TokenSampler
+from mhesa.serve.engine.jobs import Busy, Job, Stopped
+from mhesa.serve.engine.loop import Engine
+from mhesa.serve.engine.text import Choice, Vocabulary
 
 VOCABULARY = Vocabulary([*(bytes([65 + index]) for index in range(23)), b""], 23)
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(temperature=2)
@@ -78,7 +78,7 @@ ENDLESS = Sampling(temperature=0, logit_bias={VOCABULARY.end: -100})
 
 
 def job(ids, sampling=GREEDY, seed=0, limit=50, n=1, **settings):
-    choices = [Choice(VOCABULARY, Sampler(sampling, seed + index), limit) for index in range(n)]
+    choices = [Choice(VOCABULARY, TokenSampler(sampling, seed + index), limit) for index in range(n)]
     return Job(np.array(ids, np.uint16), choices, **settings)
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhesa.sampling import Sampler
-from mhesa.serve.text import Choice, Reader, Vocabulary
+from mhesa.inference.sampling import TokenSampler
+from mhesa.serve.engine.text import Choice, Reader, Vocabulary
 
 PIECES = [*(bytes([byte]) for byte in range(256)), b"ab", b"aba", "né".encode(), b""]
 END = len(PIECES) - 1
@@ -16,7 +16,7 @@ STOPS = st.lists(st.text("abné", min_size=1, max_size=4).map(str.encode), max_s
 
 def write(tokens, stops=(), limit=1000, reads=()):
     """Write tokens and read in between; the pieces that were read."""
-    choice = Choice(VOCABULARY, Sampler(), limit, stops, top=None)
+    choice = Choice(VOCABULARY, TokenSampler(), limit, stops, top=None)
     reader, read = Reader(choice), []
     for index, token in enumerate(tokens):
         if choice.take(token):
@@ -53,7 +53,7 @@ def test_characters_cut_by_tokens_come_whole(text):
 
 
 def test_what_may_become_an_ending_is_held_back():
-    choice = Choice(VOCABULARY, Sampler(), 100, (b"\n\nUser:",))
+    choice = Choice(VOCABULARY, TokenSampler(), 100, (b"\n\nUser:",))
     reader = Reader(choice)
     for byte in b"hello\n\nUse":
         choice.take(byte)
@@ -63,4 +63,4 @@ def test_what_may_become_an_ending_is_held_back():
 
 
 def test_a_limit_of_nothing_is_finished_at_once():
-    assert Choice(VOCABULARY, Sampler(), 0).finish == "length"
+    assert Choice(VOCABULARY, TokenSampler(), 0).finish == "length"

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
 from mhesa.hf import ByteTokenizer
-from mhesa.sampling import Sampling
-from mhesa.session import Reader, Session, fingerprint
+from mhesa.inference.sampling import Sampling
+from mhesa.inference.session import Reader, Session, fingerprint
 
 
 def model_of(seed=0, **sizes):

@@ -19,8 +19,8 @@ from mhesa.ops.backends import Backend
 
 triton = pytest.importorskip("triton")
 
-from mhesa.ops import triton as backend  # noqa: E402
-from mhesa.ops import triton_kernels as kernels  # noqa: E402
+from mhesa.ops.triton import kernels  # noqa: E402
+from mhesa.ops.triton import scan as backend  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -41,7 +41,7 @@ def _device(request, monkeypatch):
         yield
         return
     if INTERPRETED:
-        monkeypatch.setitem(BACKENDS, "triton", Backend("mhesa.ops.triton"))
+        monkeypatch.setitem(BACKENDS, "triton", Backend("mhesa.ops.triton.scan"))
     elif not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     deterministic = torch.are_deterministic_algorithms_enabled()

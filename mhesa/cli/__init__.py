@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 import mhesa
-from mhesa.cli import bench
 from mhesa.cli.common import errors
 from mhesa.cli.config import config
 from mhesa.cli.evaluate import evaluate
@@ -33,14 +32,6 @@ app.command(name="eval")(evaluate)
 app.command()(score)
 app.command()(config)
 app.command()(serve)
-
-benches = typer.Typer(help="Measure speed, as ratios inside one run.", no_args_is_help=True)
-benches.command(name="ops")(bench.ops)
-benches.command(name="train")(bench.train)
-benches.command(name="run")(bench.run)
-benches.command(name="decode")(bench.decode)
-benches.command(name="serve")(bench.serve)
-app.add_typer(benches, name="bench")
 
 
 def main() -> None:

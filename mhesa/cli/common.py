@@ -16,10 +16,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mhesa.errors import InputError
-from mhesa.folder import load, read_config
+from mhesa.model.loading import load, read_config
 
 if TYPE_CHECKING:
-    from mhesa.session import Reader
+    from mhesa.inference.session import Reader
 
 errors = Console(stderr=True)
 
@@ -47,7 +47,7 @@ def read_model(
     """The model of a folder, ready to read and write text."""
     import torch
 
-    from mhesa.session import Reader
+    from mhesa.inference.session import Reader
 
     precisions = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
     if precision not in precisions:

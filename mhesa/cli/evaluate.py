@@ -44,8 +44,8 @@ def evaluate(
         mhesa eval runs/first unseen.txt --quantize int8
     """
     from mhesa.data import read_sources
-    from mhesa.evaluation import Score
-    from mhesa.evaluation import evaluate as score
+    from mhesa.inference.evaluation import Score
+    from mhesa.inference.evaluation import evaluate as score
 
     documents = read_sources(sources)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)

@@ -56,9 +56,9 @@ def generate(
         mhesa generate runs/mine --session talk.session --prompt 'And then '
     """
     from mhesa.data import standard_input
-    from mhesa.sampling import Sampler, Sampling
-    from mhesa.scoring import pieces_of
-    from mhesa.session import Session
+    from mhesa.inference.sampling import Sampling, TokenSampler
+    from mhesa.inference.scoring import pieces_of
+    from mhesa.inference.session import Session
 
     if length < 0:
         raise InputError(f"length must be 0 or more, not {length}")
@@ -67,7 +67,7 @@ def generate(
     if session is not None and not os.access(session.parent, os.W_OK):
         raise InputError(f"cannot write {session}: its folder is missing or read-only")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    Sampler(sampling, seed)  # What it refuses is refused before anything is written.
+    TokenSampler(sampling, seed)  # What it refuses is refused before anything is written.
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     known = session is not None and session.exists()
     text = Session.load(session, reader) if session and known else Session(reader)

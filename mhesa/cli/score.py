@@ -26,9 +26,9 @@ from mhesa.errors import InputError
 
 if TYPE_CHECKING:
     from mhesa.data import File
-    from mhesa.heatmap import Heatmap
-    from mhesa.scoring import Batch, Scored
-    from mhesa.session import Reader
+    from mhesa.inference.heatmap import Heatmap
+    from mhesa.inference.scoring import Batch, Scored
+    from mhesa.inference.session import Reader
 
 # Characters of a stretch that a line of the terminal shows.
 SHOWN = 160
@@ -70,7 +70,7 @@ def score(
 
         mhesa score runs/mine texts/ --by document --json
     """
-    from mhesa.scoring import BY, most_surprising
+    from mhesa.inference.scoring import BY, most_surprising
 
     if by not in BY:
         raise InputError(f"--by must be {', '.join(BY)}, not {by}")
@@ -117,7 +117,7 @@ def _documents(
 
 @contextmanager
 def _page(path: Path) -> Iterator[Heatmap]:
-    from mhesa.heatmap import Heatmap
+    from mhesa.inference.heatmap import Heatmap
 
     try:
         with path.open("w", encoding="utf-8") as file:
@@ -130,7 +130,7 @@ def _page(path: Path) -> Iterator[Heatmap]:
 
 
 def _scored(reader: Reader, name: str, chunks: Iterator[bytes], page: Heatmap | None) -> Iterator[Batch]:
-    from mhesa.scoring import score as score_text
+    from mhesa.inference.scoring import score as score_text
 
     batches = score_text(reader, chunks)
     return page.follow(name, batches) if page else batches

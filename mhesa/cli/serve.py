@@ -50,9 +50,9 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'mhesa[serve]'") from error
-    from mhesa.folder import load
-    from mhesa.serve.server import serve
-    from mhesa.serve.service import Service
+    from mhesa.model.loading import load
+    from mhesa.serve.api.service import Service
+    from mhesa.serve.http.server import serve
     from mhesa.serve.settings import Limits, Settings, read_keys
 
     settings = Settings(

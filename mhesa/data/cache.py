@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from mhesa.durable import write_file
+from mhesa.atomic_io import write_file
 from mhesa.errors import InputError
 
 

@@ -14,11 +14,11 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
+from mhesa.atomic_io import write_folder
 from mhesa.data.cache import cache_folder, lock
 from mhesa.data.holdout import Holdout, Piece
 from mhesa.data.parallel import batches, ordered, threads
 from mhesa.data.sources import TEXT_FIELD, Document, Report, find_files, nothing_in
-from mhesa.durable import write_folder
 from mhesa.errors import InputError
 
 # Counted up when the same text and tokenizer would give other files.

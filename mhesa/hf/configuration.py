@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from mhesa.config import ALIASES, Sizes
-from mhesa.folder import MODEL_TYPE
-from mhesa.tokens.bytes import END_OF_TEXT_ID
+from mhesa.model.config import ALIASES, Sizes
+from mhesa.model.loading import MODEL_TYPE
+from mhesa.tokenizers.bytes import END_OF_TEXT_ID
 
 
 class MhesaConfig(PreTrainedConfig):

@@ -20,13 +20,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mhesa.folder import KEPT_IN_FP32
 from mhesa.hf.cache import MhesaCache, MhesaCacheLayer, check_cache
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.packing import in_place, offsets, real_tokens, without_first_tokens
-from mhesa.layers import MHESA, GatedMHESA
-from mhesa.model import GatedExponentialSmoothingLM, run_blocks
-from mhesa.tokens.bytes import END_OF_TEXT_ID
+from mhesa.model.layers import MHESA, GatedMHESA
+from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
+from mhesa.model.loading import KEPT_IN_FP32
+from mhesa.tokenizers.bytes import END_OF_TEXT_ID
 
 __all__ = ["MhesaCache", "MhesaCacheLayer", "MhesaForCausalLM", "MhesaModel", "MhesaPreTrainedModel"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
-from mhesa.tokens.bytes import END_OF_TEXT, END_OF_TEXT_ID, PIECES, Bytes
+from mhesa.tokenizers.bytes import END_OF_TEXT, END_OF_TEXT_ID, PIECES, Bytes
 
 ERRORS = ("surrogateescape", "replace", "ignore", "backslashreplace", "strict")
 

@@ -40,8 +40,8 @@ class Backend:
 
 # In order of preference: the first that serves is the default.
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend("mhesa.ops.triton", frozenset({"cuda", "xpu"}), "triton"),
-    "numba": Backend("mhesa.ops.numba", frozenset({"cpu"}), "numba"),
+    "triton": Backend("mhesa.ops.triton.scan", frozenset({"cuda", "xpu"}), "triton"),
+    "numba": Backend("mhesa.ops.cpu.scan", frozenset({"cpu"}), "numba"),
     "chunked": Backend("mhesa.ops.chunked"),
     "fft": Backend("mhesa.ops.fft"),
     "reference": Backend("mhesa.ops.reference"),

@@ -1,6 +1,6 @@
 """GELU, alone or times a gate: what a block does between its matrix products.
 
-PyTorch goes over memory for it two to five times; on a CPU the kernels of `mhesa.ops.numba_gelu` do once.
+PyTorch goes over memory for it two to five times; on a CPU `mhesa.ops.cpu.gelu_kernels` does once.
 Compilers, which do as much by themselves, and devices other than CPUs get PyTorch's own operators.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mhesa.ops.backends import BACKENDS
-from mhesa.ops.fused import unobserved
+from mhesa.ops.registration import is_plain_eager
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,7 +34,7 @@ def gelu(x: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -
     tensor([0.0000, 1.6827])
     """
     tensors = [x] if gate is None else [x, gate]
-    if not (unobserved(*tensors) and _served(tensors, backend)):
+    if not (is_plain_eager(*tensors) and _served(tensors, backend)):
         return F.gelu(x) if gate is None else gate * F.gelu(x)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         y: Tensor = _apply(x, gate)
@@ -65,13 +65,13 @@ class _Gelu(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         """Call the kernel, unless the gradient is to be differentiated in turn."""
         x, gate = ctx.saved_tensors
-        if torch.is_grad_enabled() or not unobserved(dy):
+        if torch.is_grad_enabled() or not is_plain_eager(dy):
             gated = dy if gate is None else dy * gate
             dx = torch.ops.aten.gelu_backward(gated, x)
             return dx, None if gate is None else dy * F.gelu(x)
-        from mhesa.ops import numba_gelu
+        from mhesa.ops.cpu import gelu_kernels
 
-        return numba_gelu.backward(
+        return gelu_kernels.backward(
             dy.contiguous(), x.contiguous(), gate if gate is None else gate.contiguous()
         )
 
@@ -80,6 +80,6 @@ _apply: Any = _Gelu.apply
 
 
 def _forward(x: Tensor, gate: Tensor | None) -> Tensor:
-    from mhesa.ops import numba_gelu
+    from mhesa.ops.cpu import gelu_kernels
 
-    return numba_gelu.forward(x.contiguous(), gate if gate is None else gate.contiguous())
+    return gelu_kernels.forward(x.contiguous(), gate if gate is None else gate.contiguous())

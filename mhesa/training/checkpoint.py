@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mhesa.durable import remove, sha256, write_folder
+from mhesa.atomic_io import remove, sha256, write_folder
 from mhesa.errors import InputError, TrainingError
 
 MANIFEST = "manifest.json"

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import mhesa
-from mhesa.durable import write_file
+from mhesa.atomic_io import write_file
 from mhesa.errors import InputError
 from mhesa.training import checkpoint
 from mhesa.training.schedule import Budget

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mhesa.atomic_io import write_folder
 from mhesa.data import Document, Tokenizer
-from mhesa.durable import write_folder
-from mhesa.evaluation import Score
-from mhesa.generation import stream
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.modeling import MhesaForCausalLM
-from mhesa.model import GatedExponentialSmoothingLM
-from mhesa.sampling import Sampling
+from mhesa.inference.evaluation import Score
+from mhesa.inference.generation import stream
+from mhesa.inference.sampling import Sampling
+from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.training.folder import CHECKPOINTS, RUN_FILES
 
 SAMPLE_TOKENS = 300

@@ -15,18 +15,18 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
+from mhesa.atomic_io import write_folder
 from mhesa.data import Corpus, Source, Windows, open_corpus
 from mhesa.data.cache import cache_folder, lock
-from mhesa.devices import best_device
-from mhesa.durable import write_folder
 from mhesa.errors import InputError, TrainingError
-from mhesa.evaluation import evaluate
-from mhesa.folder import load_tokenizer
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.hf.vocabulary import TextTokenizer, open_tokenizer, train_bpe
-from mhesa.ops.memory import keep_memory
-from mhesa.tokens import Bytes
+from mhesa.inference.evaluation import evaluate
+from mhesa.model.loading import load_tokenizer
+from mhesa.ops.cpu.memory import keep_memory
+from mhesa.ops.devices import best_device
+from mhesa.tokenizers import Bytes
 from mhesa.training import checkpoint
 from mhesa.training.checkpoint import PREFIX, Progress
 from mhesa.training.distributed import barrier, is_parted, part, processes, rank

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from mhesa.atomic_io import write_file
 from mhesa.data import Holdout
-from mhesa.devices import best_device, check_device, check_serves, computes_in_bf16
-from mhesa.durable import write_file
 from mhesa.errors import InputError
 from mhesa.hf.configuration import MhesaConfig
+from mhesa.ops.devices import best_device, check_device, check_serves, computes_in_bf16
 from mhesa.training.distributed import processes
 from mhesa.training.schedule import SCHEDULES
 

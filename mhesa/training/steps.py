@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhesa.durable import sync
+from mhesa.atomic_io import sync
 from mhesa.errors import TrainingError
 from mhesa.training import checkpoint
 from mhesa.training.checkpoint import Progress

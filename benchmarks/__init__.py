@@ -1,0 +1,1 @@
+"""Speed and quality measured against other implementations: `python -m benchmarks --help`."""

@@ -1,0 +1,200 @@
+"""`Decoder`: what reads tokens into a state and predicts the next, as fast as the machine can."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mhesa.errors import InputError
+from mhesa.model.lm import GatedExponentialSmoothingLM
+
+QUANTIZED = ("int8",)
+
+
+class Engine(Protocol):
+    """What runs the model over a few rows; `rows` is how many it takes at a time."""
+
+    rows: int
+
+    def run(self, ids: Tensor, offsets: Tensor, state: Tensor, every: bool) -> Tensor:
+        """Read rows of some sequences.
+
+        Args:
+            ids: tokens of all sequences, one sequence after the other, int64 `(rows,)`.
+            offsets: where each sequence starts and the last ends, int64 `(sequences + 1,)`.
+            state: `(depth, sequences, dim_mhesa)`, changed in place.
+            every: logits of every row, not only of each sequence's last.
+
+        Returns:
+            Logits, `(rows or sequences, num_tokens)`; the next call may overwrite them.
+        """
+
+
+class Decoder:
+    """A model made ready to read and write text.
+
+    On CPU a whole call, all layers of it, is one native function that reads each weight once: fp32 and
+    bf16 weights as the model has them, or int8 of `quantize`. A sequence's results are the same bit for
+    bit whether it is read in one stretch or token by token, alone or in a batch. Elsewhere, and for
+    other types, the model's own layers run (on CUDA a step is one CUDA graph).
+
+    Weights are copied: a decoder does not see what later becomes of the model's. Several Python threads
+    may share it: their calls take turns, each on all cores.
+
+    Args:
+        model: the language model.
+        max_batch: how many sequences a call may have.
+        quantize: `"int8"` stores matrices in 8 bits with a scale for each output; a quarter of the memory
+            to read, on CPU only. `None` keeps them as they are.
+        sparing: keep calls that are over in a moment to one core, for the sake of what the program does
+            beside them. They take somewhat longer then; results are the same.
+
+    Raises:
+        InputError: no such quantisation, or not on this device.
+
+    >>> model = GatedExponentialSmoothingLM(num_tokens=16, dim=8, depth=2, heads=1, dim_mhesa=4)
+    >>> decoder, state = Decoder(model), model.initial_state(1)
+    >>> decoder.prefill(torch.tensor([[3, 1, 4]]), state).shape
+    torch.Size([1, 16])
+    >>> decoder.step(torch.tensor([1]), state).argmax().item() < 16
+    True
+    """
+
+    def __init__(
+        self,
+        model: GatedExponentialSmoothingLM,
+        *,
+        max_batch: int = 1,
+        quantize: str | None = None,
+        sparing: bool = False,
+    ) -> None:
+        if max_batch < 1:
+            raise InputError(f"max_batch must be at least 1, not {max_batch}")
+        weight = model.to_logits.weight
+        self.device, self.max_batch = weight.device, max_batch
+        self.num_tokens = model.token_emb.num_embeddings
+        like = model.initial_state(1)
+        self._state_type, self._depth, self._width = like.dtype, like.shape[0], like.shape[2]
+        self._engine = _engine(model, quantize, max_batch, sparing)
+        self._turn = threading.Lock()
+        self._each_one = torch.arange(max_batch + 1)
+
+    def initial_state(self, batch: int) -> Tensor:
+        """The state before any token, `(depth, batch, dim_mhesa)` of zeros."""
+        return torch.zeros(self._depth, batch, self._width, dtype=self._state_type, device=self.device)
+
+    def step(self, ids: Tensor, state: Tensor) -> Tensor:
+        """Read one token of each sequence.
+
+        Args:
+            ids: int64, `(batch,)`.
+            state: `(depth, batch, dim_mhesa)`, changed in place; it may be part of a larger tensor.
+
+        Returns:
+            Logits of what comes next, `(batch, num_tokens)`.
+
+        Raises:
+            ValueError: the state does not fit the model or the ids, or there are more than `max_batch`.
+            IndexError: an id outside the vocabulary; the state is as it was.
+        """
+        self._check(state, len(ids))
+        with self._turn:
+            return self._engine.run(ids, self._each_one[: len(ids) + 1], state, False).clone()
+
+    def prefill(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
+        """Read a stretch of each sequence, in memory that does not grow with its length.
+
+        Args:
+            ids: int64 `(batch, length)`, or one tensor `(length,)` for each sequence; none empty.
+            state: as `step` takes it.
+
+        Returns:
+            Logits behind the last tokens, `(batch, num_tokens)`.
+
+        Raises:
+            ValueError: as `step` does, or a sequence is empty.
+            IndexError: an id outside the vocabulary.
+        """
+        self._check(state, len(ids))
+        out = torch.empty(len(ids), self.num_tokens, dtype=self._state_type, device=self.device)
+        with self._turn:
+            for first, last, pieces in _calls(list(ids), self._engine.rows):
+                offsets = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
+                out[first:last] = self._engine.run(torch.cat(pieces), offsets, state[:, first:last], False)
+        return out
+
+    def predict(self, ids: Tensor, state: Tensor) -> Tensor:
+        """Read a stretch of one sequence, and tell what was to be expected after each of its tokens.
+
+        Args:
+            ids: int64 `(length,)`.
+            state: `(depth, 1, dim_mhesa)`, changed in place.
+
+        Returns:
+            Logits, `(length, num_tokens)`.
+        """
+        self._check(state, 1)
+        with self._turn:
+            parts = [
+                self._engine.run(piece, torch.tensor([0, len(piece)]), state, True).clone()
+                for piece in ids.split(self._engine.rows)
+            ]
+        return torch.cat(parts)
+
+    def _check(self, state: Tensor, batch: int) -> None:
+        shape = (self._depth, batch, self._width)
+        if state.shape != shape or state.dtype != self._state_type or state.stride(2) != 1:
+            raise ValueError(
+                f"state must be {self._state_type} of {shape} with dim_mhesa innermost, "
+                f"not {state.dtype} of {tuple(state.shape)}"
+            )
+        if not 1 <= batch <= self.max_batch:
+            raise ValueError(f"the decoder takes 1 to {self.max_batch} sequences, not {batch}")
+
+
+def _engine(
+    model: GatedExponentialSmoothingLM, quantize: str | None, max_batch: int, sparing: bool
+) -> Engine:
+    if quantize is not None and quantize not in QUANTIZED:
+        raise InputError(f"quantize must be one of {', '.join(QUANTIZED)}, not {quantize}")
+    weight = model.to_logits.weight
+    native = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    if quantize and not native:
+        raise InputError(
+            f"{quantize} weights are for fp32 and bf16 models on cpu, not {weight.dtype} on {weight.device}"
+        )
+    if native:
+        from mhesa.inference.decoder.native import NativeEngine
+
+        return NativeEngine(model, torch.int8 if quantize else weight.dtype, max_batch, sparing)
+    from mhesa.inference.decoder.layers import GraphEngine, LayersEngine
+
+    return (GraphEngine if weight.device.type == "cuda" else LayersEngine)(model)
+
+
+def _calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tensor]]]:
+    """Deal sequences out to calls of at most `rows` rows: `(first, last, the pieces of these)`.
+
+    >>> [(first, last, [len(p) for p in pieces]) for first, last, pieces in _calls([torch.zeros(20)] * 2, 30)]
+    [(0, 2, [20, 10]), (1, 2, [10])]
+    """
+    calls: list[tuple[int, int, list[Tensor]]] = []
+    pieces: list[Tensor] = []
+    first, room = 0, rows
+    for index, sequence in enumerate(sequences):
+        if len(sequence) == 0:
+            raise ValueError("a sequence to read must hold at least one token")
+        while len(sequence):
+            if not pieces:
+                first, room = index, rows
+            pieces.append(sequence[:room])
+            room -= len(pieces[-1])
+            sequence = sequence[len(pieces[-1]) :]
+            if room == 0:
+                calls.append((first, index + 1, pieces))
+                pieces = []
+    return [*calls, (first, len(sequences), pieces)] if pieces else calls

@@ -1,0 +1,78 @@
+"""The model's own layers as a decoder's engine, for devices and types that have no native one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
+
+
+class LayersEngine:
+    """Runs the model as it is.
+
+    A device with thousands of lanes wants more rows at a time than a cache would.
+
+    Args:
+        model: the language model; its weights are used, not copied.
+    """
+
+    rows = 4096
+
+    def __init__(self, model: GatedExponentialSmoothingLM) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def run(self, ids: Tensor, offsets: Tensor, state: Tensor, every: bool) -> Tensor:
+        """See `mhesa.inference.decoder.decoder.Engine`."""
+        self._check(ids)
+        device = self.model.to_logits.weight.device
+        if len(ids) == len(offsets) - 1:
+            return self._step(ids.to(device), state)
+        hidden, states = run_blocks(
+            self.model.layers, self.model.token_emb(ids[None].to(device)), state, offsets.to(device)
+        )
+        state.copy_(torch.stack(states))
+        rows = hidden[0] if every else hidden[0, offsets[1:].to(device) - 1]
+        return self.model.to_logits(rows)
+
+    def _step(self, ids: Tensor, state: Tensor) -> Tensor:
+        logits, after = self.model.step(ids, state)
+        state.copy_(after)
+        return logits
+
+    def _check(self, ids: Tensor) -> None:
+        size = self.model.token_emb.num_embeddings
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise IndexError(f"token ids must be 0 to {size - 1}")
+
+
+class GraphEngine(LayersEngine):
+    """Records the step for each size of batch as a CUDA graph, and replays it: one launch for all layers."""
+
+    def __init__(self, model: GatedExponentialSmoothingLM) -> None:
+        super().__init__(model)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+
+    def _step(self, ids: Tensor, state: Tensor) -> Tensor:
+        graph, static_ids, static_state, logits = self.graphs.get(len(ids)) or self._record(ids, state)
+        static_ids.copy_(ids)
+        static_state.copy_(state)
+        graph.replay()
+        state.copy_(static_state)
+        return logits
+
+    def _record(self, ids: Tensor, state: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        static_ids, static_state = ids.clone(), state.contiguous().clone()
+        # Libraries set themselves up on first use, which a graph cannot hold.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                super()._step(static_ids, static_state)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = super()._step(static_ids, static_state)
+        self.graphs[len(ids)] = graph, static_ids, static_state, logits
+        return self.graphs[len(ids)]

@@ -1,0 +1,219 @@
+"""Products of a weight matrix with a few rows, for the weights' every type, as vector instructions.
+
+A matrix is packed in panels of 64 outputs; within a panel its columns follow each other, in pairs where the
+weights have 16 or 8 bits. One row reads a panel from start to end at the speed of memory; six rows use
+every weight six times and keep the arithmetic busy. Either way an output is summed by the same
+instructions in the same order, so that a row's result is the same bit for bit, alone or in a batch.
+
+- fp32: fused multiply-adds.
+- bf16: products of pairs, summed in fp32; rows are rounded to bf16 as under autocast.
+- int8: products of pairs, summed in 32-bit integers, exactly. A weight is a whole number of steps of its
+  output's own size; a row is a whole number of steps of its own, thousands of them to each side.
+
+Where the processor lacks an instruction for pairs, the same sums are made of those that it has.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import llvmlite.binding
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from mhesa.ops.cpu.memory import empty_hugepages
+from mhesa.ops.cpu.simd import cgutils, intrinsic, types
+
+# Outputs that a panel holds: four vectors, enough sums on their way for a single row to hide an addition.
+PANEL = 64
+LANES = 16
+# Rows that share one pass over a panel: 24 sums, 4 weights and a factor fill 29 of 32 registers.
+TILE = 6
+# Columns are padded with zeros to a multiple of this, so that unrolled loops have no remainder.
+PADDING = 16
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_FLOATS, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, LANES)
+
+
+def padded(size: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-size // multiple) * multiple
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A matrix of `(outputs, columns)` as panels, `(panels, columns / pair, 64, pair)`, padded with zeros.
+
+    >>> pack(torch.ones(3, 5)).shape, pack(torch.ones(3, 5, dtype=torch.int8)).shape
+    (torch.Size([1, 16, 64, 1]), torch.Size([1, 8, 64, 2]))
+    """
+    outputs, columns = weight.shape
+    pair = 1 if weight.dtype == torch.float32 else 2
+    whole = weight.new_zeros(padded(outputs, PANEL), padded(columns, PADDING))
+    whole[:outputs, :columns] = weight
+    panels = whole.view(-1, PANEL, whole.shape[1] // pair, pair).transpose(1, 2)
+    return empty_hugepages(panels.shape, weight.dtype).copy_(panels)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An int8 matrix and the size of a step for each output: `weight ≈ matrix * steps[:, None]`.
+
+    >>> matrix, steps = quantize(torch.tensor([[-1.0, 0.5], [0.0, 0.0]]))
+    >>> matrix.tolist(), steps.tolist()
+    ([[-127, 64], [0, 0]], [0.007874015718698502, 0.0])
+    """
+    weight = weight.float()
+    steps = weight.abs().amax(1) / 127
+    return (weight / steps.where(steps > 0, 1.0)[:, None]).round().to(torch.int8), steps
+
+
+def row_limit(columns: int) -> int:
+    """How many steps a row of an int8 product may have to each side, without the sums leaving 32 bits."""
+    return min(32767, (2**31 - 1) // (127 * padded(columns, PADDING)))
+
+
+class _BFloat(ir.types.Type):  # type: ignore[misc]
+    """LLVM's bf16, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_PAIRS_OF_BF16 = ir.VectorType(_BFloat(), 2 * LANES)
+_PAIRS_OF_I16 = ir.VectorType(_I16, 2 * LANES)
+
+
+@cache
+def _processor_has(feature: str) -> bool:
+    return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
+
+
+def _splat(builder: Any, value: Any, vector: Any) -> Any:
+    nothing = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(nothing, value, _I32(0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(_INTEGERS, [0] * LANES))
+
+
+def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def _fma(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    return _call(builder, "llvm.fma.v16f32", _FLOATS, a, b, total)
+
+
+class _Float32:
+    """`total += weight * value`."""
+
+    pair, total = 1, _FLOATS
+
+    @staticmethod
+    def weights(builder: Any, pointer: Any) -> Any:
+        return builder.load(builder.bitcast(pointer, _FLOATS.as_pointer()), align=64)
+
+    @staticmethod
+    def values(builder: Any, pointer: Any) -> Any:
+        return _splat(builder, builder.load(pointer), _FLOATS)
+
+    add = staticmethod(_fma)
+
+
+class _Bfloat16:
+    """`total += weight * value` over a pair, with sums in fp32."""
+
+    pair, total = 2, _FLOATS
+
+    @staticmethod
+    def weights(builder: Any, pointer: Any) -> Any:
+        return builder.load(builder.bitcast(pointer, _INTEGERS.as_pointer()), align=64)
+
+    @staticmethod
+    def values(builder: Any, pointer: Any) -> Any:
+        pair = builder.load(builder.bitcast(pointer, _I32.as_pointer()), align=2)
+        return _splat(builder, pair, _INTEGERS)
+
+    @staticmethod
+    def add(builder: Any, total: Any, a: Any, b: Any) -> Any:
+        if _processor_has("avx512bf16"):
+            a, b = builder.bitcast(a, _PAIRS_OF_BF16), builder.bitcast(b, _PAIRS_OF_BF16)
+            return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, a, b)
+        half, high = ir.Constant(_INTEGERS, [16] * LANES), ir.Constant(_INTEGERS, [-65536] * LANES)
+        first = (builder.bitcast(builder.shl(side, half), _FLOATS) for side in (a, b))
+        second = (builder.bitcast(builder.and_(side, high), _FLOATS) for side in (a, b))
+        return _fma(builder, _fma(builder, total, *first), *second)
+
+
+class _Int8:
+    """`total += weight * value` over a pair, exactly."""
+
+    pair, total = 2, _INTEGERS
+
+    @staticmethod
+    def weights(builder: Any, pointer: Any) -> Any:
+        bytes_ = builder.load(builder.bitcast(pointer, ir.VectorType(_I8, 2 * LANES).as_pointer()), align=32)
+        return builder.bitcast(builder.sext(bytes_, _PAIRS_OF_I16), _INTEGERS)
+
+    values = _Bfloat16.values
+
+    @staticmethod
+    def add(builder: Any, total: Any, a: Any, b: Any) -> Any:
+        if _processor_has("avx512vnni"):
+            a, b = builder.bitcast(a, _PAIRS_OF_I16), builder.bitcast(b, _PAIRS_OF_I16)
+            return _call(builder, "llvm.x86.avx512.vpdpwssd.512", _INTEGERS, total, a, b)
+        half = ir.Constant(_INTEGERS, [16] * LANES)
+        first = builder.mul(*(builder.ashr(builder.shl(side, half), half) for side in (a, b)))
+        second = builder.mul(*(builder.ashr(side, half) for side in (a, b)))
+        return builder.add(total, builder.add(first, second))
+
+
+_PRODUCTS: dict[Any, Any] = {types.float32: _Float32, types.uint16: _Bfloat16, types.int8: _Int8}
+
+
+@intrinsic
+def multiply(context: Any, weights: Any, x: Any, x_row: Any, out: Any, columns: Any, rows: Any) -> Any:
+    """A panel's products with `rows` rows of `x`, which lie `x_row` apart, to `out` of `(rows, 64)`."""
+    if not isinstance(rows, types.IntegerLiteral):
+        return None
+    count, product = rows.literal_value, _PRODUCTS[weights.dtype]
+    vectors = PANEL // LANES
+    # A pass of few rows has few instructions; so many columns make up for the loop around them.
+    unrolled = {1: 8, 2: 4, 3: 4}.get(count, 2)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        panel, x_0, x_step, out_0, n, _ = args
+        pair, vector = product.pair, product.total
+        totals = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in range(count)]
+        for sums in totals:
+            for total in sums:
+                builder.store(ir.Constant(vector, [0] * LANES), total)
+        x_rows = [builder.gep(x_0, [builder.mul(x_step, _I64(row))]) for row in range(count)]
+        steps = builder.udiv(n, _I64(pair))
+        with cgutils.for_range_slice(builder, _I64(0), steps, _I64(unrolled), _I64) as (first, _):
+            for ahead in range(unrolled):
+                step = builder.add(first, _I64(ahead))
+                column = builder.gep(panel, [builder.mul(step, _I64(PANEL * pair))])
+                loaded = [
+                    product.weights(builder, builder.gep(column, [_I64(v * LANES * pair)]))
+                    for v in range(vectors)
+                ]
+                for x_i, sums in zip(x_rows, totals, strict=True):
+                    value = product.values(builder, builder.gep(x_i, [builder.mul(step, _I64(pair))]))
+                    for weight, total in zip(loaded, sums, strict=True):
+                        builder.store(product.add(builder, builder.load(total), weight, value), total)
+        for row, sums in enumerate(totals):
+            for v, total in enumerate(sums):
+                place = builder.gep(out_0, [_I64(row * PANEL + v * LANES)])
+                value = builder.bitcast(builder.load(total), vector)
+                builder.store(value, builder.bitcast(place, vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(weights, x, types.int64, out, types.int64, rows), codegen

@@ -1,0 +1,112 @@
+"""How well a model predicts text: loss, bits per byte, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mhesa.data import Document, Tokenizer
+from mhesa.inference.decoder import Decoder
+from mhesa.model.lm import GatedExponentialSmoothingLM
+
+WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class Score:
+    """The cost of predicting some text; scores add up.
+
+    >>> score = Score(nats=1386.29, tokens=1000, bytes=1000) + Score(nats=0, tokens=1000, bytes=1000)
+    >>> round(score.bits_per_byte, 3)
+    1.0
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to encode one byte of the text: comparable between any models and any tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures under the names they have in JSON."""
+        return {
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity": self.perplexity,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
+
+
+def surprisals(decoder: Decoder, inputs: Tensor, targets: Tensor, state: Tensor) -> np.ndarray:
+    """How much of a surprise each token was.
+
+    Args:
+        decoder: the model.
+        inputs: ids to read, int64 `(length,)`.
+        targets: ids to be predicted behind them, `(length,)`: `inputs` moved by one.
+        state: `(depth, 1, dim_mhesa)`, what was read before; changed in place.
+
+    Returns:
+        `-log2` of each target's probability, `(length,)`, in bits.
+    """
+    # One result from the start: small ones kept between large ones that go would hold the heap open.
+    nats = torch.empty(len(targets))
+    for start in range(0, len(targets), WINDOW):
+        window = slice(start, start + WINDOW)
+        logits = decoder.predict(inputs[window], state).float()
+        nats[window] = F.cross_entropy(logits, targets[window].to(logits.device), reduction="none")
+    return nats.numpy() / np.float32(math.log(2))
+
+
+@torch.inference_mode()
+def evaluate(
+    model: GatedExponentialSmoothingLM | Decoder,
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    on_progress: Callable[[int], object] = lambda tokens: None,
+) -> Score:
+    """Score whole documents, window after window, with the state carried on within each.
+
+    Every token is predicted, the first from an end-of-text token alone.
+
+    Args:
+        model: the language model, or a `Decoder` of it; it is used as it is, in whatever precision.
+        tokenizer: turns bytes into the model's ids.
+        documents: the texts; each starts from an empty state.
+        on_progress: called with the number of tokens of each window when it is done.
+    """
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    total = Score(0.0, 0, 0)
+    for document in documents:
+        ids = torch.from_numpy(tokenizer.encode_bytes(document.data).astype("int64"))
+        inputs = torch.cat([torch.tensor([tokenizer.eos_token_id]), ids[:-1]])
+        state = decoder.initial_state(1)
+        for window, targets in zip(inputs.split(WINDOW), ids.split(WINDOW), strict=True):
+            bits = surprisals(decoder, window, targets, state).sum(dtype=np.float64)
+            total += Score(bits * math.log(2), len(targets), 0)
+            on_progress(len(targets))
+        total += Score(0.0, 0, len(document.data))
+    return total

@@ -1,0 +1,273 @@
+"""A session: a model in the middle of a text, small enough to copy, to keep in a file, to go back to."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mhesa.atomic_io import write_file
+from mhesa.data import Tokenizer
+from mhesa.errors import InputError
+from mhesa.inference.decoder import Decoder
+from mhesa.inference.evaluation import surprisals
+from mhesa.inference.generation import stream, until
+from mhesa.inference.sampling import Sampling
+from mhesa.model.lm import GatedExponentialSmoothingLM
+
+FORMAT = "mhesa session 1"
+
+
+class Reader:
+    """What all sessions with one model share: its decoder, its tokenizer, its fingerprint.
+
+    Args:
+        model: the language model, in evaluation mode.
+        tokenizer: turns text into its ids and back.
+        quantize: see `Decoder`.
+    """
+
+    def __init__(
+        self, model: GatedExponentialSmoothingLM, tokenizer: Tokenizer, *, quantize: str | None = None
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.decoder = Decoder(model, quantize=quantize)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `fingerprint`; taken when it is first needed."""
+        return fingerprint(self.model)
+
+
+@dataclass
+class _Place:
+    """Where in its text a session is: all that has been read but the last token, which is still to be."""
+
+    state: Tensor
+    token: int
+    position: int
+
+
+class Session:
+    """Reads, writes and scores one text, piece by piece.
+
+    All it remembers is one tensor and one token, a few kilobytes however long the text is.
+
+    Args:
+        reader: the model, the tokenizer; any number of sessions can share it.
+
+    >>> from mhesa.hf import ByteTokenizer
+    >>> model = GatedExponentialSmoothingLM(num_tokens=257, dim=8, depth=1, heads=1, dim_mhesa=4)
+    >>> session = Session(Reader(model, ByteTokenizer()))
+    >>> session.feed("Once upon a time")
+    >>> other = session.fork()
+    >>> text, again = session.generate(max_new_tokens=9, seed=1), other.generate(max_new_tokens=9, seed=1)
+    >>> text == again, session.position == other.position > 16
+    (True, True)
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        # A text starts behind an end-of-text token, which tells of nothing before it.
+        self._place = _Place(reader.decoder.initial_state(1), reader.tokenizer.eos_token_id, 0)
+
+    @property
+    def position(self) -> int:
+        """How many tokens the text has so far."""
+        return self._place.position
+
+    @property
+    def state_bytes(self) -> int:
+        """What the session remembers, in bytes."""
+        return self._place.state.nbytes
+
+    def feed(self, text: str | bytes) -> None:
+        """Read some text."""
+        ids = self._ids(text)
+        if len(ids):
+            self.reader.decoder.prefill(self._behind(ids)[None], self._place.state)
+            self._move(ids)
+
+    def score(self, text: str | bytes) -> np.ndarray:
+        """Read some text, and tell how much of a surprise each of its tokens was.
+
+        Returns:
+            Bits for each token, fp32 `(tokens,)`: `-log2` of the probability the model gave it.
+        """
+        return self.score_ids(self._ids(text))
+
+    def score_ids(self, ids: Tensor) -> np.ndarray:
+        """Read some tokens, int64 `(tokens,)`, and tell how much of a surprise each was; see `score`."""
+        if not len(ids):
+            return np.zeros(0, dtype=np.float32)
+        bits = surprisals(self.reader.decoder, self._behind(ids), ids, self._place.state)
+        self._move(ids)
+        return bits
+
+    def generate(
+        self,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """Continue the text; see `stream`."""
+        return "".join(self.stream(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop))
+
+    def stream(
+        self,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Continue the text, as it is made, in whole characters.
+
+        What is made becomes part of the session's text, with the stop text or the end-of-text token that
+        ended it, neither of which is given out. A repetition penalty is for tokens of this continuation:
+        what came before is not remembered token by token.
+
+        Args:
+            max_new_tokens: how many tokens to make at most; an end-of-text token ends the text too.
+            sampling: how tokens are drawn; plain sampling if omitted.
+            seed: makes the text repeatable.
+            stop: texts to end before.
+        """
+        endings = [ending.encode("utf-8", "surrogateescape") for ending in stop]
+        if b"" in endings:
+            raise InputError("a stop text must not be empty")
+        characters = codecs.getincrementaldecoder("utf-8")("replace")
+        for piece in until(self._pieces(max_new_tokens, sampling, seed), endings):
+            if text := characters.decode(piece):
+                yield text
+        if rest := characters.decode(b"", final=True):
+            yield rest
+
+    def fork(self) -> Session:
+        """Another session at the same place; the two go on apart. Keep one to come back to this place."""
+        other = Session(self.reader)
+        place = self._place
+        other._place = _Place(place.state.clone(), place.token, place.position)
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to a safetensors file, whole or not at all.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        place = self._place
+        details = {
+            "format": FORMAT,
+            "fingerprint": self.reader.fingerprint,
+            "token": str(place.token),
+            "position": str(place.position),
+        }
+        data = save({"state": place.state[:, 0].cpu().contiguous()}, metadata=details)
+        _replace(Path(path), data)
+
+    @classmethod
+    def load(cls, path: str | Path, reader: Reader) -> Session:
+        """Continue a saved session.
+
+        Args:
+            path: the file that `save` wrote.
+            reader: the model that the session was saved with.
+
+        Raises:
+            InputError: the file is missing, damaged, no session, or another model's.
+        """
+        session = cls(reader)
+        state, details = _read(Path(path))
+        if details.get("format") != FORMAT:
+            raise InputError(f"{path} is no saved session")
+        if details.get("fingerprint") != reader.fingerprint:
+            raise InputError(f"{path} is a session with another model; load the one it was saved with")
+        place = session._place
+        try:
+            token, position = int(details["token"]), int(details["position"])
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path} is damaged: it does not say where in its text it is") from error
+        mine = place.state[:, 0]
+        whole = state.shape == mine.shape and state.dtype == mine.dtype and state.isfinite().all()
+        if not whole or not 0 <= token < reader.decoder.num_tokens or position < 0:
+            raise InputError(f"{path} is damaged: its contents do not fit the model")
+        place.state[:, 0] = state
+        place.token, place.position = token, position
+        return session
+
+    def _ids(self, text: str | bytes) -> Tensor:
+        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+        return torch.from_numpy(self.reader.tokenizer.encode_bytes(data).astype("int64"))
+
+    def _behind(self, ids: Tensor) -> Tensor:
+        """What has to be read for all of `ids` to be predicted."""
+        return torch.cat([torch.tensor([self._place.token]), ids[:-1]])
+
+    def _move(self, ids: Tensor) -> None:
+        self._place.token = int(ids[-1])
+        self._place.position += len(ids)
+
+    def _pieces(self, max_new_tokens: int, sampling: Sampling | None, seed: int | None) -> Iterator[bytes]:
+        place, tokenizer = self._place, self.reader.tokenizer
+        tokens = stream(
+            self.reader.decoder,
+            torch.tensor([place.token]),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            state=place.state,
+        )
+        for token in tokens:
+            place.token = token
+            place.position += 1
+            if token == tokenizer.eos_token_id:
+                return
+            yield tokenizer.decode_bytes([token])
+
+
+def fingerprint(model: GatedExponentialSmoothingLM) -> str:
+    """What tells a model's weights from another's: SHA-256 of their names, shapes and bf16 values.
+
+    The same in fp32 and in bf16, for a state of the one is good for the other.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(json.dumps([name, list(weight.shape)]).encode())
+        digest.update(weight.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file, or leave what is there as it was."""
+    try:
+        with write_file(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
+    """The state in a saved session, empty if there is none, and what else it says."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file; give the file of a saved session")
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = file.get_tensor("state") if "state" in file.keys() else torch.empty(0)  # noqa: SIM118
+            return state, file.metadata() or {}
+    except FileNotFoundError as error:
+        raise InputError(f"there is no saved session {path}") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged, or no saved session: {error}") from error

@@ -1,0 +1,158 @@
+"""The language model, and how its state passes through the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhesa.model.layers import GatedMHESA, check_sizes
+from mhesa.ops.smoothing import accumulation_dtype
+
+
+class GatedExponentialSmoothingLM(nn.Module):
+    """A causal language model of gated exponential smoothing blocks.
+
+    An embedding, `depth` blocks of `GatedMHESA`, an untied head without bias. Parameters, initial values
+    and results are those of `gated-state-spaces-pytorch` 0.1.0, and a checkpoint of either loads in the
+    other.
+
+    All that the model remembers is one tensor, `(depth, batch, dim_mhesa)` in fp32: given back and
+    passed in, it continues a sequence exactly where it stopped.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        dim: width of the embedding and of the residual stream.
+        depth: blocks.
+        heads, dim_mhesa, dim_expansion_factor, dropout, backend: see `GatedMHESA`.
+
+    >>> model = GatedExponentialSmoothingLM(num_tokens=256, dim=16, depth=2, heads=2, dim_mhesa=8)
+    >>> ids = torch.randint(256, (1, 10))
+    >>> whole = model(ids)
+    >>> first, state = model(ids[:, :6], return_state=True)
+    >>> rest = model(ids[:, 6:], state=state)
+    >>> torch.allclose(torch.cat([first, rest], dim=1), whole, atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        dim: int,
+        depth: int,
+        heads: int = 8,
+        dim_mhesa: int = 512,
+        dim_expansion_factor: float = 4,
+        dropout: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(num_tokens=num_tokens, dim=dim, depth=depth)
+        self.dim_mhesa = dim_mhesa
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.layers = nn.ModuleList(
+            GatedMHESA(
+                dim=dim,
+                heads=heads,
+                dim_mhesa=dim_mhesa,
+                dim_expansion_factor=dim_expansion_factor,
+                dropout=dropout,
+                backend=backend,
+            )
+            for _ in range(depth)
+        )
+        self.to_logits = nn.Linear(dim, num_tokens, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        *,
+        state: Tensor | None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, or the loss where `labels` are given.
+
+        Args:
+            x: token ids, `(batch, length)`.
+            labels: `(batch, length)`, aligned with `x` and not shifted; -100 is ignored.
+            state: `(depth, batch, dim_mhesa)`, from the stretch before; zeros if omitted.
+            return_state: also return the state after the last token.
+            cu_seqlens: offsets of sequences packed into a batch of 1, `(sequences + 1,)`; states are then
+                `(depth, sequences, dim_mhesa)`.
+
+        Returns:
+            Logits `(batch, length, num_tokens)`, or the mean cross-entropy in nats; with `return_state`,
+            a pair of that and the state.
+        """
+        if state is not None:
+            self._check_state(state)
+        hidden, states = run_blocks(self.layers, self.token_emb(x), state, cu_seqlens)
+        logits = self.to_logits(hidden)
+        out = logits if labels is None else F.cross_entropy(logits.transpose(1, 2), labels)
+        return (out, torch.stack(states)) if return_state else out
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One token a sequence.
+
+        Args:
+            x: token ids, `(batch,)`.
+            state: `(depth, batch, dim_mhesa)`; it is not changed.
+
+        Returns:
+            Logits `(batch, num_tokens)` and the new state.
+        """
+        self._check_state(state)
+        hidden = self.token_emb(x)
+        states = []
+        for layer, layer_state in zip(self.layers, state, strict=True):
+            hidden, layer_state = cast(GatedMHESA, layer).step(hidden, layer_state)
+            states.append(layer_state)
+        return self.to_logits(hidden), torch.stack(states)
+
+    def initial_state(self, batch: int) -> Tensor:
+        """The state before any token: zeros of `(depth, batch, dim_mhesa)`, fp32 (fp64 if the model is)."""
+        weight = self.to_logits.weight
+        return torch.zeros(
+            len(self.layers),
+            batch,
+            self.dim_mhesa,
+            dtype=accumulation_dtype(weight.dtype),
+            device=weight.device,
+        )
+
+    def _check_state(self, state: Tensor) -> None:
+        depth, width = len(self.layers), self.dim_mhesa
+        if state.ndim != 3 or state.shape[0] != depth or state.shape[2] != width:
+            raise ValueError(f"state must be ({depth}, batch, {width}), not {tuple(state.shape)}")
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    state: Sequence[Tensor] | Tensor | None,
+    cu_seqlens: Tensor | None,
+    trace: list[Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Pass `x` of `(batch, length, dim)` through `GatedMHESA` blocks.
+
+    Returns the output and each block's final state, `(batch, dim_mhesa)`. What enters a block is appended
+    to `trace`.
+    """
+    states = []
+    for index, block in enumerate(blocks):
+        if trace is not None:
+            trace.append(x)
+        x, final = block(
+            x,
+            initial_state=None if state is None else state[index],
+            return_state=True,
+            cu_seqlens=cu_seqlens,
+        )
+        states.append(final)
+    return x, states

@@ -1,0 +1,187 @@
+"""A saved model's folder: what is in it, and loading it without surprises.
+
+It is read as `transformers` wrote it and would read it, without that package, which takes longer to import
+than all the rest. Torch is imported by `load` alone: a wrong folder is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhesa.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mhesa.model.config import Sizes
+    from mhesa.model.lm import GatedExponentialSmoothingLM
+    from mhesa.tokenizers import Bytes, TextTokenizer
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+MODEL_TYPE = "mhesa"
+# Where the model behind transformers keeps the plain model's embedding and blocks.
+PREFIX = "model."
+EMBEDDING, HEAD = "model.token_emb.weight", "to_logits.weight"
+PRECISIONS = ("float64", "float32", "bfloat16", "float16")
+# A decay near 1 is a long memory, and bf16 knows only two values between 0.99 and 1.
+KEPT_IN_FP32 = ("alphas", "dampen_factors")
+
+
+def load(
+    folder: str | Path, *, device: str = "cpu", backend: str | None = None
+) -> tuple[GatedExponentialSmoothingLM, Bytes | TextTokenizer]:
+    """Load the plain model, in evaluation mode, and the tokenizer that `save_pretrained` wrote.
+
+    Reads safetensors and JSON only, nothing from the network, and no code.
+
+    Args:
+        folder: where `config.json`, `model.safetensors` and the tokenizer's files are.
+        device: a torch device to put the model on.
+        backend: the operator's backend, `None` for the best one.
+
+    Raises:
+        InputError: the folder is missing or holds no whole model of this kind; the message names the
+            file. Or the device is not on this machine, or the backend does not serve it.
+    """
+    from mhesa.model.config import Sizes
+    from mhesa.ops.devices import check_device, check_serves
+
+    check_device(device)
+    check_serves(backend, device)
+    folder = Path(folder)
+    values = read_config(folder)
+    try:
+        sizes = Sizes.of(values | {"backend": backend})
+        dtype = _dtype(values)
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG} does not describe a model: {error}") from error
+    model = _read_weights(folder / WEIGHTS, sizes, dtype)
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > sizes.vocab_size:
+        raise InputError(
+            f"the tokenizer in {folder} has {len(tokenizer):,} tokens and the model {sizes.vocab_size:,}"
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Bytes | TextTokenizer:
+    """The tokenizer in a model's folder; bytes if there is none.
+
+    Raises:
+        InputError: it is damaged, or of another kind.
+    """
+    from mhesa.tokenizers import TOKENIZER, TOKENIZER_CONFIG, Bytes, open_tokenizer
+
+    if (folder / TOKENIZER).exists() or (folder / TOKENIZER_CONFIG).exists():
+        return open_tokenizer(folder)
+    return Bytes()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` says, of a folder that has weights too.
+
+    Raises:
+        InputError: there is no such folder, or it is not a whole model's, or another kind of model's.
+    """
+    if not folder.exists():
+        raise InputError(f"no such folder: {folder}")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; give the folder of a trained model")
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is not a model's folder: it has no {CONFIG}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is broken: {error}") from error
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != MODEL_TYPE:
+        raise InputError(f"{folder} holds a model of type {kind}, not {MODEL_TYPE}")
+    if not (folder / WEIGHTS).is_file():
+        raise InputError(f"{folder} is not a whole model: it has no {WEIGHTS}")
+    return dict(values)
+
+
+def _dtype(values: dict[str, Any]) -> torch.dtype | None:
+    """The type that weights are kept in; `None` where that is the file's own."""
+    import torch
+
+    name = values.get("dtype", values.get("torch_dtype"))
+    if name is None:
+        return None
+    if name not in PRECISIONS:
+        raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, not {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _read_weights(path: Path, sizes: Sizes, dtype: torch.dtype | None) -> GatedExponentialSmoothingLM:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            model = _empty(path, file, sizes)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no mapping
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is broken: {error}") from error
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise InputError(f"{path} is broken: {name} is of type {weight.dtype}, which no weight can be")
+    if dtype is None:
+        dtype = next((weight.dtype for weight in weights.values()), torch.float32)
+    state = {name.removeprefix(PREFIX): _copy(name, weight, dtype) for name, weight in weights.items()}
+    for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+        if name not in weights:
+            state[name.removeprefix(PREFIX)] = state[other.removeprefix(PREFIX)]
+    model.load_state_dict(state, assign=True)
+    if sizes.tie_word_embeddings and torch.equal(model.to_logits.weight, model.token_emb.weight):
+        model.to_logits.weight = model.token_emb.weight
+    return model
+
+
+def _empty(path: Path, file: Any, sizes: Sizes) -> GatedExponentialSmoothingLM:
+    """A model without memory of its own, once it is certain that the file's weights are its weights.
+
+    Raises:
+        InputError: they are not; told before anything as large as the sizes say is made.
+    """
+    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    widest = max(sizes.vocab_size, sizes.hidden_size, sizes.dim_mhesa, sizes.dim_hidden)
+    if sizes.num_hidden_layers > len(found) or widest > path.stat().st_size:
+        raise InputError(f"{path} does not fit {CONFIG}: mismatched keys: it is too small for these sizes")
+    model = sizes.empty()
+    wanted = {
+        name if name == HEAD else PREFIX + name: tuple(weight.shape)
+        for name, weight in model.state_dict().items()
+    }
+    tied = (
+        {EMBEDDING, HEAD}
+        if sizes.tie_word_embeddings and not found.keys().isdisjoint({EMBEDDING, HEAD})
+        else set()
+    )
+    for problem, names in (
+        ("missing keys", wanted.keys() - found.keys() - tied),
+        ("unexpected keys", found.keys() - wanted.keys()),
+        ("mismatched keys", {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]}),
+    ):
+        if names:
+            first, *others = sorted(names)
+            raise InputError(
+                f"{path} does not fit {CONFIG}: {problem}: {first}"
+                + (f" and {len(others)} more" if others else "")
+            )
+    return model
+
+
+def _copy(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in memory of its own: the file may change."""
+    import torch
+
+    if name.endswith(KEPT_IN_FP32) and dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    return weight.to(dtype, copy=True)

@@ -1,0 +1,1 @@
+"""Sockets, signals, access control, logs and metrics."""

@@ -1,0 +1,204 @@
+"""What stands before every route: who may come in, how much they may bring, and a line about each."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import time
+import traceback
+import uuid
+from collections.abc import MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mhesa.serve.api.errors import APIError, stopping
+from mhesa.serve.api.service import Service
+from mhesa.serve.http.logs import log
+from mhesa.serve.settings import is_loopback
+
+OPEN = frozenset({"/health"})
+# Of a body over the limit, so many times the limit is read and dropped after the answer, for so many seconds.
+DRAINED = 16
+LINGER = 2.0
+HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="mhesa: any name, and an API key for the password"'}
+
+
+class Guard:
+    """Wraps the application.
+
+    It asks for a key on every route but `/health`, so that a route nobody thought of is closed. It reads the
+    whole body, up to the limit, before the application sees any of it.
+
+    Args:
+        app: what is guarded.
+        service: settings, and where figures go.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+        self.keys = {name: _digest(key.encode()) for name, key in service.settings.keys.items()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            return
+        started = time.perf_counter()
+        request_id = uuid.uuid4().hex
+        state: MutableMapping[str, Any] = scope.setdefault("state", {})
+        facts: dict[str, Any] = {}
+        state["facts"] = facts
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = [(b"x-request-id", request_id.encode()), *HEADERS]
+                message = {**message, "headers": [*message["headers"], *own]}
+            await send(message)
+
+        try:
+            headers = dict(scope["headers"])
+            state["client"] = self._admit(scope, headers)
+            body = await self._body(headers, receive)
+            await self.app(scope, _replay(body, receive), answer)
+        except APIError as error:
+            most = DRAINED * self.service.settings.limits.body
+            sender = _lingering(receive, answer, most) if error.status == 413 else answer
+            await error.response()(scope, receive, sender)
+        except Exception:
+            log("fault", id=request_id, error=traceback.format_exc())
+        finally:
+            seconds = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", "none")
+            self.service.metrics.requests.labels(route, str(status)).inc()
+            self.service.metrics.seconds.labels(route).observe(seconds)
+            if route not in OPEN:
+                log(
+                    "request",
+                    id=request_id,
+                    client=state.get("client"),
+                    method=scope["method"][:16],
+                    route=route,
+                    status=status,
+                    ms=round(seconds * 1000, 1),
+                    **facts,
+                )
+
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+        """Who it is, for fairness and for sessions."""
+        if scope["path"] in OPEN:
+            return ""
+        if self.keys:
+            client = self._client(headers.get(b"authorization", b""))
+        else:
+            _check_host(headers.get(b"host", b""))
+            client = ""
+        if self.service.stopping:
+            raise stopping()
+        return client
+
+    def _client(self, authorization: bytes) -> str:
+        given = _digest(_key(authorization))
+        # Every key is compared, each in constant time.
+        found = [name for name, digest in self.keys.items() if hmac.compare_digest(given, digest)]
+        if not found:
+            raise APIError(
+                401,
+                "a valid API key is needed: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers=CHALLENGE,
+            )
+        return found[0]
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        limit = self.service.settings.limits.body
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > 18 or int(length) > limit:
+            raise _too_large(limit)
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise APIError(499, "the client went away", code="disconnected")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > limit:
+                raise _too_large(limit)
+        return bytes(body)
+
+
+def _lingering(receive: Receive, send: Send, most: int) -> Send:
+    """Send an answer and let the rest of a body come: who is still sending at the end never reads it."""
+
+    async def drain() -> None:
+        left, more = most, True
+        while more and left > 0:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            more = message.get("more_body", False)
+
+    async def answer(message: Message) -> None:
+        last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if last:
+            await send({**message, "more_body": True})
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(drain(), LINGER)
+            message = {"type": "http.response.body"}
+        await send(message)
+
+    return answer
+
+
+def _too_large(limit: int) -> APIError:
+    return APIError(
+        413,
+        f"the body may have at most {limit:,} bytes",
+        code="body_too_large",
+        headers={"Connection": "close"},
+    )
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Give the body once, then whatever else comes."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _check_host(header: bytes) -> None:
+    """Refuse names that another site could have pointed at this machine (DNS rebinding)."""
+    host = header.decode("latin-1")
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if not is_loopback(name.lower()):
+        raise APIError(403, "without API keys this server answers to localhost only", code="host_not_allowed")
+
+
+def _key(authorization: bytes) -> bytes:
+    """The key of a Bearer header, or of a Basic one, whose user does not matter."""
+    kind, _, value = authorization.strip().partition(b" ")
+    if kind.lower() == b"bearer":
+        return value.strip()
+    if kind.lower() == b"basic":
+        try:
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except binascii.Error:
+            return b""
+    return b""
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,193 @@
+"""The process: sockets, time limits of connections, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mhesa.errors import InputError
+from mhesa.serve.api.app import create_app
+from mhesa.serve.api.errors import APIError
+from mhesa.serve.api.service import Service
+from mhesa.serve.http.logs import catch, log
+from mhesa.serve.settings import Limits
+
+# A thread that holds Python's lock gives it up to another after so long; the decode loop waits for it
+# after every step.
+SWITCH_SECONDS = 0.0001
+EXPIRE_SECONDS = 600
+
+
+def serve(service: Service) -> None:
+    """Serve until SIGTERM or SIGINT, and let answers finish then.
+
+    Raises:
+        InputError: the address cannot be listened on.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    _raise_file_limit()
+    # That an address is in use is told below, in one line.
+    catch("uvicorn.error", logging.CRITICAL)
+    settings = service.settings
+    config = uvicorn.Config(
+        create_app(service),
+        host=settings.host,
+        port=settings.port,
+        http=_protocol(settings.limits),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(settings.limits.drain) + 5,
+    )
+    try:
+        bound = config.bind_socket()
+    except SystemExit:
+        raise InputError(f"cannot listen on {settings.host}:{settings.port}: is it in use?") from None
+    catch("uvicorn.error", logging.ERROR)
+    try:
+        _Server(config, service).run(sockets=[bound])
+    finally:
+        service.close()
+    log("stopped")
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, but that a signal first lets answers finish, and the process then ends with 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, loop)
+        housekeeping = loop.create_task(self._expire_sessions())
+        try:
+            yield
+        finally:
+            housekeeping.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        log("listening", url=url, model=self.service.settings.name)
+
+    def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.should_exit:
+            self.force_exit = True
+            return
+        service = self.service
+        log("stopping", active=len(service.engine.slots.rows), waiting=service.engine.waiting)
+        service.stopping = self.should_exit = True
+        # What is left then is told so, as an error or an event.
+        loop.call_later(service.settings.limits.drain, service.engine.stop)
+
+    async def _expire_sessions(self) -> None:
+        while True:
+            expired = await self.service.aside(self.service.sessions.expire)
+            if expired:
+                log("expired", sessions=expired)
+            await asyncio.sleep(EXPIRE_SECONDS)
+
+
+def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
+    """HTTP/1.1 whose connections cannot be held by sending or reading slowly."""
+
+    class Protocol(HttpToolsProtocol):
+        _receiving: asyncio.TimerHandle | None = None
+        _sending: asyncio.TimerHandle | None = None
+        _whole = False
+        # Bytes of the request's line and headers, until they are there.
+        _head: int | None = 0
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._arm()
+
+        def data_received(self, data: bytes) -> None:
+            if self._head is not None:
+                self._head += len(data)
+            super().data_received(data)
+            if self._whole:
+                self._disarm()
+            elif self._receiving is None:
+                self._arm()
+            if self._head is not None and self._head > limits.head:
+                self._refuse(431, "the request's headers are too large", "headers_too_large")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._whole = False
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            self._head = None
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._whole, self._head = True, 0
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._sending = self.loop.call_later(limits.send, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._sending is not None:
+                self._sending.cancel()
+                self._sending = None
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
+            self.resume_writing()
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(400, "this is not a valid HTTP request", "invalid_http")
+
+        def _refuse(self, status: int, message: str, code: str) -> None:
+            body = bytes(APIError(status, message, code=code).response().body)
+            head = [
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n",
+            ]
+            self.transport.write("\r\n".join(head).encode() + body)
+            self.transport.close()
+
+        def _arm(self) -> None:
+            self._receiving = self.loop.call_later(limits.receive, self.transport.abort)
+
+        def _disarm(self) -> None:
+            if self._receiving is not None:
+                self._receiving.cancel()
+                self._receiving = None
+
+    return Protocol
+
+
+def _raise_file_limit() -> None:
+    """A connection is a file: take as many as the system lets us."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

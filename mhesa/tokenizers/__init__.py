@@ -1,0 +1,7 @@
+"""Tokenizers: bytes, or a vocabulary; either takes and gives bytes."""
+
+from mhesa.tokenizers.bytes import Bytes
+from mhesa.tokenizers.files import TOKENIZER, TOKENIZER_CONFIG, open_tokenizer
+from mhesa.tokenizers.vocabulary import TextTokenizer, train_bpe
+
+__all__ = ["TOKENIZER", "TOKENIZER_CONFIG", "Bytes", "TextTokenizer", "open_tokenizer", "train_bpe"]

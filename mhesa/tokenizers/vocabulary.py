@@ -1,0 +1,202 @@
+"""Text as tokens of a vocabulary: byte-pair encoding made of a corpus, or any `tokenizer.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from mhesa.errors import InputError
+from mhesa.tokenizers.bytes import END_OF_TEXT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+NOT_UTF8 = re.compile("[\udc80-\udcff]+")
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+
+
+class TextTokenizer:
+    """A tokenizer of the `tokenizers` package that takes and gives bytes.
+
+    With a byte-level vocabulary, as `train_bpe` makes them, nothing is lost: bytes that are not UTF-8
+    become tokens of one byte each. Any other vocabulary reads UTF-8 alone. Special tokens that stand in a
+    text are taken for text.
+
+    Args:
+        tokenizer: what makes ids of text.
+        eos_token: the token that begins and ends documents; added if the vocabulary has none.
+        chat_template: how a conversation becomes text, a Jinja template as transformers takes them.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, eos_token: str = END_OF_TEXT, chat_template: str | None = None
+    ) -> None:
+        if tokenizer.token_to_id(eos_token) is None:
+            tokenizer.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.tokenizer = tokenizer
+        self.eos_token, self.chat_template = eos_token, chat_template
+        self.eos_token_id = tokenizer.get_vocab(with_added_tokens=True)[eos_token]
+
+    def __len__(self) -> int:
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_bytes(self, data: bytes) -> np.ndarray:
+        """The ids of `data`, `(tokens,)`.
+
+        Raises:
+            InputError: bytes that are not UTF-8, and the vocabulary has no tokens for bytes.
+        """
+        return self.encode_batch([data])[0]
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """The ids of several texts, on every core."""
+        try:
+            decoded = [text.decode() for text in texts]
+        except UnicodeDecodeError:
+            return [self._encode_any(text) for text in texts]
+        encodings = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode_bytes(self, ids: Iterable[int] | np.ndarray | Tensor) -> bytes:
+        """The bytes of `ids`; special tokens give none.
+
+        Raises:
+            ValueError: an id that no token has.
+        """
+        ids = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+        try:
+            return b"".join(map(self._bytes.__getitem__, ids))
+        except KeyError as error:
+            raise ValueError(f"no token has the id {error}; the largest is {len(self) - 1}") from None
+
+    def fingerprint(self) -> str:
+        """What tells it from every tokenizer that gives other ids."""
+        whole = json.loads(self.tokenizer.to_str())
+        parts = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+        return hashlib.sha256(json.dumps([self.eos_token, parts]).encode()).hexdigest()
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> Any:
+        """The ids of a conversation; see transformers' method of that name."""
+        return self._fast.apply_chat_template(messages, **kwargs)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and what `AutoTokenizer` asks for beside it."""
+        self._fast.save_pretrained(folder)
+
+    @cached_property
+    def _fast(self) -> PreTrainedTokenizerFast:
+        from transformers import PreTrainedTokenizerFast
+
+        # A copy: in a conversation special tokens are what they say, in text they are text.
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(self.tokenizer.to_str()),
+            bos_token=self.eos_token,
+            eos_token=self.eos_token,
+            pad_token=self.eos_token,
+            padding_side="left",
+            clean_up_tokenization_spaces=False,
+            chat_template=self.chat_template,
+        )
+
+    def _encode_any(self, data: bytes) -> np.ndarray:
+        text = data.decode("utf-8", "surrogateescape")
+        ids: list[int] = []
+        place = 0
+        for match in NOT_UTF8.finditer(text):
+            ids += self._encode_text(text[place : match.start()])
+            for character in match[0]:
+                byte = ord(character) - 0xDC00
+                token = self.tokenizer.token_to_id(byte_alphabet()[byte]) if self._is_byte_level else None
+                if token is None:
+                    offset = len(text[: match.start()].encode("utf-8", "surrogateescape"))
+                    raise InputError(
+                        f"byte {byte:#04x} at offset {offset:,} of {data[:20]!r}... is not UTF-8, and this "
+                        "tokenizer reads text alone; use --tokenizer bytes"
+                    )
+                ids.append(token)
+            place = match.end()
+        ids += self._encode_text(text[place:])
+        return np.array(ids, dtype=np.uint32)
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return '"ByteLevel"' in json.dumps(json.loads(self.tokenizer.to_str()).get("decoder"))
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        """The bytes of every token."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        table = {
+            index: self._token_bytes(token, index)
+            for token, index in self.tokenizer.get_vocab(with_added_tokens=False).items()
+        }
+        table |= {i: b"" if token.special else token.content.encode() for i, token in added.items()}
+        return table
+
+    def _token_bytes(self, token: str, index: int) -> bytes:
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        if self._is_byte_level:
+            values = {character: byte for byte, character in enumerate(byte_alphabet())}
+            try:
+                return bytes(map(values.__getitem__, token))
+            except KeyError:
+                return token.encode()
+        # What a token adds to text before it: its own decoding may lack a space.
+        before = self.tokenizer.decode([index])
+        return self.tokenizer.decode([index, index]).removeprefix(before).encode()
+
+
+def train_bpe(text: Iterable[bytes], size: int) -> TextTokenizer:
+    """Make a byte-level vocabulary of `size` tokens by byte-pair encoding (https://arxiv.org/abs/1508.07909).
+
+    Args:
+        text: pieces of text to learn it from.
+        size: tokens, 256 bytes and end of text among them.
+
+    >>> tokenizer = train_bpe([b"abab abab ab"] * 10, 260)
+    >>> tokenizer.decode_bytes(tokenizer.encode_bytes(b"ab\\xff"))
+    b'ab\\xff'
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=byte_alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece.decode("utf-8", "replace") for piece in text), trainer)
+    return TextTokenizer(tokenizer)
+
+
+def byte_alphabet() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies, as GPT-2 chose them."""
+    return list(_alphabet())
+
+
+def _alphabet() -> Iterator[str]:
+    spare = 256
+    for byte in range(256):
+        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
+            yield chr(byte)
+        else:
+            yield chr(spare)
+            spare += 1
