@@ -22,7 +22,7 @@ from transformers import (
 
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.hf import ByteTokenizer, MhesaCache, MhesaConfig, MhesaForCausalLM, MhesaModel
-from mhesa.hf.modeling import _expansion_factor
+from mhesa.model.config import _expansion_factor
 
 SIZES = {
     "vocab_size": 50,

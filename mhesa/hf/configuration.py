@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from mhesa.model.config import ALIASES, Sizes
+from mhesa.model.config import JSON_NAMES, ModelConfig
 from mhesa.model.loading import MODEL_TYPE
 from mhesa.tokenizers.bytes import END_OF_TEXT_ID
 
@@ -45,17 +44,17 @@ class MhesaConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = ALIASES
+    attribute_map: ClassVar[dict[str, str]] = JSON_NAMES
 
-    vocab_size: int = Sizes.vocab_size
-    hidden_size: int = Sizes.hidden_size
-    num_hidden_layers: int = Sizes.num_hidden_layers
-    heads: int = Sizes.heads
-    dim_mhesa: int = Sizes.dim_mhesa
-    dim_expansion_factor: float = Sizes.dim_expansion_factor
-    dropout: float = Sizes.dropout
+    vocab_size: int = ModelConfig.num_tokens
+    hidden_size: int = ModelConfig.dim
+    num_hidden_layers: int = ModelConfig.depth
+    heads: int = ModelConfig.heads
+    dim_mhesa: int = ModelConfig.dim_mhesa
+    dim_expansion_factor: float = ModelConfig.dim_expansion_factor
+    dropout: float = ModelConfig.dropout
     use_cache: bool = True
-    tie_word_embeddings: bool = Sizes.tie_word_embeddings
+    tie_word_embeddings: bool = ModelConfig.tie_word_embeddings
     bos_token_id: int | None = END_OF_TEXT_ID
     eos_token_id: int | list[int] | None = END_OF_TEXT_ID
     pad_token_id: int | None = END_OF_TEXT_ID
@@ -63,14 +62,14 @@ class MhesaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
-        self.sizes()
+        self.to_model_config()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, name) == END_OF_TEXT_ID >= self.vocab_size:
                 setattr(self, name, None)
 
-    def sizes(self) -> Sizes:
+    def to_model_config(self) -> ModelConfig:
         """What decides the shape of the model."""
-        return Sizes(**{field.name: getattr(self, field.name) for field in fields(Sizes)})
+        return ModelConfig.from_json(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: everything but `backend`."""

@@ -7,7 +7,7 @@ the same: it changes no output, no gradient and no state.
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from mhesa.hf.cache import MhesaCache, MhesaCacheLayer, check_cache
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.packing import in_place, offsets, real_tokens, without_first_tokens
+from mhesa.model.config import ModelConfig
 from mhesa.model.layers import MHESA, GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
 from mhesa.model.loading import KEPT_IN_FP32
@@ -201,7 +202,9 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         >>> torch.equal(model(ids).logits, lm(ids))
         True
         """
-        fields = _plain_fields(lm) | config
+        sizes = ModelConfig.of(lm)
+        eos_token_id = END_OF_TEXT_ID if sizes.num_tokens == END_OF_TEXT_ID + 1 else None
+        fields = replace(sizes, eos_token_id=eos_token_id).to_json() | {"backend": sizes.backend} | config
         with torch.device("meta"):
             model = cls(MhesaConfig(**fields))
         weights = {
@@ -214,7 +217,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
 
     def to_plain(self) -> GatedExponentialSmoothingLM:
         """The plain model of the same layers, for its explicit state; training one trains the other."""
-        lm = self.config.sizes().empty()
+        lm = self.config.to_model_config().empty()
         lm.token_emb, lm.layers, lm.to_logits = self.model.token_emb, self.model.layers, self.to_logits
         lm.training = self.training
         return lm
@@ -335,29 +338,3 @@ def _fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         # Its own mean adds up in bf16, and a sum of thousands loses a fifth there.
         losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
     return losses.float().mean()
-
-
-def _plain_fields(lm: GatedExponentialSmoothingLM) -> dict[str, Any]:
-    """The configuration that a plain model's weights speak of."""
-    block = cast(GatedMHESA, lm.layers[0])
-    vocab_size, hidden_size = lm.token_emb.weight.shape
-    end_of_text = END_OF_TEXT_ID if vocab_size == END_OF_TEXT_ID + 1 else None
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_hidden_layers": len(lm.layers),
-        "heads": block.mhesa.heads,
-        "dim_mhesa": lm.dim_mhesa,
-        "dim_expansion_factor": _expansion_factor(block.to_gate.out_features, hidden_size),
-        "tie_word_embeddings": lm.to_logits.weight is lm.token_emb.weight,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "pad_token_id": end_of_text,
-        "backend": block.mhesa.backend,
-    }
-
-
-def _expansion_factor(dim_hidden: int, dim: int) -> float:
-    """A factor with `int(factor * dim) == dim_hidden`, which the quotient itself may round away from."""
-    factor = dim_hidden / dim
-    return factor if int(factor * dim) == dim_hidden else math.nextafter(factor, math.inf)

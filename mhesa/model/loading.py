@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mhesa.model.config import Sizes
+    from mhesa.model.config import ModelConfig
     from mhesa.model.lm import GatedExponentialSmoothingLM
     from mhesa.tokenizers import Bytes, TextTokenizer
 
@@ -47,7 +47,7 @@ def load(
         InputError: the folder is missing or holds no whole model of this kind; the message names the
             file. Or the device is not on this machine, or the backend does not serve it.
     """
-    from mhesa.model.config import Sizes
+    from mhesa.model.config import ModelConfig
     from mhesa.ops.devices import check_device, check_serves
 
     check_device(device)
@@ -55,15 +55,15 @@ def load(
     folder = Path(folder)
     values = read_config(folder)
     try:
-        sizes = Sizes.of(values | {"backend": backend})
+        sizes = ModelConfig.from_json(values | {"backend": backend})
         dtype = _dtype(values)
     except ValueError as error:
         raise InputError(f"{folder / CONFIG} does not describe a model: {error}") from error
     model = _read_weights(folder / WEIGHTS, sizes, dtype)
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > sizes.vocab_size:
+    if len(tokenizer) > sizes.num_tokens:
         raise InputError(
-            f"the tokenizer in {folder} has {len(tokenizer):,} tokens and the model {sizes.vocab_size:,}"
+            f"the tokenizer in {folder} has {len(tokenizer):,} tokens and the model {sizes.num_tokens:,}"
         )
     return model.to(device).eval(), tokenizer
 
@@ -119,7 +119,7 @@ def _dtype(values: dict[str, Any]) -> torch.dtype | None:
     return dtype
 
 
-def _read_weights(path: Path, sizes: Sizes, dtype: torch.dtype | None) -> GatedExponentialSmoothingLM:
+def _read_weights(path: Path, sizes: ModelConfig, dtype: torch.dtype | None) -> GatedExponentialSmoothingLM:
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -144,15 +144,15 @@ def _read_weights(path: Path, sizes: Sizes, dtype: torch.dtype | None) -> GatedE
     return model
 
 
-def _empty(path: Path, file: Any, sizes: Sizes) -> GatedExponentialSmoothingLM:
+def _empty(path: Path, file: Any, sizes: ModelConfig) -> GatedExponentialSmoothingLM:
     """A model without memory of its own, once it is certain that the file's weights are its weights.
 
     Raises:
         InputError: they are not; told before anything as large as the sizes say is made.
     """
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    widest = max(sizes.vocab_size, sizes.hidden_size, sizes.dim_mhesa, sizes.dim_hidden)
-    if sizes.num_hidden_layers > len(found) or widest > path.stat().st_size:
+    widest = max(sizes.num_tokens, sizes.dim, sizes.dim_mhesa, sizes.dim_hidden)
+    if sizes.depth > len(found) or widest > path.stat().st_size:
         raise InputError(f"{path} does not fit {CONFIG}: mismatched keys: it is too small for these sizes")
     model = sizes.empty()
     wanted = {

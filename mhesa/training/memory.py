@@ -19,7 +19,7 @@ def check_memory(settings: TrainingSettings, vocab_size: int) -> None:
     there = _memory(settings.device)
     if there is None:
         return
-    parameters = count_parameters(settings, vocab_size)
+    parameters = settings.model_config(vocab_size).parameters
     model = BYTES_A_PARAMETER * parameters // (processes() if settings.fsdp else 1)
     if model > there:
         raise InputError(
@@ -33,13 +33,6 @@ def check_memory(settings: TrainingSettings, vocab_size: int) -> None:
             f"{_gigabytes(batch)} and {settings.device} has {_gigabytes(there)}; make batch_size or context "
             "smaller, or accumulate larger"
         )
-
-
-def count_parameters(settings: TrainingSettings, vocab_size: int) -> int:
-    """Parameters of the model, without making it."""
-    dim, inner, hidden = settings.dim, settings.dim_mhesa, int(settings.dim_expansion_factor * settings.dim)
-    block = 2 * dim + dim * hidden + dim * inner + 3 * inner + 2 * settings.heads
-    return 2 * vocab_size * dim + settings.depth * (block + inner * hidden + hidden * dim + dim)
 
 
 def _activations(settings: TrainingSettings) -> int:

@@ -19,6 +19,7 @@ from mhesa.atomic_io import write_folder
 from mhesa.data import Corpus, Source, Windows, open_corpus
 from mhesa.data.cache import cache_folder, lock
 from mhesa.errors import InputError, TrainingError
+from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.hf.tokenization import ByteTokenizer
 from mhesa.hf.vocabulary import TextTokenizer, open_tokenizer, train_bpe
@@ -151,7 +152,8 @@ class Run:
         )
         check_memory(settings, len(tokenizer))
         set_seed(settings.seed)
-        self.config = settings.model_config(len(tokenizer), tokenizer.eos_token_id)
+        config = settings.model_config(len(tokenizer), tokenizer.eos_token_id)
+        self.config = MhesaConfig(**config.to_json(), backend=config.backend)
         self.model = MhesaForCausalLM(self.config)
         if settings.recompute:
             _recompute(self.model)

@@ -15,7 +15,7 @@ import torch
 from mhesa.atomic_io import write_file
 from mhesa.data import Holdout
 from mhesa.errors import InputError
-from mhesa.hf.configuration import MhesaConfig
+from mhesa.model.config import BlockConfig, ModelConfig
 from mhesa.ops.devices import best_device, check_device, check_serves, computes_in_bf16
 from mhesa.training.distributed import processes
 from mhesa.training.schedule import SCHEDULES
@@ -192,21 +192,10 @@ class TrainingSettings:
             )
         return int(size)
 
-    def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> MhesaConfig:
-        """The configuration of the model to train."""
-        return MhesaConfig(
-            vocab_size=vocab_size,
-            hidden_size=self.dim,
-            num_hidden_layers=self.depth,
-            heads=self.heads,
-            dim_mhesa=self.dim_mhesa,
-            dim_expansion_factor=self.dim_expansion_factor,
-            dropout=self.dropout,
-            bos_token_id=eos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id,
-            backend=self.backend,
-        )
+    def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> ModelConfig:
+        """The sizes of the model to train."""
+        sizes = {field.name: getattr(self, field.name) for field in fields(BlockConfig)}
+        return ModelConfig(num_tokens=vocab_size, eos_token_id=eos_token_id, **sizes)
 
     def resolve(self) -> TrainingSettings:
         """The same settings with every automatic choice made for this machine.
