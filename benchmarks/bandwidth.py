@@ -7,11 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from mhesa.ops.cpu.arguments import FLOAT32, struct
+from mhesa.ops.cpu.atomics import fetch_add
+from mhesa.ops.cpu.compiling import compiled, jit, member, offset
 from mhesa.ops.cpu.memory import empty_hugepages
-from mhesa.ops.cpu.simd import compiled, fields, floats, jit, offset, take
 from mhesa.ops.cpu.threads import available, parallel
 
-TASK, NUMBERS, MEMORY, OUT, FIELDS = range(5)
+Arguments = struct("Arguments", next_task="int64", count="int64", numbers=FLOAT32, out=FLOAT32)
 # Numbers that a task reads.
 STRETCH = 1 << 16
 
@@ -24,23 +26,23 @@ def _sum(numbers, count):  # type: ignore[no-untyped-def]
     return total
 
 
-def _read(data):  # type: ignore[no-untyped-def]
-    p = fields(data)
+def _read(args):  # type: ignore[no-untyped-def]
     while True:
-        start = take(p) * STRETCH
-        if start >= p[NUMBERS]:
+        start = fetch_add(member(args, "next_task")) * STRETCH
+        if start >= args.count:
             return
-        floats(p[OUT])[0] = _sum(offset(floats(p[MEMORY]), start), min(STRETCH, p[NUMBERS] - start))
+        args.out[0] = _sum(offset(args.numbers, start), min(STRETCH, args.count - start))
 
 
 def reader(size: int) -> Callable[[], object]:
     """A function that reads `size` bytes of its own, once, on all of torch's threads."""
     memory = empty_hugepages(torch.Size([size // 4]), torch.float32).fill_(1)
-    out, table = np.zeros(1, dtype=np.float32), np.zeros(FIELDS, dtype=np.int64)
+    out = np.zeros(1, dtype=np.float32)
+    args = Arguments(count=len(memory), numbers=memory.data_ptr(), out=out.ctypes.data)
 
     def read() -> float:
-        table[:] = 0, len(memory), memory.data_ptr(), out.ctypes.data
-        parallel(compiled(_read, torch.float32), table.ctypes.data, available())
+        args.next_task = 0
+        parallel(compiled(_read, torch.float32, Arguments), args.address, available())
         return float(out[0])
 
     return read

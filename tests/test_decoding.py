@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
-from mhesa.inference.decoder import Decoder, kernel
+from mhesa.inference.decoder import Decoder
 from mhesa.inference.decoder.native import ROWS
 
 NATIVE = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")]
-EVERY = [*NATIVE, (torch.float64, None)]
+ALL = [*NATIVE, (torch.float64, None)]
 
 
 def tiny(dtype=torch.float32, *, num_tokens=50, dim=24, depth=3, heads=2, dim_mhesa=12, factor=4.0):
@@ -88,7 +88,7 @@ def test_int8_weights_lose_little():
     assert divergence < 1e-3
 
 
-@pytest.mark.parametrize(("dtype", "quantize"), EVERY)
+@pytest.mark.parametrize(("dtype", "quantize"), ALL)
 def test_one_stretch_equals_pieces_equals_token_by_token(dtype, quantize):
     model = tiny(dtype)
     length = ROWS + 37
@@ -137,12 +137,12 @@ def test_a_broken_row_leaves_the_others_alone(dtype, quantize, poison):
     assert torch.equal(logits[others], expected[others])
     assert torch.equal(broken[:, others], clean[:, others])
     assert logits[3].isnan().all()
-    # Nor does anything of it stay in the decoder's memory.
+    # Nothing of it stays in the memory of the decoder.
     again = model.initial_state(8)
     assert torch.equal(decoder.step(ids, again), expected)
 
 
-def test_a_slice_of_a_slab_is_moved_on_in_place():
+def test_a_slice_of_a_larger_state_is_changed_in_place():
     model = tiny()
     slab = torch.zeros(3, 6, 12)
     ids = torch.randint(50, (4,))
@@ -154,19 +154,19 @@ def test_a_slice_of_a_slab_is_moved_on_in_place():
     assert not slab[:, [0, 5]].any()
 
 
-def test_a_sparing_decoder_keeps_small_calls_to_one_core():
+def test_small_calls_take_one_thread_if_asked_to():
     model = tiny(dim=128, dim_mhesa=64)
     results = []
-    for sparing in (False, True):
-        decoder, state = Decoder(model, sparing=sparing), model.initial_state(1)
+    for single in (False, True):
+        decoder, state = Decoder(model, single_thread_small_calls=single), model.initial_state(1)
         results.append((decoder.step(torch.tensor([3]), state), state))
-        # A long prompt is worth all cores.
+        # A long prompt takes all cores.
         for length, threads in (
-            (1, 1 if sparing else torch.get_num_threads()),
+            (1, 1 if single else torch.get_num_threads()),
             (100, torch.get_num_threads()),
         ):
             decoder.prefill(torch.zeros(1, length, dtype=torch.int64), model.initial_state(1))
-            assert decoder._engine.table[kernel.THREADS] == threads
+            assert decoder._engine.args.threads == threads
     (logits, state), (same_logits, same_state) = results
     assert torch.equal(logits, same_logits)
     assert torch.equal(state, same_state)
@@ -201,7 +201,7 @@ def test_a_state_that_does_not_fit_is_refused():
         decoder.prefill([ids, ids[:0]], torch.zeros(3, 2, 12))
 
 
-def test_what_cannot_be_is_refused_by_name():
+def test_impossible_settings_are_refused_by_name():
     with pytest.raises(InputError, match="int8"):
         Decoder(tiny(), quantize="int4")
     with pytest.raises(InputError, match="float64"):
@@ -211,7 +211,7 @@ def test_what_cannot_be_is_refused_by_name():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_threads_share_a_decoder_and_are_never_mixed_up(dtype):
+def test_threads_can_share_a_decoder(dtype):
     model = tiny(dtype, dim=128, dim_mhesa=128)
     decoder, prompts = Decoder(model), torch.randint(50, (8, 300))
 
@@ -230,7 +230,7 @@ def test_threads_share_a_decoder_and_are_never_mixed_up(dtype):
                 assert all(map(torch.equal, result, alone))
 
 
-def test_later_weights_go_unseen():
+def test_later_changes_of_the_weights_are_not_seen():
     model = tiny()
     decoder, ids = Decoder(model), torch.tensor([7])
     before = decoder.step(ids, model.initial_state(1)).clone()
@@ -241,14 +241,14 @@ def test_later_weights_go_unseen():
 
 
 def test_processors_without_pair_instructions_get_the_same_sums(tmp_path):
-    """The instructions are chosen when a kernel is compiled: once more, for a processor that has none."""
+    """The instructions are chosen when a kernel is compiled, so compile again for a processor without them."""
     script = """
 import sys, torch
 from mhesa.inference.decoder import matmul
 if sys.argv[1] == "plain":
     matmul._processor_has = lambda feature: False
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.inference.decoder import Decoder, kernel
+from mhesa.inference.decoder import Decoder
 torch.manual_seed(0)
 model = GatedExponentialSmoothingLM(num_tokens=50, dim=40, depth=2, heads=2, dim_mhesa=24).eval()
 ids = torch.randint(50, (3, 9))

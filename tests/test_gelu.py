@@ -42,7 +42,7 @@ def test_equals_fp64(count: int, gated: bool, dtype: torch.dtype, seed: int, sca
     tensors = (x, gate) if gated else (x,)
     found = gradients(gelu, dy, *tensors)
     expected = gradients(true_gelu, dy.double(), *(tensor.double() for tensor in tensors))
-    # Of a sum that cancels, the terms count: Phi(x) + x * phi(x), and 1 + erf(x).
+    # The sums Phi(x) + x * phi(x) and 1 + erf(x) cancel: the error is relative to their terms.
     size = (1 + x.double().abs()) * (1 + gate.double().abs()) * (1 + dy.double().abs())
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
@@ -50,7 +50,7 @@ def test_equals_fp64(count: int, gated: bool, dtype: torch.dtype, seed: int, sca
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_is_as_near_as_torch(gated: bool) -> None:
+def test_is_as_close_as_torch(gated: bool) -> None:
     x = torch.linspace(-12, 12, 100_003)
     gate, dy = torch.randn_like(x), torch.randn_like(x)
     tensors = (x, gate) if gated else (x,)
@@ -61,25 +61,29 @@ def test_is_as_near_as_torch(gated: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_what_is_no_number_stays_where_it_is(dtype: torch.dtype) -> None:
+def test_nan_stays_where_it_is(dtype: torch.dtype) -> None:
     x = torch.randn(1000, dtype=dtype)
     gate, dy = torch.randn_like(x), torch.randn_like(x)
     clean = gradients(gelu, dy, x, gate)
     broken = x.clone()
     broken[[3, 500, 999]] = math.nan
     found = gradients(gelu, dy, broken, gate)
-    whole = ~broken.isnan()
+    intact = ~broken.isnan()
     for a, b in zip(found, clean, strict=True):
-        assert a[~whole].isnan().all()
-        assert torch.equal(a[whole], b[whole])
+        assert a[~intact].isnan().all()
+        assert torch.equal(a[intact], b[intact])
 
 
-def test_the_ends_are_torchs() -> None:
-    x = torch.tensor([math.inf, -math.inf, 0.0, -0.0, 1e30, -1e30, 1e-40, -6.0])
-    assert torch.allclose(gelu(x), F.gelu(x), atol=1e-7, equal_nan=True)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_infinite_huge_and_tiny_values(dtype: torch.dtype) -> None:
+    """By the definition `x * Phi(x)` in fp64, with its limits: at infinity PyTorch's own kernels disagree."""
+    x = torch.tensor([math.inf, 1e30, 0.0, -0.0, 1e-40, -6.0, -1e30, -math.inf]).to(dtype)
+    expected = x.double() * torch.special.ndtr(x.double())
+    expected[x == -math.inf] = 0
+    torch.testing.assert_close(gelu(x).double(), expected, atol=1e-7, rtol=EPSILON[dtype])
 
 
-def test_a_value_is_the_same_wherever_it_is() -> None:
+def test_a_result_does_not_depend_on_the_position() -> None:
     x, gate, dy = (torch.randn(5000) for _ in range(3))
     whole = gradients(gelu, dy, x, gate)
     for part in (slice(0, 1), slice(7, 30), slice(4991, 5000)):
@@ -103,7 +107,7 @@ def test_gradients_can_be_differentiated() -> None:
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*second, strict=True))
 
 
-def test_transforms_and_compilers_get_torchs_operators() -> None:
+def test_transforms_and_compilers_get_the_operators_of_torch() -> None:
     x, gate = torch.randn(4, 20), torch.randn(4, 20)
     assert torch.equal(torch.vmap(gelu)(x, gate), true_gelu(x, gate))
     tangent = torch.func.jvp(lambda x: gelu(x, gate), (x,), (torch.ones_like(x),))[1]

@@ -125,7 +125,7 @@ def test_what_was_drawn_is_penalised_as_openai_documents():
 def test_rows_that_come_and_go_draw_as_if_alone():
     logits, settings = torch.randn(1, 50), Sampling(top_p=0.9, presence_penalty=1.0)
     alone = {seed: BatchSampler(50, [TokenSampler(settings, seed)]) for seed in range(40)}
-    together, seeds, random = BatchSampler(50, most=8), [], np.random.default_rng(0)
+    together, seeds, random = BatchSampler(50, max_rows=8), [], np.random.default_rng(0)
     for new in alone:
         together.append(TokenSampler(settings, new))
         seeds.append(new)

@@ -1,50 +1,82 @@
-"""Drawing the next token from logits: settings, a random stream for each sequence, one draw for a batch."""
+"""Drawing the next token from logits: settings, a random stream for each sequence, and draws for a batch."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import secrets
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
+from mhesa.ops.cpu.arguments import FLOAT64, INT64, STORED, Pointer, Struct, struct
 from mhesa.ops.cpu.threads import available, parallel
 
-# What the kernel reads of a sampler, eight bytes each: numbers, and from RANDOM on integers.
-TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE, RANDOM, TOP_K, NOTES, NOTED = range(10)
-RECORD = "6dQ3q"
-# What a sampler notes of a token.
-TOKEN, SEEN, COUNT, BIAS, NOTE_FIELDS = range(5)
+Note = struct(
+    "Note",
+    token="int64",
+    seen="int64",  # whether the sequence has it, for the repetition penalty
+    count="int64",  # how often it was drawn
+    bias="float64",
+)
+Sampler = struct(
+    "Sampler",
+    temperature="float64",
+    top_k="int64",
+    top_p="float64",
+    min_p="float64",
+    repetition_penalty="float64",
+    frequency_penalty="float64",
+    presence_penalty="float64",
+    random="uint64",  # the state of the random stream
+    notes=Pointer(Note),
+    note_count="int64",
+)
+# Arguments of `mhesa.inference.sampling_kernel.draw`.
+Arguments = struct(
+    "Arguments",
+    next_row="int64",
+    next_thread="int64",
+    rows="int64",
+    num_tokens="int64",
+    logits=STORED,
+    row_stride="int64",
+    samplers=Pointer(Pointer(Sampler)),
+    weights=FLOAT64,  # scratch memory, `num_tokens` for each thread
+    order=INT64,  # likewise
+    out=INT64,
+)
+# Below this many logits, use one thread.
+MIN_PARALLEL = 1 << 12
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn from the logits.
 
-    In this order: the repetition penalty, biases and the other penalties, the temperature, then what `top_k`,
-    `top_p` and `min_p` leave, as transformers does.
+    Applied in this order, as in transformers: the repetition penalty, biases and the other penalties, the
+    temperature, then `top_k`, `top_p` and `min_p`.
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest token always.
-        top_k: keep the `k` likeliest tokens, of equal ones those with lower ids; 0 keeps all.
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: keep the `k` likeliest tokens, lower ids first among equals; 0 keeps all.
         top_p: keep the fewest likeliest tokens whose probabilities reach `p` (nucleus sampling,
             https://arxiv.org/abs/1904.09751); 1 keeps all.
         min_p: keep tokens at least `p` times as likely as the likeliest (https://arxiv.org/abs/2407.01082);
             0 keeps all.
-        repetition_penalty: divides positive logits of tokens that the sequence already has, multiplies
+        repetition_penalty: divides positive logits of tokens that the sequence already has and multiplies
             negative ones (https://arxiv.org/abs/1909.05858); 1 changes nothing.
-        frequency_penalty: taken off a token's logit for every time that it was drawn.
-        presence_penalty: taken off the logits of tokens that were drawn at all.
-        logit_bias: added to the logits of these token ids.
+        frequency_penalty: subtracted from a token's logit for each time that it was drawn.
+        presence_penalty: subtracted from the logits of tokens that were drawn at all.
+        logit_bias: numbers added to the logits of token ids.
 
     Raises:
-        InputError: a value out of its range.
+        InputError: a value outside its range.
     """
 
     temperature: float = 1.0
@@ -78,12 +110,12 @@ class Sampling:
 class TokenSampler:
     """Draws the tokens of one sequence.
 
-    It owns the sequence's random stream: what it draws depends on its seed and the logits it has seen, not
-    on other sequences.
+    It owns the random stream of the sequence: draws depend on the seed and on the logits of this sequence,
+    not on other sequences.
 
     Args:
         sampling: how tokens are drawn.
-        seed: 0 or more; makes the draws repeatable. `None` draws anew each time.
+        seed: 0 or more, makes draws repeatable. `None` takes a random seed.
 
     Raises:
         InputError: a negative seed.
@@ -96,81 +128,79 @@ class TokenSampler:
         if seed is not None and seed < 0:
             raise InputError(f"seed must be 0 or more, not {seed}")
         self.sampling = given = sampling or Sampling()
-        start = secrets.randbits(64) if seed is None else seed % (1 << 64)
         penalties = (given.repetition_penalty, given.frequency_penalty, given.presence_penalty)
-        self.remembers = penalties != (1, 0, 0)
-        record = struct.pack(
-            RECORD, given.temperature, given.top_p, given.min_p, *penalties, start, given.top_k, 0, 0
+        self.penalises = penalties != (1, 0, 0)
+        self.struct = Sampler(
+            temperature=given.temperature,
+            top_k=given.top_k,
+            top_p=given.top_p,
+            min_p=given.min_p,
+            repetition_penalty=given.repetition_penalty,
+            frequency_penalty=given.frequency_penalty,
+            presence_penalty=given.presence_penalty,
+            random=secrets.randbits(64) if seed is None else seed % (1 << 64),
         )
-        self._record = np.frombuffer(bytearray(record), dtype=np.int64)
-        self.address: int = self._record.ctypes.data
-        # What is noted of tokens, a row each, and in which row.
-        self._notes, self._places = np.zeros((8, NOTE_FIELDS)), dict[int, int]()
+        # The notes, and the index of each token's.
+        self._notes, self._indices = (Note * 8)(), dict[int, int]()
         for token, bias in given.logit_bias.items():
-            self._note(token)[BIAS] = bias
+            self._note(token).bias = bias
 
     def observe(self, ids: Tensor | Iterable[int]) -> None:
-        """Take note of tokens that the sequence has, for the repetition penalty."""
+        """Note tokens that the sequence has, for the repetition penalty."""
         if self.sampling.repetition_penalty != 1:
             for token in ids.unique().tolist() if isinstance(ids, Tensor) else ids:
-                self._note(token)[SEEN] = 1
+                self._note(token).seen = 1
 
-    def drew(self, token: int) -> None:
-        """Take note of a token that was drawn, where penalties `remember` it."""
+    def count(self, token: int) -> None:
+        """Note a token that was drawn; needed if the sampler `penalises`."""
         note = self._note(token)
-        note[SEEN] = 1
-        note[COUNT] += 1
+        note.seen = 1
+        note.count += 1
 
     def check(self, num_tokens: int) -> None:
-        """Raise `InputError` if a token was noted that a vocabulary of this size does not have."""
-        highest = max(self._places, default=0)
+        """Raise `InputError` if a noted token is outside a vocabulary of this size."""
+        highest = max(self._indices, default=0)
         if highest >= num_tokens:
             raise InputError(f"token ids must be 0 to {num_tokens - 1}, not {highest}")
 
-    def _note(self, token: int) -> np.ndarray:
-        place = self._places.setdefault(token, len(self._places))
-        if place == len(self._notes):
-            self._notes = np.concatenate([self._notes, np.zeros_like(self._notes)])
-        self._notes[place, TOKEN] = token
-        self._record[NOTES:] = self._notes.ctypes.data, len(self._places)
-        return self._notes[place]
+    def _note(self, token: int) -> Struct:
+        index = self._indices.setdefault(token, len(self._indices))
+        if index == len(self._notes):
+            self._notes = (Note * (2 * index))(*self._notes)
+        self._notes[index].token = token
+        self.struct.notes, self.struct.note_count = ctypes.addressof(self._notes), len(self._indices)
+        return self._notes[index]
 
 
 class BatchSampler:
-    """The samplers of a batch's rows, which come and go, ready to draw for all of them at once.
-
-    What the kernel needs to know lies in arrays that change only when a row does.
+    """The samplers of the rows of a batch, which may change, ready to draw for all rows at once.
 
     Args:
         num_tokens: the size of the vocabulary.
-        samplers: a row's each.
-        most: how many rows there may be; no more than these if omitted.
+        samplers: one for each row.
+        max_rows: the largest number of rows; that of `samplers` if omitted.
 
     Raises:
-        InputError: a sampler has noted tokens that are not in the vocabulary.
+        InputError: a sampler has noted tokens outside the vocabulary.
     """
 
     def __init__(
-        self, num_tokens: int, samplers: Sequence[TokenSampler] = (), most: int | None = None
+        self, num_tokens: int, samplers: Sequence[TokenSampler] = (), max_rows: int | None = None
     ) -> None:
-        # Numba is loaded when it is needed.
-        from mhesa.inference import sampling_kernel
-        from mhesa.ops.cpu.simd import compiled
-
-        self._kernel, self._function = sampling_kernel, partial(compiled, sampling_kernel.draw)
         self.num_tokens = num_tokens
         self.rows: list[TokenSampler] = []
-        rows = len(samplers) if most is None else most
-        # What was drawn for each row last: int64 `(most,)`, of which those in use come first.
-        self.last = torch.zeros(rows, dtype=torch.int64)
-        threads = max(1, min(rows, available()))
-        self._addresses = np.zeros(rows, dtype=np.int64)
+        size = len(samplers) if max_rows is None else max_rows
+        # The token last drawn for each row: int64 `(max_rows,)`, valid for the rows in use.
+        self.last = torch.zeros(size, dtype=torch.int64)
+        self._addresses = np.zeros(size, dtype=np.int64)
         self._samplers, self._last = self._addresses.ctypes.data, self.last.data_ptr()
+        threads = max(1, min(size, available()))
         self._scratch = np.empty((2, threads, num_tokens))
-        self._table = table = np.zeros(sampling_kernel.FIELDS, dtype=np.int64)
-        table[sampling_kernel.TOKENS] = num_tokens
-        table[sampling_kernel.WEIGHTS] = self._scratch[0].ctypes.data
-        table[sampling_kernel.ORDER] = self._scratch[1].ctypes.data
+        self._args = Arguments(
+            num_tokens=num_tokens,
+            weights=self._scratch[0].ctypes.data,
+            order=self._scratch[1].ctypes.data,
+        )
         for sampler in samplers:
             self.append(sampler)
 
@@ -178,9 +208,9 @@ class BatchSampler:
         return len(self.rows)
 
     def append(self, sampler: TokenSampler) -> None:
-        """Add a row, behind the others."""
+        """Add a row after the others."""
         sampler.check(self.num_tokens)
-        self._addresses[len(self.rows)] = sampler.address
+        self._addresses[len(self.rows)] = sampler.struct.address
         self.rows.append(sampler)
 
     def take_out(self, row: int) -> None:
@@ -188,45 +218,54 @@ class BatchSampler:
         last = self.rows.pop()
         if row < len(self.rows):
             self.rows[row] = last
-            self._addresses[row], self.last[row] = last.address, self.last[len(self.rows)]
+            self._addresses[row], self.last[row] = last.struct.address, self.last[len(self.rows)]
 
     def draw(self, logits: Tensor, first: int = 0) -> list[int]:
-        """Draw a token for some rows, those from `first` on.
+        """Draw a token for each of the rows from `first` on.
 
         Args:
             logits: `(rows, num_tokens)`, on any device.
+            first: the row of the first logits.
 
         Returns:
-            A token for each row, `last` too; -1 for a row whose logits are not numbers.
+            A token for each row, also in `last`; -1 for a row whose logits are NaN or infinite.
         """
         values = logits.detach().cpu()
         if values.dtype not in (torch.float32, torch.float64):
             values = values.float()
         if values.stride(1) != 1:
             values = values.contiguous()
-        kernel, table, count = self._kernel, self._table, values.shape[0]
-        table[kernel.TASK] = table[kernel.THREAD] = 0
-        table[kernel.ROWS], table[kernel.LOGITS] = count, values.data_ptr()
-        table[kernel.LOGITS_STEP] = values.stride(0)
-        table[kernel.SAMPLERS], table[kernel.OUT] = self._samplers + 8 * first, self._last + 8 * first
-        enough = count * self.num_tokens >= kernel.PARALLEL
-        threads = min(count, self._scratch.shape[1], available()) if enough else 1
-        parallel(self._function(values.dtype), table.ctypes.data, threads)
+        args, count = self._args, values.shape[0]
+        args.next_row = args.next_thread = 0
+        args.rows, args.logits, args.row_stride = count, values.data_ptr(), values.stride(0)
+        args.samplers, args.out = self._samplers + 8 * first, self._last + 8 * first
+        parallelise = count * self.num_tokens >= MIN_PARALLEL
+        threads = min(count, self._scratch.shape[1], available()) if parallelise else 1
+        parallel(_native_draw(values.dtype), args.address, threads)
         tokens: list[int] = self.last[first : first + count].tolist()
         for sampler, token in zip(self.rows[first : first + count], tokens, strict=True):
-            if sampler.remembers and token >= 0:
-                sampler.drew(token)
+            if sampler.penalises and token >= 0:
+                sampler.count(token)
         return tokens
 
 
+@cache
+def _native_draw(dtype: torch.dtype) -> int:
+    # Numba is imported only when a kernel is needed.
+    from mhesa.inference import sampling_kernel
+    from mhesa.ops.cpu.compiling import compiled
+
+    return compiled(sampling_kernel.draw, dtype, Arguments)
+
+
 def draw(logits: Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
-    """Draw one token a sequence, once; who draws again and again keeps `BatchSampler`.
+    """Draw one token for each sequence; to draw repeatedly, keep a `BatchSampler`.
 
     Args:
         logits: `(batch, num_tokens)`, on any device.
         samplers: one for each row; each moves on by one draw.
 
     Returns:
-        A token for each row; -1 for a row whose logits are not numbers.
+        A token for each row; -1 for a row whose logits are NaN or infinite.
     """
     return BatchSampler(logits.shape[1], samplers).draw(logits)

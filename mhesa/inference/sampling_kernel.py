@@ -1,4 +1,4 @@
-"""Draws for the rows of a batch, natively: each row by itself, in fp64, rows shared among threads."""
+"""Draws tokens for the rows of a batch in native code: each row by itself, in fp64."""
 
 from __future__ import annotations
 
@@ -6,109 +6,86 @@ import math
 
 import numpy as np
 
-from mhesa.inference.sampling import (
-    BIAS,
-    COUNT,
-    FREQUENCY,
-    MIN_P,
-    NOTE_FIELDS,
-    NOTED,
-    NOTES,
-    PRESENCE,
-    RANDOM,
-    REPETITION,
-    SEEN,
-    TEMPERATURE,
-    TOKEN,
-    TOP_K,
-    TOP_P,
-)
-from mhesa.ops.cpu.simd import doubles, fields, integers, jit, offset, pointer, take
-
-# What the kernel is told.
-TASK, THREAD, ROWS, TOKENS, LOGITS, LOGITS_STEP, SAMPLERS, WEIGHTS, ORDER, OUT, FIELDS = range(11)
-# Below so many numbers in all, a second thread is not worth waking.
-PARALLEL = 1 << 12
+from mhesa.ops.cpu.atomics import fetch_add
+from mhesa.ops.cpu.compiling import jit, member, offset
 
 
-def draw(data):  # type: ignore[no-untyped-def]
-    """Draw tokens for rows until there are none left, in scratch memory of a thread's own."""
-    p = fields(data)
-    n, thread = p[TOKENS], take(offset(p, THREAD))
-    weights, order = offset(doubles(p[WEIGHTS]), thread * n), offset(integers(p[ORDER]), thread * n)
+def draw(args):  # type: ignore[no-untyped-def]
+    """Draw a token for one row after another; `args` is `mhesa.inference.sampling.Arguments`."""
+    n, thread = args.num_tokens, fetch_add(member(args, "next_thread"))
+    weights, order = offset(args.weights, thread * n), offset(args.order, thread * n)
     while True:
-        row = take(p)
-        if row >= p[ROWS]:
+        row = fetch_add(member(args, "next_row"))
+        if row >= args.rows:
             return
-        logits = offset(pointer(p[LOGITS], data), row * p[LOGITS_STEP])
-        sampler = integers(p[SAMPLERS])[row]
+        logits, sampler = offset(args.logits, row * args.row_stride), args.samplers[row]
         for i in range(n):
             weights[i] = logits[i]
-        _adjust(weights, doubles(sampler), doubles(integers(sampler)[NOTES]), integers(sampler)[NOTED])
-        random = _random(offset(integers(sampler), RANDOM))
-        integers(p[OUT])[row] = _choose(weights, order, n, doubles(sampler), integers(sampler)[TOP_K], random)
+        _adjust(weights, sampler)
+        args.out[row] = _choose(weights, order, n, sampler, _random(sampler))
 
 
 @jit
-def _adjust(weights, settings, notes, noted):  # type: ignore[no-untyped-def]
-    """Penalties and biases of tokens that were noted."""
-    for i in range(noted):
-        note = offset(notes, i * NOTE_FIELDS)
-        token = int(note[TOKEN])
-        if note[SEEN] != 0:
-            weights[token] *= settings[REPETITION] if weights[token] < 0 else 1 / settings[REPETITION]
-        weights[token] += note[BIAS] - settings[FREQUENCY] * note[COUNT]
-        if note[COUNT] > 0:
-            weights[token] -= settings[PRESENCE]
+def _adjust(weights, sampler):  # type: ignore[no-untyped-def]
+    """Apply penalties and biases to the logits of noted tokens."""
+    for i in range(sampler.note_count):
+        note = offset(sampler.notes, i)
+        token = note.token
+        if note.seen:
+            penalty = sampler.repetition_penalty
+            weights[token] *= penalty if weights[token] < 0 else 1 / penalty
+        weights[token] += note.bias - sampler.frequency_penalty * note.count
+        if note.count:
+            weights[token] -= sampler.presence_penalty
 
 
 @jit
-def _random(state):  # type: ignore[no-untyped-def]
+def _random(sampler):  # type: ignore[no-untyped-def]
     """A number in [0, 1) from SplitMix64 (https://doi.org/10.1145/2714064.2660195)."""
-    z = np.uint64(state[0]) + np.uint64(0x9E3779B97F4A7C15)
-    state[0] = np.int64(z)
+    z = sampler.random + np.uint64(0x9E3779B97F4A7C15)
+    sampler.random = z
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return float((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 @jit
-def _choose(weights, order, n, settings, k, random):  # type: ignore[no-untyped-def]
-    """One token by its logits, of which `weights` is left in disarray."""
+def _choose(weights, order, n, sampler, random):  # type: ignore[no-untyped-def]
+    """One token by its logits `weights`, which are overwritten."""
     best = 0
     for i in range(1, n):
         if weights[i] > weights[best] or weights[best] != weights[best]:
             best = i
     top = weights[best]
     for i in range(n):
-        # Nothing can be drawn from what is no number, nor where everything is impossible.
+        # NaN somewhere, an infinite logit, or every token impossible.
         if weights[i] != weights[i] or math.isinf(top):
             return -1
-    if settings[TEMPERATURE] == 0:
+    if sampler.temperature == 0:
         return best
-    total = 0.0
+    total, k = 0.0, sampler.top_k
     for i in range(n):
-        weights[i] = math.exp((weights[i] - top) / settings[TEMPERATURE])
+        weights[i] = math.exp((weights[i] - top) / sampler.temperature)
         total += weights[i]
-    if 0 < k < n or settings[TOP_P] < 1:
-        kept = _likeliest(weights, order, n, min(k, n) if k else n, settings[TOP_P], total)
-        return _walk(weights, order, n - 1, -1, kept, settings[MIN_P], random)
+    if 0 < k < n or sampler.top_p < 1:
+        kept_count = _likeliest(weights, order, n, min(k, n) if k else n, sampler.top_p, total)
+        return _walk(weights, order, n - 1, -1, kept_count, sampler.min_p, random)
     for i in range(n):
         order[i] = i
-    return _walk(weights, order, 0, 1, n, settings[MIN_P], random)
+    return _walk(weights, order, 0, 1, n, sampler.min_p, random)
 
 
 @jit
-def _walk(weights, order, first, step, count, least, random):  # type: ignore[no-untyped-def]
+def _walk(weights, order, first, step, count, min_weight, random):  # type: ignore[no-untyped-def]
     """The token at which the weights' running sum passes `random` of their whole sum."""
     total = 0.0
     for i in range(count):
         weight = weights[order[first + step * i]]
-        total += weight if weight >= least else 0.0
+        total += weight if weight >= min_weight else 0.0
     running, token = 0.0, order[first]
     for i in range(count):
         weight = weights[order[first + step * i]]
-        if weight >= least and weight > 0:
+        if weight >= min_weight and weight > 0:
             token = order[first + step * i]
             running += weight
             if running > random * total:
@@ -118,7 +95,7 @@ def _walk(weights, order, first, step, count, least, random):  # type: ignore[no
 
 @jit
 def _likeliest(weights, order, n, k, p, total):  # type: ignore[no-untyped-def]
-    """Sort the likeliest to the end of `order`, no further than needed; how many `k` and `p` keep."""
+    """Sort the likeliest tokens to the end of `order`, and return how many `k` and `p` keep."""
     for i in range(n):
         order[i] = i
     for parent in range(n // 2 - 1, -1, -1):
@@ -131,7 +108,7 @@ def _likeliest(weights, order, n, k, p, total):  # type: ignore[no-untyped-def]
         total = kept_total
     running = 0.0
     for i in range(k):
-        # A token goes if those before it reach p by themselves; the likeliest always stays.
+        # A token is dropped if those before it reach p by themselves; the likeliest is kept.
         if i and running >= p * total and p < 1:
             return i
         if k == n:
@@ -142,14 +119,14 @@ def _likeliest(weights, order, n, k, p, total):  # type: ignore[no-untyped-def]
 
 @jit
 def _pop(weights, order, size):  # type: ignore[no-untyped-def]
-    """Move the likeliest of a heap of `size` behind its end, which is one earlier then."""
+    """Move the likeliest token of a heap of `size` to its last place, and leave a heap of `size - 1`."""
     order[0], order[size - 1] = order[size - 1], order[0]
     _sift(weights, order, 0, size - 1)
 
 
 @jit
 def _sift(weights, order, parent, size):  # type: ignore[no-untyped-def]
-    """Let a token sink to its place in the heap: above less likely ones and, of equals, higher ids."""
+    """Move a token down to its place in the heap: above less likely ones and, of equals, higher ids."""
     while True:
         child = 2 * parent + 1
         if child >= size:
@@ -164,4 +141,5 @@ def _sift(weights, order, parent, size):  # type: ignore[no-untyped-def]
 
 @jit
 def _before(weights, a, b):  # type: ignore[no-untyped-def]
+    """Whether token `a` is likelier than `b`, or as likely with a lower id."""
     return weights[a] > weights[b] or (weights[a] == weights[b] and a < b)

@@ -1,4 +1,4 @@
-"""Reading and writing at the speed of memory: packed weights, and the step that uses them."""
+"""Fast inference: packed weights, and a decoding step that reads them once."""
 
 from mhesa.inference.decoder.decoder import Decoder
 

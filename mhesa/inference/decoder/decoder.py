@@ -1,4 +1,4 @@
-"""`Decoder`: what reads tokens into a state and predicts the next, as fast as the machine can."""
+"""`Decoder`: reads tokens into a state and predicts the next one."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ QUANTIZED = ("int8",)
 
 
 class Engine(Protocol):
-    """What runs the model over a few rows; `rows` is how many it takes at a time."""
+    """Runs the model over a few rows, at most `rows` at a time."""
 
     rows: int
 
-    def run(self, ids: Tensor, offsets: Tensor, state: Tensor, every: bool) -> Tensor:
+    def run(self, ids: Tensor, offsets: Tensor, state: Tensor, all_logits: bool) -> Tensor:
         """Read rows of some sequences.
 
         Args:
             ids: tokens of all sequences, one sequence after the other, int64 `(rows,)`.
             offsets: where each sequence starts and the last ends, int64 `(sequences + 1,)`.
             state: `(depth, sequences, dim_mhesa)`, changed in place.
-            every: logits of every row, not only of each sequence's last.
+            all_logits: return logits of every row, not only of each sequence's last.
 
         Returns:
             Logits, `(rows or sequences, num_tokens)`; the next call may overwrite them.
@@ -35,26 +35,26 @@ class Engine(Protocol):
 
 
 class Decoder:
-    """A model made ready to read and write text.
+    """A model prepared for inference.
 
-    On CPU a whole call, all layers of it, is one native function that reads each weight once: fp32 and
-    bf16 weights as the model has them, or int8 of `quantize`. A sequence's results are the same bit for
-    bit whether it is read in one stretch or token by token, alone or in a batch. Elsewhere, and for
-    other types, the model's own layers run (on CUDA a step is one CUDA graph).
+    On CPU one native function runs all layers and reads each weight once: fp32 and bf16 weights as the
+    model has them, or int8 by `quantize`. A sequence's results are the same bit for bit whether it is read
+    in one stretch or token by token, alone or in a batch. On other devices, and for other types, the
+    model's own layers run (on CUDA a step is one CUDA graph).
 
-    Weights are copied: a decoder does not see what later becomes of the model's. Several Python threads
-    may share it: their calls take turns, each on all cores.
+    That native function has a copy of the weights and does not see later changes of the model. Python
+    threads may share a decoder: their calls take turns, each on all cores.
 
     Args:
         model: the language model.
-        max_batch: how many sequences a call may have.
-        quantize: `"int8"` stores matrices in 8 bits with a scale for each output; a quarter of the memory
-            to read, on CPU only. `None` keeps them as they are.
-        sparing: keep calls that are over in a moment to one core, for the sake of what the program does
-            beside them. They take somewhat longer then; results are the same.
+        max_batch: the largest number of sequences in a call.
+        quantize: `"int8"` stores matrices in 8 bits with a scale for each output, a quarter of the memory
+            of fp32; on CPU only. `None` keeps them as they are.
+        single_thread_small_calls: run small calls on one thread. They take slightly longer, but leave other
+            cores free, such as for a server's HTTP loop. Results are the same.
 
     Raises:
-        InputError: no such quantisation, or not on this device.
+        InputError: an unknown quantisation, or one that this device or type does not have.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=16, dim=8, depth=2, heads=1, dim_mhesa=4)
     >>> decoder, state = Decoder(model), model.initial_state(1)
@@ -70,7 +70,7 @@ class Decoder:
         *,
         max_batch: int = 1,
         quantize: str | None = None,
-        sparing: bool = False,
+        single_thread_small_calls: bool = False,
     ) -> None:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, not {max_batch}")
@@ -79,9 +79,10 @@ class Decoder:
         self.num_tokens = model.token_emb.num_embeddings
         like = model.initial_state(1)
         self._state_type, self._depth, self._width = like.dtype, like.shape[0], like.shape[2]
-        self._engine = _engine(model, quantize, max_batch, sparing)
-        self._turn = threading.Lock()
-        self._each_one = torch.arange(max_batch + 1)
+        self._engine = _engine(model, quantize, max_batch, single_thread_small_calls)
+        self._lock = threading.Lock()
+        # One row for each sequence.
+        self._step_offsets = torch.arange(max_batch + 1)
 
     def initial_state(self, batch: int) -> Tensor:
         """The state before any token, `(depth, batch, dim_mhesa)` of zeros."""
@@ -92,28 +93,28 @@ class Decoder:
 
         Args:
             ids: int64, `(batch,)`.
-            state: `(depth, batch, dim_mhesa)`, changed in place; it may be part of a larger tensor.
+            state: `(depth, batch, dim_mhesa)`, changed in place; it may be a slice of a larger tensor.
 
         Returns:
-            Logits of what comes next, `(batch, num_tokens)`.
+            Logits of the next token, `(batch, num_tokens)`.
 
         Raises:
-            ValueError: the state does not fit the model or the ids, or there are more than `max_batch`.
-            IndexError: an id outside the vocabulary; the state is as it was.
+            ValueError: the state does not fit the model or the ids, or the batch is larger than `max_batch`.
+            IndexError: an id outside the vocabulary; the state is unchanged.
         """
         self._check(state, len(ids))
-        with self._turn:
-            return self._engine.run(ids, self._each_one[: len(ids) + 1], state, False).clone()
+        with self._lock:
+            return self._engine.run(ids, self._step_offsets[: len(ids) + 1], state, False).clone()
 
     def prefill(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
-        """Read a stretch of each sequence, in memory that does not grow with its length.
+        """Read many tokens of each sequence, in memory that does not grow with their number.
 
         Args:
             ids: int64 `(batch, length)`, or one tensor `(length,)` for each sequence; none empty.
             state: as `step` takes it.
 
         Returns:
-            Logits behind the last tokens, `(batch, num_tokens)`.
+            Logits of the token after the last, `(batch, num_tokens)`.
 
         Raises:
             ValueError: as `step` does, or a sequence is empty.
@@ -121,14 +122,14 @@ class Decoder:
         """
         self._check(state, len(ids))
         out = torch.empty(len(ids), self.num_tokens, dtype=self._state_type, device=self.device)
-        with self._turn:
+        with self._lock:
             for first, last, pieces in _calls(list(ids), self._engine.rows):
                 offsets = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
                 out[first:last] = self._engine.run(torch.cat(pieces), offsets, state[:, first:last], False)
         return out
 
     def predict(self, ids: Tensor, state: Tensor) -> Tensor:
-        """Read a stretch of one sequence, and tell what was to be expected after each of its tokens.
+        """Read many tokens of one sequence and predict the token after each.
 
         Args:
             ids: int64 `(length,)`.
@@ -138,7 +139,7 @@ class Decoder:
             Logits, `(length, num_tokens)`.
         """
         self._check(state, 1)
-        with self._turn:
+        with self._lock:
             parts = [
                 self._engine.run(piece, torch.tensor([0, len(piece)]), state, True).clone()
                 for piece in ids.split(self._engine.rows)
@@ -157,7 +158,10 @@ class Decoder:
 
 
 def _engine(
-    model: GatedExponentialSmoothingLM, quantize: str | None, max_batch: int, sparing: bool
+    model: GatedExponentialSmoothingLM,
+    quantize: str | None,
+    max_batch: int,
+    single_thread_small_calls: bool,
 ) -> Engine:
     if quantize is not None and quantize not in QUANTIZED:
         raise InputError(f"quantize must be one of {', '.join(QUANTIZED)}, not {quantize}")
@@ -170,14 +174,15 @@ def _engine(
     if native:
         from mhesa.inference.decoder.native import NativeEngine
 
-        return NativeEngine(model, torch.int8 if quantize else weight.dtype, max_batch, sparing)
+        stored = torch.int8 if quantize else weight.dtype
+        return NativeEngine(model, stored, max_batch, single_thread_small_calls)
     from mhesa.inference.decoder.layers import GraphEngine, LayersEngine
 
     return (GraphEngine if weight.device.type == "cuda" else LayersEngine)(model)
 
 
 def _calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tensor]]]:
-    """Deal sequences out to calls of at most `rows` rows: `(first, last, the pieces of these)`.
+    """Split sequences into calls of at most `rows` rows: `(first sequence, last + 1, their pieces)`.
 
     >>> [(first, last, [len(p) for p in pieces]) for first, last, pieces in _calls([torch.zeros(20)] * 2, 30)]
     [(0, 2, [20, 10]), (1, 2, [10])]

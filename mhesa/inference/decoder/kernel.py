@@ -1,18 +1,18 @@
-"""The whole model over a few rows as one native function, on all threads at once.
+"""The whole model over a few rows as one native function on all threads. See docs/kernels.md.
 
 A row is one token of one sequence: a decoding step has a row for every sequence, reading a prompt has many
-rows of one. The rows pass through the model in stages, each cut into tasks that threads take as they are
-free; a stage begins when every task of the one before is done. So it takes no more than a counter for
-threads to keep step, and it does not matter how many of them come, or when.
+rows of one. The rows pass through the model in stages, each cut into tasks that threads take when they are
+free; a stage begins when all tasks of the one before are done. Counters alone keep threads in step, so any
+number of them can take part, from any moment on.
 
-A layer's stages, where `|` parts what each stage does:
+The stages of a layer:
 
     normalise x | u, v = GELU(W_u x), GELU(W_v x) | smooth v | u = u * W_g v | pack u | x = x + W_o u + b
 
-What the stages are and where their weights lie is data, a table that `mhesa.inference.decoder.native` writes.
+The table of stages is data, written by `mhesa.inference.decoder.native`.
 
-What a row goes through does not depend on the other rows, so its results are the same bit for bit alone, in
-a batch, or as part of a long stretch.
+The arithmetic of a row does not depend on other rows: results are the same bit for bit alone, in a batch, or
+as part of a long stretch.
 """
 
 from __future__ import annotations
@@ -25,61 +25,75 @@ from llvmlite import ir
 from numba.extending import overload
 
 from mhesa.inference.decoder.matmul import PADDING, PANEL, TILE, multiply
+from mhesa.ops.cpu.arguments import FLOAT32, INT64, OPERAND, STORED, Pointer, struct
+from mhesa.ops.cpu.atomics import LINE, fetch_add, signal, wait
+from mhesa.ops.cpu.compiling import cgutils, intrinsic, jit, offset, types
 from mhesa.ops.cpu.gelu_kernels import gelu
-from mhesa.ops.cpu.simd import (
-    I32,
-    cgutils,
-    count,
-    fields,
-    floats,
-    integers,
-    intrinsic,
-    jit,
-    offset,
-    pointer,
-    take,
-    types,
-    wait,
+from mhesa.ops.cpu.simd import I32
+
+# What a stage does. PACK writes rows of fp32 in the type that weights are multiplied with.
+EMBED, NORMALISE, SMOOTH, PACK, MULTIPLY = range(5)
+# What a product does with its sums: write them, their GELU, or multiply or add them to what is there.
+WRITE, GELU, GATE, ADD = range(4)
+
+Stage = struct(
+    "Stage",
+    kind="int64",
+    epilogue="int64",
+    outputs_only="int64",  # whether it takes only the rows whose logits are asked for
+    layer="int64",
+    columns="int64",
+    operand_max="int64",  # the largest value of a packed row for int8 weights
+    rows=FLOAT32,  # fp32 rows to read, and their stride
+    row_stride="int64",
+    weight=FLOAT32,  # of the embedding or the normalisation
+    bias=FLOAT32,
+    alpha=FLOAT32,
+    decay=FLOAT32,
+    skip=FLOAT32,
+    operand=OPERAND,  # packed rows to multiply, and their stride
+    operand_stride="int64",
+    matrix=STORED,
+    matrix_scales=FLOAT32,  # one an output, for int8
+    panels="int64",
+    out=FLOAT32,
+    out_stride="int64",
+)
+Arguments = struct(
+    "Arguments",
+    rows="int64",
+    sequences="int64",
+    all_logits="int64",  # of every row, not only of each sequence's last
+    threads="int64",
+    num_tokens="int64",
+    refused="int64",  # set by the kernel: whether an id is outside the vocabulary
+    stages=Pointer(Stage),
+    stage_count="int64",
+    counters=INT64,  # of each stage tasks taken and tasks done, `LINE` apart
+    ids=INT64,
+    offsets=INT64,
+    state=FLOAT32,
+    layer_stride="int64",
+    sequence_stride="int64",
+    uv=FLOAT32,  # memory for rows of u and v
+    uv_stride="int64",
+    operand=OPERAND,  # memory for packed rows
+    operand_stride="int64",
+    scales=FLOAT32,  # one a packed row, for int8
 )
 
-# What a kernel is told, as one array of 64-bit integers: sizes and addresses, then the stages.
-ROWS, SEQUENCES, EVERY, THREADS, STAGES, NUM_TOKENS, REFUSED = range(7)
-X_STEP, UV_STEP, V, OPERAND_STEP, STATE_LAYER, STATE_SEQUENCE = range(7, 13)
-IDS, OFFSETS, STATE, X, UV, OPERAND, STEPS, COUNTERS, FIELDS = range(13, 22)
-
-# A stage: what it does, and what with. A row of an int8 product has LIMIT steps to each side at most.
-KIND, LAYER, COLUMNS, LIMIT = range(4)
-WEIGHT, BIAS, ALPHA, DECAY, SKIP = range(4, 9)
-SOURCE, SOURCE_STEP, PANELS, MATRIX, MATRIX_STEPS, OUT, OUT_STEP, STAGE_FIELDS = range(9, 17)
-
-# What a stage does: to rows, to sequences, to the rows that are asked for, to panels of a matrix.
-EMBED, NORMALISE, PACK, SMOOTH, PACK_OUTPUTS, GELU, GATE, ADD, KEEP = range(9)
-
-# A counter has a cache line to itself.
-LINE = 8
-# Rows of a batch that a task multiplies by a panel; whole tiles.
-ROWS_A_TASK = 8 * TILE
-# How many tasks a thread should find in a stage, that none waits long for the last.
-TASKS_A_THREAD = 4
-LEAST_NORMAL = np.float32(2.0**-126)
+# Rows of a batch that a task multiplies by a panel, in whole tiles.
+ROWS_PER_TASK = 8 * TILE
+# Tasks of a stage for each thread: with more of them, threads wait less for the last.
+TASKS_PER_THREAD = 4
+SMALLEST_NORMAL = np.float32(2.0**-126)
 EPSILON = np.float32(1e-5)
 
-# Functions of kernels bear no types: numba finds them, and has none for its own. `_pack` and `_sum` only lend
-# their names to what `overload` compiles in their place for each type of weights.
+# Kernels have no annotations: numba finds the types. `overload` compiles another function in place of `_pack`
+# and `_sum` for each type of weights.
 
-# Sums may be taken in any order, and products join them: vectors need both.
+# Sums may be taken in any order and fused with products, which vectors need.
 fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
-
-
-@intrinsic
-def _operands(context: Any, address: Any, weights: Any) -> Any:
-    """The address as a pointer to rows that are multiplied by such weights: int8 ones take 16 bits."""
-    stored = types.int16 if weights.dtype == types.int8 else weights.dtype
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(stored)(types.int64, weights), codegen
 
 
 @intrinsic
@@ -122,208 +136,205 @@ def _normalise(x, weight, bias, out, n):  # type: ignore[no-untyped-def]
 def _smooth(v, alpha, decay, skip, state, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         h = decay[i] * state[i] + alpha[i] * v[i]
-        h = np.float32(0) if abs(h) < LEAST_NORMAL else h
+        h = np.float32(0) if abs(h) < SMALLEST_NORMAL else h
         state[i] = h
         v[i] = h + skip[i] * v[i]
 
 
 @jit
 def _pad(operand, n):  # type: ignore[no-untyped-def]
-    # What another row left there may be a NaN, and zero times NaN is no zero.
+    # An earlier row may have left a NaN there, and the weights' zeros times NaN are NaN.
     for i in range(n, (n + PADDING - 1) // PADDING * PADDING):
         operand[i] = 0
 
 
-def _pack(row: Any, operand: Any, steps: Any, index: int, limit: int, n: int) -> None:
-    """Write a row as the weights' products take it, and for int8 the size of its steps."""
+def _pack(row: Any, operand: Any, scales: Any, index: int, largest: int, n: int) -> None:
+    """Write a row in the type that weights are multiplied with; for int8 its scale too."""
     raise NotImplementedError
 
 
 @overload(_pack)
-def _pack_for(row, operand, steps, index, limit, n):  # type: ignore[no-untyped-def]
+def _pack_for(row, operand, scales, index, largest, n):  # type: ignore[no-untyped-def]
     if operand.dtype == types.float32:
         return _pack_float32
     return _pack_bfloat16 if operand.dtype == types.uint16 else _pack_int16
 
 
-def _pack_float32(row, operand, steps, index, limit, n):  # type: ignore[no-untyped-def]
+def _pack_float32(row, operand, scales, index, largest, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         operand[i] = row[i]
     _pad(operand, n)
 
 
-def _pack_bfloat16(row, operand, steps, index, limit, n):  # type: ignore[no-untyped-def]
+def _pack_bfloat16(row, operand, scales, index, largest, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         bits = _bits(row[i])
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        # Rounding must not carry a NaN's bits over into an infinity, or a number.
+        # Rounding could carry the bits of a NaN over into an infinity.
         operand[i] = np.uint32(0x7FC0) if row[i] != row[i] else rounded
     _pad(operand, n)
 
 
-def _pack_int16(row, operand, steps, index, limit, n):  # type: ignore[no-untyped-def]
-    largest, nothing = np.float32(0), np.float32(0)
+def _pack_int16(row, operand, scales, index, largest, n):  # type: ignore[no-untyped-def]
+    peak, zero = np.float32(0), np.float32(0)
     for i in range(n):
-        largest = max(largest, abs(row[i]))
-        # Zero for every number; a comparison would pass over a NaN.
-        nothing += row[i] * np.float32(0)
-    steps[index] = largest / np.float32(limit) + nothing
-    scale = np.float32(limit) / largest if largest > LEAST_NORMAL else np.float32(0)
+        peak = max(peak, abs(row[i]))
+        # A comparison ignores NaN; this sum is zero unless a value is NaN or infinite, NaN then.
+        zero += row[i] * np.float32(0)
+    scales[index] = peak / np.float32(largest) + zero
+    scale = np.float32(largest) / peak if peak > SMALLEST_NORMAL else np.float32(0)
     for i in range(n):
         operand[i] = np.int16(np.rint(row[i] * scale))
     _pad(operand, n)
 
 
-def _sum(total: Any, i: int, step: float, weight_steps: Any) -> float:
-    """A sum as fp32."""
+def _sum(total: Any, i: int, scale: float, weight_scales: Any) -> float:
+    """The `i`-th sum as fp32."""
     raise NotImplementedError
 
 
 @overload(_sum)
-def _sum_for(total, i, step, weight_steps):  # type: ignore[no-untyped-def]
+def _sum_for(total, i, scale, weight_scales):  # type: ignore[no-untyped-def]
     if total.dtype == types.float32:
-        return lambda total, i, step, weight_steps: total[i]
-    return lambda total, i, step, weight_steps: np.float32(total[i]) * (step * weight_steps[i])
+        return lambda total, i, scale, weight_scales: total[i]
+    return lambda total, i, scale, weight_scales: np.float32(total[i]) * (scale * weight_scales[i])
 
 
 @jit
-def _products(panel, x, x_step, totals, columns, rows):  # type: ignore[no-untyped-def]
+def _products(panel, x, x_stride, totals, columns, rows):  # type: ignore[no-untyped-def]
     if rows == TILE:
-        multiply(panel, x, x_step, totals, columns, 6)
+        multiply(panel, x, x_stride, totals, columns, 6)
     elif rows == 1:
-        multiply(panel, x, x_step, totals, columns, 1)
+        multiply(panel, x, x_stride, totals, columns, 1)
     elif rows == 2:
-        multiply(panel, x, x_step, totals, columns, 2)
+        multiply(panel, x, x_stride, totals, columns, 2)
     elif rows == 3:
-        multiply(panel, x, x_step, totals, columns, 3)
+        multiply(panel, x, x_stride, totals, columns, 3)
     elif rows == 4:
-        multiply(panel, x, x_step, totals, columns, 4)
+        multiply(panel, x, x_stride, totals, columns, 4)
     else:
-        multiply(panel, x, x_step, totals, columns, 5)
+        multiply(panel, x, x_stride, totals, columns, 5)
 
 
 @fast
-def _keep(kind, totals, step, matrix_steps, out, bias):  # type: ignore[no-untyped-def]
-    if kind == GELU:
+def _finish(epilogue, totals, scale, matrix_scales, out, bias):  # type: ignore[no-untyped-def]
+    if epilogue == GELU:
         for i in range(PANEL):
-            out[i] = gelu(_sum(totals, i, step, matrix_steps))
-    elif kind == GATE:
+            out[i] = gelu(_sum(totals, i, scale, matrix_scales))
+    elif epilogue == GATE:
         for i in range(PANEL):
-            out[i] *= _sum(totals, i, step, matrix_steps)
-    elif kind == ADD:
+            out[i] *= _sum(totals, i, scale, matrix_scales)
+    elif epilogue == ADD:
         for i in range(PANEL):
-            out[i] += _sum(totals, i, step, matrix_steps) + bias[i]
+            out[i] += _sum(totals, i, scale, matrix_scales) + bias[i]
     else:
         for i in range(PANEL):
-            out[i] = _sum(totals, i, step, matrix_steps)
+            out[i] = _sum(totals, i, scale, matrix_scales)
 
 
 @jit
-def _operand(data, p, row):  # type: ignore[no-untyped-def]
-    return offset(_operands(p[OPERAND], data), row * p[OPERAND_STEP])
-
-
-@jit
-def _embed(p, stage, low, high):  # type: ignore[no-untyped-def]
-    n, ids, embedding = stage[COLUMNS], integers(p[IDS]), floats(stage[WEIGHT])
+def _embed(args, stage, low, high):  # type: ignore[no-untyped-def]
+    n = stage.columns
     for row in range(low, high):
-        x, token = offset(floats(p[X]), row * p[X_STEP]), offset(embedding, ids[row] * n)
+        x, token = offset(stage.out, row * stage.out_stride), offset(stage.weight, args.ids[row] * n)
         for i in range(n):
             x[i] = token[i]
 
 
 @jit
-def _normalise_rows(data, p, stage, low, high):  # type: ignore[no-untyped-def]
-    n, weight, bias = stage[COLUMNS], floats(stage[WEIGHT]), floats(stage[BIAS])
+def _pack_row(args, stage, values, row):  # type: ignore[no-untyped-def]
+    operand = offset(args.operand, row * args.operand_stride)
+    _pack(values, operand, args.scales, row, stage.operand_max, stage.columns)
+
+
+@jit
+def _normalise_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
     for row in range(low, high):
-        x = offset(floats(p[X]), row * p[X_STEP])
+        x = offset(stage.rows, row * stage.row_stride)
         # The row of u and v is not written yet, and has room for this.
-        normal = offset(floats(p[UV]), row * p[UV_STEP])
-        _normalise(x, weight, bias, normal, n)
-        _pack(normal, _operand(data, p, row), floats(p[STEPS]), row, stage[LIMIT], n)
+        normal = offset(args.uv, row * args.uv_stride)
+        _normalise(x, stage.weight, stage.bias, normal, stage.columns)
+        _pack_row(args, stage, normal, row)
 
 
 @jit
-def _smooth_rows(data, p, stage, low, high):  # type: ignore[no-untyped-def]
-    n, weight, bias = stage[COLUMNS], floats(stage[WEIGHT]), floats(stage[BIAS])
-    alpha, decay, skip = floats(stage[ALPHA]), floats(stage[DECAY]), floats(stage[SKIP])
-    states, offsets = offset(floats(p[STATE]), stage[LAYER] * p[STATE_LAYER]), integers(p[OFFSETS])
+def _smooth_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
+    n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride)
     for sequence in range(low, high):
-        state = offset(states, sequence * p[STATE_SEQUENCE])
-        for row in range(offsets[sequence], offsets[sequence + 1]):
-            v = offset(floats(p[V]), row * p[UV_STEP])
-            _normalise(v, weight, bias, v, n)
-            _smooth(v, alpha, decay, skip, state, n)
-            _pack(v, _operand(data, p, row), floats(p[STEPS]), row, stage[LIMIT], n)
+        state = offset(states, sequence * args.sequence_stride)
+        for row in range(args.offsets[sequence], args.offsets[sequence + 1]):
+            v = offset(stage.rows, row * stage.row_stride)
+            _normalise(v, stage.weight, stage.bias, v, n)
+            _smooth(v, stage.alpha, stage.decay, stage.skip, state, n)
+            _pack_row(args, stage, v, row)
 
 
 @jit
-def _pack_rows(data, p, stage, low, high):  # type: ignore[no-untyped-def]
-    offsets = integers(p[OFFSETS])
+def _pack_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
     for row in range(low, high):
-        source = row if stage[KIND] == PACK or p[EVERY] else offsets[row + 1] - 1
-        values = offset(floats(stage[SOURCE]), source * stage[SOURCE_STEP])
-        _pack(values, _operand(data, p, row), floats(p[STEPS]), row, stage[LIMIT], stage[COLUMNS])
+        source = row
+        if stage.outputs_only and not args.all_logits:
+            source = args.offsets[row + 1] - 1
+        _pack_row(args, stage, offset(stage.rows, source * stage.row_stride), row)
 
 
 @jit
-def _multiply(data, p, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
-    matrix, columns, source_step = pointer(stage[MATRIX], data), stage[COLUMNS], stage[SOURCE_STEP]
-    source, steps = _operands(stage[SOURCE], data), floats(p[STEPS])
-    blocks = (rows + ROWS_A_TASK - 1) // ROWS_A_TASK
+def _multiply_rows(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
+    columns, stride, scales = stage.columns, stage.operand_stride, args.scales
+    blocks = (rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK
     for unit in range(low, high):
         panel, block = unit // blocks, unit % blocks
-        weights, outputs = offset(matrix, panel * columns * PANEL), panel * PANEL
-        bias, out = offset(floats(stage[BIAS]), outputs), offset(floats(stage[OUT]), outputs)
-        matrix_steps = offset(floats(stage[MATRIX_STEPS]), outputs)
-        last = min((block + 1) * ROWS_A_TASK, rows)
-        for first in range(block * ROWS_A_TASK, last, TILE):
+        weights, first_output = offset(stage.matrix, panel * columns * PANEL), panel * PANEL
+        bias, out = offset(stage.bias, first_output), offset(stage.out, first_output)
+        matrix_scales = offset(stage.matrix_scales, first_output)
+        last = min((block + 1) * ROWS_PER_TASK, rows)
+        for first in range(block * ROWS_PER_TASK, last, TILE):
             count = min(TILE, last - first)
-            _products(weights, offset(source, first * source_step), source_step, totals, columns, count)
+            _products(weights, offset(stage.operand, first * stride), stride, totals, columns, count)
             for i in range(count):
                 row = first + i
-                row_out = offset(out, row * stage[OUT_STEP])
-                _keep(stage[KIND], offset(totals, i * PANEL), steps[row], matrix_steps, row_out, bias)
+                out_i, sums = offset(out, row * stage.out_stride), offset(totals, i * PANEL)
+                _finish(stage.epilogue, sums, scales[row], matrix_scales, out_i, bias)
 
 
 @jit
-def _work(data, p, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
-    kind = stage[KIND]
-    if kind == EMBED:
-        _embed(p, stage, low, high)
-    elif kind == NORMALISE:
-        _normalise_rows(data, p, stage, low, high)
-    elif kind == SMOOTH:
-        _smooth_rows(data, p, stage, low, high)
-    elif kind >= GELU:
-        _multiply(data, p, stage, rows, totals, low, high)
+def _work(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
+    if stage.kind == EMBED:
+        _embed(args, stage, low, high)
+    elif stage.kind == NORMALISE:
+        _normalise_rows(args, stage, low, high)
+    elif stage.kind == SMOOTH:
+        _smooth_rows(args, stage, low, high)
+    elif stage.kind == PACK:
+        _pack_rows(args, stage, low, high)
     else:
-        _pack_rows(data, p, stage, low, high)
+        _multiply_rows(args, stage, rows, totals, low, high)
 
 
-def run(data):  # type: ignore[no-untyped-def]
-    """Take part in reading the rows that `data` tells of: states move on in place, logits are written."""
-    p = fields(data)
-    p[REFUSED] = 0
-    ids, totals = integers(p[IDS]), _totals(data)
-    for row in range(p[ROWS]):
-        if ids[row] < 0 or ids[row] >= p[NUM_TOKENS]:
-            p[REFUSED] = 1
+def run(args):  # type: ignore[no-untyped-def]
+    """Take part in running the rows through all stages: states are changed in place, logits are written."""
+    totals = _totals(args.stages.matrix)
+    for row in range(args.rows):
+        if args.ids[row] < 0 or args.ids[row] >= args.num_tokens:
+            args.refused = 1
             return
-    asked = p[ROWS] if p[EVERY] else p[SEQUENCES]
-    for index in range(p[STAGES]):
-        stage = offset(p, FIELDS + index * STAGE_FIELDS)
-        rows = asked if stage[KIND] == PACK_OUTPUTS or stage[KIND] == KEEP else p[ROWS]
-        units = p[SEQUENCES] if stage[KIND] == SMOOTH else rows
-        if stage[KIND] >= GELU:
-            units = stage[PANELS] * ((rows + ROWS_A_TASK - 1) // ROWS_A_TASK)
-        grain = max(1, units // (p[THREADS] * TASKS_A_THREAD))
-        tasks = (units + grain - 1) // grain
-        taken = offset(integers(p[COUNTERS]), index * 2 * LINE)
+    outputs = args.rows if args.all_logits else args.sequences
+    for index in range(args.stage_count):
+        stage = offset(args.stages, index)
+        rows = outputs if stage.outputs_only else args.rows
+        units = rows
+        if stage.kind == SMOOTH:
+            units = args.sequences
+        elif stage.kind == MULTIPLY:
+            units = stage.panels * ((rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK)
+        units_per_task = max(1, units // (args.threads * TASKS_PER_THREAD))
+        tasks = (units + units_per_task - 1) // units_per_task
+        taken = offset(args.counters, index * 2 * LINE)
         done = offset(taken, LINE)
-        task = take(taken)
+        task = fetch_add(taken)
         while task < tasks:
-            _work(data, p, stage, rows, totals, task * grain, min((task + 1) * grain, units))
-            count(done)
-            task = take(taken)
+            low = task * units_per_task
+            _work(args, stage, rows, totals, low, min(low + units_per_task, units))
+            signal(done)
+            task = fetch_add(taken)
         wait(done, tasks)

@@ -1,4 +1,4 @@
-"""The model's own layers as a decoder's engine, for devices and types that have no native one."""
+"""Engines of a decoder that run the model's own layers: for devices and types without native code."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
 class LayersEngine:
     """Runs the model as it is.
 
-    A device with thousands of lanes wants more rows at a time than a cache would.
-
     Args:
         model: the language model; its weights are used, not copied.
     """
 
+    # Enough to keep a GPU busy.
     rows = 4096
 
     def __init__(self, model: GatedExponentialSmoothingLM) -> None:
         self.model = model
 
     @torch.inference_mode()
-    def run(self, ids: Tensor, offsets: Tensor, state: Tensor, every: bool) -> Tensor:
+    def run(self, ids: Tensor, offsets: Tensor, state: Tensor, all_logits: bool) -> Tensor:
         """See `mhesa.inference.decoder.decoder.Engine`."""
         self._check(ids)
         device = self.model.to_logits.weight.device
@@ -33,7 +32,7 @@ class LayersEngine:
             self.model.layers, self.model.token_emb(ids[None].to(device)), state, offsets.to(device)
         )
         state.copy_(torch.stack(states))
-        rows = hidden[0] if every else hidden[0, offsets[1:].to(device) - 1]
+        rows = hidden[0] if all_logits else hidden[0, offsets[1:].to(device) - 1]
         return self.model.to_logits(rows)
 
     def _step(self, ids: Tensor, state: Tensor) -> Tensor:
@@ -48,23 +47,23 @@ class LayersEngine:
 
 
 class GraphEngine(LayersEngine):
-    """Records the step for each size of batch as a CUDA graph, and replays it: one launch for all layers."""
+    """Captures the step as a CUDA graph for each batch size: one launch for all layers."""
 
     def __init__(self, model: GatedExponentialSmoothingLM) -> None:
         super().__init__(model)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
 
     def _step(self, ids: Tensor, state: Tensor) -> Tensor:
-        graph, static_ids, static_state, logits = self.graphs.get(len(ids)) or self._record(ids, state)
+        graph, static_ids, static_state, logits = self.graphs.get(len(ids)) or self._capture(ids, state)
         static_ids.copy_(ids)
         static_state.copy_(state)
         graph.replay()
         state.copy_(static_state)
         return logits
 
-    def _record(self, ids: Tensor, state: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+    def _capture(self, ids: Tensor, state: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
         static_ids, static_state = ids.clone(), state.contiguous().clone()
-        # Libraries set themselves up on first use, which a graph cannot hold.
+        # The first calls initialise libraries, which cannot be captured.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

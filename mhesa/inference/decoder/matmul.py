@@ -1,16 +1,16 @@
-"""Products of a weight matrix with a few rows, for the weights' every type, as vector instructions.
+"""Products of a weight matrix with a few rows, for each type of weights, as vector instructions.
 
-A matrix is packed in panels of 64 outputs; within a panel its columns follow each other, in pairs where the
-weights have 16 or 8 bits. One row reads a panel from start to end at the speed of memory; six rows use
-every weight six times and keep the arithmetic busy. Either way an output is summed by the same
-instructions in the same order, so that a row's result is the same bit for bit, alone or in a batch.
+A matrix is packed into panels of 64 outputs (docs/kernels.md). Within a panel one column follows the other,
+in pairs of columns if weights have 16 or 8 bits. One row reads a panel from start to end at the speed of
+memory; six rows use every weight six times and keep the arithmetic busy. Either way an output is summed by
+the same instructions in the same order, so a row's result is the same bit for bit, alone or in a batch.
 
 - fp32: fused multiply-adds.
 - bf16: products of pairs, summed in fp32; rows are rounded to bf16 as under autocast.
-- int8: products of pairs, summed in 32-bit integers, exactly. A weight is a whole number of steps of its
-  output's own size; a row is a whole number of steps of its own, thousands of them to each side.
+- int8: products of pairs, summed exactly in 32-bit integers. Weights are int8 with a scale for each output,
+  rows are int16 with a scale for each row.
 
-Where the processor lacks an instruction for pairs, the same sums are made of those that it has.
+Processors that lack an instruction for pairs compute the same sums with several instructions.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
 from mhesa.ops.cpu.memory import empty_hugepages
-from mhesa.ops.cpu.simd import cgutils, intrinsic, types
 
-# Outputs that a panel holds: four vectors, enough sums on their way for a single row to hide an addition.
+# Outputs of a panel: four vectors, so that a single row has enough sums to hide the latency of an addition.
 PANEL = 64
 LANES = 16
-# Rows that share one pass over a panel: 24 sums, 4 weights and a factor fill 29 of 32 registers.
+# Rows that share one pass over a panel: 24 sums, 4 weights and 1 value fill 29 of 32 registers.
 TILE = 6
-# Columns are padded with zeros to a multiple of this, so that unrolled loops have no remainder.
+# Columns are padded with zeros to a multiple of this: unrolled loops then have no remainder.
 PADDING = 16
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -39,7 +39,7 @@ _FLOATS, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, L
 
 
 def padded(size: int, multiple: int) -> int:
-    """The next multiple."""
+    """`size`, rounded up to a multiple."""
     return -(-size // multiple) * multiple
 
 
@@ -51,31 +51,35 @@ def pack(weight: Tensor) -> Tensor:
     """
     outputs, columns = weight.shape
     pair = 1 if weight.dtype == torch.float32 else 2
-    whole = weight.new_zeros(padded(outputs, PANEL), padded(columns, PADDING))
-    whole[:outputs, :columns] = weight
-    panels = whole.view(-1, PANEL, whole.shape[1] // pair, pair).transpose(1, 2)
+    padded_weight = weight.new_zeros(padded(outputs, PANEL), padded(columns, PADDING))
+    padded_weight[:outputs, :columns] = weight
+    panels = padded_weight.view(-1, PANEL, padded_weight.shape[1] // pair, pair).transpose(1, 2)
     return empty_hugepages(panels.shape, weight.dtype).copy_(panels)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """An int8 matrix and the size of a step for each output: `weight ≈ matrix * steps[:, None]`.
+    """An int8 matrix `(outputs, columns)` and scales `(outputs,)`: `weight ≈ matrix * scales[:, None]`.
 
-    >>> matrix, steps = quantize(torch.tensor([[-1.0, 0.5], [0.0, 0.0]]))
-    >>> matrix.tolist(), steps.tolist()
+    >>> matrix, scales = quantize(torch.tensor([[-1.0, 0.5], [0.0, 0.0]]))
+    >>> matrix.tolist(), scales.tolist()
     ([[-127, 64], [0, 0]], [0.007874015718698502, 0.0])
     """
     weight = weight.float()
-    steps = weight.abs().amax(1) / 127
-    return (weight / steps.where(steps > 0, 1.0)[:, None]).round().to(torch.int8), steps
+    scales = weight.abs().amax(1) / 127
+    return (weight / scales.where(scales > 0, 1.0)[:, None]).round().to(torch.int8), scales
 
 
-def row_limit(columns: int) -> int:
-    """How many steps a row of an int8 product may have to each side, without the sums leaving 32 bits."""
+def operand_max(columns: int) -> int:
+    """The largest int16 that a row may hold so that its products with int8 weights sum to 32 bits.
+
+    >>> operand_max(512)
+    32767
+    """
     return min(32767, (2**31 - 1) // (127 * padded(columns, PADDING)))
 
 
 class _BFloat(ir.types.Type):  # type: ignore[misc]
-    """LLVM's bf16, which llvmlite has no name for."""
+    """LLVM's bf16, which llvmlite lacks."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -97,9 +101,10 @@ def _processor_has(feature: str) -> bool:
 
 
 def _splat(builder: Any, value: Any, vector: Any) -> Any:
-    nothing = ir.Constant(vector, ir.Undefined)
-    first = builder.insert_element(nothing, value, _I32(0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(_INTEGERS, [0] * LANES))
+    """A vector with `value` in every lane."""
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, value, _I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, [0] * LANES))
 
 
 def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
@@ -180,12 +185,12 @@ _PRODUCTS: dict[Any, Any] = {types.float32: _Float32, types.uint16: _Bfloat16, t
 
 @intrinsic
 def multiply(context: Any, weights: Any, x: Any, x_row: Any, out: Any, columns: Any, rows: Any) -> Any:
-    """A panel's products with `rows` rows of `x`, which lie `x_row` apart, to `out` of `(rows, 64)`."""
+    """Write the products of a panel with `rows` rows of `x`, `x_row` apart, to `out`, `(rows, 64)`."""
     if not isinstance(rows, types.IntegerLiteral):
         return None
     count, product = rows.literal_value, _PRODUCTS[weights.dtype]
     vectors = PANEL // LANES
-    # A pass of few rows has few instructions; so many columns make up for the loop around them.
+    # Columns per iteration: with few rows an iteration is short, and its overhead counts.
     unrolled = {1: 8, 2: 4, 3: 4}.get(count, 2)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

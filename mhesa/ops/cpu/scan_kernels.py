@@ -1,32 +1,38 @@
-"""The kernels of the scan on CPU: one pass over memory forward, one backward.
+"""The kernels of the scan on CPU: one pass over memory forward, one backward. See docs/kernels.md.
 
-A task is a few channels of a run of sequences; nothing in the arithmetic of a channel depends on how
-the channels and sequences were dealt out, so that results are the same bit for bit whatever the batch,
-the number of threads and their luck. Rows are read and written whole, one after another, as a copy
-does: the state of a row stays in the innermost cache.
+Shapes: B batch, L rows (steps), S sequences, H heads, D head_dim, C = H * D channels. x, dy, out `(B, L, C)`;
+states `(S, C)`; alpha, decay `(H,)`; skip `(C,)`; carries `(slots, C)`; totals `(splits, 4, C)`.
 
-Rows of few channels would leave a core waiting for one addition after another. Their sequences are cut
-into chunks, the tasks, and each chunk into `SPANS` spans that advance together. Three kernels then run:
-`ends` scans every span from zero, `chain` makes of the spans' ends what enters each, by
+A task is a block of channels of a run of chunks; a chunk is a sequence, or a part of one. The arithmetic of a
+channel does not depend on how tasks are cut, so results are the same bit for bit whatever the batch and the
+number of threads. A task reads and writes whole rows one after another, as a copy does, and keeps the state
+of its channels in the L1 cache.
+
+With few channels a core would wait for one addition after another. Long sequences of narrow rows are
+therefore cut into chunks, and each chunk into `SPANS` spans that advance together, in three kernels: `ends`
+scans every span from zero; `chain` turns their ends into what enters each span, by
 
     h[t + n] = decay ** n * h[t] + end
 
-and `forward` scans every span from there. How a sequence is cut depends on its own length and width.
+and `forward` scans every span from there. The cut depends on the sequence's own length and width alone.
 
-The backward pass needs no state of the forward pass: against the direction of the scan it carries `p`,
-the gradient that enters a state from its future, and `r`, the derivative of that with respect to the decay:
+The backward pass needs no state of the forward pass. Against the direction of the scan it carries `p`, the
+gradient that enters a state from its future, and `r`, the derivative of `p` with respect to the decay:
 
     g = dy + p;  dx = alpha * g + skip * dy;  r' = g + decay * r;  p' = decay * g
     dalpha = sum g * x;  ddecay = alpha * sum r * x + initial_state * r[end];  dskip = sum dy * x
 """
 
-# Kernels are numba's language: types are found when they are compiled.
+# Numba finds the types of kernels when it compiles them.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
 import numpy as np
 
+from mhesa.ops.cpu.arguments import ACCUMULATION, FLOAT64, INT64, STORED, Pointer, struct
+from mhesa.ops.cpu.atomics import LINE, fence, fetch_add, signal, wait
+from mhesa.ops.cpu.compiling import exists, jit, member, offset, stack_array
 from mhesa.ops.cpu.scan_tiles import (
     ROW_ALPHA,
     ROW_DALPHA,
@@ -45,46 +51,67 @@ from mhesa.ops.cpu.scan_tiles import (
     backward_rows,
     ends_row,
     ends_rows,
-    fetch,
     forward_row,
     forward_rows,
-)
-from mhesa.ops.cpu.simd import (
-    count,
-    doubles,
-    fence,
-    fields,
-    integers,
-    jit,
-    offset,
-    pointer,
-    scratch,
-    take,
-    wait,
+    prefetch,
 )
 
-# After so many rows, sums in the accumulation type are handed over to fp64.
-SUMMED = 256
-# Rows narrower than this are scanned in spans,
+# Rows after which sums in the accumulation type are added to those in fp64.
+ROWS_PER_SUM = 256
+# Rows of fewer channels are scanned in spans,
 NARROW = 64
-# so many at a time: enough to hide the latency of one, and few enough for `WIDTH`.
+# this many at a time: enough to hide the latency of an addition, and few enough for `WIDTH`.
 SPANS = 8
-# Above zero, for the carry of an infinite state.
-LEAST = 2.0**-1022
-# A counter has a cache line to itself.
-LINE = 8
+SMALLEST_NORMAL = 2.0**-1022
 
-# What a kernel is told, as one array of 64-bit integers; an address of 0 is an absent tensor.
-TASK, X, DY, OUT, ALPHA, DECAY, SKIP, INITIAL, FINAL, DFINAL, DINITIAL, TOTALS, DALPHA, DDECAY, DSKIP = range(
-    15
+Chunk = struct(
+    "Chunk",
+    sequence="int64",
+    batch="int64",  # where its rows are in x: index in the batch,
+    begin="int64",  # first row,
+    end="int64",  # and the row after its last
+    slot="int64",  # the first of its `SPANS` carries; -1: it is not cut into spans
+    turn="int64",  # in a relay, its index within its sequence in the direction of the scan
+    first="int64",  # whether it is the first of its sequence in that direction,
+    last="int64",  # and the last
 )
-CHUNKS, CARRIES, PLANE, COUNT, LENGTH, HEADS, HEAD_DIM, REVERSE, SPLITS, BLOCKS, STREAMS = range(15, 26)
-X_BATCH, X_ROW, X_HEAD, DY_BATCH, DY_ROW, DY_HEAD, RELAYS, FIELDS = range(26, 34)
-
-# The columns of the table of chunks. Whole sequences have no slot among the carries, -1; the others have
-# `SPANS` from there on. The last two say whether the chunk is the first and the last of its sequence.
-# A relay's chunks are in the order of the scan, and their slots say the how manieth of its sequence each is.
-SEQUENCE, BATCH, BEGIN, END, SLOT, FIRST, LAST, COLUMNS = range(8)
+Arguments = struct(
+    "Arguments",
+    next_task="int64",
+    chunks=Pointer(Chunk),
+    chunk_count="int64",
+    splits="int64",  # runs of chunks that tasks are cut into,
+    blocks="int64",  # and blocks of channels
+    x=STORED,
+    x_batch="int64",  # strides, in elements
+    x_row="int64",
+    x_head="int64",
+    dy=STORED,
+    dy_batch="int64",
+    dy_row="int64",
+    dy_head="int64",
+    out=STORED,  # y, or dx
+    alpha=ACCUMULATION,
+    decay=ACCUMULATION,
+    skip=ACCUMULATION,
+    initial=ACCUMULATION,
+    final=ACCUMULATION,
+    dfinal=ACCUMULATION,
+    dinitial=ACCUMULATION,
+    dalpha=ACCUMULATION,
+    ddecay=ACCUMULATION,
+    dskip=ACCUMULATION,
+    totals=FLOAT64,  # sums of dalpha, ddecay / alpha, dskip, and ddecay by the initial state
+    entering=ACCUMULATION,  # what enters the first span of a sequence: `initial` or `dfinal`
+    carries=ACCUMULATION,  # the end of each span, then what enters it: h or p,
+    slopes=ACCUMULATION,  # and backward r
+    turns=INT64,  # in a relay, finished chunks of each sequence and block, `LINE` apart
+    length="int64",
+    heads="int64",
+    head_dim="int64",
+    reverse="int64",
+    nontemporal="int64",  # whether results are stored past the caches
+)
 
 
 @jit
@@ -100,258 +127,246 @@ def _copy(to, source, n):
 
 
 @jit
-def _load_rates(p, row, alpha, decay, skip, start, n):
-    """Fill the constant rows for `n` channels from `start` on, once for every span."""
-    for span in range(SPANS if p[CARRIES] else 1):
+def _load_rates(args, row, start, n):
+    """Fill the constant rows of scratch memory for `n` channels from `start` on, once for every span."""
+    for span in range(SPANS if exists(args.carries) else 1):
         i = 0
         while i < n:
-            head, at = (start + i) // p[HEAD_DIM], span * n + i
-            same = min((head + 1) * p[HEAD_DIM] - start, n) - i
-            _fill(offset(row, ROW_ALPHA + at), alpha[head], same)
-            _fill(offset(row, ROW_DECAY + at), decay[head], same)
-            if p[SKIP]:
-                _copy(offset(row, ROW_SKIP + at), offset(skip, start + i), same)
+            head, at = (start + i) // args.head_dim, span * n + i
+            same = min((head + 1) * args.head_dim - start, n) - i
+            _fill(offset(row, ROW_ALPHA + at), args.alpha[head], same)
+            _fill(offset(row, ROW_DECAY + at), args.decay[head], same)
+            if exists(args.skip):
+                _copy(offset(row, ROW_SKIP + at), offset(args.skip, start + i), same)
             i += same
 
 
 @jit
-def _row_of(p, chunk, rows, longer, span, step):
+def _load_state(row, states, at, n):
+    """Begin with the state at `at`, or with zeros where there are no states."""
+    if exists(states):
+        _copy(offset(row, ROW_P), offset(states, at), n)
+    else:
+        _fill(offset(row, ROW_P), 0, n)
+
+
+@jit
+def _row_of(args, chunk, rows, longer, span, step):
     """The row that a span takes in a step: the first `longer` spans have `rows + 1` rows, others `rows`."""
-    if p[REVERSE]:
-        return chunk[BEGIN] + (span + 1) * rows + min(span + 1, longer) - 1 - step
-    return chunk[BEGIN] + span * rows + min(span, longer) + step
+    if args.reverse:
+        return chunk.begin + (span + 1) * rows + min(span + 1, longer) - 1 - step
+    return chunk.begin + span * rows + min(span, longer) + step
 
 
-def forward(data):
-    """Scan the chunks and channels of one task after another, until none is left."""
-    p = fields(data)
-    row = scratch(data, SCRATCH)
-    x, out = pointer(p[X], data), pointer(p[OUT], data)
-    alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
-    initial, final, carries = pointer(p[INITIAL], row), pointer(p[FINAL], row), pointer(p[CARRIES], row)
-    chunks = pointer(p[CHUNKS], p)
-    head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
-    whole = p[X_HEAD] == head_dim
-    skips, streams = p[SKIP] != 0, p[STREAMS] != 0
-    sign = -1 if p[REVERSE] else 1
-    x_step, out_step = sign * p[X_ROW], sign * channels
+def forward(args):
+    """Scan the chunks and channels of one task after another."""
+    row = stack_array(args.x, SCRATCH)
+    x, out, final = args.x, args.out, args.final
+    head_dim, channels = args.head_dim, args.heads * args.head_dim
+    contiguous = args.x_head == head_dim
+    skips, nontemporal = exists(args.skip), args.nontemporal != 0
+    sign = -1 if args.reverse else 1
+    x_step, out_step = sign * args.x_row, sign * channels
     while True:
-        task = take(p)
-        if task >= p[SPLITS] * p[BLOCKS]:
+        task = fetch_add(member(args, "next_task"))
+        if task >= args.splits * args.blocks:
             break
-        block, split = task // p[SPLITS], task % p[SPLITS]
-        low, high = block * channels // p[BLOCKS], (block + 1) * channels // p[BLOCKS]
+        block, split = task // args.splits, task % args.splits
+        low, high = block * channels // args.blocks, (block + 1) * channels // args.blocks
+        first, end = split * args.chunk_count // args.splits, (split + 1) * args.chunk_count // args.splits
         for start in range(low, high, WIDTH):
             n = min(WIDTH, high - start)
-            _load_rates(p, row, alpha, decay, skip, start, n)
-            for index in range(split * p[COUNT] // p[SPLITS], (split + 1) * p[COUNT] // p[SPLITS]):
-                chunk = offset(chunks, index * COLUMNS)
-                state = chunk[SEQUENCE] * channels + start
-                spans = 1 if chunk[SLOT] < 0 else SPANS
-                if chunk[SLOT] >= 0:
-                    _copy(offset(row, ROW_P), offset(carries, chunk[SLOT] * channels), spans * n)
-                elif p[INITIAL]:
-                    _copy(offset(row, ROW_P), offset(initial, state), n)
+            _load_rates(args, row, start, n)
+            for index in range(first, end):
+                chunk = offset(args.chunks, index)
+                state = chunk.sequence * channels + start
+                spans = 1 if chunk.slot < 0 else SPANS
+                if chunk.slot >= 0:
+                    _copy(offset(row, ROW_P), offset(args.carries, chunk.slot * channels), spans * n)
                 else:
-                    _fill(offset(row, ROW_P), 0, n)
-                rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
+                    _load_state(row, args.initial, state, n)
+                rows, longer = (chunk.end - chunk.begin) // spans, (chunk.end - chunk.begin) % spans
                 steps, step = rows + (1 if longer else 0), 0
                 while step < steps:
-                    # One row at a time is read and written as a copy does; spans are not in order anyway.
-                    taken = ROWS if spans > 1 and rows - step >= ROWS else 1
+                    # Whole rows are taken one at a time, as a copy does; spans are not in order anyway.
+                    stride = ROWS if spans > 1 and rows - step >= ROWS else 1
                     for span in range(spans if step < rows else longer):
-                        t = _row_of(p, chunk, rows, longer, span, step)
-                        x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)
-                        out_t = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
-                        done = 0
-                        while done < n:
-                            x_i, out_i = offset(x_t, done), offset(out_t, done)
-                            part, piece = offset(row, span * n + done), n
-                            if not whole:
-                                head, within = (start + done) // head_dim, (start + done) % head_dim
-                                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
-                                piece = min(n - done, head_dim - within)
-                            if taken == ROWS:
-                                forward_rows(x_i, x_step, out_i, out_step, part, skips, streams, piece)
+                        t = _row_of(args, chunk, rows, longer, span, step)
+                        x_t = offset(x, chunk.batch * args.x_batch + t * args.x_row + start)
+                        out_t = offset(out, (chunk.batch * args.length + t) * channels + start)
+                        i = 0
+                        while i < n:
+                            x_i, out_i, count = offset(x_t, i), offset(out_t, i), n
+                            if not contiguous:
+                                head, within = (start + i) // head_dim, (start + i) % head_dim
+                                x_i = offset(x_i, head * (args.x_head - head_dim))
+                                count = min(n - i, head_dim - within)
+                            at = offset(row, span * n + i)
+                            if stride == ROWS:
+                                forward_rows(x_i, x_step, out_i, out_step, at, skips, nontemporal, count)
                             else:
-                                forward_row(x_i, x_step, out_i, out_step, part, skips, streams, piece)
-                            done += piece
-                    step += taken
-                if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
-                    last = 0 if p[REVERSE] else (spans - 1) * n
+                                forward_row(x_i, x_step, out_i, out_step, at, skips, nontemporal, count)
+                            i += count
+                    step += stride
+                if chunk.last:
+                    last = 0 if args.reverse else (spans - 1) * n
                     _copy(offset(final, state), offset(row, ROW_P + last), n)
     fence()
 
 
-def relay(data):
-    """The same, several threads to a sequence of whole rows: each hands the state on before it writes.
+def relay(args):
+    """`forward` with several threads to a sequence: each passes the state on before it writes its chunk.
 
-    A chunk is read twice, but from memory once: it is brought to the second cache while others are at work,
-    the state goes over it, and when that has been handed on, what rows become is written. The state takes
-    the same steps as in one thread, and comes to the same bits.
+    A chunk is read twice but comes from memory once: it is prefetched into the L2 cache while other threads
+    have the state; then the state alone is moved over it and passed on; then its results are written. The
+    state takes the same steps as in one thread, so the results are the same bit for bit.
     """
-    p = fields(data)
-    row = scratch(data, SCRATCH)
-    x, out = pointer(p[X], data), pointer(p[OUT], data)
-    alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
-    initial, final = pointer(p[INITIAL], row), pointer(p[FINAL], row)
-    chunks, channels = pointer(p[CHUNKS], p), p[HEADS] * p[HEAD_DIM]
-    skips, streams = p[SKIP] != 0, p[STREAMS] != 0
-    sign = -1 if p[REVERSE] else 1
-    x_step, out_step, loaded = sign * p[X_ROW], sign * channels, -1
+    row = stack_array(args.x, SCRATCH)
+    x, out, final, channels = args.x, args.out, args.final, args.heads * args.head_dim
+    skips, nontemporal = exists(args.skip), args.nontemporal != 0
+    sign = -1 if args.reverse else 1
+    x_step, out_step, loaded = sign * args.x_row, sign * channels, -1
     while True:
-        task = take(p)
-        if task >= p[COUNT] * p[BLOCKS]:
+        task = fetch_add(member(args, "next_task"))
+        if task >= args.chunk_count * args.blocks:
             break
-        chunk, block = offset(chunks, task // p[BLOCKS] * COLUMNS), task % p[BLOCKS]
-        start = block * channels // p[BLOCKS]
-        n = (block + 1) * channels // p[BLOCKS] - start
+        chunk, block = offset(args.chunks, task // args.blocks), task % args.blocks
+        start = block * channels // args.blocks
+        n = (block + 1) * channels // args.blocks - start
         if loaded != block:
-            _load_rates(p, row, alpha, decay, skip, start, n)
+            _load_rates(args, row, start, n)
             loaded = block
-        rows, state = chunk[END] - chunk[BEGIN], chunk[SEQUENCE] * channels + start
-        t = _row_of(p, chunk, rows, 0, 0, 0)
-        x_0 = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)
-        out_0 = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
-        passed = offset(integers(p[RELAYS]), (chunk[SEQUENCE] * p[BLOCKS] + block) * LINE)
-        fetch(x_0, x_step, rows, n)
-        wait(passed, chunk[SLOT])
-        if not chunk[FIRST]:
-            _copy(offset(row, ROW_P), offset(final, state), n)
-        elif p[INITIAL]:
-            _copy(offset(row, ROW_P), offset(initial, state), n)
+        rows, state = chunk.end - chunk.begin, chunk.sequence * channels + start
+        t = _row_of(args, chunk, rows, 0, 0, 0)
+        x_0 = offset(x, chunk.batch * args.x_batch + t * args.x_row + start)
+        out_0 = offset(out, (chunk.batch * args.length + t) * channels + start)
+        turns = offset(args.turns, (chunk.sequence * args.blocks + block) * LINE)
+        prefetch(x_0, x_step, rows, n)
+        wait(turns, chunk.turn)
+        if chunk.first:
+            _load_state(row, args.initial, state, n)
         else:
-            _fill(offset(row, ROW_P), 0, n)
+            _copy(offset(row, ROW_P), offset(final, state), n)
         _copy(offset(row, ROW_R), offset(row, ROW_P), n)
         step = 0
         while step < rows:
-            taken = ROWS if rows - step >= ROWS else 1
-            if taken == ROWS:
+            stride = ROWS if rows - step >= ROWS else 1
+            if stride == ROWS:
                 ends_rows(offset(x_0, step * x_step), x_step, row, n)
             else:
                 ends_row(offset(x_0, step * x_step), x_step, row, n)
-            step += taken
+            step += stride
         _copy(offset(final, state), offset(row, ROW_P), n)
         _copy(offset(row, ROW_P), offset(row, ROW_R), n)
-        count(passed)
+        signal(turns)
         for step in range(rows):
             x_t, out_t = offset(x_0, step * x_step), offset(out_0, step * out_step)
-            forward_row(x_t, x_step, out_t, out_step, row, skips, streams, n)
+            forward_row(x_t, x_step, out_t, out_step, row, skips, nontemporal, n)
     fence()
 
 
-def ends(data):
-    """Scan every span of rows of few channels from zero; its end goes to `CARRIES`."""
-    p = fields(data)
-    row = scratch(data, SCRATCH)
-    x, carries, chunks = pointer(p[X], data), pointer(p[CARRIES], row), pointer(p[CHUNKS], p)
-    alpha, decay = pointer(p[ALPHA], row), pointer(p[DECAY], row)
-    x_step = -p[X_ROW] if p[REVERSE] else p[X_ROW]
-    n = p[HEADS] * p[HEAD_DIM]
-    _load_rates(p, row, alpha, decay, alpha, 0, n)
+def ends(args):
+    """Scan every span from zero; its end goes to `carries`."""
+    row = stack_array(args.x, SCRATCH)
+    x_step = -args.x_row if args.reverse else args.x_row
+    n = args.heads * args.head_dim
+    _load_rates(args, row, 0, n)
     while True:
-        index = take(p)
-        if index >= p[COUNT]:
+        index = fetch_add(member(args, "next_task"))
+        if index >= args.chunk_count:
             break
-        chunk = offset(chunks, index * COLUMNS)
-        if chunk[SLOT] >= 0:
+        chunk = offset(args.chunks, index)
+        if chunk.slot >= 0:
             _fill(offset(row, ROW_P), 0, SPANS * n)
-            rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
+            rows, longer = (chunk.end - chunk.begin) // SPANS, (chunk.end - chunk.begin) % SPANS
             steps, step = rows + (1 if longer else 0), 0
             while step < steps:
-                taken = ROWS if rows - step >= ROWS else 1
+                stride = ROWS if rows - step >= ROWS else 1
                 for span in range(SPANS if step < rows else longer):
-                    t = _row_of(p, chunk, rows, longer, span, step)
-                    x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW])
-                    if taken == ROWS:
+                    t = _row_of(args, chunk, rows, longer, span, step)
+                    x_t = offset(args.x, chunk.batch * args.x_batch + t * args.x_row)
+                    if stride == ROWS:
                         ends_rows(x_t, x_step, offset(row, span * n), n)
                     else:
                         ends_row(x_t, x_step, offset(row, span * n), n)
-                step += taken
-            _copy(offset(carries, chunk[SLOT] * n), offset(row, ROW_P), SPANS * n)
+                step += stride
+            _copy(offset(args.carries, chunk.slot * n), offset(row, ROW_P), SPANS * n)
 
 
-def backward_ends(data):
-    """The same of the backward pass: `p`, and in a second plane `r`."""
-    p = fields(data)
-    row = scratch(data, SCRATCH)
-    dy, carries, chunks = pointer(p[DY], data), pointer(p[CARRIES], row), pointer(p[CHUNKS], p)
-    alpha, decay = pointer(p[ALPHA], row), pointer(p[DECAY], row)
-    dy_step = -p[DY_ROW] if p[REVERSE] else p[DY_ROW]
-    n = p[HEADS] * p[HEAD_DIM]
-    _load_rates(p, row, alpha, decay, alpha, 0, n)
+def backward_ends(args):
+    """Carry gradients back over every span from zero; ends of `p` and `r` go to `carries` and `slopes`."""
+    row = stack_array(args.x, SCRATCH)
+    dy_step = -args.dy_row if args.reverse else args.dy_row
+    n = args.heads * args.head_dim
+    _load_rates(args, row, 0, n)
     while True:
-        index = take(p)
-        if index >= p[COUNT]:
+        index = fetch_add(member(args, "next_task"))
+        if index >= args.chunk_count:
             break
-        chunk = offset(chunks, index * COLUMNS)
-        if chunk[SLOT] >= 0:
+        chunk = offset(args.chunks, index)
+        if chunk.slot >= 0:
             _fill(offset(row, ROW_P), 0, SPANS * n)
             _fill(offset(row, ROW_R), 0, SPANS * n)
-            rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
+            rows, longer = (chunk.end - chunk.begin) // SPANS, (chunk.end - chunk.begin) % SPANS
             steps, step = rows + (1 if longer else 0), 0
             while step < steps:
-                taken = ROWS if rows - step >= ROWS else 1
+                stride = ROWS if rows - step >= ROWS else 1
                 for span in range(SPANS if step < rows else longer):
-                    t = _row_of(p, chunk, rows, longer, span, step)
-                    dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW])
-                    if taken == ROWS:
+                    t = _row_of(args, chunk, rows, longer, span, step)
+                    dy_t = offset(args.dy, chunk.batch * args.dy_batch + t * args.dy_row)
+                    if stride == ROWS:
                         backward_ends_rows(dy_t, dy_step, offset(row, span * n), n)
                     else:
                         backward_ends_row(dy_t, dy_step, offset(row, span * n), n)
-                step += taken
-            _copy(offset(carries, chunk[SLOT] * n), offset(row, ROW_P), SPANS * n)
-            _copy(offset(carries, p[PLANE] + chunk[SLOT] * n), offset(row, ROW_R), SPANS * n)
+                step += stride
+            _copy(offset(args.carries, chunk.slot * n), offset(row, ROW_P), SPANS * n)
+            _copy(offset(args.slopes, chunk.slot * n), offset(row, ROW_R), SPANS * n)
 
 
 @jit
 def _across(carry, power, decay):
-    """What `power`, of the decay, leaves of a carry."""
+    """`power * carry`, where `power` is a multiple of a power of `decay`, for infinite values too."""
     if carry == 0:
-        return carry  # though the power be infinite
+        return carry  # even if the power is infinite
     if power == 0 and decay != 0:
-        power = LEAST  # an infinite carry stays
+        power = SMALLEST_NORMAL  # an infinite carry stays infinite
     return power * carry
 
 
-def chain(data):
-    """Make of the spans' ends, in place, what enters each; of `p` and `r` where there is a second plane."""
-    p = fields(data)
-    row = scratch(data, SCRATCH)
-    carries, chunks = pointer(p[CARRIES], row), pointer(p[CHUNKS], p)
-    decay, initial = pointer(p[DECAY], row), pointer(p[DFINAL] if p[PLANE] else p[INITIAL], row)
-    channels = p[HEADS] * p[HEAD_DIM]
+def chain(args):
+    """Turn the ends of the spans, in place, into what enters each span; `slopes` too if there are any."""
+    channels = args.heads * args.head_dim
     for channel in range(channels):
-        d = np.float64(decay[channel // p[HEAD_DIM]])
+        d = np.float64(args.decay[channel // args.head_dim])
         state, slope_state = 0.0, 0.0
-        for index in range(p[COUNT]):
-            chunk = offset(chunks, (p[COUNT] - 1 - index if p[REVERSE] else index) * COLUMNS)
-            if chunk[SLOT] < 0:
+        for index in range(args.chunk_count):
+            chunk = offset(args.chunks, args.chunk_count - 1 - index if args.reverse else index)
+            if chunk.slot < 0:
                 continue
-            if chunk[LAST] if p[REVERSE] else chunk[FIRST]:
+            if chunk.first:
                 state, slope_state = 0.0, 0.0
-                if p[DFINAL] if p[PLANE] else p[INITIAL]:
-                    state = np.float64(initial[chunk[SEQUENCE] * channels + channel])
-            rows, longer = (chunk[END] - chunk[BEGIN]) // SPANS, (chunk[END] - chunk[BEGIN]) % SPANS
+                if exists(args.entering):
+                    state = np.float64(args.entering[chunk.sequence * channels + channel])
+            rows, longer = (chunk.end - chunk.begin) // SPANS, (chunk.end - chunk.begin) % SPANS
             before = d ** np.float64(rows - 1)
             for step in range(SPANS):
-                span = SPANS - 1 - step if p[REVERSE] else step
+                span = SPANS - 1 - step if args.reverse else step
                 longer_by = 1 if span < longer else 0
                 n, previous = rows + longer_by, before * d if longer_by else before
-                carry = offset(carries, (chunk[SLOT] + span) * channels + channel)
-                end = np.float64(carry[0])
-                carry[0] = state
-                if p[PLANE]:
-                    slope_end = np.float64(carry[p[PLANE]])
-                    carry[p[PLANE]] = slope_state
+                at = (chunk.slot + span) * channels + channel
+                end = np.float64(args.carries[at])
+                args.carries[at] = state
+                if exists(args.slopes):
+                    slope_end = np.float64(args.slopes[at])
+                    args.slopes[at] = slope_state
                     slope_state = _across(slope_state, previous * d, d) + slope_end
                     slope_state += _across(state, n * previous, d)
                 state = _across(state, previous * d, d) + end
 
 
 @jit
-def _hand_over(total, sums, n):
-    """Add sums to those in fp64, and begin them anew."""
+def _move_sums(total, sums, n):
+    """Add sums to those in fp64, and set them to zero."""
     for i in range(n):
         total[i] += sums[i]
     _fill(sums, 0, n)
@@ -359,110 +374,98 @@ def _hand_over(total, sums, n):
 
 @jit
 def _add_products(total, a, b, n):
-    """Products of a double each, or they would round to fp32 first."""
+    """Add `a * b`; in fp64, or the products would be rounded to fp32 first."""
     for i in range(n):
         total[i] += np.float64(a[i]) * np.float64(b[i])
 
 
-def backward(data):
-    """Carry the gradients back; sums go to `TOTALS`, those of a run of chunks together."""
-    p = fields(data)
-    row = scratch(data, SCRATCH)
-    x, dy, out = pointer(p[X], data), pointer(p[DY], data), pointer(p[OUT], data)
-    alpha, decay, skip = pointer(p[ALPHA], row), pointer(p[DECAY], row), pointer(p[SKIP], row)
-    initial, carries = pointer(p[INITIAL], row), pointer(p[CARRIES], row)
-    dfinal, dinitial = pointer(p[DFINAL], row), pointer(p[DINITIAL], row)
-    chunks, totals = pointer(p[CHUNKS], p), doubles(p[TOTALS])
-    head_dim, channels = p[HEAD_DIM], p[HEADS] * p[HEAD_DIM]
-    whole = p[X_HEAD] == head_dim and p[DY_HEAD] == head_dim
-    skips, streams = p[SKIP] != 0, p[STREAMS] != 0
-    sign = -1 if p[REVERSE] else 1
-    x_step, dy_step, out_step = sign * p[X_ROW], sign * p[DY_ROW], sign * channels
+def backward(args):
+    """Carry the gradients back; the sums of a run of chunks go to its part of `totals`."""
+    row = stack_array(args.x, SCRATCH)
+    x, dy, out = args.x, args.dy, args.out
+    head_dim, channels = args.head_dim, args.heads * args.head_dim
+    contiguous = args.x_head == head_dim and args.dy_head == head_dim
+    skips, nontemporal = exists(args.skip), args.nontemporal != 0
+    sign = -1 if args.reverse else 1
+    x_step, dy_step, out_step = sign * args.x_row, sign * args.dy_row, sign * channels
     while True:
-        task = take(p)
-        if task >= p[SPLITS] * p[BLOCKS]:
+        task = fetch_add(member(args, "next_task"))
+        if task >= args.splits * args.blocks:
             break
-        block, split = task // p[SPLITS], task % p[SPLITS]
-        low, high = block * channels // p[BLOCKS], (block + 1) * channels // p[BLOCKS]
+        block, split = task // args.splits, task % args.splits
+        low, high = block * channels // args.blocks, (block + 1) * channels // args.blocks
+        first, end = split * args.chunk_count // args.splits, (split + 1) * args.chunk_count // args.splits
         for start in range(low, high, WIDTH):
             n = min(WIDTH, high - start)
-            _load_rates(p, row, alpha, decay, skip, start, n)
-            total = offset(totals, split * 4 * channels + start)
-            for index in range(split * p[COUNT] // p[SPLITS], (split + 1) * p[COUNT] // p[SPLITS]):
-                chunk = offset(chunks, index * COLUMNS)
-                state = chunk[SEQUENCE] * channels + start
-                spans = 1 if chunk[SLOT] < 0 else SPANS
-                if chunk[SLOT] >= 0:
-                    entering = offset(carries, chunk[SLOT] * channels)
-                    _copy(offset(row, ROW_P), entering, spans * n)
-                    _copy(offset(row, ROW_R), offset(entering, p[PLANE]), spans * n)
+            _load_rates(args, row, start, n)
+            total = offset(args.totals, split * 4 * channels + start)
+            for index in range(first, end):
+                chunk = offset(args.chunks, index)
+                state = chunk.sequence * channels + start
+                spans = 1 if chunk.slot < 0 else SPANS
+                if chunk.slot >= 0:
+                    _copy(offset(row, ROW_P), offset(args.carries, chunk.slot * channels), spans * n)
+                    _copy(offset(row, ROW_R), offset(args.slopes, chunk.slot * channels), spans * n)
                 else:
-                    _copy(offset(row, ROW_P), offset(dfinal, state), n)
+                    _copy(offset(row, ROW_P), offset(args.dfinal, state), n)
                     _fill(offset(row, ROW_R), 0, n)
                 for sums in (ROW_DALPHA, ROW_DDECAY, ROW_DSKIP):
                     _fill(offset(row, sums), 0, spans * n)
-                rows, longer = (chunk[END] - chunk[BEGIN]) // spans, (chunk[END] - chunk[BEGIN]) % spans
+                rows, longer = (chunk.end - chunk.begin) // spans, (chunk.end - chunk.begin) % spans
                 steps, step = rows + (1 if longer else 0), 0
                 while step < steps:
-                    taken = ROWS if spans > 1 and rows - step >= ROWS else 1
+                    stride = ROWS if spans > 1 and rows - step >= ROWS else 1
                     for span in range(spans if step < rows else longer):
-                        t = _row_of(p, chunk, rows, longer, span, step)
-                        x_t = offset(x, chunk[BATCH] * p[X_BATCH] + t * p[X_ROW] + start)
-                        dy_t = offset(dy, chunk[BATCH] * p[DY_BATCH] + t * p[DY_ROW] + start)
-                        out_t = offset(out, (chunk[BATCH] * p[LENGTH] + t) * channels + start)
-                        done = 0
-                        while done < n:
-                            x_i, dy_i = offset(x_t, done), offset(dy_t, done)
-                            out_i, part, piece = offset(out_t, done), offset(row, span * n + done), n
-                            if not whole:
-                                head, within = (start + done) // head_dim, (start + done) % head_dim
-                                x_i = offset(x_i, head * (p[X_HEAD] - head_dim))
-                                dy_i = offset(dy_i, head * (p[DY_HEAD] - head_dim))
-                                piece = min(n - done, head_dim - within)
-                            if taken == ROWS:
+                        t = _row_of(args, chunk, rows, longer, span, step)
+                        x_t = offset(x, chunk.batch * args.x_batch + t * args.x_row + start)
+                        dy_t = offset(dy, chunk.batch * args.dy_batch + t * args.dy_row + start)
+                        out_t = offset(out, (chunk.batch * args.length + t) * channels + start)
+                        i = 0
+                        while i < n:
+                            x_i, dy_i, out_i, count = offset(x_t, i), offset(dy_t, i), offset(out_t, i), n
+                            if not contiguous:
+                                head, within = (start + i) // head_dim, (start + i) % head_dim
+                                x_i = offset(x_i, head * (args.x_head - head_dim))
+                                dy_i = offset(dy_i, head * (args.dy_head - head_dim))
+                                count = min(n - i, head_dim - within)
+                            at = offset(row, span * n + i)
+                            if stride == ROWS:
                                 backward_rows(
-                                    x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece
+                                    x_i, x_step, dy_i, dy_step, out_i, out_step, at, skips, nontemporal, count
                                 )
                             else:
                                 backward_row(
-                                    x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, piece
+                                    x_i, x_step, dy_i, dy_step, out_i, out_step, at, skips, nontemporal, count
                                 )
-                            done += piece
-                    step += taken
-                    if step % SUMMED < taken or step == steps:
+                            i += count
+                    step += stride
+                    if step % ROWS_PER_SUM < stride or step == steps:
                         for span in range(spans):
-                            _hand_over(total, offset(row, ROW_DALPHA + span * n), n)
-                            _hand_over(offset(total, channels), offset(row, ROW_DDECAY + span * n), n)
-                            _hand_over(offset(total, 2 * channels), offset(row, ROW_DSKIP + span * n), n)
-                if chunk[FIRST] if p[REVERSE] else chunk[LAST]:
-                    last = 0 if p[REVERSE] else (spans - 1) * n
-                    _copy(offset(dinitial, state), offset(row, ROW_P + last), n)
-                    if p[INITIAL]:
-                        _add_products(
-                            offset(total, 3 * channels),
-                            offset(initial, state),
-                            offset(row, ROW_R + last),
-                            n,
-                        )
+                            _move_sums(total, offset(row, ROW_DALPHA + span * n), n)
+                            _move_sums(offset(total, channels), offset(row, ROW_DDECAY + span * n), n)
+                            _move_sums(offset(total, 2 * channels), offset(row, ROW_DSKIP + span * n), n)
+                if chunk.last:
+                    last = 0 if args.reverse else (spans - 1) * n
+                    _copy(offset(args.dinitial, state), offset(row, ROW_P + last), n)
+                    if exists(args.initial):
+                        r = offset(row, ROW_R + last)
+                        _add_products(offset(total, 3 * channels), offset(args.initial, state), r, n)
     fence()
 
 
-def reduce(data):
-    """Add up the sums of all tasks, in order."""
-    p = fields(data)
-    row = scratch(data, SCRATCH)
-    alpha, dalpha, ddecay = pointer(p[ALPHA], row), pointer(p[DALPHA], row), pointer(p[DDECAY], row)
-    dskip, totals = pointer(p[DSKIP], row), doubles(p[TOTALS])
-    channels = p[HEADS] * p[HEAD_DIM]
-    for head in range(p[HEADS]):
+def reduce(args):
+    """Add up the `totals` of all splits, in order, into the gradients of the parameters."""
+    channels = args.heads * args.head_dim
+    for head in range(args.heads):
         by_alpha, by_decay, by_initial = 0.0, 0.0, 0.0
-        for channel in range(head * p[HEAD_DIM], (head + 1) * p[HEAD_DIM]):
+        for channel in range(head * args.head_dim, (head + 1) * args.head_dim):
             by_skip = 0.0
-            for split in range(p[SPLITS]):
-                total = offset(totals, split * 4 * channels + channel)
+            for split in range(args.splits):
+                total = offset(args.totals, split * 4 * channels + channel)
                 by_alpha += total[0]
                 by_decay += total[channels]
                 by_skip += total[2 * channels]
                 by_initial += total[3 * channels]
-            dskip[channel] = by_skip
-        dalpha[head], ddecay[head] = by_alpha, alpha[head] * by_decay + by_initial
+            args.dskip[channel] = by_skip
+        args.dalpha[head] = by_alpha
+        args.ddecay[head] = args.alpha[head] * by_decay + by_initial

@@ -1,23 +1,28 @@
-"""The arithmetic of the scan on CPU: a few rows of a tile of channels, their state in registers."""
+"""The arithmetic of the scan on CPU: one row, or `ROWS`, of a tile of channels, with its state in registers.
 
-# Kernels are numba's language: types are found when they are compiled.
+Names: `x_step` is the distance from a row to the next in the direction of the scan, in elements; `row` is a
+task's scratch memory, one row of `STRIDE` for each of the values that a channel has; `n` counts channels.
+"""
+
+# Numba finds the types of kernels when it compiles them.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
 from typing import Any
 
-from mhesa.ops.cpu.simd import I64, REGISTER, Emitter, intrinsic, jit, offset, specialized, types
+from mhesa.ops.cpu.compiling import intrinsic, jit, offset, types
+from mhesa.ops.cpu.simd import I64, REGISTER, Emitter, specialized
 
 # Channels whose state a task holds at a time: eight rows of fp32 fill half of a 32 KB cache.
 WIDTH = 512
-# Rows of scratch memory lie this far apart, not a power of two, or they would share cache sets and stall.
+# The distance of rows in scratch memory; not a power of two, or they would share cache sets.
 STRIDE = WIDTH + 64
-# Channels that one vector instruction takes, or a few where vectors are shorter.
+# Channels in a vector; processors with shorter vectors take several instructions.
 LANES, HALF = 16, 8
-# Rows that are taken at a time where they are too short for a copy's speed.
+# Rows taken at a time where they are too narrow to be read at the speed of a copy.
 ROWS = 4
-# The rows of a task's scratch memory.
+# The rows of scratch memory; forward, `ROW_P` holds the state.
 ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP = range(0, 8 * STRIDE, STRIDE)
 SCRATCH = 8 * STRIDE
 
@@ -31,31 +36,31 @@ def _forward_tile(
     out_step: Any,
     scratch: Any,
     skips: Any,
-    streams: Any,
+    nontemporal: Any,
     writes: Any,
     lanes: Any,
     rows: Any,
 ) -> Any:
-    """Scan `lanes` channels over `rows` rows, the state in registers; without `writes` that alone."""
+    """Scan `lanes` channels over `rows` rows; store results only if `writes`."""
     if not all(isinstance(constant, types.IntegerLiteral) for constant in (writes, lanes, rows)):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x_0, x_step, out_0, out_step, row, skips, streams, *_ = args
+        x_0, x_step, out_0, out_step, row, skips, nontemporal, *_ = args
 
-        def scan(skips: bool, streams: bool) -> None:
+        def scan(skips: bool, nontemporal: bool) -> None:
             emit = Emitter(builder, x.dtype, lanes.literal_value)
             a, d, s, h = (emit.load(row, I64(place)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP, ROW_P))
             for step in range(rows.literal_value):
                 value = emit.widen(emit.load(x_0, builder.mul(x_step, I64(step))))
                 h = emit.flush(emit.fma(d, h, builder.fmul(a, value)))
                 if writes.literal_value:
-                    # Without a skip term nothing is added, not zero times x: that is NaN for infinite x.
+                    # Without a skip term nothing is added: zero times an infinite x would be NaN.
                     y = emit.fma(s, value, h) if skips else h
-                    emit.store(emit.narrow(y), out_0, builder.mul(out_step, I64(step)), streams)
+                    emit.store(emit.narrow(y), out_0, builder.mul(out_step, I64(step)), nontemporal)
             emit.store(h, row, I64(ROW_P))
 
-        specialized(builder, scan, skips, streams)
+        specialized(builder, scan, skips, nontemporal)
         return context.get_dummy_value()
 
     flags = (types.boolean, types.boolean)
@@ -73,22 +78,22 @@ def _backward_tile(
     out_step: Any,
     scratch: Any,
     skips: Any,
-    streams: Any,
+    nontemporal: Any,
     lanes: Any,
     rows: Any,
 ) -> Any:
-    """Carry the gradient of `lanes` channels back over `rows` rows, in registers."""
+    """Carry the gradients of `lanes` channels back over `rows` rows."""
     if not (isinstance(lanes, types.IntegerLiteral) and isinstance(rows, types.IntegerLiteral)):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x_0, x_step, dy_0, dy_step, out_0, out_step, row, skips, streams, *_ = args
+        x_0, x_step, dy_0, dy_step, out_0, out_step, row, skips, nontemporal, *_ = args
         carries = (ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP)
-        # As many channels at once as the carries of fit into registers.
+        # The carries of this many channels fit into registers.
         at_once = min(REGISTER // (8 if x.dtype == types.float64 else 4), lanes.literal_value)
         emit = Emitter(builder, x.dtype, at_once)
 
-        def carry_back(first: int, skips: bool, streams: bool) -> None:
+        def carry_back(first: int, skips: bool, nontemporal: bool) -> None:
             a, d, s = (emit.load(row, I64(place + first)) for place in (ROW_ALPHA, ROW_DECAY, ROW_SKIP))
             p, r, dalpha, ddecay, dskip = (emit.load(row, I64(place + first)) for place in carries)
             for step in range(rows.literal_value):
@@ -100,7 +105,7 @@ def _backward_tile(
                 g = builder.fadd(dvalue, p)
                 dx = builder.fmul(a, g)
                 dx = emit.fma(s, dvalue, dx) if skips else dx
-                emit.store(emit.narrow(dx), out_0, out_t, streams)
+                emit.store(emit.narrow(dx), out_0, out_t, nontemporal)
                 dalpha, ddecay = emit.fma(g, value, dalpha), emit.fma(r, value, ddecay)
                 dskip = emit.fma(dvalue, value, dskip)
                 p, r = builder.fmul(d, g), emit.fma(d, r, g)
@@ -108,11 +113,11 @@ def _backward_tile(
             for carry, place in zip(sums, carries, strict=True):
                 emit.store(carry, row, I64(place + first))
 
-        def tile(skips: bool, streams: bool) -> None:
+        def tile(skips: bool, nontemporal: bool) -> None:
             for first in range(0, lanes.literal_value, at_once):
-                carry_back(first, skips, streams)
+                carry_back(first, skips, nontemporal)
 
-        specialized(builder, tile, skips, streams)
+        specialized(builder, tile, skips, nontemporal)
         return context.get_dummy_value()
 
     flags = (types.boolean, types.boolean)
@@ -122,7 +127,7 @@ def _backward_tile(
 
 @intrinsic
 def _backward_ends_tile(context: Any, dy: Any, dy_step: Any, scratch: Any, lanes: Any, rows: Any) -> Any:
-    """Carry `p` and `r` of `lanes` channels back over `rows` rows, and nothing else."""
+    """Carry `p` and `r` of `lanes` channels back over `rows` rows, without results."""
     if not (isinstance(lanes, types.IntegerLiteral) and isinstance(rows, types.IntegerLiteral)):
         return None
 
@@ -140,32 +145,32 @@ def _backward_ends_tile(context: Any, dy: Any, dy_step: Any, scratch: Any, lanes
     return types.void(dy, types.int64, scratch, lanes, rows), codegen
 
 
-# Each walks along rows in tiles of `LANES` channels, of half as many, and single ones. They are made for a
-# number of rows at a time, which must be a constant where the instructions are written. Where rows are taken
-# from the last to the first, so are their tiles: memory is then read in one direction, as processors expect.
+# Each function walks along `n` channels in tiles of `LANES`, then of `HALF`, then one by one. The number of
+# rows is a constant when the instructions are written, so there is a function for each. Backward in time,
+# tiles are taken from the last to the first: prefetching in hardware expects one direction.
 
 
 @jit
 def _tile(i, n, step):
-    """Where the tile `i` of so many begins, along rows that are `step` apart."""
+    """The first channel of the `i`-th tile; a negative `step` runs from the last to the first."""
     return (n // LANES - 1 - i if step < 0 else i) * LANES
 
 
 def _forward_walk(rows):
     @jit
-    def walk(x, x_step, out, out_step, row, skips, streams, n):
+    def walk(x, x_step, out, out_step, row, skips, nontemporal, n):
         for tile in range(n // LANES):
             i = _tile(tile, n, x_step)
-            x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
-            _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, LANES, rows)
+            x_i, out_i, row_i = offset(x, i), offset(out, i), offset(row, i)
+            _forward_tile(x_i, x_step, out_i, out_step, row_i, skips, nontemporal, 1, LANES, rows)
         i = n // LANES * LANES
         if n - i >= HALF:
-            x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
-            _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, HALF, rows)
+            x_i, out_i, row_i = offset(x, i), offset(out, i), offset(row, i)
+            _forward_tile(x_i, x_step, out_i, out_step, row_i, skips, nontemporal, 1, HALF, rows)
             i += HALF
         while i < n:
-            x_i, out_i, part = offset(x, i), offset(out, i), offset(row, i)
-            _forward_tile(x_i, x_step, out_i, out_step, part, skips, streams, 1, 1, rows)
+            x_i, out_i, row_i = offset(x, i), offset(out, i), offset(row, i)
+            _forward_tile(x_i, x_step, out_i, out_step, row_i, skips, nontemporal, 1, 1, rows)
             i += 1
 
     return walk
@@ -207,19 +212,21 @@ def _backward_ends_walk(rows):
 
 def _backward_walk(rows):
     @jit
-    def walk(x, x_step, dy, dy_step, out, out_step, row, skips, streams, n):
+    def walk(x, x_step, dy, dy_step, out, out_step, row, skips, nontemporal, n):
         for tile in range(n // LANES):
             i = _tile(tile, n, out_step)
-            x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, LANES, rows)
+            x_i, dy_i, out_i, row_i = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
+            _backward_tile(
+                x_i, x_step, dy_i, dy_step, out_i, out_step, row_i, skips, nontemporal, LANES, rows
+            )
         i = n // LANES * LANES
         if n - i >= HALF:
-            x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, HALF, rows)
+            x_i, dy_i, out_i, row_i = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
+            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, row_i, skips, nontemporal, HALF, rows)
             i += HALF
         while i < n:
-            x_i, dy_i, out_i, part = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, part, skips, streams, 1, rows)
+            x_i, dy_i, out_i, row_i = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
+            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, row_i, skips, nontemporal, 1, rows)
             i += 1
 
     return walk
@@ -232,7 +239,7 @@ backward_ends_row, backward_ends_rows = _backward_ends_walk(1), _backward_ends_w
 
 
 @intrinsic
-def _fetch_line(context: Any, x: Any, index: Any) -> Any:
+def _prefetch_line(context: Any, x: Any, index: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         Emitter(builder, x.dtype, 1).prefetch(args[0], args[1], locality=2)
         return context.get_dummy_value()
@@ -241,7 +248,7 @@ def _fetch_line(context: Any, x: Any, index: Any) -> Any:
 
 
 @intrinsic
-def _in_line(context: Any, x: Any) -> Any:
+def _values_per_line(context: Any, x: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return I64(64 // Emitter(builder, x.dtype, 1).bytes)
 
@@ -249,9 +256,9 @@ def _in_line(context: Any, x: Any) -> Any:
 
 
 @jit
-def fetch(x, x_step, steps, n):
-    """Bring `steps` rows of `n` channels to the second cache, in the order of memory."""
-    for _ in range(steps):
-        for i in range(0, n, _in_line(x)):
-            _fetch_line(x, i)
+def prefetch(x, x_step, rows, n):
+    """Bring `rows` rows of `n` channels into the L2 cache, from first to last."""
+    for _ in range(rows):
+        for i in range(0, n, _values_per_line(x)):
+            _prefetch_line(x, i)
         x = offset(x, x_step)

@@ -58,7 +58,7 @@ class Service:
             idle=limits.idle,
         )
         self.engine = Engine(
-            Decoder(model, max_batch=settings.slots, quantize=quantize, sparing=True),
+            Decoder(model, max_batch=settings.slots, quantize=quantize, single_thread_small_calls=True),
             settings.slots,
             queue=settings.queue,
             tell=self._tell,

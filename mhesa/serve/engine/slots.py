@@ -35,7 +35,7 @@ class Slots:
         # Should anybody ever read a free slot, everybody shall see it.
         self.states = decoder.initial_state(most).fill_(math.nan)
         self._before = torch.empty_like(self.states)
-        self._samplers = BatchSampler(decoder.num_tokens, most=most)
+        self._samplers = BatchSampler(decoder.num_tokens, max_rows=most)
 
     @property
     def bytes(self) -> int:
