@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,65 +12,16 @@ import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
+from mhesa.inference.sampling_settings import Sampling
 from mhesa.ops.cpu.threads import available, parallel
+
+__all__ = ["BatchSampler", "Sampling", "TokenSampler", "draw"]
 
 # What the kernel reads of a sampler, eight bytes each: numbers, and from RANDOM on integers.
 TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE, RANDOM, TOP_K, NOTES, NOTED = range(10)
 RECORD = "6dQ3q"
 # What a sampler notes of a token.
 TOKEN, SEEN, COUNT, BIAS, NOTE_FIELDS = range(5)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from the logits.
-
-    In this order: the repetition penalty, biases and the other penalties, the temperature, then what `top_k`,
-    `top_p` and `min_p` leave, as transformers does.
-
-    Args:
-        temperature: divides the logits; 0 takes the likeliest token always.
-        top_k: keep the `k` likeliest tokens, of equal ones those with lower ids; 0 keeps all.
-        top_p: keep the fewest likeliest tokens whose probabilities reach `p` (nucleus sampling,
-            https://arxiv.org/abs/1904.09751); 1 keeps all.
-        min_p: keep tokens at least `p` times as likely as the likeliest (https://arxiv.org/abs/2407.01082);
-            0 keeps all.
-        repetition_penalty: divides positive logits of tokens that the sequence already has, multiplies
-            negative ones (https://arxiv.org/abs/1909.05858); 1 changes nothing.
-        frequency_penalty: taken off a token's logit for every time that it was drawn.
-        presence_penalty: taken off the logits of tokens that were drawn at all.
-        logit_bias: added to the logits of these token ids.
-
-    Raises:
-        InputError: a value out of its range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be 0 or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p must be 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise InputError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        for name in ("frequency_penalty", "presence_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise InputError(f"{name} must be a number, not {getattr(self, name)}")
-        for token, bias in self.logit_bias.items():
-            if token < 0 or not math.isfinite(bias):
-                raise InputError(f"logit_bias must be numbers for token ids, not {bias} for {token}")
 
 
 class TokenSampler:
