@@ -266,12 +266,12 @@ def test_a_vocabulary_goes_with_the_model(corpus, tmp_path, run):
         (["--tokenizer", "bpe:many"], "bpe:N needs N from 257"),
         (["--dropout", "1"], "dropout must be at least 0 and below 1, not 1.0"),
         (["--accumulate", "0"], "accumulate must be at least 1, not 0"),
-        (["--batch-size", "5", "--accumulate", "2"], "batch_size 5 cannot be parted into 2 micro-batches"),
+        (["--batch-size", "5", "--accumulate", "2"], "batch_size 5 cannot be divided into 2 micro-batches"),
         (["--schedule", "linear"], "schedule must be one of cosine, wsd, not linear"),
         (["--clip", "0"], "clip must be a positive number, not 0.0"),
         (["--keep", "0"], "keep must be at least 1, not 0"),
         (["--eval-every", "-1"], "eval_every must be 0 or more, not -1"),
-        (["--patience", "3"], "say with eval_every how often"),
+        (["--patience", "3"], "patience counts evaluations: also give eval_every"),
         (["--report-to", "paper"], "report_to must be one of none, tensorboard, wandb, trackio, not paper"),
         (["--batch-size", "1000000000"], "make batch_size or context smaller"),
         (["--dim", "1000000000"], "make dim, depth or dim_mhesa smaller"),
@@ -319,7 +319,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(fails, corpus):
     assert "is a file" in fails("train", corpus, "--out", corpus)
     assert "cannot write to" in fails("train", corpus, "--out", corpus / "below")
     assert "out must name a folder" in fails("train", corpus, "--out", "")
-    assert "say with --out which folder" in fails("train", corpus)
+    assert "give --out, the folder" in fails("train", corpus)
 
 
 def test_other_text_does_not_resume_a_run(fails, trained, tmp_path):

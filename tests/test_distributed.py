@@ -150,5 +150,5 @@ def test_no_window_is_read_twice_and_none_is_left_out(monkeypatch, processes, ac
 def test_a_batch_that_cannot_be_shared_is_refused(one, tmp_path):
     done = launch(2, *one.sources, "--out", tmp_path / "run", "--batch-size", 3)
     assert done.returncode != 0
-    assert "batch_size 3 cannot be parted into 1 micro-batches for 2 processes" in done.stderr
+    assert "batch_size 3 cannot be divided into 1 micro-batches for 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()

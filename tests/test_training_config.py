@@ -1,10 +1,19 @@
 """Settings as YAML."""
 
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import typer
 
+from mhesa.cli import app
 from mhesa.errors import InputError
+from mhesa.inference.sampling_settings import Sampling
+from mhesa.model.config import ModelConfig
+from mhesa.serve.settings import Limits, Settings
+from mhesa.settings import settings_of
 from mhesa.training import TrainingSettings
 from mhesa.training.config import dump_config, load_config
 
@@ -55,8 +64,28 @@ def test_values_of_another_kind_are_refused(name, value, message):
         TrainingSettings(**{"out": "run", name: value})
 
 
-def test_every_setting_is_an_option():
-    from mhesa.cli.train import train
+def test_every_setting_is_an_option_with_the_same_default():
+    command = typer.main.get_command(app).commands["train"]
+    options = {parameter.name: parameter for parameter in command.params}
+    for setting in settings_of(TrainingSettings):
+        option = options[setting.name]
+        assert option.default == (None if setting.required or setting.default == () else setting.default)
+        assert setting.doc.text in option.help
+        assert f"    {setting.name}: {setting.doc.text}" in TrainingSettings.__doc__
 
-    options = {name.rstrip("_") for name in train.__annotations__}
-    assert {field.name for field in fields(TrainingSettings)} <= options
+
+def test_every_field_is_documented():
+    for settings in (ModelConfig, TrainingSettings, Sampling, Limits, Settings):
+        names = [setting.name for setting in settings_of(settings)]
+        assert names == [field.name for field in fields(settings)]
+
+
+def test_the_page_of_settings_is_up_to_date():
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, root / "docs" / "make_settings.py"],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert (root / "docs" / "settings.md").read_text("utf-8") == done.stdout

@@ -1,14 +1,16 @@
-"""What the commands share: arguments of the same name, tables, progress, text as it comes."""
+"""What the commands share: options, tables, progress bars, printing text as it is written."""
 
 from __future__ import annotations
 
 import codecs
+import inspect
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
@@ -16,28 +18,91 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mhesa.errors import InputError
+from mhesa.model.config import ModelSizes
 from mhesa.model.loading import load, read_config
+from mhesa.settings import Setting, settings_of
 
 if TYPE_CHECKING:
     from mhesa.inference.session import Reader
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 errors = Console(stderr=True)
 
 
-def _whole(folder: Path) -> Path:
-    """Refuse what is no model's folder at once, before torch is imported."""
+def _check_folder(folder: Path) -> Path:
+    """Refuse a folder without a model before torch is imported, which takes seconds."""
     read_config(folder)
     return folder
 
 
+def setting(settings: type, name: str) -> Setting:
+    """The field of that name of a settings class."""
+    return next(found for found in settings_of(settings) if found.name == name)
+
+
+def option(found: Setting, *, name: str | None = None, default: Any = MISSING) -> inspect.Parameter:
+    """The option of a setting; its name and default are the setting's if not given."""
+    name, doc = name or found.name, found.doc
+    choices = "|".join(doc.range.choices) if doc.range else ""
+    made = typer.Option(
+        *([f"--{name.replace('_', '-')}"] if found.type is bool else []),
+        help=f"{doc.text} [required]" if found.required else doc.text,
+        metavar=doc.metavar or choices or None,
+        rich_help_panel=doc.panel or None,
+    )
+    default = found.default if default is MISSING else default
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None if default is MISSING else default,
+        annotation=Annotated[found.hint, made],
+    )
+
+
+def options_of(settings: type, leave_out: Collection[str] = (), **defaults: Any) -> list[inspect.Parameter]:
+    """An option for each setting of a class; `defaults` are those that differ from the class's."""
+    return [
+        option(found, default=defaults.get(found.name, MISSING))
+        for found in settings_of(settings)
+        if found.name not in leave_out
+    ]
+
+
+def with_options(*options: inspect.Parameter) -> Callable[[Command], Command]:
+    """Give a command further options, which it receives as keyword arguments.
+
+    In `--help` they stand between its own positional and its own keyword-only parameters.
+    """
+
+    def decorate(command: Command) -> Command:
+        hints = get_type_hints(command, include_extras=True)
+        first: list[inspect.Parameter] = []
+        last: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                own = parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
+                (last if parameter.kind is parameter.KEYWORD_ONLY else first).append(own)
+        signature = inspect.Signature([*first, *options, *last])
+        command.__signature__ = signature  # type: ignore[attr-defined]  # inspect reads it
+        return command
+
+    return decorate
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.", callback=_whole)]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu.")]
-Backend = Annotated[str | None, typer.Option(help="The operator's backend; the best one if omitted.")]
-Precision = Annotated[str | None, typer.Option(help="fp32 or bf16 weights; as they were saved if omitted.")]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder of a trained model.", callback=_check_folder)
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or xpu.")]
+Backend = Annotated[str | None, typer.Option(help=setting(ModelSizes, "backend").doc.text)]
+Precision = Annotated[
+    str | None,
+    typer.Option(metavar="fp32|bf16", help="Precision of the weights; as they were saved if omitted."),
+]
 Quantize = Annotated[
-    str | None, typer.Option(help="int8: weights of 8 bits, faster still, a little less exact.")
+    str | None,
+    typer.Option(metavar="int8", help="Hold weights in 8 bits: faster, less memory, slightly less exact."),
 ]
 
 

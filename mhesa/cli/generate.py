@@ -5,45 +5,51 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mhesa.cli.common import Backend, Device, Folder, Precision, Quantize, interruptible, read_model, write
+from mhesa.cli.common import (
+    Backend,
+    Device,
+    Folder,
+    Precision,
+    Quantize,
+    interruptible,
+    options_of,
+    read_model,
+    with_options,
+    write,
+)
 from mhesa.errors import InputError
+from mhesa.inference.sampling_settings import Sampling
 
 
+@with_options(*options_of(Sampling, leave_out={"logit_bias"}, temperature=0.8))
 def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")] = "",
-    length: Annotated[int, typer.Option(help="Tokens to write at most.")] = 500,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up P.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Draw from tokens at least P times as likely as the likeliest.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1, tokens that were there already become less likely.")
-    ] = 1.0,
+    length: Annotated[int, typer.Option(help="Maximum number of tokens to write.")] = 500,
+    *,
     seed: Annotated[int | None, typer.Option(help="Makes the text repeatable.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+        list[str] | None, typer.Option(help="Stop before this text; may be given several times.")
     ] = None,
     session: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Continue the text of this file, and save where it ends."),
+        typer.Option(metavar="FILE", help="Continue the text of this file, and save its new end there."),
     ] = None,
     echo: Annotated[bool, typer.Option(help="Print the prompt too.")] = True,
     precision: Precision = None,
     quantize: Quantize = None,
     device: Device = "cpu",
     backend: Backend = None,
+    **sampling: Any,
 ) -> None:
-    """Write text that continues a prompt, as it is made.
+    """Continue a prompt, and print the text while it is written.
 
-    With --session, a text goes on over several calls: what was read and written before is not read again,
-    the file holds what the model remembers of it, a few kilobytes.
+    With --session, several calls write one text: the file holds the model's state, a few kilobytes, so that
+    earlier text is not read again.
 
     Examples:
 
@@ -56,7 +62,7 @@ def generate(
         mhesa generate runs/mine --session talk.session --prompt 'And then '
     """
     from mhesa.data import standard_input
-    from mhesa.inference.sampling import Sampling, TokenSampler
+    from mhesa.inference.sampling import TokenSampler
     from mhesa.inference.scoring import pieces_of
     from mhesa.inference.session import Session
 
@@ -66,8 +72,8 @@ def generate(
         raise InputError("a stop text must not be empty")
     if session is not None and not os.access(session.parent, os.W_OK):
         raise InputError(f"cannot write {session}: its folder is missing or read-only")
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    TokenSampler(sampling, seed)  # What it refuses is refused before anything is written.
+    drawing = Sampling(**sampling)
+    TokenSampler(drawing, seed)  # refuses a bad seed before anything is written
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     known = session is not None and session.exists()
     text = Session.load(session, reader) if session and known else Session(reader)
@@ -80,7 +86,7 @@ def generate(
                     write(pieces)
             write(
                 part.encode()
-                for part in text.stream(max_new_tokens=length, sampling=sampling, seed=seed, stop=stop or ())
+                for part in text.stream(max_new_tokens=length, sampling=drawing, seed=seed, stop=stop or ())
             )
         finally:
             if session:

@@ -1,35 +1,30 @@
-"""The model's sizes, as transformers keeps them in `config.json`."""
+"""The model's configuration as transformers keeps it in `config.json`."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 from mhesa.model.config import JSON_NAMES, ModelConfig
 from mhesa.model.loading import MODEL_TYPE
+from mhesa.settings import settings_of
 from mhesa.tokenizers.bytes import END_OF_TEXT_ID
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# The fields that come from `ModelConfig`, by the names of `config.json`.
+SIZES = {
+    JSON_NAMES.get(setting.name, setting.name): setting
+    for setting in settings_of(ModelConfig)
+    if setting.name != "eos_token_id"
+}
 
 
 class MhesaConfig(PreTrainedConfig):
-    """Sizes of a gated exponential smoothing language model.
+    """Configuration of a gated exponential smoothing language model.
 
-    Args:
-        vocab_size: tokens; 256 bytes and an end-of-text token by default.
-        hidden_size: width of the residual stream, the plain model's `dim`.
-        num_hidden_layers: blocks, the plain model's `depth`.
-        heads: smoothing rates a block; `dim_mhesa` must be divisible by it.
-        dim_mhesa: width of the smoothed values, and of a block's state.
-        dim_expansion_factor: width of a block's gate over `hidden_size`.
-        dropout: how often, in training, an element of a block's gated product and output is 0.
-        use_cache: whether a forward outside training returns its state.
-        tie_word_embeddings: share the embedding's weights with the head.
-        bos_token_id, eos_token_id, pad_token_id: those of `ByteTokenizer`; none in a vocabulary of 256
-            or fewer. Give them for any other tokenizer: generation stops at `eos_token_id`.
-        backend: the operator's backend, `None` for the best one. It belongs to the machine and not to the
-            checkpoint, so it is never saved: `from_pretrained(directory, backend="chunked")`.
-
-    The plain model's names (`num_tokens`, `dim`, `depth`) are aliases.
+    `num_tokens`, `dim` and `depth`, the plain model's names, are aliases. `backend` belongs to the machine
+    and is never saved: give it with `from_pretrained(directory, backend="chunked")`.
 
     Raises:
         ValueError: a size below 1, a `dim_mhesa` that `heads` does not divide, an unknown backend.
@@ -39,40 +34,49 @@ class MhesaConfig(PreTrainedConfig):
     (64, 2)
     >>> MhesaConfig(dim_mhesa=100)
     Traceback (most recent call last):
-    ValueError: dim_mhesa must be divisible by heads, but 100 is not by 8
+    mhesa.errors.InputError: dim_mhesa must be divisible by heads, but 100 is not by 8
+
+    Args:
+        use_cache: whether a forward outside training returns its state.
+        bos_token_id, eos_token_id, pad_token_id: by default those of `ByteTokenizer`, or none if the
+            vocabulary has no more than 256 tokens. Give them for any other tokenizer: generation stops at
+            `eos_token_id`.
     """
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = JSON_NAMES
 
-    vocab_size: int = ModelConfig.num_tokens
-    hidden_size: int = ModelConfig.dim
-    num_hidden_layers: int = ModelConfig.depth
-    heads: int = ModelConfig.heads
-    dim_mhesa: int = ModelConfig.dim_mhesa
-    dim_expansion_factor: float = ModelConfig.dim_expansion_factor
-    dropout: float = ModelConfig.dropout
     use_cache: bool = True
-    tie_word_embeddings: bool = ModelConfig.tie_word_embeddings
     bos_token_id: int | None = END_OF_TEXT_ID
     eos_token_id: int | list[int] | None = END_OF_TEXT_ID
     pad_token_id: int | None = END_OF_TEXT_ID
-    backend: str | None = None
+    # A field for each size: transformers makes a dataclass of this class when the class statement ends.
+    __annotations__ |= {name: setting.hint for name, setting in SIZES.items()}
+    vars().update({name: setting.default for name, setting in SIZES.items()})
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None: ...
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self.to_model_config()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in TOKEN_IDS:
             if getattr(self, name) == END_OF_TEXT_ID >= self.vocab_size:
                 setattr(self, name, None)
 
     def to_model_config(self) -> ModelConfig:
-        """What decides the shape of the model."""
+        """The configuration of the plain model."""
         return ModelConfig.from_json(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: everything but `backend`."""
+        """The values to save: all but `backend`."""
         values: dict[str, Any] = super().to_dict()
         values.pop("backend", None)
         return values
+
+
+MhesaConfig.__doc__ = f"{MhesaConfig.__doc__}".rstrip() + "".join(
+    f"\n        {name}: {setting.doc.text}" for name, setting in SIZES.items()
+)

@@ -70,15 +70,7 @@ class MhesaModel(MhesaPreTrainedModel):
         super().__init__(config)
         self.token_emb = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            MhesaBlock(
-                dim=config.hidden_size,
-                heads=config.heads,
-                dim_mhesa=config.dim_mhesa,
-                dim_expansion_factor=config.dim_expansion_factor,
-                dropout=config.dropout,
-                backend=config.backend,
-            )
-            for _ in range(config.num_hidden_layers)
+            MhesaBlock(**config.to_model_config().block_arguments()) for _ in range(config.num_hidden_layers)
         )
         self.post_init()  # type: ignore[no-untyped-call]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -14,8 +12,11 @@ import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
+from mhesa.inference.sampling_settings import Sampling
 from mhesa.ops.cpu.arguments import FLOAT64, INT64, STORED, Pointer, Struct, struct
 from mhesa.ops.cpu.threads import available, parallel
+
+__all__ = ["BatchSampler", "Sampling", "TokenSampler", "draw"]
 
 Note = struct(
     "Note",
@@ -53,58 +54,6 @@ Arguments = struct(
 )
 # Below this many logits, use one thread.
 MIN_PARALLEL = 1 << 12
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from the logits.
-
-    Applied in this order, as in transformers: the repetition penalty, biases and the other penalties, the
-    temperature, then `top_k`, `top_p` and `min_p`.
-
-    Args:
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: keep the `k` likeliest tokens, lower ids first among equals; 0 keeps all.
-        top_p: keep the fewest likeliest tokens whose probabilities reach `p` (nucleus sampling,
-            https://arxiv.org/abs/1904.09751); 1 keeps all.
-        min_p: keep tokens at least `p` times as likely as the likeliest (https://arxiv.org/abs/2407.01082);
-            0 keeps all.
-        repetition_penalty: divides positive logits of tokens that the sequence already has and multiplies
-            negative ones (https://arxiv.org/abs/1909.05858); 1 changes nothing.
-        frequency_penalty: subtracted from a token's logit for each time that it was drawn.
-        presence_penalty: subtracted from the logits of tokens that were drawn at all.
-        logit_bias: numbers added to the logits of token ids.
-
-    Raises:
-        InputError: a value outside its range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be 0 or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p must be 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise InputError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        for name in ("frequency_penalty", "presence_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise InputError(f"{name} must be a number, not {getattr(self, name)}")
-        for token, bias in self.logit_bias.items():
-            if token < 0 or not math.isfinite(bias):
-                raise InputError(f"logit_bias must be numbers for token ids, not {bias} for {token}")
 
 
 class TokenSampler:

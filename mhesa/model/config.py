@@ -1,39 +1,62 @@
-"""A model's sizes, as Python names them and as `config.json` does."""
+"""A model's sizes, as Python names them and as `config.json` does; torch is imported to build one."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
-
-import torch
-from torch.overrides import TorchFunctionMode
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from mhesa.errors import InputError
-from mhesa.model.layers import GatedMHESA, check_divisible, check_sizes
-from mhesa.model.lm import GatedExponentialSmoothingLM
-from mhesa.ops.backends import check_backend
+from mhesa.settings import (
+    AT_LEAST_1,
+    FINITE,
+    FRACTION,
+    Doc,
+    check_divisible,
+    check_settings,
+    check_sizes,
+    documented,
+)
+
+if TYPE_CHECKING:
+    from mhesa.model.layers import GatedMHESA
+    from mhesa.model.lm import GatedExponentialSmoothingLM
 
 # Sizes that `config.json` calls by transformers' names.
 JSON_NAMES = {"num_tokens": "vocab_size", "dim": "hidden_size", "depth": "num_hidden_layers"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """The arguments of every `GatedMHESA` block of a model, and how many blocks there are."""
+class ModelSizes:
+    """The part of a model's configuration that training lets one choose: arguments of the model's class."""
 
-    dim: int = 128
-    depth: int = 4
-    heads: int = 8
-    dim_mhesa: int = 256
-    dim_expansion_factor: float = 4.0
-    dropout: float = 0.0
-    backend: str | None = None
+    dim: Annotated[int, Doc("Width of the model.", AT_LEAST_1, "Model")] = 128
+    depth: Annotated[int, Doc("Number of blocks.", AT_LEAST_1, "Model")] = 4
+    heads: Annotated[int, Doc("Smoothing rates of a block; must divide dim_mhesa.", AT_LEAST_1, "Model")] = 8
+    dim_mhesa: Annotated[
+        int, Doc("Width of the smoothed values, and of a block's state.", AT_LEAST_1, "Model")
+    ] = 256
+    dim_expansion_factor: Annotated[
+        float, Doc("Width of a block's gate, as a multiple of dim.", FINITE, "Model")
+    ] = 4.0
+    dropout: Annotated[
+        float,
+        Doc("Probability of dropping an element of a block's gated product or output.", FRACTION, "Model"),
+    ] = 0.0
+    backend: Annotated[
+        str | None, Doc("Implementation of the operator; the best one if omitted.", panel="Machine")
+    ] = None
+
+    def block_arguments(self) -> dict[str, Any]:
+        """The arguments of each `GatedMHESA` block."""
+        names = {field.name for field in fields(ModelSizes)} - {"depth"}
+        return {name: getattr(self, name) for name in names}
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(BlockConfig):
+class ModelConfig(ModelSizes):
     """Everything that decides a model's shape and arithmetic.
 
     Raises:
@@ -44,26 +67,22 @@ class ModelConfig(BlockConfig):
     True
     """
 
-    num_tokens: int = 257
-    tie_word_embeddings: bool = False
-    eos_token_id: int | list[int] | None = None
+    num_tokens: Annotated[
+        int, Doc("Size of the vocabulary; by default the 256 bytes and an end of text.", AT_LEAST_1)
+    ] = 257
+    tie_word_embeddings: Annotated[bool, Doc("Share the embedding's weights with the head.")] = False
+    eos_token_id: Annotated[
+        int | list[int] | None, Doc("The token that ends a text, for transformers' generate to stop at.")
+    ] = None
 
     def __post_init__(self) -> None:
-        names = ("num_tokens", "dim", "depth", "heads", "dim_mhesa")
-        sizes = {name: getattr(self, name) for name in names}
-        for name, size in sizes.items():
-            if not isinstance(size, int):
-                raise InputError(f"{name} must be a whole number of at least 1, not {size!r}")
-        factor = self.dim_expansion_factor
-        if not isinstance(factor, int | float) or not factor < math.inf:
-            raise InputError(f"dim_expansion_factor must be a finite number, not {factor!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise InputError(f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
-        check_sizes(**sizes, **{"dim_expansion_factor * dim": self.dim_hidden})
+        check_settings(self)
+        check_sizes(**{"dim_expansion_factor * dim": self.dim_hidden})
         check_divisible("dim_mhesa", self.dim_mhesa, self.heads)
-        check_backend(self.backend)
+        if self.backend is not None:
+            from mhesa.ops.backends import check_backend
+
+            check_backend(self.backend)
 
     @property
     def dim_hidden(self) -> int:
@@ -107,8 +126,8 @@ class ModelConfig(BlockConfig):
 
     @classmethod
     def of(cls, model: GatedExponentialSmoothingLM) -> ModelConfig:
-        """The sizes of a model."""
-        block = cast(GatedMHESA, model.layers[0])
+        """The configuration of a model, without `eos_token_id`, which a model does not have."""
+        block = cast("GatedMHESA", model.layers[0])
         num_tokens, dim = model.token_emb.weight.shape
         return cls(
             num_tokens=num_tokens,
@@ -124,28 +143,21 @@ class ModelConfig(BlockConfig):
 
     def build(self) -> GatedExponentialSmoothingLM:
         """A new model of these sizes, with random weights."""
-        arguments = {field.name: getattr(self, field.name) for field in fields(BlockConfig)}
-        model = GatedExponentialSmoothingLM(num_tokens=self.num_tokens, **arguments)
+        from mhesa.model.lm import GatedExponentialSmoothingLM
+
+        model = GatedExponentialSmoothingLM(
+            num_tokens=self.num_tokens, depth=self.depth, **self.block_arguments()
+        )
         if self.tie_word_embeddings:
             model.to_logits.weight = model.token_emb.weight
         return model
 
     def empty(self) -> GatedExponentialSmoothingLM:
         """A model of these sizes on the meta device, for weights to be assigned to."""
-        with torch.device("meta"), _NoInitialValues():
+        from mhesa.model.meta import meta_device
+
+        with meta_device():
             return self.build()
-
-
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves out random values: to draw them for the meta device, torch would import its compiler."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        named = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return named["tensor"]
-        return (torch.empty if function is torch.randn else function)(*args, **named)
 
 
 def _expansion_factor(dim_hidden: int, dim: int) -> float:

@@ -10,6 +10,7 @@ from mhesa.ops import exponential_smoothing, exponential_smoothing_step
 from mhesa.ops.backends import check_backend
 from mhesa.ops.gelu import gelu
 from mhesa.ops.smoothing import accumulation_dtype
+from mhesa.settings import check_divisible, check_sizes
 
 
 class MHESA(nn.Module):
@@ -164,16 +165,3 @@ class GatedMHESA(nn.Module):
         y = self.norm(x)
         smoothed, state = self.mhesa.step(F.gelu(self.to_v(y)), state)
         return self.to_out(self.to_gate(smoothed) * F.gelu(self.to_u(y))) + x, state
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise `ValueError` naming the first size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")
-
-
-def check_divisible(name: str, size: int, heads: int) -> None:
-    """Raise `ValueError` unless `heads` divides `size`."""
-    if size % heads:
-        raise ValueError(f"{name} must be divisible by heads, but {size} is not by {heads}")

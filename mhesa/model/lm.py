@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhesa.model.layers import GatedMHESA, check_sizes
+from mhesa.model.layers import GatedMHESA
 from mhesa.ops.smoothing import accumulation_dtype
+from mhesa.settings import check_sizes
 
 
 class GatedExponentialSmoothingLM(nn.Module):

@@ -6,75 +6,58 @@ import ipaddress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 from mhesa.errors import InputError
+from mhesa.settings import Doc, documented
 
 
+@documented
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how long anything may take.
+    """What one request may ask for, and how long anything may take."""
 
-    Args:
-        body: bytes of a request's body.
-        head: bytes of a request's line and headers.
-        prompt: tokens of all its prompts.
-        tokens: tokens of each text.
-        texts: texts in all, prompts times `n`.
-        stops, stop: how many stop strings, and bytes of each.
-        biases: tokens that a bias is given for.
-        logprobs: likeliest tokens beside each.
-        scored: tokens that are scored one by one in an answer.
-        seconds: from a request's arrival to the end of its answer.
-        receive: seconds in which a request must have arrived.
-        send: seconds that a client may leave its answer unread.
-        drain: seconds that answers are given to finish when the server is told to stop.
-        sessions: sessions of one client.
-        idle: seconds after which a session that nobody used is forgotten.
-    """
-
-    body: int = 1 << 20
-    head: int = 1 << 14
-    prompt: int = 1 << 20
-    tokens: int = 4096
-    texts: int = 128
-    stops: int = 16
-    stop: int = 256
-    biases: int = 1024
-    logprobs: int = 20
-    scored: int = 1 << 16
-    seconds: float = 600
-    receive: float = 8
-    send: float = 30
-    drain: float = 20
-    sessions: int = 100_000
-    idle: float = 7 * 24 * 3600
+    body: Annotated[int, Doc("Bytes of a request's body.")] = 1 << 20
+    head: Annotated[int, Doc("Bytes of a request's line and headers.")] = 1 << 14
+    prompt: Annotated[int, Doc("Tokens of all prompts of a request.")] = 1 << 20
+    tokens: Annotated[int, Doc("Maximum number of tokens to write for one text.")] = 4096
+    texts: Annotated[int, Doc("Texts of a request: its prompts times n.")] = 128
+    stops: Annotated[int, Doc("Stop strings of a request.")] = 16
+    stop: Annotated[int, Doc("Bytes of a stop string.")] = 256
+    biases: Annotated[int, Doc("Tokens in logit_bias.")] = 1024
+    logprobs: Annotated[int, Doc("Likeliest tokens to report beside each token.")] = 20
+    scored: Annotated[int, Doc("Tokens to score in one answer.")] = 1 << 16
+    seconds: Annotated[float, Doc("Seconds from a request's arrival to the end of its answer.")] = 600
+    receive: Annotated[float, Doc("Seconds in which a request must have arrived.")] = 8
+    send: Annotated[float, Doc("Seconds that a client may leave its answer unread.")] = 30
+    drain: Annotated[float, Doc("Seconds that running answers get to finish when the server stops.")] = 20
+    sessions: Annotated[int, Doc("Sessions of one client.")] = 100_000
+    idle: Annotated[float, Doc("Seconds after which an unused session is deleted.")] = 7 * 24 * 3600
 
 
+@documented
 @dataclass(frozen=True)
 class Settings:
     """How a model is served.
 
-    Args:
-        name: what clients call the model.
-        host, port: where to listen; port 0 takes a free one.
-        keys: the clients' API keys by the clients' names; without any, everyone on this machine may come.
-        sessions: an SQLite file that keeps sessions; `None` keeps them in memory.
-        slots: texts that are written at the same time.
-        queue: texts that may wait for a slot.
-        limits: see `Limits`.
-
     Raises:
-        InputError: a value that cannot be, or a server open to the network without keys.
+        InputError: a value out of range, or a server that other machines can reach without keys.
     """
 
-    name: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    keys: dict[str, str] = field(default_factory=dict)
-    sessions: Path | None = None
-    slots: int = 1024
-    queue: int = 1024
-    limits: Limits = Limits()
+    name: Annotated[str, Doc("What clients call the model; the folder's name if omitted.")]
+    host: Annotated[str, Doc("Address to listen on; one that other machines can reach needs --keys.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Doc("Port to listen on; 0 takes a free one.")] = 8000
+    keys: Annotated[
+        dict[str, str], Doc("API keys by the names of clients; without any, all of this machine may connect.")
+    ] = field(default_factory=dict)
+    sessions: Annotated[
+        Path | None, Doc("SQLite file that keeps sessions; if omitted, they are in memory.", metavar="FILE")
+    ] = None
+    slots: Annotated[int, Doc("Texts to write at the same time.")] = 1024
+    queue: Annotated[int, Doc("Texts that may wait for a slot.")] = 1024
+    limits: Annotated[Limits, Doc("The limits of a request, see `Limits`.")] = Limits()
 
     def __post_init__(self) -> None:
         for name, value, least in (

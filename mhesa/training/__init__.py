@@ -1,7 +1,27 @@
-"""Training: transformers' `Trainer`, and what it does not do already."""
+"""Training: settings, the loop, checkpoints. Names are imported when first used: settings need no torch."""
 
-from mhesa.training.outcome import Summary
-from mhesa.training.run import Stopped, train
-from mhesa.training.settings import TrainingSettings
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mhesa.training.outcome import Summary
+    from mhesa.training.run import Stopped, train
+    from mhesa.training.settings import TrainingSettings
 
 __all__ = ["Stopped", "Summary", "TrainingSettings", "train"]
+
+_LAZY_EXPORTS = {
+    "Stopped": "mhesa.training.run",
+    "Summary": "mhesa.training.outcome",
+    "TrainingSettings": "mhesa.training.settings",
+    "train": "mhesa.training.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY_EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LAZY_EXPORTS[name]), name)
+    return value

@@ -1,24 +1,23 @@
-"""Settings as YAML, under the names that the command line's options have."""
+"""Training settings as YAML, by the names of the command line's options."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mhesa.errors import InputError
+from mhesa.settings import settings_of
 from mhesa.training.settings import TrainingSettings
-
-NUMBERS = {"float", "float | None"}
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
-    """Settings out of a YAML file, by the names that `TrainingSettings` has; `batch-size` is `batch_size`.
+    """The arguments of `TrainingSettings` in a YAML file; `batch-size` and `batch_size` are the same name.
 
     Raises:
-        InputError: the file cannot be read, is not YAML, or names a setting that there is not.
+        InputError: the file cannot be read, is not YAML, or names an unknown setting.
     """
     try:
         values = yaml.safe_load(Path(path).read_text())
@@ -28,24 +27,24 @@ def load_config(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings; write lines such as: dim: 128")
-    types = {field.name: field.type for field in fields(TrainingSettings)}
+    types = {setting.name: setting.type for setting in settings_of(TrainingSettings)}
     found = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in types:
             raise InputError(f"{path} names an unknown setting {key}; there are {', '.join(sorted(types))}")
-        found[name] = _as(str(types[name]), value)
+        found[name] = _converted(types[name], value)
     return found
 
 
-def _as(kind: str, value: Any) -> Any:
-    """Take a string for the number, and a list for the tuple, that YAML made it of."""
+def _converted(kind: type, value: Any) -> Any:
+    """A YAML value as the setting's type, where YAML has no such type or reads it as text."""
     if isinstance(value, list):
         return tuple(map(str, value))
-    if kind.startswith("tuple") and isinstance(value, str):
+    if kind is tuple and isinstance(value, str):
         return (value,)
-    if isinstance(value, str) and kind in NUMBERS:
-        # YAML takes 3e-3 for text.
+    if kind is float and isinstance(value, str):
+        # YAML reads 3e-3 as text.
         try:
             return float(value)
         except ValueError:
@@ -54,7 +53,7 @@ def _as(kind: str, value: Any) -> Any:
 
 
 def dump_config(settings: TrainingSettings) -> str:
-    """Settings as YAML that `load_config` reads, under the names of the command line."""
+    """Settings as YAML for `load_config`, by the names of the command line's options."""
     values = {
         name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
         for name, value in asdict(settings).items()

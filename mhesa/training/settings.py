@@ -1,4 +1,4 @@
-"""What a training run is asked to do, and what was chosen where nothing was asked."""
+"""The settings of a training run, and the choices made where a setting is automatic."""
 
 from __future__ import annotations
 
@@ -8,172 +8,189 @@ import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Annotated, Any
 
 from mhesa.atomic_io import write_file
-from mhesa.data import Holdout
 from mhesa.errors import InputError
-from mhesa.model.config import BlockConfig, ModelConfig
-from mhesa.ops.devices import best_device, check_device, check_serves, computes_in_bf16
-from mhesa.training.distributed import processes
+from mhesa.model.config import ModelConfig, ModelSizes
+from mhesa.settings import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FRACTION,
+    POSITIVE,
+    Doc,
+    Range,
+    check_settings,
+    documented,
+    one_of,
+)
 from mhesa.training.schedule import SCHEDULES
 
 SETTINGS = "settings.json"
-PRECISIONS = ("auto", "bf16", "fp32")
-REPORTERS = ("none", "tensorboard", "wandb", "trackio")
+# The groups of `mhesa train --help`, in their order.
+RUN, TEXT, MODEL, TRAINING, MACHINE = PANELS = ("Run", "Text", "Model", "Training", "Machine")
 SMALLEST_VOCABULARY = 257
 LARGEST_VOCABULARY = 1_000_000
-KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "str": ((str,), "text"),
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": ((bool,), "true or false"),
-    "tuple[str, ...]": ((tuple,), "a list of texts"),
-}
-# Enough tokens a step to keep a process's matrix products busy, and what a step costs beside them small, the
-# sum of gradients over processes included. More would only make fewer steps of the same time: a CPU that
-# computes in fp32 takes a quarter.
+# Tokens of one step, for each process: enough that matrix products fill the device and that the fixed
+# costs of a step, such as summing gradients over processes, stay small. More would only mean fewer steps
+# in the same time; a CPU that computes in fp32 is slower and takes a quarter.
 TOKENS_A_STEP = {"bf16": 4096, "fp32": 1024}
 TOKENS_A_STEP_ON_ACCELERATORS = 65536
 
 
+@documented
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(ModelSizes):
     """Everything that decides a training run.
 
-    Args:
-        out: folder for the model, its metrics and its checkpoints.
-        sources: see `mhesa.data.sources.find_files`; none is the Python standard library's source text.
-        text_field: the field of JSON lines and the column of parquet that holds the text.
-        steps: optimizer steps to train for.
-        minutes: or how long to train for; 3 if neither is given.
-        dim, depth, heads, dim_mhesa, dim_expansion_factor: the model, see `GatedExponentialSmoothingLM`.
-        dropout: how often, in training, an element of a block's gated product and output is 0.
-        context: tokens a training window.
-        batch_size: windows a step, in all micro-batches and processes together; enough to keep every
-            process busy if omitted.
-        accumulate: micro-batches a step.
-        join: let the state run on from one document into the next; they are packed apart otherwise.
-        carry_state: let windows follow one another in streams, each beginning with the state of the
-            window before it (truncated backpropagation through time).
-        lr: peak learning rate; it warms up over the first `warmup` of the budget and falls to a tenth.
-        schedule: how it falls: `cosine`, or `wsd`, late.
-        warmup: that part of the budget.
-        clip: the largest norm of the gradient; it is scaled down to that.
-        weight_decay: on matrices; vectors have none.
-        seed: of the initial values, of the order of the windows and of dropout.
-        tokenizer: `bytes`, `bpe:N` for N tokens made of the corpus, or where a `tokenizer.json` is.
-        holdout: what is kept from training to measure the model on, see `mhesa.data.Holdout`.
-        device: a torch device; the best one here if `auto`.
-        precision: `bf16` (autocast), `fp32`, or `auto`: bf16 where the device computes in it natively.
-        backend: the operator's backend; the best one if omitted.
-        compile: run the model through `torch.compile`.
-        recompute: keep a block's input alone and compute the rest again for the backward pass, for less
-            memory.
-        fsdp: part weights among processes (`fully_shard`), where there are many; they hold copies
-            otherwise.
-        save_every: steps between checkpoints.
-        keep: how many checkpoints to keep.
-        eval_every: steps between evaluations on text held out; 0 measures at the end alone.
-        patience: stop after so many evaluations without a better one, and take the best.
-        report_to: also send figures to `tensorboard`, `wandb` or `trackio`.
-
     Raises:
-        InputError: a value that cannot be.
+        InputError: a setting of a wrong type or out of range, or two that exclude each other.
     """
 
-    out: str
-    sources: tuple[str, ...] = ()
-    text_field: str = "text"
-    steps: int | None = None
-    minutes: float | None = None
-    dim: int = 128
-    depth: int = 4
-    heads: int = 8
-    dim_mhesa: int = 256
-    dim_expansion_factor: float = 4.0
-    dropout: float = 0.0
-    context: int = 256
-    batch_size: int | None = None
-    accumulate: int = 1
-    join: bool = False
-    carry_state: bool = False
-    lr: float = 3e-3
-    schedule: str = "cosine"
-    warmup: float = 0.02
-    clip: float = 1.0
-    weight_decay: float = 0.1
-    seed: int = 0
-    tokenizer: str = "bytes"
-    holdout: str = "content:0.05"
-    device: str = "auto"
-    precision: str = "auto"
-    backend: str | None = None
-    compile: bool = False
-    recompute: bool = False
-    fsdp: bool = False
-    save_every: int = 200
-    keep: int = 2
-    eval_every: int = 0
-    patience: int | None = None
-    report_to: str = "none"
+    out: Annotated[str, Doc("Folder for the model, its metrics and its checkpoints.", panel=RUN)]
+    sources: Annotated[
+        tuple[str, ...],
+        Doc(
+            "Text files, folders, glob patterns, hf://owner/dataset, or - for standard input. gz, xz, zst "
+            "and bz2 are unpacked; each line of jsonl and row of parquet is one document. If omitted, the "
+            "source text of Python's standard library.",
+            panel=TEXT,
+            metavar="SOURCE",
+        ),
+    ] = ()
+    text_field: Annotated[str, Doc("Field of jsonl and parquet that holds the text.", panel=TEXT)] = "text"
+    steps: Annotated[int | None, Doc("Optimizer steps to train for.", AT_LEAST_1, RUN)] = None
+    minutes: Annotated[
+        float | None, Doc("Minutes to train for; 3 if neither steps nor minutes is given.", POSITIVE, RUN)
+    ] = None
+    context: Annotated[
+        int, Doc("Tokens in a training window.", Range("at least 2", lambda value: value >= 2), TRAINING)
+    ] = 256
+    batch_size: Annotated[
+        int | None,
+        Doc(
+            "Windows in a step, over all micro-batches and processes; if omitted, enough to keep every "
+            "process busy.",
+            AT_LEAST_1,
+            TRAINING,
+        ),
+    ] = None
+    accumulate: Annotated[
+        int, Doc("Micro-batches in a step; more need less memory.", AT_LEAST_1, TRAINING)
+    ] = 1
+    join: Annotated[
+        bool, Doc("Carry the state from one document into the next, instead of resetting it.", panel=TEXT)
+    ] = False
+    carry_state: Annotated[
+        bool,
+        Doc(
+            "Start each window with the final state of the window before it in the text (truncated "
+            "backpropagation through time).",
+            panel=TEXT,
+        ),
+    ] = False
+    lr: Annotated[
+        float, Doc("Peak learning rate; it warms up first and falls to a tenth.", POSITIVE, TRAINING)
+    ] = 3e-3
+    schedule: Annotated[
+        str,
+        Doc("How the learning rate falls: along a cosine, or (wsd) late.", one_of(*SCHEDULES), TRAINING),
+    ] = "cosine"
+    warmup: Annotated[
+        float, Doc("Fraction of the budget in which the learning rate rises.", FRACTION, TRAINING)
+    ] = 0.02
+    clip: Annotated[
+        float, Doc("Maximum norm of the gradient; larger ones are scaled down to it.", POSITIVE, TRAINING)
+    ] = 1.0
+    weight_decay: Annotated[
+        float, Doc("Weight decay of matrices; vectors have none.", AT_LEAST_0, TRAINING)
+    ] = 0.1
+    seed: Annotated[
+        int,
+        Doc(
+            "Seed of the initial weights, the order of windows and dropout.",
+            Range(f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32),
+            TRAINING,
+        ),
+    ] = 0
+    tokenizer: Annotated[
+        str,
+        Doc(
+            "bytes; bpe:N to make N tokens of the training text; or a folder or file with a tokenizer.json.",
+            panel=TEXT,
+            metavar="bytes|bpe:N|PATH",
+        ),
+    ] = "bytes"
+    holdout: Annotated[
+        str,
+        Doc(
+            "Text kept from training to measure the model on: a fraction F chosen by content, or the last F "
+            "of the text.",
+            panel=TEXT,
+            metavar="content:F|tail:F",
+        ),
+    ] = "content:0.05"
+    device: Annotated[str, Doc("cpu, cuda, cuda:1, mps or xpu; auto takes the best one.", panel=MACHINE)] = (
+        "auto"
+    )
+    precision: Annotated[
+        str,
+        Doc(
+            "bf16 (by autocast) or fp32; auto takes bf16 where the device computes in it natively.",
+            one_of("auto", "bf16", "fp32"),
+            MACHINE,
+        ),
+    ] = "auto"
+    compile: Annotated[bool, Doc("Run the model through torch.compile.", panel=MACHINE)] = False
+    recompute: Annotated[
+        bool, Doc("Recompute activations in the backward pass: less memory, more time.", panel=MACHINE)
+    ] = False
+    fsdp: Annotated[
+        bool,
+        Doc("Shard the weights over the processes (FSDP) instead of giving each a copy.", panel=MACHINE),
+    ] = False
+    save_every: Annotated[int, Doc("Steps between checkpoints.", AT_LEAST_1, RUN)] = 200
+    keep: Annotated[int, Doc("Number of checkpoints to keep.", AT_LEAST_1, RUN)] = 2
+    eval_every: Annotated[
+        int,
+        Doc(
+            "Steps between evaluations on held-out text, each with a sample; 0 evaluates only at the end.",
+            AT_LEAST_0,
+            RUN,
+        ),
+    ] = 0
+    patience: Annotated[
+        int | None,
+        Doc("Stop after this many evaluations without a new best, and keep the best.", AT_LEAST_1, RUN),
+    ] = None
+    report_to: Annotated[
+        str,
+        Doc("Also send the metrics to a tracker.", one_of("none", "tensorboard", "wandb", "trackio"), RUN),
+    ] = "none"
 
     def __post_init__(self) -> None:
-        self._check_types()
+        check_settings(self)
         if not self.out:
             raise InputError("out must name a folder")
         if self.steps is not None and self.minutes is not None:
             raise InputError("give steps or minutes as the budget, not both")
-        sizes = ("dim", "depth", "heads", "dim_mhesa")
-        counts = ("steps", "context", "batch_size", "accumulate", "save_every", "keep", "patience")
-        for name in (*sizes, *counts):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
-        for name in ("minutes", "lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} must be a positive number, not {value}")
-        if self.context < 2:
-            raise InputError("context must be at least 2: a window of one token has nothing to predict")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup must be at least 0 and below 1, not {self.warmup}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"weight_decay must be 0 or more, not {self.weight_decay}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}")
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("report_to", self.report_to, REPORTERS)
-        if self.eval_every < 0:
-            raise InputError(f"eval_every must be 0 or more, not {self.eval_every}")
         if self.patience is not None and not self.eval_every:
-            raise InputError("patience counts evaluations; say with eval_every how often there is one")
+            raise InputError("patience counts evaluations: also give eval_every, the steps between them")
         self.vocabulary_size()
+        self.model_config(vocab_size=1)
         if self.device != "auto":
-            check_device(self.device)
-        Holdout.parse(self.holdout)
-        try:
-            self.model_config(vocab_size=1)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+            from mhesa.ops.devices import check_device
 
-    def _check_types(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), str(field.type)
-            if value is None and kind.endswith("| None"):
-                continue
-            accepted, words = KINDS[kind.removesuffix(" | None")]
-            if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-                raise InputError(f"{field.name} must be {words}, not {value!r}")
+            check_device(self.device)
+        from mhesa.data.holdout import Holdout
+
+        Holdout.parse(self.holdout)
 
     def vocabulary_size(self) -> int | None:
-        """How many tokens to make of the corpus, `None` for a tokenizer that is there.
+        """The N of `bpe:N`; `None` for a tokenizer that exists already.
 
         Raises:
-            InputError: a tokenizer that cannot be.
+            InputError: there is no such tokenizer, or N is out of range.
         """
         if self.tokenizer == "bytes":
             return None
@@ -193,16 +210,22 @@ class TrainingSettings:
         return int(size)
 
     def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> ModelConfig:
-        """The sizes of the model to train."""
-        sizes = {field.name: getattr(self, field.name) for field in fields(BlockConfig)}
+        """The configuration of the model to train."""
+        sizes = {field.name: getattr(self, field.name) for field in fields(ModelSizes)}
         return ModelConfig(num_tokens=vocab_size, eos_token_id=eos_token_id, **sizes)
 
     def resolve(self) -> TrainingSettings:
         """The same settings with every automatic choice made for this machine.
 
         Raises:
-            InputError: the backend cannot serve the device.
+            InputError: this machine cannot do what a setting asks for, or `batch_size` does not divide
+                among the processes and their micro-batches.
         """
+        import torch
+
+        from mhesa.ops.devices import best_device, check_serves, computes_in_bf16
+        from mhesa.training.distributed import processes
+
         device = best_device() if self.device == "auto" else self.device
         kind = torch.device(device).type
         precision = self.precision
@@ -212,19 +235,20 @@ class TrainingSettings:
         if self.compile and kind == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
             raise InputError("compile needs a C++ compiler on a CPU; install one or leave it out")
         if self.report_to != "none" and find_spec(self.report_to) is None:
-            raise InputError(f"report_to {self.report_to} needs it installed: pip install {self.report_to}")
-        shares = self.accumulate * processes()
-        if (self.batch_size or shares) % shares:
+            raise InputError(f"report_to {self.report_to} needs a package: pip install {self.report_to}")
+        micro_batches = self.accumulate * processes()
+        if (self.batch_size or micro_batches) % micro_batches:
             raise InputError(
-                f"batch_size {self.batch_size} cannot be parted into {self.accumulate} micro-batches "
-                f"for {processes()} processes; give a multiple of {shares}"
+                f"batch_size {self.batch_size} cannot be divided into {self.accumulate} micro-batches "
+                f"for {processes()} processes; give a multiple of {micro_batches}"
             )
         tokens = TOKENS_A_STEP[precision] if kind == "cpu" else TOKENS_A_STEP_ON_ACCELERATORS
+        windows = max(tokens // self.context, 1)
         return replace(
             self,
             device=device,
             precision=precision,
-            batch_size=self.batch_size or self._share(max(tokens // self.context, 1)) * processes(),
+            batch_size=self.batch_size or math.ceil(windows / self.accumulate) * micro_batches,
             minutes=3.0 if self.steps is None and self.minutes is None else self.minutes,
         )
 
@@ -234,12 +258,8 @@ class TrainingSettings:
         assert self.batch_size is not None, "only resolved settings have a batch size"
         return self.batch_size
 
-    def _share(self, windows: int) -> int:
-        """The next number of windows that a process's micro-batches can share."""
-        return math.ceil(windows / self.accumulate) * self.accumulate
-
     def save(self, path: Path, **facts: dict[str, Any]) -> None:
-        """Write the settings as JSON, and under their names other facts of the run."""
+        """Write a JSON file of the settings, with other facts of the run beside them."""
         with write_file(path) as file:
             file.write(json.dumps({"settings": asdict(self), **facts}, indent=2).encode() + b"\n")
 
@@ -248,7 +268,7 @@ class TrainingSettings:
         """Read settings that `save` wrote.
 
         Raises:
-            InputError: the file is not there, or holds something else.
+            InputError: the file is missing or holds something else.
         """
         try:
             values = json.loads(path.read_text())["settings"]
@@ -265,10 +285,10 @@ class TrainingSettings:
 
     @classmethod
     def resumed(cls, changes: dict[str, Any]) -> TrainingSettings:
-        """The settings of the run in `changes["out"]`, with the changes made; one budget replaces the other.
+        """The settings of the run in `changes["out"]`, with these changes; steps replace minutes and back.
 
         Raises:
-            InputError: the folder holds no run, or a value cannot be.
+            InputError: the folder holds no run, or a changed setting is invalid.
         """
         path = Path(changes["out"]) / SETTINGS
         if not path.exists():
@@ -276,8 +296,3 @@ class TrainingSettings:
         if not changes.keys().isdisjoint({"steps", "minutes"}):
             changes = {"steps": None, "minutes": None} | changes
         return replace(cls.load(path), **changes)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value}")

@@ -1,0 +1,29 @@
+"""Modules without memory: shapes on the meta device, for weights to be assigned to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Create tensors on the meta device, and skip their initial values."""
+    with torch.device("meta"), _NoInitialValues():
+        yield
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Skips random initial values: to draw them for the meta device, torch would import its compiler."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return named["tensor"]
+        return (torch.empty if function is torch.randn else function)(*args, **named)

@@ -1,0 +1,162 @@
+"""Settings declared once: dataclass fields with their documentation and range beside them.
+
+    lr: Annotated[float, Doc("Peak learning rate.", POSITIVE, panel="Training")] = 3e-3
+
+From such a field come the class's documentation, its checks, an option of the command line, a key of YAML
+and a row of `docs/settings.md`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mhesa.errors import InputError
+
+T = TypeVar("T")
+
+# The types that are checked, with their subclasses and names.
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "text"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+    tuple: ((tuple,), "a list of texts"),
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a setting may have.
+
+    Args:
+        words: what they are called in an error and in the documentation.
+        contains: whether a value is one of them.
+        choices: all of them, where they are a few words.
+    """
+
+    words: str
+    contains: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+
+
+AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
+AT_LEAST_0 = Range("0 or more", lambda value: 0 <= value < math.inf)
+POSITIVE = Range("a positive number", lambda value: 0 < value < math.inf)
+FRACTION = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
+FINITE = Range("a finite number", math.isfinite)
+
+
+def one_of(*choices: str) -> Range:
+    """The range of a setting that is one of a few words."""
+    return Range(f"one of {', '.join(choices)}", choices.__contains__, choices)
+
+
+@dataclass(frozen=True)
+class Doc:
+    """What a field's annotation says of it.
+
+    Args:
+        text: what the setting does, in a sentence or two.
+        range: the values that it may have.
+        panel: the group of settings that it belongs to.
+        metavar: the form of its value, such as `bytes|bpe:N|PATH`.
+    """
+
+    text: str
+    range: Range | None = None
+    panel: str = ""
+    metavar: str | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a settings class.
+
+    Args:
+        name: the field's name.
+        type: its type without `None`; `tuple` for a tuple of any items.
+        optional: whether it may be `None`.
+        default: its default; `dataclasses.MISSING` if it has to be given.
+        doc: its documentation.
+    """
+
+    name: str
+    type: Any
+    optional: bool
+    default: Any
+    doc: Doc
+
+    @property
+    def required(self) -> bool:
+        """Whether the setting has to be given."""
+        return self.default is MISSING
+
+    @property
+    def hint(self) -> Any:
+        """The annotation of an argument for it, with `None` if that is its default."""
+        return self.type | None if self.optional or self.required else self.type
+
+    def check(self, value: Any) -> None:
+        """Raise `InputError` for a value of another type or out of range."""
+        if value is None and self.optional:
+            return
+        accepted, words = KINDS.get(self.type, ((object,), ""))
+        if not isinstance(value, accepted) or (isinstance(value, bool) and self.type in (int, float)):
+            raise InputError(f"{self.name} must be {words}, not {value!r}")
+        if self.doc.range is not None and not self.doc.range.contains(value):
+            raise InputError(f"{self.name} must be {self.doc.range.words}, not {value}")
+
+
+@lru_cache
+def settings_of(cls: type) -> tuple[Setting, ...]:
+    """The fields of a dataclass that have a `Doc`, in their order.
+
+    >>> from mhesa.inference.sampling_settings import Sampling
+    >>> [setting.name for setting in settings_of(Sampling)][:2]
+    ['temperature', 'top_k']
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    found = []
+    for field in fields(cls):
+        hint, *extras = get_args(hints[field.name]) or (hints[field.name],)
+        docs = [extra for extra in extras if isinstance(extra, Doc)]
+        if docs:
+            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            types = [kind for kind in kinds if kind is not NoneType]
+            kind = (get_origin(types[0]) or types[0]) if len(types) == 1 else hint
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            found.append(Setting(field.name, kind, NoneType in kinds, default, docs[0]))
+    return tuple(found)
+
+
+def check_settings(settings: Any) -> None:
+    """Raise `InputError` naming the first setting of a wrong type or out of range."""
+    for setting in settings_of(type(settings)):  # type: ignore[arg-type]
+        setting.check(getattr(settings, setting.name))
+
+
+def documented(cls: type[T]) -> type[T]:
+    """Add the fields' documentation to the docstring of a dataclass, under `Args:`."""
+    found = settings_of(cls)  # type: ignore[arg-type]  # to mypy, a class of any kind is not hashable
+    lines = "".join(f"\n    {setting.name}: {setting.doc.text}" for setting in found)
+    cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nArgs:{lines}"
+    return cls
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise `InputError` naming the first size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{name} must be at least 1, not {size}")
+
+
+def check_divisible(name: str, size: int, heads: int) -> None:
+    """Raise `InputError` unless `heads` divides `size`."""
+    if size % heads:
+        raise InputError(f"{name} must be divisible by heads, but {size} is not by {heads}")
