@@ -1,4 +1,4 @@
-"""How fast this machine reads memory, which is how fast a step can be at best."""
+"""How fast this machine reads memory: the bound of a step that reads every weight once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mhesa.ops.cpu.arguments import FLOAT32, struct
 from mhesa.ops.cpu.atomics import fetch_add
@@ -15,7 +16,7 @@ from mhesa.ops.cpu.threads import available, parallel
 
 Arguments = struct("Arguments", next_task="int64", count="int64", numbers=FLOAT32, out=FLOAT32)
 # Numbers that a task reads.
-STRETCH = 1 << 16
+TASK_SIZE = 1 << 16
 
 
 @jit(fastmath=True)
@@ -28,21 +29,30 @@ def _sum(numbers, count):  # type: ignore[no-untyped-def]
 
 def _read(args):  # type: ignore[no-untyped-def]
     while True:
-        start = fetch_add(member(args, "next_task")) * STRETCH
+        start = fetch_add(member(args, "next_task")) * TASK_SIZE
         if start >= args.count:
             return
-        args.out[0] = _sum(offset(args.numbers, start), min(STRETCH, args.count - start))
+        args.out[0] = _sum(offset(args.numbers, start), min(TASK_SIZE, args.count - start))
 
 
-def reader(size: int) -> Callable[[], object]:
-    """A function that reads `size` bytes of its own, once, on all of torch's threads."""
+def readers(size: int) -> dict[str, Callable[[], object]]:
+    """Two ways to read `size` bytes once on all of torch's threads; the faster one is the bound.
+
+    Neither is the faster on every processor.
+
+    Returns:
+        `native`: a compiled loop on the threads that the decoder uses; `torch`: torch's sum.
+    """
     memory = empty_hugepages(torch.Size([size // 4]), torch.float32).fill_(1)
+    return {"native": _native_reader(memory), "torch": memory.sum}
+
+
+def _native_reader(memory: Tensor) -> Callable[[], object]:
     out = np.zeros(1, dtype=np.float32)
     args = Arguments(count=len(memory), numbers=memory.data_ptr(), out=out.ctypes.data)
 
-    def read() -> float:
+    def read() -> None:
         args.next_task = 0
         parallel(compiled(_read, torch.float32, Arguments), args.address, available())
-        return float(out[0])
 
     return read

@@ -1,4 +1,4 @@
-"""The operator's time against the length of the sequence: a line, up to a million steps."""
+"""The operator's time against the length of the sequence, up to a million steps."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops import ELEMENTS, TOLERANCE, Case, error, inputs, prepare, with_backend
+from benchmarks.packages import say
 from benchmarks.timing import interleave
 from mhesa.ops.cpu.memory import keep_memory
 
 HEADS, HEAD_DIM = 8, 64
-# Each eight times the one before; the first is past the caches.
+# Each is eight times the one before; the first is larger than the caches.
 LENGTHS = (1 << 14, 1 << 17, 1 << 20)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result; `over_shorter` is the time over that of the length before, if there is one."""
+    """One line of the result; `over_shorter` is the time over that of the next shorter length, if any."""
 
     length: int
     timed: str
@@ -35,11 +36,11 @@ def bench_lengths(
     device: str = "cpu",
     on_round: Callable[[], object] = lambda: None,
 ) -> Iterator[Row]:
-    """Time the default backend on sequences of 512 channels in fp32, one longer than the other.
+    """Time the default backend on sequences of 512 channels in fp32, at several lengths in turn.
 
-    A million steps are 2 GB; the backward pass holds four times that. The process keeps its memory from here
-    on, as training does: fresh gigabytes would measure the system that hands them out. A line appears only if
-    a channel of every head is within `TOLERANCE` of fp64.
+    A million steps are 2 GB, and the backward pass holds four times that. From here on the process keeps the
+    memory that it frees, as training does: otherwise the time would be mostly that of the system handing out
+    pages. A length is timed only if one channel of every head is within `TOLERANCE` of fp64.
 
     Args:
         lengths: in steps.
@@ -48,7 +49,7 @@ def bench_lengths(
         on_round: called `2 * (rounds + 1)` times, for a progress bar.
 
     Yields:
-        For each of forward and forward+backward a row a length.
+        One row for each length, of the forward pass and then of forward+backward.
     """
     keep_memory()
     cases = {str(length): _operands(length, device) for length in lengths}
@@ -58,6 +59,8 @@ def bench_lengths(
             thing = prepare(with_backend(None), timed, operands, dy)
             if _right(timed, operands, dy, thing()):
                 things[name] = thing
+            else:
+                say(f"length {name}, {timed}: not timed, its result is wrong")
         seconds = interleave(things, rounds, on_round, device, enough=5)
         shorter = None
         for length in lengths:
@@ -67,7 +70,7 @@ def bench_lengths(
 
 
 def _operands(length: int, device: str) -> tuple[list[Tensor], Tensor]:
-    """Inputs and the gradient of y: a piece again and again, for random numbers take longer than all else."""
+    """Inputs and the gradient of y; one random piece is repeated, because drawing more would take longest."""
     piece = min(length, LENGTHS[0])
     x, *rest = inputs(Case((1, piece, HEADS, HEAD_DIM), torch.float32), device)
     x = x.detach().repeat(1, length // piece, 1, 1).requires_grad_()
@@ -75,7 +78,7 @@ def _operands(length: int, device: str) -> tuple[list[Tensor], Tensor]:
 
 
 def _right(timed: str, operands: list[Tensor], dy: Tensor, found: Sequence[Tensor]) -> bool:
-    """Whether the first channel of every head is what it is in fp64; channels do not know each other."""
+    """Whether the first channel of every head is right against fp64; channels are independent."""
     x, alpha, decay, skip = (value.detach().double().requires_grad_() for value in _first(operands))
     expected = prepare(with_backend("chunked"), timed, [x, alpha, decay, skip], dy[..., :1].double())()
     pairs = zip(found, expected, strict=True)

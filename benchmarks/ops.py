@@ -1,23 +1,23 @@
-"""The operator on every backend and in other packages, against fp64 and against copying its input."""
+"""The operator on every backend and in other packages, against fp64 and against a copy of its input."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from benchmarks.packages import installed, say
 from benchmarks.timing import interleave
 from mhesa.ops import BACKENDS, exponential_smoothing
 
-# The root mean square of an error over that of the right result.
+# The largest relative error (root mean square) of a result whose time is printed.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-# Steps of a rehearsal.
-REHEARSED = 64
-# Traffic in elements, by what is timed: read x and write y; then read x and dy, write dx.
+# Steps of the short input that warms up the instruction cache.
+WARMUP_STEPS = 64
+# Tensors of x's size that are read or written: x and y; in the backward pass x, dy and dx as well.
 ELEMENTS = {"forward": 2, "forward+backward": 5}
 
 Operator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -31,16 +31,31 @@ class Case:
     dtype: torch.dtype
 
     @property
-    def label(self) -> str:
-        """Shape and type as a line of a table shows them."""
-        return f"{' x '.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}"
+    def shape_text(self) -> str:
+        """The shape as `--shape` takes it.
+
+        >>> Case((4, 1024, 8, 64), torch.float32).shape_text
+        '4x1024x8x64'
+        """
+        return "x".join(map(str, self.shape))
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the type has 16 bits, which few other packages take."""
+        return self.dtype.itemsize == 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result."""
+    """One line of the result.
 
-    shape: tuple[int, int, int, int]
+    Args:
+        shape: `BxLxHxD`: batch, length, heads, head_dim.
+        over_clone: time over that of `x.clone()` in the same rounds.
+        error: the largest relative error (root mean square) of the result and its gradients, against fp64.
+    """
+
+    shape: str
     dtype: str
     operator: str
     timed: str
@@ -61,16 +76,16 @@ def bench_ops(
     device: str = "cpu",
     on_round: Callable[[], object] = lambda: None,
 ) -> Iterator[list[Row]]:
-    """Time every operator on every case, with `x.clone()` in the same turns.
+    """Time every operator on every case, with `x.clone()` in the same rounds.
 
-    Every operator computes smoothing and skip term, and the gradients of x, alpha, decay and skip. It is
-    timed only if its results are within `TOLERANCE` of fp64.
+    Every operator computes the smoothing and the skip term, and the gradients of x, alpha, decay and skip. It
+    is timed only if its results are within `TOLERANCE` of fp64.
 
     Args:
         cases: shapes and types.
         rounds: how often each is timed.
         device: a torch device.
-        on_round: called `2 * (rounds + 1)` times a case, for a progress bar.
+        on_round: called `2 * (rounds + 1)` times for each case, for a progress bar.
 
     Yields:
         The rows of a case.
@@ -82,15 +97,15 @@ def bench_ops(
 def _rows(case: Case, rounds: int, device: str, on_round: Callable[[], object]) -> list[Row]:
     operands = inputs(case, device)
     dy = torch.randn_like(operands[0])
-    few = [operands[0].detach()[:1, :REHEARSED].clone().requires_grad_(), *operands[1:]]
+    few = [operands[0].detach()[:1, :WARMUP_STEPS].clone().requires_grad_(), *operands[1:]]
     contestants = list(_contestants(case, device))
-    # A different program from those in a hurry, and fast enough in fp64 for a million steps.
+    # `chunked` shares no code with the native kernels and is fast enough in fp64 for a million steps.
     exact = [value.detach().double().requires_grad_() for value in operands]
     rows = []
     for timed in ELEMENTS:
         expected = prepare(with_backend("chunked"), timed, exact, dy.double())()
         things: dict[str, Callable[[], object]] = {"clone": operands[0].detach().clone}
-        rehearsals: dict[str, Callable[[], object]] = {"clone": few[0].detach().clone}
+        warmups: dict[str, Callable[[], object]] = {"clone": few[0].detach().clone}
         errors = {"clone": 0.0}
         for contestant in contestants:
             if timed == "forward" or contestant.differentiable:
@@ -98,8 +113,10 @@ def _rows(case: Case, rounds: int, device: str, on_round: Callable[[], object]) 
                 worst = max(error(mine, right) for mine, right in zip(thing(), expected, strict=True))
                 if worst <= TOLERANCE[case.dtype]:
                     things[contestant.name], errors[contestant.name] = thing, worst
-                    rehearsals[contestant.name] = prepare(contestant.operator, timed, few, dy[:1, :REHEARSED])
-        seconds = interleave(things, rounds, on_round, device, rehearsals=rehearsals)
+                    warmups[contestant.name] = prepare(contestant.operator, timed, few, dy[:1, :WARMUP_STEPS])
+                else:
+                    say(f"{contestant.name}, {case.shape_text}, {timed}: not timed, its error is {worst:.0e}")
+        seconds = interleave(things, rounds, on_round, device, warmups=warmups)
         rows += [_row(case, timed, name, seconds, errors[name]) for name in things]
     return rows
 
@@ -107,7 +124,7 @@ def _rows(case: Case, rounds: int, device: str, on_round: Callable[[], object]) 
 def _row(case: Case, timed: str, name: str, seconds: dict[str, float], error: float) -> Row:
     elements = math.prod(case.shape) * (2 if name == "clone" else ELEMENTS[timed])
     return Row(
-        shape=case.shape,
+        shape=case.shape_text,
         dtype=str(case.dtype).removeprefix("torch."),
         timed=timed,
         operator=name,
@@ -119,7 +136,10 @@ def _row(case: Case, timed: str, name: str, seconds: dict[str, float], error: fl
 
 
 def inputs(case: Case, device: str) -> list[Tensor]:
-    """x, alpha, decay and skip, with memories from a few steps to thousands."""
+    """x of the case's shape, alpha and decay `(heads,)`, skip `(heads, head_dim)`.
+
+    The time constants are from 3 to 10,000 steps.
+    """
     generator = torch.Generator().manual_seed(0)
     _, _, heads, head_dim = case.shape
     x = torch.randn(case.shape, generator=generator).to(case.dtype)
@@ -130,13 +150,19 @@ def inputs(case: Case, device: str) -> list[Tensor]:
 
 
 def error(found: Tensor, right: Tensor) -> float:
-    """The root mean square of the error over that of the right result."""
+    """The root mean square of `found - right` over that of `right`, two tensors of one shape."""
     return ((found.double() - right).square().mean().sqrt() / right.square().mean().sqrt()).item()
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """An implementation of smoothing with a skip term."""
+    """An implementation of smoothing with a skip term.
+
+    Args:
+        name: as the table shows it.
+        operator: takes x, alpha, decay and skip, and returns y of x's shape.
+        differentiable: whether it has a backward pass.
+    """
 
     name: str
     operator: Operator
@@ -146,7 +172,7 @@ class Contestant:
 def prepare(
     operator: Operator, timed: str, operands: list[Tensor], dy: Tensor
 ) -> Callable[[], Sequence[Tensor]]:
-    """What to call: it gives y, and with the backward pass the gradients of x and skip too."""
+    """A function that returns y, and with the backward pass the gradients of x and skip too."""
 
     def forward() -> Sequence[Tensor]:
         with torch.no_grad():
@@ -162,25 +188,24 @@ def prepare(
 
 def _contestants(case: Case, device: str) -> Iterator[Contestant]:
     for name, backend in BACKENDS.items():
-        # A Python loop over a million steps is a definition, not a contestant.
+        # `reference` is a Python loop: too slow for a million steps.
         if name != "reference" and backend.serves(torch.device(device)):
             yield Contestant(name, with_backend(name))
-    narrow = case.dtype in (torch.bfloat16, torch.float16)
-    if find_spec("gated_state_spaces_pytorch") and not narrow:
+    if not case.narrow and installed("gated_state_spaces_pytorch", "the original's FFT"):
         yield Contestant("the original's FFT", _original)
-    if find_spec("scipy") and device == "cpu" and not narrow:
+    if not case.narrow and device == "cpu" and installed("scipy", "scipy lfilter"):
         yield Contestant("scipy lfilter", _scipy, differentiable=False)
-    if find_spec("torchaudio") and not narrow:
+    if not case.narrow and installed("torchaudio", "torchaudio lfilter"):
         yield Contestant("torchaudio lfilter", _torchaudio)
-    power_of_two = case.shape[1] & (case.shape[1] - 1) == 0
-    if find_spec("accelerated_scan") and device == "cuda" and power_of_two:
+    power_of_two = case.shape[1].bit_count() == 1
+    if device.startswith("cuda") and power_of_two and installed("accelerated_scan", "accelerated-scan"):
         yield Contestant("accelerated-scan", _accelerated_scan)
-    if find_spec("fla") and device == "cuda":
+    if device.startswith("cuda") and installed("fla", "flash-linear-attention"):
         yield Contestant("fla", _fla)
 
 
 def with_backend(name: str | None) -> Operator:
-    """Smoothing on a backend, the default one for `None`."""
+    """`exponential_smoothing` on a backend; on the default one for `None`."""
 
     def smooth(x: Tensor, alpha: Tensor, decay: Tensor, skip: Tensor) -> Tensor:
         return exponential_smoothing(x, alpha, decay, skip=skip, backend=name)

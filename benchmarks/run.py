@@ -1,4 +1,4 @@
-"""Where the time of a training run goes: forward, backward, optimizer, and all else."""
+"""Where the time of a training run goes: forward, backward, optimizer, and the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mhesa.errors import InputError
 from mhesa.hf.modeling import MhesaForCausalLM
-from mhesa.training import Summary, TrainingSettings, train
+from mhesa.training import TrainingSettings, train
 from mhesa.training.steps import AfterStep
 from mhesa.training.trainer import Batches
 
@@ -42,19 +42,34 @@ class Part:
     share: float
 
 
-def bench_run(settings: TrainingSettings, *, console: Console | None = None) -> tuple[list[Part], Summary]:
-    """Train as `mhesa train` does, with a stopwatch at every part of a step.
+@dataclass(frozen=True)
+class Outcome:
+    """The run as a whole.
 
     Args:
-        settings: of the run; it must be on a CPU, for an accelerator works while the program goes on.
-        console: where its progress is shown.
+        outside: the share of its seconds that is not forward, backward and optimizer.
+        loss: nats per token held out.
+    """
+
+    steps: int
+    seconds: float
+    outside: float
+    loss: float
+
+
+def bench_run(settings: TrainingSettings, *, console: Console | None = None) -> tuple[list[Part], Outcome]:
+    """Train as `mhesa train` does, and time every part of a step.
+
+    Args:
+        settings: of the run. It must be on a CPU: calls to an accelerator return before its work is done.
+        console: where progress is shown.
 
     Returns:
-        The parts, the last of them what none of the others accounts for, and what came of the run.
-        Shares are of the seconds that its budget counts.
+        The parts, the last of which is the remainder, and the run as a whole. Shares are of the seconds that
+        count towards the run's budget.
 
     Raises:
-        InputError: the run is not on a CPU, or cannot be.
+        InputError: the run is not on a CPU.
     """
     if settings.resolve().device != "cpu":
         raise InputError("only a run on a CPU can be timed part by part; give it --device cpu")
@@ -68,12 +83,8 @@ def bench_run(settings: TrainingSettings, *, console: Console | None = None) -> 
         Part(name, spent, 1e3 * spent / summary.steps, spent / summary.seconds)
         for name, spent in seconds.items()
     ]
-    return parts, summary
-
-
-def outside(parts: list[Part]) -> float:
-    """The share of all that is not forward, backward and optimizer."""
-    return sum(part.share for part in parts if part.name not in ARITHMETIC)
+    outside = sum(part.share for part in parts if part.name not in ARITHMETIC)
+    return parts, Outcome(summary.steps, summary.seconds, outside, summary.score.loss)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How a server does under load, beside the decode loop that it is built around."""
+"""A server under load, against decoding alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,7 +24,7 @@ from mhesa.inference.sampling import BatchSampler, Sampling, TokenSampler
 from mhesa.model.loading import load
 
 STREAMS = (1, 16, 128, 1000)
-# What one measurement writes in all, some seconds' worth: at most, and with short texts one after another.
+# Tokens of one measurement in all: at most, and the number at which a client stops asking for further texts.
 TOKENS, ENOUGH = 400_000, 100_000
 WRITTEN = re.compile(rb'"completion_tokens":(\d+)')
 PROMPT = "The quick brown fox"
@@ -33,20 +32,20 @@ PROMPT = "The quick brown fox"
 
 @dataclass(frozen=True)
 class Row:
-    """What one number of streams came to; times in milliseconds.
+    """Figures for one number of streams; times in milliseconds.
 
     Args:
-        streams: clients at the same time, each with a connection for each text.
-        texts: how many they ask for in all, each client for one after another.
+        streams: clients at the same time; each opens a connection for each text.
+        texts: requested in all; a client asks for one after another.
         tokens: of each text.
-        finished: how many came whole.
+        finished: texts that were received whole.
         requests_per_second, tokens_per_second: over the whole run.
-        of_steps: that over the rate of the decoder's steps alone, which is `mhesa bench decode`'s mark.
-        of_loop: that over the rate of the plain decode loop, in which tokens are drawn too.
-        first_token: until a stream's first token.
-        per_token: a stream's mean time from a token to the next.
+        of_steps: tokens a second over those of the decoder's steps alone.
+        of_loop: tokens a second over those of a loop of steps and sampling.
+        first_token: from the request to the first token.
+        per_token: a stream's mean time from one token to the next.
         pause: between two events of a stream, each of which may bring several tokens.
-        health: an answer of `/health` meanwhile.
+        health: answers of `/health` under the load.
     """
 
     streams: int
@@ -65,25 +64,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """The median and what one in a hundred exceeds."""
+    """The median and the 99th percentile."""
 
     p50: float
     p99: float
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Quantiles:
-        """Of times in seconds, in milliseconds."""
+        """Quantiles in milliseconds of times in seconds."""
         ordered = sorted(seconds) or [float("nan")]
         return cls(1000 * statistics.median(ordered), 1000 * ordered[int(0.99 * (len(ordered) - 1) + 0.5)])
 
 
 @dataclass
 class _Stream(asyncio.Protocol):
-    """One streamed completion, read with as little work as can be."""
+    """One streamed completion, read with little work, because the client takes time from the server."""
 
     body: bytes
     host: str
-    key: str
     done: asyncio.Future[None]
     started: float = 0.0
     events: list[tuple[float, int]] = field(default_factory=list)
@@ -94,7 +92,7 @@ class _Stream(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.started = time.perf_counter()
         head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}\r\nAuthorization: Bearer {self.key}\r\n"
+            f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(self.body)}\r\nConnection: close\r\n\r\n"
         )
         transport.write(head.encode() + self.body)
@@ -104,7 +102,7 @@ class _Stream(asyncio.Protocol):
         counts = WRITTEN.findall(self.rest + data)
         if counts:
             self.events.append((now, int(counts[-1])))
-        # A count may be cut in two by the network.
+        # Two reads may cut a count in two.
         self.rest = data[-32:] if not data.endswith(b"\n") else b""
         self.finished = self.finished or b"[DONE]" in data
 
@@ -116,16 +114,16 @@ class _Stream(asyncio.Protocol):
 def bench_serve(
     folder: Path, streams: Sequence[int] = STREAMS, quantize: str | None = None, tokens: int | None = None
 ) -> Iterator[Row]:
-    """Start a server for a model, ask it for many texts at once, and compare with decoding alone.
+    """Start a server for a model, request many texts at once, and compare with decoding alone.
 
-    Server and clients share this machine. The decode loop is timed while the server is idle, before and
-    after each measurement, with the same sampling.
+    Server and clients share this machine. Decoding is timed while the server is idle, before and after each
+    measurement, with the same sampling.
 
     Args:
         folder: a trained model.
-        streams: how many texts at once, one measurement each.
-        quantize: how the decoder keeps weights.
-        tokens: of each text; some seconds' worth if omitted.
+        streams: how many texts at once, for each measurement.
+        quantize: how the decoder stores weights.
+        tokens: of each text; enough for some seconds if omitted.
     """
     model, _ = load(folder)
     decoder = Decoder(model, max_batch=max(streams), quantize=quantize)
@@ -141,7 +139,7 @@ def bench_serve(
 
 
 def decoding_rates(decoder: Decoder, batch: int) -> tuple[float, float]:
-    """Tokens a second of steps alone, and of the plain loop: a step, a draw, and again."""
+    """Tokens a second of steps alone, and of a loop that samples after each step."""
     return _rate(decoder, batch, False), _rate(decoder, batch, True)
 
 
@@ -155,7 +153,7 @@ def _rate(decoder: Decoder, batch: int, drawing: bool, seconds: float = 1.0) -> 
         if drawing:
             samplers.draw(logits)
 
-    # Not timed: what is compiled, and threads that wake.
+    # Not timed: compilation, and threads that wake up.
     for _ in range(3):
         advance()
     steps, started = 0, time.perf_counter()
@@ -167,10 +165,10 @@ def _rate(decoder: Decoder, batch: int, drawing: bool, seconds: float = 1.0) -> 
 
 @contextmanager
 def running(folder: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
-    """A server in a process of its own, on a free port: its URL.
+    """Run a server in a process of its own on a free port, and give its URL.
 
     Raises:
-        InputError: it does not start; the message is its own.
+        InputError: it does not start; the message is what it wrote to standard error.
     """
     command = [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", "0", *arguments]
     with tempfile.TemporaryFile("w+") as log:
@@ -179,7 +177,7 @@ def running(folder: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
         line = process.stderr.readline()
         if '"listening"' not in line:
             raise InputError(f"the server does not start: {line}{process.stderr.read()}".strip())
-        # Nobody reads what it logs; a full pipe would stop it.
+        # Drain its log: a full pipe would stop it.
         copy = subprocess.Popen(["cat"], stdin=process.stderr, stdout=log)
         try:
             yield json.loads(line)["url"]
@@ -213,14 +211,14 @@ async def _load(url: str, count: int, tokens: int) -> _Run:
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
-        stream = _Stream(json.dumps(body).encode(), address.netloc, "", loop.create_future())
+        stream = _Stream(json.dumps(body).encode(), address.netloc, loop.create_future())
         streams.append(stream)
-        await loop.create_connection(partial(_same, stream), host, port)
+        await loop.create_connection(lambda: stream, host, port)
         await stream.done
 
     async def client(first: int) -> None:
-        for nth in range(max(1, min(10, ENOUGH // (count * tokens)))):
-            await ask(first + nth * count)
+        for index in range(max(1, min(10, ENOUGH // (count * tokens)))):
+            await ask(first + index * count)
 
     await asyncio.gather(*(client(first) for first in range(count)))
     seconds = time.perf_counter() - started
@@ -230,12 +228,8 @@ async def _load(url: str, count: int, tokens: int) -> _Run:
     return _Run(seconds, streams, health)
 
 
-def _same(stream: _Stream) -> _Stream:
-    return stream
-
-
 async def _watch(host: str, port: int, health: list[float]) -> None:
-    """Ask for the server's health again and again."""
+    """Request `/health` every 50 ms and record how long each answer takes."""
     while True:
         started = time.perf_counter()
         reader, writer = await asyncio.open_connection(host, port)
@@ -247,7 +241,7 @@ async def _watch(host: str, port: int, health: list[float]) -> None:
 
 
 def _row(run: _Run, count: int, tokens: int, rates: Sequence[float]) -> Row:
-    # A text may have ended before it began.
+    # A text may be empty: the first token may end it.
     streams = [stream for stream in run.streams if stream.events and stream.events[-1][1]]
     written = sum(stream.events[-1][1] for stream in streams)
     firsts = [next(at for at, number in stream.events if number) - stream.started for stream in streams]

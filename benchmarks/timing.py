@@ -1,4 +1,4 @@
-"""Timing things against each other on a machine that is never quiet."""
+"""Timing several functions against each other on a machine that other programs use too."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-# Larger than most caches; what is written there drives everything else out.
-CACHES = 1 << 27
-# What takes fewer seconds than this is sampled more than once a turn.
+# Bytes that are written to evict everything else from the caches; larger than most caches.
+CACHE_BYTES = 1 << 27
+# A function that takes fewer seconds than this is timed several times in each round.
 SHORT = 0.1
 SAMPLES = 5
 
@@ -21,29 +21,28 @@ def interleave(
     on_round: Callable[[], object] = lambda: None,
     device: str = "cpu",
     enough: float = 1.0,
-    rehearsals: Mapping[str, Callable[[], object]] | None = None,
+    warmups: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each thing, run in turn `rounds` times after one turn that does not count.
+    """Median seconds of each function, called in turn for `rounds` rounds after one that does not count.
 
-    Whatever slows the machine for a while then slows all of them alike: their ratios hold where their
-    times do not. Each finds what it finds in a long computation, whoever was before: it runs once
-    uncounted, so that the allocator gives it its own memory again, unless even its fastest run took
-    `enough`; then the caches are filled with other things, and its rehearsal brings the program back to them,
-    but not the data.
+    Whatever slows the machine down for a while slows all of them down: their ratios are steadier than their
+    times. Each call is timed in the same state, whatever ran before it. The function has just run once
+    untimed, so that the allocator hands it the same memory again; one that takes `enough` seconds or more
+    skips this. Then the caches are overwritten, and its warm-up loads its instructions, but not its data.
 
     Args:
-        things: what to time, by name.
-        rounds: turns that count.
-        on_round: called after every turn.
-        device: a torch device; anything but `cpu` is waited for.
-        enough: seconds after which a thing sits out the remaining turns.
-        rehearsals: the same things on next to no data, by the same names.
+        things: functions by name.
+        rounds: how many rounds count.
+        on_round: called after every round.
+        device: a torch device; its work is waited for.
+        enough: seconds after which a function sits out the remaining rounds.
+        warmups: by the same names, the same functions on small inputs.
 
     >>> times = interleave({"less": lambda: sum(range(10)), "more": lambda: sum(range(100_000))}, rounds=3)
     >>> times["less"] < times["more"]
     True
     """
-    others = torch.empty(CACHES, dtype=torch.uint8, device=device)
+    evicting = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
     fastest = {name: _time(thing, device) for name, thing in things.items()}
     on_round()
     seconds: dict[str, list[float]] = {name: [] for name in things}
@@ -53,9 +52,9 @@ def interleave(
                 for _ in range(SAMPLES if fastest[name] < SHORT else 1):
                     if fastest[name] < enough:
                         thing()
-                    others.fill_(0)
-                    if rehearsals is not None:
-                        rehearsals[name]()
+                    evicting.fill_(0)
+                    if warmups is not None:
+                        warmups[name]()
                     seconds[name].append(_time(thing, device))
                     fastest[name] = min(fastest[name], seconds[name][-1])
         on_round()
