@@ -1,4 +1,4 @@
-"""The operator: one signature, one file a backend, a slow reference that is its definition."""
+"""The operator: one signature, one module per backend, and a slow reference that defines it."""
 
 from mhesa.ops.backends import BACKENDS
 from mhesa.ops.fft import conv1d_fft

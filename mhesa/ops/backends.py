@@ -1,12 +1,12 @@
-"""Which implementations of the operator exist, and which of them can serve a tensor.
+"""The implementations of the operator, and which of them can serve a tensor.
 
 A backend is a module of this package with one function,
 
     scan(x, alpha, decay, skip, initial_state, cu_seqlens, reverse) -> (y, final_state)
 
-over inputs that `exponential_smoothing` has checked: `alpha`, `decay`, `skip` and `initial_state` come
-in the accumulation type (fp32, or fp64 for fp64 `x`). Modules are imported when first used, so that
-`import mhesa` stays fast and a missing optional package matters only to those who ask for it.
+over inputs that `exponential_smoothing` has checked: `alpha`, `decay`, `skip` and `initial_state` have
+the accumulation type (fp32, or fp64 for fp64 `x`). A module is imported at its first use, so that
+`import mhesa` is fast and needs no optional package.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Scan = Callable[
 
 @dataclass(frozen=True)
 class Backend:
-    """Where a backend lives and what it needs; no `devices` means any."""
+    """A backend's module, the device types it runs on (empty: any), and the optional package it needs."""
 
     module: str
     devices: frozenset[str] = frozenset()
     package: str | None = None
 
     def serves(self, device: torch.device) -> bool:
-        """Whether tensors on `device` can be scanned on this machine."""
+        """Whether it can scan tensors on `device` on this machine."""
         on_device = not self.devices or device.type in self.devices
         return on_device and (self.package is None or find_spec(self.package) is not None)
 
@@ -74,11 +74,11 @@ _SCANS: dict[str, Scan] = {}
 
 
 def _load(module: str) -> bool:
-    """Import a backend; apart from the look-up, for the compiler follows no imports but can run this."""
+    """Import a backend. `torch.compile` cannot trace the import, so it runs this function."""
     if module not in _SCANS:
         _SCANS[module] = import_module(module).scan
     return True
 
 
-# What `torch.compiler.assume_constant_result` sets, which would import the whole compiler to do so.
+# The attribute that `torch.compiler.assume_constant_result` sets; calling it would import the compiler.
 _load._dynamo_marked_constant = True  # type: ignore[attr-defined]

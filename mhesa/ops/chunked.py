@@ -1,8 +1,8 @@
-"""The scan in plain torch, for any device: a triangular product within chunks, a carry between them.
+"""The scan in plain torch, for any device: a triangular matrix product in each chunk, a carry between chunks.
 
-The carry from chunk to chunk is the same recurrence, over chunk ends, with decay `decay ** CHUNK`; so it
-is computed by the same function, `CHUNK` times shorter each time, in `log(length)` rounds. Only powers
-of the decay with positive exponents occur, so decays near 0 and near 1 stay finite at any length.
+The carry from chunk to chunk is the same recurrence over the chunks' end states, with decay
+`decay ** CHUNK`. The same function computes it, recursively, on sequences `CHUNK` times shorter each time.
+All exponents of the decay are positive, so decays near 0 and near 1 stay finite at any length.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def scan(
     wide = x.to(alpha.dtype)
     if reverse:
         wide = wide.flip(1)
-    # Powers taken in fp32 would lose three digits by the end of a chunk. Apple's GPUs have no fp64.
+    # Powers in fp32 would lose three digits by the end of a chunk. Apple's GPUs have no fp64.
     precise = decay if x.device.type == "mps" else decay.double()
     columns = alpha[:, None, None] * wide.permute(2, 1, 0, 3).flatten(2)
     h = _smooth(columns, precise, state.permute(1, 0, 2).reshape(heads, 1, -1))
@@ -63,6 +63,6 @@ def _smooth(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
 
 def _powers(decay: Tensor, n: int) -> Tensor:
     """`decay ** [0, 1, .., n]`, `(heads, n + 1)`."""
-    # The power 0 apart: its derivative at decay 0 is 0 * 0 ** -1 on the way to higher orders.
+    # Power 0 is a constant: differentiating decay ** 0 at decay 0 gives 0 * 0 ** -1, which is NaN.
     positive = decay[:, None] ** torch.arange(1, n + 1, device=decay.device)
     return torch.cat([torch.ones_like(decay)[:, None], positive], dim=1)

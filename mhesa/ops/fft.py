@@ -1,4 +1,4 @@
-"""The long convolution by FFT, in O(L log L): how the operator was first computed."""
+"""The operator as one long convolution by FFT, in O(L log L), as the original package computes it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from mhesa.ops.packing import per_sequence
 def conv1d_fft(x: Tensor, weights: Tensor, dim: int = -2, weight_dim: int = -1) -> Tensor:
     """Convolve `x` with a kernel as long as the sequence, by FFT.
 
-    The kernel is stored with the weight of the present last: for `x` of length `L` along `dim`,
+    The last weight multiplies the current step. For `x` of length `L` along `dim`,
 
         out[t] = sum over i of weights[i] * x[t - (L - 1) + i]
 
-    which is causal for a kernel of `L` weights. Outside `0 .. L-1`, `x` is zero if the kernel has `L`
-    weights or more; with fewer, the convolution wraps around as the original's does: put zeros before
-    the kernel to avoid it.
+    With `L` weights this is causal. With `L` weights or more, `x` counts as zero outside `0 .. L-1`; with
+    fewer, the convolution wraps around, as in the original package: pad the kernel with leading zeros to
+    avoid it.
 
     Args:
         x: any shape.
-        weights: a shape that, with `weight_dim - dim` dimensions of size 1 added behind, broadcasts
-            against `x`.
+        weights: any shape that broadcasts against `x` once `weight_dim - dim` dimensions of size 1 are
+            appended.
         dim: the dimension of `x` that is time.
-        weight_dim: the dimension of `weights` that is time, not before `dim`.
+        weight_dim: the dimension of `weights` that is time, counted as `dim` is; not before it.
 
     Returns:
         A tensor of the broadcast shape, `L` long along `dim`, in the type of `x`.
@@ -46,12 +46,12 @@ def conv1d_fft(x: Tensor, weights: Tensor, dim: int = -2, weight_dim: int = -1) 
     spectrum = torch.fft.rfft(weights.to(dtype), period, weight_dim).conj()
     spectrum = spectrum.reshape(spectrum.shape + (1,) * (weight_dim - dim))
     correlation = torch.fft.irfft(torch.fft.rfft(x.to(dtype), period, dim) * spectrum, period, dim)
-    # Lag -(L-1) comes first, lag 0 last.
+    # The inverse transform starts at lag 0; move lag -(L-1) to the front.
     return correlation.roll(length - 1, dim).narrow(dim, 0, length).to(x.dtype)
 
 
 def _fast_length(n: int) -> int:
-    """The least number from `n` up whose only prime factors are 2, 3 and 5."""
+    """The smallest number >= `n` whose only prime factors are 2, 3 and 5."""
     best = 1 << (n - 1).bit_length()
     fives = 1
     while fives < best:

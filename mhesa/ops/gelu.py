@@ -1,7 +1,7 @@
-"""GELU, alone or times a gate: what a block does between its matrix products.
+"""GELU, alone or times a gate, as a block computes it between its matrix products.
 
-PyTorch goes over memory for it two to five times; on a CPU `mhesa.ops.cpu.gelu_kernels` does once.
-Compilers, which do as much by themselves, and devices other than CPUs get PyTorch's own operators.
+PyTorch passes over memory two to five times; on a CPU, `mhesa.ops.cpu.gelu_kernels` passes once.
+Under a compiler, which fuses by itself, and on other devices, PyTorch's own operators are used.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ def gelu(x: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -
     Args:
         x: of any shape and floating-point type; computed in fp32 (fp64 for fp64).
         gate: shaped as `x`; ones if omitted.
-        backend: of the smoothing beside it: what is not `"numba"`, or `None` on a CPU, leaves this to
-            PyTorch.
+        backend: the layer's smoothing backend. Only `"numba"` and `None` use the CPU kernel.
 
-    The unit of https://arxiv.org/abs/1606.08415, exact, not its approximation by tanh.
+    The exact unit of https://arxiv.org/abs/1606.08415, not its approximation by tanh.
 
     >>> gelu(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]))
     tensor([0.0000, 1.6827])
@@ -53,17 +52,17 @@ def _served(tensors: list[Tensor], backend: str | None) -> bool:
 
 
 class _Gelu(Function):
-    """`gate * GELU(x)` by the kernels themselves."""
+    """`gate * GELU(x)`, by direct calls of the CPU kernels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor | None) -> Tensor:
-        """Call the kernel; nothing it computes is needed again."""
+        """Call the kernel; the backward pass needs the inputs alone."""
         ctx.save_for_backward(x, gate)
         return _forward(x, gate)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Call the kernel, unless the gradient is to be differentiated in turn."""
+        """Call the kernel, or PyTorch's differentiable operators if the gradient is to be differentiated."""
         x, gate = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_plain_eager(dy):
             gated = dy if gate is None else dy * gate

@@ -1,4 +1,4 @@
-"""Packed sequences for the backends that scan a plain batch."""
+"""Packed sequences for backends that scan a plain batch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ DenseScan = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool
 
 
 def per_sequence(scan: DenseScan) -> Scan:
-    """Let a scan over a batch also take `cu_seqlens`: every packed sequence is scanned alone.
-
-    Nothing can leak between sequences, at the price of one call a sequence.
-    """
+    """Add `cu_seqlens` to a scan over a batch: one call per packed sequence, so that nothing leaks."""
 
     @wraps(scan)
     def packed(

@@ -1,4 +1,4 @@
-"""The definition of the operator: a plain loop over time, for any float type, in any order of derivative."""
+"""The definition of the operator: a plain loop over time, for any float type and any order of derivative."""
 
 from __future__ import annotations
 

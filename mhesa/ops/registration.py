@@ -1,13 +1,13 @@
-"""Turns a pair of fused kernels into an operator that every part of PyTorch understands.
+"""Turns a pair of fused kernels into an operator that works in every part of PyTorch.
 
-`make_scan` registers the raw kernels with the dispatcher, so that compiled and exported graphs hold
-them as single nodes, and wraps them in an `autograd.Function`, since only that serves `torch.func`
-(an autograd formula on the raw operator alone makes `torch.func.grad` raise and `torch.func.jvp`
-return zeros). The gradient is a second `Function`, differentiable in turn: its backward is written in
-terms of the scan itself, so that derivatives of any order exist. Forward-mode differentiation raises.
-
-Both ways cost as much as copying a megabyte. Where nobody looks on, no compiler, transform or mode, the
-kernels are called directly, in a third `Function` that does nothing else where gradients are wanted.
+- `make_scan` registers the kernels as custom operators, so that compiled and exported graphs hold them as
+  single nodes.
+- `Smoothing` wraps them in an `autograd.Function`, which `torch.func` needs: with an autograd formula on the
+  custom operator alone, `torch.func.grad` raises and `torch.func.jvp` returns zeros.
+- `SmoothingGradient` is the gradient as a second `Function`. Its own backward is written with the scan, so
+  that derivatives of any order exist. Forward-mode differentiation raises.
+- `EagerSmoothing` calls the kernels directly, in plain eager mode (no compiler, transform or dispatch mode):
+  the dispatcher costs as much as copying a megabyte.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ScanBackward = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool], Gradients
 ]
 
-# Of each backend, forward and backward.
+# Forward and backward of each backend, by its name.
 _KERNELS: dict[str, tuple[Scan, ScanBackward]] = {}
 
 
@@ -43,8 +43,8 @@ def make_scan(name: str, forward: Scan, backward: ScanBackward) -> Scan:
         backward: `(dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse) ->
             (dx, dalpha, ddecay, dskip, dinitial)`; `dskip` is ignored where `skip` is `None`.
 
-    Both take and return plain tensors: `x`, `dy`, `y`, `dx` `(batch, length, heads, head_dim)` in the type
-    of `x`, the first two in any layout; the rest in the accumulation type. No output may share memory
+    Both take and return plain tensors. `x`, `dy`, `y`, `dx` are `(batch, length, heads, head_dim)` in the
+    type of `x`, inputs in any layout; all others have the accumulation type. No output may share memory
     with an input.
 
     Returns:
@@ -97,7 +97,7 @@ def make_scan(name: str, forward: Scan, backward: ScanBackward) -> Scan:
 
 
 class EagerSmoothing(Function):
-    """The scan on plain tensors, `(name, x, .., reverse) -> (y, final_state)`, by the kernels themselves."""
+    """The scan by direct calls of the kernels, `(name, x, .., reverse) -> (y, final_state)`."""
 
     @staticmethod
     def forward(ctx: Any, name: str, *args: Any) -> Any:
@@ -107,7 +107,7 @@ class EagerSmoothing(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        """Call the kernel, unless the gradient is to be differentiated in turn."""
+        """Call the kernel, or the differentiable gradient if it is to be differentiated."""
         if torch.is_grad_enabled() or not is_plain_eager(dy, dfinal):
             return Smoothing.backward(ctx, dy, dfinal)
         saved = ctx.saved_tensors
@@ -129,19 +129,19 @@ class Smoothing(Function):
         cu_seqlens: Tensor | None,
         reverse: bool,
     ) -> Any:
-        """Call the raw operator."""
+        """Call the custom operator."""
         run = getattr(torch.ops.mhesa, f"{name}_forward").default
         return run(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep the inputs: nothing the kernel computes is needed again."""
+        """Keep the inputs; the backward pass needs nothing else."""
         ctx.name, *tensors, ctx.reverse = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient, differentiable in turn."""
+        """The gradient, itself differentiable."""
         x, alpha, decay, skip, initial_state, cu_seqlens = ctx.saved_tensors
         gradients = _apply(
             SmoothingGradient,
@@ -151,7 +151,7 @@ class Smoothing(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        """The mapped dimension becomes further heads."""
+        """Turn the mapped dimension into more heads."""
         outputs = _apply(Smoothing, _fold(info.batch_size, in_dims, args, (2, 0, 0, 0, 1)))
         return _unfold(info.batch_size, outputs, (2, 1))
 
@@ -172,7 +172,7 @@ class SmoothingGradient(Function):
         cu_seqlens: Tensor | None,
         reverse: bool,
     ) -> Any:
-        """Call the raw operator."""
+        """Call the custom operator."""
         run = getattr(torch.ops.mhesa, f"{name}_backward").default
         return run(dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
 
@@ -203,28 +203,28 @@ class SmoothingGradient(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        """The mapped dimension becomes further heads."""
+        """Turn the mapped dimension into more heads."""
         folded = _fold(info.batch_size, in_dims, args, (2, 1, 2, 0, 0, 0, 1))
         return _unfold(info.batch_size, _apply(SmoothingGradient, folded), (2, 0, 0, 0, 1))
 
 
 class _Positional(inspect.Signature):
-    """Of a function that always gets all its arguments, in order.
+    """The signature of a function that is always called with all its arguments, by position.
 
-    `apply` binds arguments to the signature at every call; in full that costs as much as all the rest.
+    `apply` binds the arguments at every call; the full binding would double the time of a call.
     """
 
     class Bound(NamedTuple):
-        """What `apply` makes use of."""
+        """The attributes that `apply` uses."""
 
         args: tuple[Any, ...]
         kwargs: dict[str, Any]
 
         def apply_defaults(self) -> None:
-            """None are missing."""
+            """Do nothing: no argument is missing."""
 
     def bind(self, *args: Any) -> Any:
-        """The arguments as they are."""
+        """Return the arguments unchanged."""
         return self.Bound(args, {})
 
 
@@ -254,7 +254,7 @@ def _smoothing(
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
-    """Whether all that is to be done with the tensors is to compute on them."""
+    """Whether there is no compiler, transform, tracer, dispatch mode, dual level or tensor subclass."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -266,7 +266,7 @@ def is_plain_eager(*tensors: Tensor) -> bool:
 
 
 def _for_inputs(gradients: Gradients, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of what a `Function` here takes, and `None` for what is not there or no tensor."""
+    """Gradients for the arguments of a `Function`: `None` for the name, the offsets and absent tensors."""
     present = (None if t is None else gradient for gradient, t in zip(gradients, tensors, strict=True))
     return None, *present, None, None
 
@@ -311,7 +311,7 @@ def _fake_backward(
 
 
 def _no_skip(alpha: Tensor) -> Tensor:
-    """What stands for the gradient of an absent `skip`: an operator cannot return `None`."""
+    """The gradient of an absent `skip`, since an operator cannot return `None`: an empty tensor."""
     return alpha.new_empty(0)
 
 
@@ -327,10 +327,10 @@ def _gradients(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> Gradients:
-    """The gradient written with the scan itself, for derivatives of higher order."""
+    """The gradient written with the scan, for derivatives of higher order."""
     wide, dwide = x.to(alpha.dtype), dy.to(alpha.dtype)
     h, _ = scan(wide, alpha, decay, None, initial_state, cu_seqlens, reverse)
-    # What reaches h[t] from later steps, decay * g[t+1], is a scan of its own, the other way in time.
+    # The gradient that h[t] gets from later steps, decay * g[t+1], is a scan in the other direction.
     later, dinitial = scan(dwide, decay, decay, None, dfinal, cu_seqlens, not reverse)
     g = dwide + _before(later, dfinal, cu_seqlens, not reverse)
     start = torch.zeros_like(dfinal) if initial_state is None else initial_state
@@ -345,7 +345,7 @@ def _gradients(
 
 
 def _before(h: Tensor, start: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
-    """The state that each step finds: `h` one step later in scan order, `start` at the first step.
+    """The state before each step, `h[t-1]`; `start` for the first step of a sequence.
 
     `h` is `(batch, length, heads, head_dim)`, `start` `(sequences, heads, head_dim)`.
     """
@@ -362,14 +362,14 @@ def _before(h: Tensor, start: Tensor, cu_seqlens: Tensor | None, reverse: bool) 
 def _fold(
     size: int, in_dims: Sequence[int | None], args: Sequence[Any], heads_at: Sequence[int]
 ) -> tuple[Any, ...]:
-    """Turn a mapped dimension of `size` into further heads, at `heads_at` of each tensor in `args`.
+    """Turn a mapped dimension of `size` into more heads, at dimension `heads_at` of each tensor in `args`.
 
-    The first of `args` is the backend's name; the last two, `cu_seqlens` and `reverse`, are not per head.
+    `args` is the backend's name, the tensors, `cu_seqlens` and `reverse`.
     """
     _, *in_dims, offsets_dim, _ = in_dims
     name, *tensors, cu_seqlens, reverse = args
     if offsets_dim is not None:
-        raise ValueError("cu_seqlens cannot be mapped over: give each packing a call of its own")
+        raise ValueError("cu_seqlens cannot be mapped over: make one call per packing")
     folded = [
         None if tensor is None else _with_heads(tensor, dim, size, at)
         for tensor, dim, at in zip(tensors, in_dims, heads_at, strict=True)
@@ -386,7 +386,7 @@ def _with_heads(tensor: Tensor, dim: int | None, size: int, at: int) -> Tensor:
 
 
 def _unfold(size: int, outputs: Sequence[Tensor], heads_at: Sequence[int]) -> tuple[Any, Any]:
-    """The outputs with the mapped dimension split off the heads again, and where it is in each."""
+    """The outputs with the mapped dimension split off the heads again, and its position in each."""
     split = tuple(
         output.unflatten(at, (size, output.shape[at] // size))
         for output, at in zip(outputs, heads_at, strict=True)

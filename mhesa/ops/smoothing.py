@@ -52,7 +52,7 @@ def exponential_smoothing(
     return_final_state: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Smooth every channel of `x` over time, each head with its own rate.
+    r"""Smooth every channel of `x` over time, each head at its own rates.
 
     .. code-block:: text
 
@@ -65,24 +65,24 @@ def exponential_smoothing(
     Args:
         x: `(batch, length, heads, head_dim)`, any floating-point type.
         alpha: `(heads,)`, the weight of a new value.
-        decay: `(heads,)`, what a step leaves of the state; in `[0, 1]` for a stable scan.
-        skip: `(heads, head_dim)`, a weight on `x` itself, added to the output; none if omitted.
+        decay: `(heads,)`, the factor on the state at each step; in `[0, 1]` for a stable scan.
+        skip: `(heads, head_dim)`, a weight on `x` itself, added to the output; no such term if omitted.
         initial_state: `(batch, heads, head_dim)`, or `(sequences, heads, head_dim)` with `cu_seqlens`.
         cu_seqlens: `(sequences + 1,)` integers, the offsets of sequences packed one after another
-            along the length of an `x` of batch 1: from 0 to `length`, never falling. No value passes
+            along the length of an `x` of batch 1, in ascending order from 0 to `length`. No value passes
             from one sequence to the next.
         reverse: run from the last step to the first; the initial state then enters at the end.
         return_final_state: also return the state after the last step, shaped as `initial_state`, in
             fp32 (fp64 for fp64 `x`).
-        backend: `"triton"`, `"numba"`, `"chunked"`, `"fft"` or `"reference"`; `None` takes the best for
-            the device.
+        backend: `"triton"`, `"numba"`, `"chunked"`, `"fft"` or `"reference"`; `None` takes the fastest
+            that can serve `x`.
 
     Returns:
         `y`, of the shape and type of `x`, or `(y, final_state)`.
 
     Raises:
-        ValueError: shapes that do not fit, offsets that do not cover `x`, or a backend that is
-            unknown or cannot serve `x`.
+        ValueError: shapes that do not fit, offsets that do not cover `x`, or a backend that is unknown
+            or cannot serve `x`.
 
     The recurrence is the exponential smoothing attention of ETSformer (https://arxiv.org/abs/2202.01381)
     with a damping factor in the decay, computed in time linear in the length.
@@ -109,12 +109,12 @@ def exponential_smoothing(
 def exponential_smoothing_step(
     x: Tensor, alpha: Tensor, decay: Tensor, state: Tensor, *, skip: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One step of `exponential_smoothing`: what streaming and generation run for every token.
+    """One step of `exponential_smoothing`, for streaming and generation.
 
     Args:
         x: `(batch, heads, head_dim)`.
         alpha, decay: `(heads,)`.
-        state: `(batch, heads, head_dim)`, from the step before; it is not changed.
+        state: `(batch, heads, head_dim)`, from the step before; not changed in place.
         skip: `(heads, head_dim)`.
 
     Returns:
@@ -140,12 +140,12 @@ def exponential_smoothing_step(
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums and states are held in: fp64 for fp64, fp32 for everything narrower."""
+    """The type of sums and states: fp64 for fp64, fp32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """The tensor in a type; a conversion to what it is costs ten times as much as to ask."""
+    """`tensor` in `dtype`. Comparing first is ten times faster than a conversion to the same type."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -184,8 +184,8 @@ def _check_offsets(cu_seqlens: Tensor, batch: int, length: int) -> None:
     if batch != 1:
         raise ValueError(f"with cu_seqlens x must have batch 1, its sequences end to end, not batch {batch}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
-        raise ValueError("cu_seqlens must be a list of integer offsets, (sequences + 1,)")
-    # Reading offsets that live on an accelerator would stall it at every call.
+        raise ValueError("cu_seqlens must be integer offsets, (sequences + 1,)")
+    # Offsets on an accelerator are not checked: reading them would synchronise at every call.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != length or offsets != sorted(offsets):

@@ -1,1 +1,1 @@
-"""GPU kernels, compiled by Triton."""
+"""GPU kernels in Triton."""

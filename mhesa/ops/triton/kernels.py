@@ -1,37 +1,37 @@
-"""The kernels of the scan in Triton: one read and one write an element where there are channels enough.
+"""The Triton kernels of the scan at fixed rates. With enough channels they read and write each element once.
 
 A program owns `BLOCK` channels and walks over time in tiles. A tile is `SPANS` spans of `ROWS` rows each,
 held in registers as `ROWS` tensors `(SPANS, BLOCK)`, so that all spans advance together:
 
-1. every span is scanned from zero, which leaves its end;
-2. the ends are scanned over spans in `log2(SPANS)` steps (Hillis and Steele, 1986), with the powers
-   `decay ** (ROWS * 2**j)`, which gives what the tile's earlier spans bring into each span;
-3. the state that enters the tile, times `decay ** (ROWS * span)`, is added to that, and every span is
-   scanned again from it to give the outputs.
+1. Scan every span from zero, which gives its end state.
+2. Scan the end states over the spans in `log2(SPANS)` steps (Hillis and Steele, 1986), with the powers
+   `decay ** (ROWS * 2**j)`: this is what the tile's earlier spans add to the state at each span's start.
+3. Add the state at the tile's start times `decay ** (ROWS * span)`, and scan every span again from there,
+   to write the outputs.
 
-Where batch x channels fill the device, a program walks through a whole sequence, carrying the state from
-tile to tile. Otherwise (batch 1 with a long sequence) three kernels run: the tiles' ends in any order, the
-chain of tile to tile alone, the outputs in any order; at the price of reading the input twice. Both do
-the same arithmetic on the same tiles in the same order, with every fused multiplication written out, so
-the choice between them, which depends on the batch, changes no bit of the outputs.
+If batch x channels fill the device, a program walks through a whole sequence and carries the state from tile
+to tile. Otherwise (batch 1 with a long sequence) three kernels run: one for the tiles' end states, in any
+order; one that chains them; one for the outputs, in any order. That reads the input twice. Both regimes do
+the same arithmetic on the same tiles in the same order, with every fused multiply-add written out, so the
+choice between them, which depends on the batch, changes no bit of the outputs.
 
-The backward pass needs no state of the forward pass: against the direction of the scan it carries `p`,
-the gradient that enters a state from its future, and `r`, the derivative of that with respect to the decay:
+The backward pass needs no state of the forward pass. It runs against the scan and carries `p`, the gradient
+that a state gets from later steps, and `r`, the derivative of `p` with respect to the decay:
 
     g = dy + p;  dx = alpha * g + skip * dy;  r' = g + decay * r;  p' = decay * g
     dalpha = sum g * x;  ddecay = alpha * sum r * x + initial_state * r[end];  dskip = sum dy * x
 
 Over `n` rows without input, `p` is multiplied by `decay ** n` and `r` also gains
-`n * decay ** (n - 1) * p`. Gradients of the parameters are summed in fp32 a program and channel, then in
-fp64 in a fixed order: no atomics, the same bits at every run.
+`n * decay ** (n - 1) * p`. Gradients of the parameters are summed in fp32 per program and channel, then in
+fp64 in a fixed order: without atomics, every run gives the same bits.
 
 Packed sequences are tiled as one. Each row knows its sequence, and a state passes from row to row only
-within one. Where a state must not pass it is replaced, never multiplied by zero, so that no NaN passes.
+within a sequence. At a boundary the state is replaced, not multiplied by zero, so that no NaN passes.
 
-Powers of the decay are taken in fp64 by repeated squaring; positive exponents alone occur.
+Powers of the decay are computed in fp64 by repeated squaring; all exponents are positive.
 """
 
-# Kernels are Triton's language, not Python's: no types that mypy knows, constants in capitals.
+# Kernels are written in Triton's language: without types that mypy knows, constants in capitals.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="assignment"
 # ruff: noqa: N803, RUF005
@@ -44,10 +44,10 @@ import triton.language as tl
 
 @triton.jit
 def _powers(decay, ROWS_LOG: tl.constexpr, SPANS_LOG: tl.constexpr):
-    """What `(p, r)` is multiplied by: `decay ** n` and its derivative, `n * decay ** (n - 1)`.
+    """The factors on `(p, r)` over `n` rows: `decay ** n` and its derivative, `n * decay ** (n - 1)`.
 
-    For the rows of 1, 2, 4, .. spans (two tuples), of all spans before each span (a pair of
-    `(SPANS, lanes)`), and of a whole tile, with what rounding took from its power.
+    Returns, for the rows of 1, 2, 4, .. spans, the tuples `powers` and `slopes`; for the rows before each
+    span, a pair of `(SPANS, lanes)`; for a whole tile, power, slope, and the rounding error of the power.
     """
     power = decay.to(tl.float64)
     slope = power * 0 + 1
@@ -74,16 +74,16 @@ def _powers(decay, ROWS_LOG: tl.constexpr, SPANS_LOG: tl.constexpr):
 
 
 @triton.jit
-def _across(state, whole, total):
-    """What leaves a tile of end `total` that `state` enters.
+def _advance(state, whole, total):
+    """The state after a tile, from the state before it and the tile's end state from zero, `total`.
 
-    A rounded power would be rounded the same way at every tile, and err in proportion to the length.
+    The power's rounding error is added back: it is the same at every tile and would grow with the length.
     """
     return tl.fma(whole[0], state, tl.fma(whole[2], state, total))
 
 
 @triton.jit
-def _tile(
+def _load_tile(
     pointer, stride, position, limit, length, channel, channels, ROWS: tl.constexpr, REVERSE: tl.constexpr
 ):
     """The rows of a tile: `ROWS` tensors `(SPANS, BLOCK)`, zero from `limit` on."""
@@ -97,38 +97,38 @@ def _tile(
 
 
 @triton.jit
-def _sequence(sequence_of, at, length, REVERSE: tl.constexpr):
-    """The packed sequence that the step `at` of the scan belongs to, -1 for steps outside."""
+def _load_sequence(sequence_of, at, length, REVERSE: tl.constexpr):
+    """The packed sequence of the step `at` of the scan, -1 for steps outside."""
     row = length - 1 - at if REVERSE else at
     return tl.load(sequence_of + row, mask=(at >= 0) & (at < length), other=-1)
 
 
 @triton.jit
-def _closes(sequence_of, tile, size, length, REVERSE: tl.constexpr):
+def _tile_ends_sequence(sequence_of, tile, size, length, REVERSE: tl.constexpr):
     """Whether a sequence ends in this tile."""
     if sequence_of is None:
         closes = (tile + 1) * size >= length
     else:
-        following = _sequence(sequence_of, (tile + 1) * size, length, REVERSE)
-        closes = following != _sequence(sequence_of, tile * size, length, REVERSE)
+        following = _load_sequence(sequence_of, (tile + 1) * size, length, REVERSE)
+        closes = following != _load_sequence(sequence_of, tile * size, length, REVERSE)
     return closes
 
 
 @triton.jit
-def _ending(sequence_of, at, batch, length, REVERSE: tl.constexpr):
-    """Which of the steps `at` end a sequence, and which sequence that is."""
+def _ends_sequence(sequence_of, at, batch, length, REVERSE: tl.constexpr):
+    """Whether each step `at` ends a sequence, and the index of the sequence."""
     if sequence_of is None:
         ends = at == length - 1
         sequence = at * 0 + batch
     else:
-        sequence = _sequence(sequence_of, at, length, REVERSE).to(tl.int64)
-        ends = (sequence >= 0) & (sequence != _sequence(sequence_of, at + 1, length, REVERSE))
+        sequence = _load_sequence(sequence_of, at, length, REVERSE).to(tl.int64)
+        ends = (sequence >= 0) & (sequence != _load_sequence(sequence_of, at + 1, length, REVERSE))
     return ends, sequence
 
 
 @triton.jit
-def _from_span(values, span):
-    """The row `span` of `values`, a tensor `(SPANS, BLOCK)`, in the place of each row."""
+def _gather_span(values, span):
+    """Rows `span` of `values`, `(SPANS, BLOCK)`: a gather over the spans."""
     return tl.gather(values, tl.broadcast_to(span, values.shape), 0)
 
 
@@ -156,14 +156,16 @@ def forward(
     SPANS_LOG: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """The whole scan; or with `carries (batch, tiles, channels)` the outputs, given the state that enters
-    each tile; or without `y` the ends of the tiles, into `carries`.
+    """The scan of `tiles_a_program` tiles.
+
+    Without `carries`, the whole scan. With `carries (batch, tiles, channels)`, which holds the state at each
+    tile's start, the outputs. Without `y`, the tiles' end states from zero, written to `carries`.
     """
     ROWS: tl.constexpr = 1 << ROWS_LOG
     SPANS: tl.constexpr = 1 << SPANS_LOG
     blocks = tl.cdiv(channels, BLOCK)
     groups = tl.cdiv(tiles, tiles_a_program)
-    # Blocks of the same rows run next to each other, for they share cache lines.
+    # Neighbouring programs take blocks of the same rows, which share cache lines.
     start = tl.program_id(0) % blocks * BLOCK
     group = tl.program_id(0) // blocks
     batch = (group // groups).to(tl.int64)
@@ -172,31 +174,31 @@ def forward(
     limit = tl.minimum(last * (ROWS * SPANS), length)
 
     channel = start + tl.arange(0, BLOCK)[None, :]
-    real = channel < channels
-    # One lane, if all channels of the block belong to one head.
+    valid = channel < channels
+    # One lane if all channels of the block belong to one head.
     head = tl.minimum(start + tl.arange(0, LANES)[None, :], channels - 1) // head_dim
     a = tl.load(alpha + head)
     d = tl.load(decay + head)
     powers, _, reaching, whole = _powers(d, ROWS_LOG, SPANS_LOG)
     span = tl.arange(0, SPANS)[:, None]
-    none = tl.zeros([SPANS, BLOCK], d.dtype)
-    state = none
+    zero = tl.zeros([SPANS, BLOCK], d.dtype)
+    state = zero
     if skip is not None:
-        weight = tl.load(skip + channel, mask=real, other=0.0)
+        weight = tl.load(skip + channel, mask=valid, other=0.0)
     if initial_state is not None and sequence_of is None and carries is None:
-        state += tl.load(initial_state + batch * channels + channel, mask=real, other=0.0)
+        state += tl.load(initial_state + batch * channels + channel, mask=valid, other=0.0)
 
     x += batch * stride_batch
     position = first * (ROWS * SPANS) + span * ROWS
-    following = _tile(x, stride_time, position, limit, length, channel, channels, ROWS, REVERSE)
+    following = _load_tile(x, stride_time, position, limit, length, channel, channels, ROWS, REVERSE)
     for tile in range(first, last):
         rows = following
         position = tile * (ROWS * SPANS) + span * ROWS
-        end = none
+        end = zero
         inputs = ()
         starts = ()
         if sequence_of is not None:
-            sequence = _sequence(sequence_of, position - 1, length, REVERSE)
+            sequence = _load_sequence(sequence_of, position - 1, length, REVERSE)
             sequence_before = sequence
         for k in tl.static_range(ROWS):
             value = a * rows[k].to(d.dtype)
@@ -204,46 +206,46 @@ def forward(
                 end = tl.fma(d, end, value)
             else:
                 previous = sequence
-                sequence = _sequence(sequence_of, position + k, length, REVERSE)
+                sequence = _load_sequence(sequence_of, position + k, length, REVERSE)
                 begins = sequence != previous
                 if initial_state is not None:
                     entering = initial_state + sequence.to(tl.int64) * channels + channel
-                    mask = begins & (sequence >= 0) & real
+                    mask = begins & (sequence >= 0) & valid
                     value = tl.fma(d, tl.load(entering, mask=mask, other=0.0), value)
                 end = tl.where(begins, value, tl.fma(d, end, value))
                 starts = starts + (begins,)
             inputs = inputs + (value,)
 
-        # Gathers keep a channel's spans in one warp, loads keep a span's channels in one thread. This changes
-        # over to the former once; the loads below, after the last gather, make all that follows change back.
-        end = _from_span(end, span)
+        # Gathers want a channel's spans in one warp, loads want a span's channels in one thread. This gather
+        # changes to the first layout once; after the last gather, the loads below change back.
+        end = _gather_span(end, span)
         for j in tl.static_range(SPANS_LOG):
             joins = span >= (1 << j)
             if sequence_of is not None:
                 far = position - (1 << j) * ROWS + (ROWS - 1)
-                joins &= _sequence(sequence_of, far, length, REVERSE) == sequence
-            earlier = _from_span(end, tl.maximum(span - (1 << j), 0))
+                joins &= _load_sequence(sequence_of, far, length, REVERSE) == sequence
+            earlier = _gather_span(end, tl.maximum(span - (1 << j), 0))
             end = tl.where(joins, tl.fma(powers[j], earlier, end), end)
-        total = _from_span(end, span * 0 + (SPANS - 1))
-        earlier = _from_span(end, tl.maximum(span - 1, 0))
+        total = _gather_span(end, span * 0 + (SPANS - 1))
+        earlier = _gather_span(end, tl.maximum(span - 1, 0))
 
-        # Fetched while the outputs of this tile are made.
-        following = _tile(
+        # Load the next tile while the outputs of this one are computed.
+        following = _load_tile(
             x, stride_time, position + ROWS * SPANS, limit, length, channel, channels, ROWS, REVERSE
         )
 
         carry = (batch * tiles + tile) * channels + channel
         if y is None:
-            tl.store(carries + carry + span * 0, total, mask=real & (span == 0))
+            tl.store(carries + carry + span * 0, total, mask=valid & (span == 0))
         else:
             if carries is not None:
-                state = tl.load(carries + carry + span * 0, mask=real, other=0.0)
+                state = tl.load(carries + carry + span * 0, mask=valid, other=0.0)
             reached = tl.fma(reaching[0], state, earlier)
             if sequence_of is not None:
-                outside = _sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
+                outside = _load_sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
                 reached = tl.where(sequence_before == outside, reached, earlier)
             h = tl.where(span == 0, state, reached)
-            closes = _closes(sequence_of, tile, ROWS * SPANS, length, REVERSE)
+            closes = _tile_ends_sequence(sequence_of, tile, ROWS * SPANS, length, REVERSE)
             for k in tl.static_range(ROWS):
                 at = position + k
                 row = length - 1 - at if REVERSE else at
@@ -253,14 +255,14 @@ def forward(
                 if skip is not None:
                     result = tl.fma(weight, rows[k].to(d.dtype), h)
                 target = y + (batch * length + row) * channels + channel
-                tl.store(target, result.to(y.dtype.element_ty), mask=(at < length) & real)
+                tl.store(target, result.to(y.dtype.element_ty), mask=(at < length) & valid)
                 if closes:
-                    ends, out = _ending(sequence_of, at, batch, length, REVERSE)
-                    tl.store(final_state + out * channels + channel, h, mask=ends & real)
+                    ends, out = _ends_sequence(sequence_of, at, batch, length, REVERSE)
+                    tl.store(final_state + out * channels + channel, h, mask=ends & valid)
             if carries is None:
-                passed = _across(state, whole, total)
+                passed = _advance(state, whole, total)
                 if sequence_of is not None:
-                    joins = _sequence(
+                    joins = _load_sequence(
                         sequence_of, position - span * ROWS + (ROWS * SPANS - 1), length, REVERSE
                     )
                     passed = tl.where(joins == outside, passed, total)
@@ -296,10 +298,10 @@ def backward(
     SPANS_LOG: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """As `forward`, for the gradients; `REVERSE` says how this pass runs, against the scan.
+    """The gradients, by the regimes of `forward`; `REVERSE` is the direction of this pass, against the scan.
 
-    `carries (2, batch, tiles, channels)` has `p`, then `r`; `partials (2 or 3, programs, channels)` takes
-    the sums for alpha, decay and, if there is one, skip.
+    `carries (2, batch, tiles, channels)` holds `p`, then `r`. `partials (2 or 3, programs, channels)` takes
+    the sums for alpha, decay and skip, if any.
     """
     ROWS: tl.constexpr = 1 << ROWS_LOG
     SPANS: tl.constexpr = 1 << SPANS_LOG
@@ -313,23 +315,23 @@ def backward(
     limit = tl.minimum(last * (ROWS * SPANS), length)
 
     channel = start + tl.arange(0, BLOCK)[None, :]
-    real = channel < channels
+    valid = channel < channels
     head = tl.minimum(start + tl.arange(0, LANES)[None, :], channels - 1) // head_dim
     a = tl.load(alpha + head)
     d = tl.load(decay + head)
     powers, slopes, reaching, whole = _powers(d, ROWS_LOG, SPANS_LOG)
     span = tl.arange(0, SPANS)[:, None]
-    none = tl.zeros([SPANS, BLOCK], d.dtype)
-    p_state = none
-    r_state = none
-    sum_alpha = none
-    sum_decay = none
-    sum_initial = none
-    sum_skip = none
+    zero = tl.zeros([SPANS, BLOCK], d.dtype)
+    p_state = zero
+    r_state = zero
+    sum_alpha = zero
+    sum_decay = zero
+    sum_initial = zero
+    sum_skip = zero
     if skip is not None:
-        weight = tl.load(skip + channel, mask=real, other=0.0)
+        weight = tl.load(skip + channel, mask=valid, other=0.0)
     if sequence_of is None and carries is None:
-        p_state += tl.load(dfinal + batch * channels + channel, mask=real, other=0.0)
+        p_state += tl.load(dfinal + batch * channels + channel, mask=valid, other=0.0)
 
     dy += batch * stride_batch_dy
     if dx is not None:
@@ -337,21 +339,21 @@ def backward(
     programs = tl.num_programs(0) // blocks
     plane = (programs // groups).to(tl.int64) * tiles * channels
     position = first * (ROWS * SPANS) + span * ROWS
-    next_dy = _tile(dy, stride_time_dy, position, limit, length, channel, channels, ROWS, REVERSE)
+    next_dy = _load_tile(dy, stride_time_dy, position, limit, length, channel, channels, ROWS, REVERSE)
     if dx is not None:
-        next_x = _tile(x, stride_time, position, limit, length, channel, channels, ROWS, REVERSE)
+        next_x = _load_tile(x, stride_time, position, limit, length, channel, channels, ROWS, REVERSE)
     for tile in range(first, last):
         position = tile * (ROWS * SPANS) + span * ROWS
         rows_dy = next_dy
         if dx is not None:
             rows_x = next_x
 
-        g = none
-        r_end = none
+        g = zero
+        r_end = zero
         inputs = ()
         starts = ()
         if sequence_of is not None:
-            sequence = _sequence(sequence_of, position - 1, length, REVERSE)
+            sequence = _load_sequence(sequence_of, position - 1, length, REVERSE)
             sequence_before = sequence
         for k in tl.static_range(ROWS):
             value = rows_dy[k].to(d.dtype)
@@ -360,10 +362,10 @@ def backward(
                 r_end = tl.fma(d, r_end, g)
             else:
                 previous = sequence
-                sequence = _sequence(sequence_of, position + k, length, REVERSE)
+                sequence = _load_sequence(sequence_of, position + k, length, REVERSE)
                 begins = sequence != previous
                 entering = dfinal + sequence.to(tl.int64) * channels + channel
-                mask = begins & (sequence >= 0) & real
+                mask = begins & (sequence >= 0) & valid
                 value += tl.load(entering, mask=mask, other=0.0)
                 g = tl.where(begins, value, tl.fma(d, g, value))
                 r_end = tl.where(begins, g, tl.fma(d, r_end, g))
@@ -371,53 +373,53 @@ def backward(
             inputs = inputs + (value,)
         p_end = d * g
 
-        # As in `forward`.
-        p_end = _from_span(p_end, span)
-        r_end = _from_span(r_end, span)
+        # Change the layout, as in `forward`.
+        p_end = _gather_span(p_end, span)
+        r_end = _gather_span(r_end, span)
         for j in tl.static_range(SPANS_LOG):
             joins = span >= (1 << j)
             if sequence_of is not None:
                 far = position - (1 << j) * ROWS + (ROWS - 1)
-                joins &= _sequence(sequence_of, far, length, REVERSE) == sequence
+                joins &= _load_sequence(sequence_of, far, length, REVERSE) == sequence
             earlier = tl.maximum(span - (1 << j), 0)
-            p_far = _from_span(p_end, earlier)
-            r_far = _from_span(r_end, earlier)
+            p_far = _gather_span(p_end, earlier)
+            r_far = _gather_span(r_end, earlier)
             r_end = tl.where(joins, tl.fma(powers[j], r_far, tl.fma(slopes[j], p_far, r_end)), r_end)
             p_end = tl.where(joins, tl.fma(powers[j], p_far, p_end), p_end)
-        p_total = _from_span(p_end, span * 0 + (SPANS - 1))
-        r_total = _from_span(r_end, span * 0 + (SPANS - 1))
-        p_earlier = _from_span(p_end, tl.maximum(span - 1, 0))
-        r_earlier = _from_span(r_end, tl.maximum(span - 1, 0))
+        p_total = _gather_span(p_end, span * 0 + (SPANS - 1))
+        r_total = _gather_span(r_end, span * 0 + (SPANS - 1))
+        p_earlier = _gather_span(p_end, tl.maximum(span - 1, 0))
+        r_earlier = _gather_span(r_end, tl.maximum(span - 1, 0))
 
         ahead = position + ROWS * SPANS
-        next_dy = _tile(dy, stride_time_dy, ahead, limit, length, channel, channels, ROWS, REVERSE)
+        next_dy = _load_tile(dy, stride_time_dy, ahead, limit, length, channel, channels, ROWS, REVERSE)
         if dx is not None:
-            next_x = _tile(x, stride_time, ahead, limit, length, channel, channels, ROWS, REVERSE)
+            next_x = _load_tile(x, stride_time, ahead, limit, length, channel, channels, ROWS, REVERSE)
 
         carry = (batch * tiles + tile) * channels + channel + span * 0
         if dx is None:
-            tl.store(carries + carry, p_total, mask=real & (span == 0))
-            tl.store(carries + plane + carry, r_total, mask=real & (span == 0))
+            tl.store(carries + carry, p_total, mask=valid & (span == 0))
+            tl.store(carries + plane + carry, r_total, mask=valid & (span == 0))
         else:
             if carries is not None:
-                p_state = tl.load(carries + carry, mask=real, other=0.0)
-                r_state = tl.load(carries + plane + carry, mask=real, other=0.0)
+                p_state = tl.load(carries + carry, mask=valid, other=0.0)
+                r_state = tl.load(carries + plane + carry, mask=valid, other=0.0)
             p = tl.fma(reaching[0], p_state, p_earlier)
             r = tl.fma(reaching[0], r_state, tl.fma(reaching[1], p_state, r_earlier))
             if sequence_of is not None:
-                outside = _sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
+                outside = _load_sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
                 p = tl.where(sequence_before == outside, p, p_earlier)
                 r = tl.where(sequence_before == outside, r, r_earlier)
             p = tl.where(span == 0, p_state, p)
             r = tl.where(span == 0, r_state, r)
-            closes = _closes(sequence_of, tile, ROWS * SPANS, length, REVERSE)
+            closes = _tile_ends_sequence(sequence_of, tile, ROWS * SPANS, length, REVERSE)
             for k in tl.static_range(ROWS):
                 at = position + k
                 row = length - 1 - at if REVERSE else at
                 g = inputs[k] + p if k == 0 else tl.fma(d, g, inputs[k])
                 if sequence_of is not None:
                     g = tl.where(starts[k], inputs[k], g)
-                    r = tl.where(starts[k], none, r)
+                    r = tl.where(starts[k], zero, r)
                 value = rows_x[k].to(d.dtype)
                 sum_alpha = tl.fma(g, value, sum_alpha)
                 sum_decay = tl.fma(r, value, sum_decay)
@@ -427,20 +429,20 @@ def backward(
                     sum_skip = tl.fma(output, value, sum_skip)
                     result = tl.fma(weight, output, result)
                 target = dx + (batch * length + row) * channels + channel
-                tl.store(target, result.to(dx.dtype.element_ty), mask=(at < length) & real)
+                tl.store(target, result.to(dx.dtype.element_ty), mask=(at < length) & valid)
                 r = tl.fma(d, r, g)
                 if closes:
-                    ends, out = _ending(sequence_of, at, batch, length, REVERSE)
+                    ends, out = _ends_sequence(sequence_of, at, batch, length, REVERSE)
                     state = out * channels + channel
-                    tl.store(dinitial + state, d * g, mask=ends & real)
+                    tl.store(dinitial + state, d * g, mask=ends & valid)
                     if initial_state is not None:
-                        initial = tl.load(initial_state + state, mask=ends & real, other=0.0)
+                        initial = tl.load(initial_state + state, mask=ends & valid, other=0.0)
                         sum_initial = tl.where(ends, tl.fma(initial, r, sum_initial), sum_initial)
             if carries is None:
-                p_passed = _across(p_state, whole, p_total)
-                r_passed = _across(r_state, whole, tl.fma(whole[1], p_state, r_total))
+                p_passed = _advance(p_state, whole, p_total)
+                r_passed = _advance(r_state, whole, tl.fma(whole[1], p_state, r_total))
                 if sequence_of is not None:
-                    joins = _sequence(
+                    joins = _load_sequence(
                         sequence_of, position - span * ROWS + (ROWS * SPANS - 1), length, REVERSE
                     )
                     p_passed = tl.where(joins == outside, p_passed, p_total)
@@ -451,11 +453,11 @@ def backward(
     if dx is not None:
         partial = partials + group.to(tl.int64) * channels + channel
         rows_of_partials = programs.to(tl.int64) * channels
-        tl.store(partial, tl.sum(sum_alpha, axis=0, keep_dims=True), mask=real)
+        tl.store(partial, tl.sum(sum_alpha, axis=0, keep_dims=True), mask=valid)
         sum_decay = tl.fma(a, sum_decay, sum_initial)
-        tl.store(partial + rows_of_partials, tl.sum(sum_decay, axis=0, keep_dims=True), mask=real)
+        tl.store(partial + rows_of_partials, tl.sum(sum_decay, axis=0, keep_dims=True), mask=valid)
         if skip is not None:
-            tl.store(partial + 2 * rows_of_partials, tl.sum(sum_skip, axis=0, keep_dims=True), mask=real)
+            tl.store(partial + 2 * rows_of_partials, tl.sum(sum_skip, axis=0, keep_dims=True), mask=valid)
 
 
 @triton.jit
@@ -476,16 +478,17 @@ def chain(
     REVERSE: tl.constexpr,
     PAIR: tl.constexpr,
 ):
-    """Turn the ends of tiles into what enters each, in place: `(batch, tiles, channels)`, or a pair of it.
+    """Replace each tile's end state by the state at its start, in place.
 
-    `initial (batch, channels)` enters the first, unless sequences are packed.
+    `carries` is `(batch, tiles, channels)`, or with `PAIR` two of these. `initial (batch, channels)` is the
+    state at the first tile's start, unless sequences are packed.
     """
     TILE: tl.constexpr = 1 << (ROWS_LOG + SPANS_LOG)
     blocks = tl.cdiv(channels, BLOCK)
     start = tl.program_id(0) % blocks * BLOCK
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     channel = start + tl.arange(0, BLOCK)[None, :]
-    real = channel < channels
+    valid = channel < channels
     d = tl.load(decay + tl.minimum(start + tl.arange(0, LANES)[None, :], channels - 1) // head_dim)
     _, _, _, whole = _powers(d, ROWS_LOG, SPANS_LOG)
     plane = (tl.num_programs(0) // blocks).to(tl.int64) * tiles * channels
@@ -494,30 +497,30 @@ def chain(
     state = tl.zeros([1, BLOCK], d.dtype)
     second = state
     if initial is not None and sequence_of is None:
-        state += tl.load(initial + batch * channels + channel, mask=real, other=0.0)
-    following = _ends(carries, channel, channels, tiles, AHEAD)
+        state += tl.load(initial + batch * channels + channel, mask=valid, other=0.0)
+    following = _load_ends(carries, channel, channels, tiles, AHEAD)
     if PAIR:
-        second_following = _ends(carries + plane, channel, channels, tiles, AHEAD)
+        second_following = _load_ends(carries + plane, channel, channels, tiles, AHEAD)
     for tile in range(0, tiles, AHEAD):
         left = tiles - tile
         ahead = carries + AHEAD * channels
         ends = following
-        following = _ends(ahead, channel, channels, left - AHEAD, AHEAD)
+        following = _load_ends(ahead, channel, channels, left - AHEAD, AHEAD)
         if PAIR:
             second_ends = second_following
-            second_following = _ends(ahead + plane, channel, channels, left - AHEAD, AHEAD)
+            second_following = _load_ends(ahead + plane, channel, channels, left - AHEAD, AHEAD)
         for k in tl.static_range(AHEAD):
             entering = carries + k * channels
             mask = channel < tl.where(left > k, channels, 0)
             tl.store(entering, state, mask=mask)
-            passed = _across(state, whole, ends[k])
+            passed = _advance(state, whole, ends[k])
             if PAIR:
                 tl.store(entering + plane, second, mask=mask)
-                second_passed = _across(second, whole, tl.fma(whole[1], state, second_ends[k]))
+                second_passed = _advance(second, whole, tl.fma(whole[1], state, second_ends[k]))
             if sequence_of is not None:
                 at = (tile + k) * TILE
-                outside = _sequence(sequence_of, at - 1, length, REVERSE)
-                joins = outside == _sequence(sequence_of, at + TILE - 1, length, REVERSE)
+                outside = _load_sequence(sequence_of, at - 1, length, REVERSE)
+                joins = outside == _load_sequence(sequence_of, at + TILE - 1, length, REVERSE)
                 passed = tl.where(joins, passed, ends[k])
                 if PAIR:
                     second_passed = tl.where(joins, second_passed, second_ends[k])
@@ -528,8 +531,8 @@ def chain(
 
 
 @triton.jit
-def _ends(carries, channel, channels, left, AHEAD: tl.constexpr):
-    """The next ends of tiles, as far as there are `left`: `AHEAD` tensors `(1, BLOCK)`."""
+def _load_ends(carries, channel, channels, left, AHEAD: tl.constexpr):
+    """The next `AHEAD` end states, tensors `(1, BLOCK)`, zero beyond the `left` that there are."""
     ends = ()
     for k in tl.static_range(AHEAD):
         mask = channel < tl.where(left > k, channels, 0)

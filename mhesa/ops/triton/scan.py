@@ -1,4 +1,4 @@
-"""The scan on a GPU: what plans and launches the kernels of `mhesa.ops.triton.kernels`."""
+"""The scan on a GPU: plans and launches the kernels of `mhesa.ops.triton.kernels`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from mhesa.ops.registration import make_scan
 from mhesa.ops.triton import kernels
 
 BLOCK = 32
-"""Channels a program: 64 bytes of bf16, the least that DRAM hands out at once."""
+"""Channels per program: 64 bytes of bf16, the smallest access to DRAM."""
 
 SPANS_LOG = 5
-"""The logarithm of the spans a tile, to base 2."""
+"""Spans per tile, as a logarithm to base 2."""
 
 FORWARD_ROWS_LOG = {2: 3, 4: 2, 8: 2}
 BACKWARD_ROWS_LOG = {2: 2, 4: 2, 8: 1}
-"""The logarithm of the rows a span, to base 2, by the bytes of a value: what registers can hold."""
+"""Rows per span, as a logarithm to base 2, by the bytes of a value: as many as fit into registers."""
 
 AHEAD = 16
-"""Ends of tiles that the chain of tiles fetches at once."""
+"""Tiles whose end states the chain kernel loads at once."""
 
 
 class _Plan(NamedTuple):
-    """How a pass over `x` is cut up, and the constants its kernels are compiled with."""
+    """How a pass over `x` is cut into tiles and programs, and the constants of its kernels."""
 
     tiles: int
     tiles_a_program: int
@@ -47,14 +47,14 @@ def _plan(x: Tensor, rows_logs: dict[int, int], packed: bool, reverse: bool) -> 
     tiles = triton.cdiv(length, 1 << (rows_log + SPANS_LOG))
     blocks = triton.cdiv(heads * head_dim, BLOCK)
     processors = _processors(x.device)
-    # A program a multiprocessor keeps enough loads in flight; three kernels read the input twice.
+    # One program per multiprocessor keeps enough loads in flight; three kernels read the input twice.
     whole = tiles == 1 or batch * blocks >= processors
-    # Longer runs hide the memory's latency and leave fewer sums to add up, once all is busy.
+    # Once all multiprocessors are busy, more tiles per program hide latency and leave fewer partial sums.
     run = min(max(batch * blocks * tiles // (16 * processors), 1), 8)
     tiles_a_program = tiles if whole else run
     lanes = 1 if head_dim % BLOCK == 0 else BLOCK
-    # With four warps a thread holds 8 values of a row: one 16-byte load of two-byte values. Wider values
-    # and a decay or sequence that differs from value to value need the registers of eight.
+    # With four warps a thread holds 8 values of a row: one 16-byte load of two-byte values. Wider values,
+    # a decay per channel and packing need the registers of eight warps.
     warps = 4 if x.element_size() == 2 and lanes == 1 and not packed else 8
     constants = {
         "LANES": lanes,
@@ -63,7 +63,7 @@ def _plan(x: Tensor, rows_logs: dict[int, int], packed: bool, reverse: bool) -> 
         "SPANS_LOG": SPANS_LOG,
         "REVERSE": reverse,
         "num_warps": warps,
-        # What is not written as a fused multiplication may still become one; the default varies.
+        # Triton's default varies by version.
         "enable_fp_fusion": True,
     }
     programs = batch * triton.cdiv(tiles, tiles_a_program)
@@ -72,7 +72,7 @@ def _plan(x: Tensor, rows_logs: dict[int, int], packed: bool, reverse: bool) -> 
 
 @lru_cache
 def _processors(device: torch.device) -> int:
-    """The device's multiprocessors, each of which runs several programs at a time."""
+    """The number of multiprocessors, each of which runs several programs at a time."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     if device.type == "xpu":
@@ -81,14 +81,14 @@ def _processors(device: torch.device) -> int:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make `device` current: Triton launches on the current device, whatever the tensors are on."""
     if device.type == "cuda":
         return torch.cuda.device(device)
     return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
 
 
 def _strided(x: Tensor) -> Tensor:
-    """`x`, copied unless the channels of a step lie next to each other."""
+    """`x`, copied unless the channels of each step are contiguous."""
     _, _, heads, head_dim = x.shape
     dense = (head_dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == head_dim)
     return x if dense else x.contiguous()
@@ -99,13 +99,13 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _sequence_of(cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
-    """The packed sequence of each row, `(length,)`, found without a word from the device to the host."""
+    """The packed sequence of each row, `(length,)`, computed on the device without synchronising."""
     if cu_seqlens is None:
         return None
     offsets = cu_seqlens.to(x.device)
     rows = torch.arange(x.shape[1], device=x.device, dtype=offsets.dtype)
     found = torch.searchsorted(offsets[1:].contiguous(), rows, right=True, out_int32=True)
-    # Offsets on an accelerator are not checked; whatever they are, no kernel may write outside.
+    # Offsets on an accelerator are not checked; clamp, so that no kernel can write out of bounds.
     return found.clamp_(max=offsets.numel() - 2)
 
 
@@ -118,7 +118,7 @@ def forward(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `mhesa.ops.exponential_smoothing`; tensors without a graph."""
+    """`(y, final_state)`, for plain tensors as `mhesa.ops.registration.make_scan` describes them."""
     batch, length, heads, head_dim = x.shape
     x, alpha, decay = _strided(x), alpha.contiguous(), decay.contiguous()
     skip, initial_state = _dense(skip), _dense(initial_state)
@@ -126,7 +126,7 @@ def forward(
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     shape = (sequences, heads, head_dim)
     if x.numel() == 0 or cu_seqlens is not None:
-        # The kernel does not see sequences without a row.
+        # The kernel does not visit empty sequences.
         final_state = alpha.new_zeros(shape) if initial_state is None else initial_state.clone()
     else:
         final_state = alpha.new_empty(shape)
@@ -178,7 +178,7 @@ def backward(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients `(dx, dalpha, ddecay, dskip, dinitial)`; `dskip` is zero where there is no `skip`."""
+    """`(dx, dalpha, ddecay, dskip, dinitial)`; `dskip` is zero if there is no `skip`."""
     batch, length, heads, head_dim = x.shape
     x, dy, dfinal = _strided(x), _strided(dy), dfinal.contiguous()
     alpha, decay, skip, initial_state = (
@@ -190,7 +190,7 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         zero = torch.zeros_like(alpha)
-        # No step came between: what reaches the final state reaches the initial one.
+        # Without a step the final state is the initial state, and so are their gradients.
         return dx, zero, zero.clone(), alpha.new_zeros(heads, head_dim), dfinal.clone()
 
     channels = heads * head_dim
@@ -234,7 +234,7 @@ def backward(
     sums = partials.sum(1, dtype=torch.float64).unflatten(1, (heads, head_dim))
     dalpha, ddecay = sums[:2].sum(2).to(alpha.dtype)
     dskip = alpha.new_zeros(heads, head_dim) if skip is None else sums[2].to(alpha.dtype)
-    # Outputs of an operator may not share memory.
+    # Outputs of a custom operator must not share memory.
     return dx, dalpha, ddecay.clone(), dskip, dinitial
 
 
