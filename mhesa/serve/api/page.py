@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse
 
 def page(name: str) -> HTMLResponse:
     """A page of this package, which may run and style only what it holds itself."""
-    text = resources.files("mhesa.serve").joinpath(name).read_text("utf-8")
+    text = resources.files(__package__).joinpath(name).read_text("utf-8")
     policy = (
         f"default-src 'none'; connect-src 'self'; script-src {_hashes('script', text)}; "
         f"style-src {_hashes('style', text)}; "
