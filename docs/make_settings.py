@@ -17,8 +17,8 @@ def main() -> None:
     """Print the page."""
     print("# Settings\n\nThis page is made by `python docs/make_settings.py > docs/settings.md`.")
     print(
-        "\n## Training\n\nFields of `mhesa.TrainingSettings`, keys of the YAML file for `mhesa train --config`, "
-        "and options of `mhesa train`: `batch_size` is `--batch-size`."
+        "\n## Training\n\nFields of `mhesa.TrainingSettings`, options of `mhesa train` (`batch_size` is "
+        "`--batch-size`), and keys of the YAML file for its `--config`."
     )
     settings = settings_of(TrainingSettings)
     for panel in PANELS:

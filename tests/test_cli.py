@@ -409,7 +409,7 @@ def test_a_reader_that_leaves_early_is_no_error(saved):
     assert process.wait(timeout=60) != 0
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "eval", "score"])
+@pytest.mark.parametrize("command", ["train", "generate", "eval", "score", "config", "serve"])
 def test_help_has_examples(command):
     done = mhesa(command, "--help")
     assert done.returncode == 0

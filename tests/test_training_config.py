@@ -83,7 +83,7 @@ def test_every_field_is_documented():
 def test_the_page_of_settings_is_up_to_date():
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, root / "docs" / "make_settings.py"],
+        [sys.executable, str(root / "docs" / "make_settings.py")],
         capture_output=True,
         encoding="utf-8",
         check=True,

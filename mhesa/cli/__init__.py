@@ -35,10 +35,10 @@ app.command()(serve)
 
 
 def main() -> None:
-    """Run the command line; what the user can mend gets one line and exit code 2."""
+    """Run the command line; an error in what the user gave is one line and exit code 2."""
     if sys.stdout is None:
-        # It was closed: what is printed goes nowhere, and no other file is given its number.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 it is for the whole run
+        # Standard output was closed: discard what is printed, and keep file descriptor 1 taken.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open for the whole run
     try:
         app()
     except InputError as error:
@@ -46,7 +46,7 @@ def main() -> None:
     except (TrainingError, FloatingPointError) as error:
         _fail(str(error), 1)
     except OSError as error:
-        # What standard output did not take now, it would not take when Python ends.
+        # Discard what is still buffered: flushing it when Python exits would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"cannot go on: {where}{error.strerror or error}", 1)
@@ -70,6 +70,6 @@ def root(
     ] = False,
 ) -> None:
     """Linear-time language models built on exponential smoothing."""
-    # Its warnings are of choices that are ours to make, not the user's; it reads this when it is imported.
+    # transformers reads these when it is imported; its warnings are about our code, not the user's input.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

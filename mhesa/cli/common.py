@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from mhesa.errors import InputError
@@ -43,18 +42,19 @@ def setting(settings: type, name: str) -> Setting:
 def option(found: Setting, *, name: str | None = None, default: Any = MISSING) -> inspect.Parameter:
     """The option of a setting; its name and default are the setting's if not given."""
     name, doc = name or found.name, found.doc
+    default = found.default if default is MISSING else default
+    required = default is MISSING
     choices = "|".join(doc.range.choices) if doc.range else ""
     made = typer.Option(
         *([f"--{name.replace('_', '-')}"] if found.type is bool else []),
-        help=f"{doc.text} [required]" if found.required else doc.text,
+        help=f"{doc.text} [required]" if required else doc.text,
         metavar=doc.metavar or choices or None,
         rich_help_panel=doc.panel or None,
     )
-    default = found.default if default is MISSING else default
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=None if default is MISSING else default,
+        default=None if required else default,
         annotation=Annotated[found.hint, made],
     )
 
@@ -109,7 +109,11 @@ Quantize = Annotated[
 def read_model(
     folder: Path, *, precision: str | None, quantize: str | None, device: str, backend: str | None
 ) -> Reader:
-    """The model of a folder, ready to read and write text."""
+    """Load the model and tokenizer of a folder.
+
+    Raises:
+        InputError: an option is invalid, or the folder holds no model.
+    """
     import torch
 
     from mhesa.inference.session import Reader
@@ -123,7 +127,7 @@ def read_model(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """End quietly on Ctrl-C."""
+    """Exit on Ctrl-C without a traceback."""
     try:
         yield
     except KeyboardInterrupt:
@@ -131,7 +135,7 @@ def interruptible() -> Iterator[None]:
 
 
 def write(pieces: Iterable[bytes]) -> None:
-    """Write text as it comes, whole characters at a time."""
+    """Print UTF-8 text piece by piece, whole characters at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for piece in pieces:
         sys.stdout.write(decoder.decode(piece))
@@ -141,7 +145,7 @@ def write(pieces: Iterable[bytes]) -> None:
 
 
 def new_table(first: str, *others: str) -> Table:
-    """A table whose first column folds and whose others are aligned right."""
+    """A table: the first column wraps, the others are aligned right."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first, overflow="fold")
     for name in others:
@@ -150,7 +154,7 @@ def new_table(first: str, *others: str) -> Table:
 
 
 def show(table: Table) -> None:
-    """Print a table to standard output; whole, whatever its width, where that is no terminal."""
+    """Print a table to standard output; if that is not a terminal, without wrapping."""
     output = Console()
     output.width = output.width if output.is_terminal else 1000
     output.print(table)
@@ -158,7 +162,9 @@ def show(table: Table) -> None:
 
 @contextmanager
 def progress(description: str, total: int, hidden: bool = False) -> Iterator[Callable[[int], object]]:
-    """A bar on standard error, where that is a terminal; what it gives is called with each advance."""
+    """A progress bar on standard error, if that is a terminal; call what it yields with each advance."""
+    from rich.progress import Progress
+
     with Progress(console=errors, transient=True, disable=hidden or not errors.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda amount: bar.advance(task, amount)

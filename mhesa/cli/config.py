@@ -8,11 +8,13 @@ from mhesa.cli.common import Run
 
 
 def config(folder: Run) -> None:
-    """Print the settings that a run was trained with, as YAML that --config takes.
+    """Print the settings of a training run as YAML, for `mhesa train --config`.
 
-    Example:
+    Examples:
 
         mhesa config runs/first > first.yaml
+
+        mhesa train --config first.yaml --out runs/second --seed 1
     """
     from mhesa.training import TrainingSettings
     from mhesa.training.config import dump_config

@@ -23,9 +23,14 @@ from mhesa.cli.common import (
 def evaluate(
     folder: Folder,
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="Text files, folders, glob patterns, or -.")
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="Text files, folders, glob patterns, or - for standard input."
+        ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for all the text.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures of all files together as JSON.")
+    ] = False,
     precision: Precision = None,
     quantize: Quantize = None,
     device: Device = "cpu",
@@ -33,7 +38,8 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts text.
 
-    Every file is read from its start to its end, with the state carried from window to window.
+    Each file is read from start to end with one state. Figures: the loss in nats per token, bits per byte,
+    the perplexity per token, and the numbers of tokens and bytes.
 
     Examples:
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mhesa.inference.scoring import Batch, Scored
     from mhesa.inference.session import Reader
 
-# Characters of a stretch that a line of the terminal shows.
+# Characters of a text to print on one line.
 SHOWN = 160
 
 
@@ -42,23 +42,24 @@ def score(
             metavar="SOURCE", help="Text files, folders, glob patterns, or - for standard input (default)."
         ),
     ] = None,
-    by: Annotated[str, typer.Option(metavar="line|token|document", help="What to score.")] = "line",
+    by: Annotated[str, typer.Option(metavar="line|token|document", help="What each score is of.")] = "line",
     top: Annotated[
-        int | None, typer.Option(metavar="N", help="Only the N of the most bits, in falling order.")
+        int | None, typer.Option(metavar="N", help="Print only the N with the most bits, highest first.")
     ] = None,
     heatmap: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page that colours the text by surprisal.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write an HTML page of the text, coloured by surprisal."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each score as a line of JSON.")] = False,
     precision: Precision = None,
     quantize: Quantize = None,
     device: Device = "cpu",
     backend: Backend = None,
 ) -> None:
-    """Tell how surprising text is, as it comes: lines that a model did not expect stand out.
+    """Score how surprising text is to a model, while it is read: unexpected lines stand out.
 
-    Surprisal is in bits, -log2 of the probability that the model gave the text. Text of any length is read
-    in constant memory. Columns are bits, bits per byte, where, and the text.
+    Surprisal is in bits: -log2 of the probability that the model gave the text. Memory does not grow with the
+    text. Columns: bits, bits per byte, file and line, the text.
 
     Examples:
 
@@ -96,7 +97,7 @@ def score(
 
 
 def _find(source: str) -> list[File | None]:
-    """The files of a source; `None` is standard input, which is scored as it comes."""
+    """The files of a source; `None` stands for standard input, which is scored while it is read."""
     from mhesa.data import find_files
 
     return [None] if source == "-" else [*find_files([source])]
@@ -105,7 +106,7 @@ def _find(source: str) -> list[File | None]:
 def _documents(
     files: list[File | None], advance: Callable[[int], object]
 ) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """The texts of some files, each a name and its bytes as they come."""
+    """The documents of some files: the name and the chunks of bytes of each."""
     from mhesa.data import standard_input
 
     for file in files:
@@ -137,7 +138,7 @@ def _scored(reader: Reader, name: str, chunks: Iterator[bytes], page: Heatmap | 
 
 
 def _until_interrupted(rows: Iterable[Scored]) -> Iterator[Scored]:
-    """What came before Ctrl-C: of a stream without an end, so far the most surprising is asked for."""
+    """The rows until Ctrl-C, so that --top can print what it has of an endless stream."""
     try:
         yield from rows
     except KeyboardInterrupt:
@@ -155,7 +156,7 @@ def _print(row: Scored, as_json: bool) -> None:
 
 
 def _shown(text: bytes) -> str:
-    """A stretch of text on one line."""
+    """The start of a text on one line, unprintable characters escaped."""
     line = text.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[: SHOWN + 1])
     return safe if len(safe) <= SHOWN else safe[: SHOWN - 1] + "…"

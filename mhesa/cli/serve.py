@@ -13,7 +13,8 @@ from mhesa.serve.settings import Limits, Settings, read_keys
 
 
 @with_options(
-    *(option(setting(Settings, name)) for name in ("host", "port", "sessions", "name", "slots", "queue")),
+    *(option(setting(Settings, name)) for name in ("host", "port", "sessions", "slots", "queue")),
+    option(setting(Settings, "name"), default=None),
     option(setting(Limits, "tokens"), name="max_tokens"),
     option(setting(Limits, "seconds"), name="timeout"),
 )
@@ -28,7 +29,7 @@ def serve(
     backend: Backend = None,
     **given: Any,
 ) -> None:
-    """Serve a model to any client of OpenAI's API, and a page to try it on.
+    """Serve a model through OpenAI's API, and a page to try it in a browser.
 
     Examples:
 
