@@ -1,13 +1,13 @@
-"""What a user can mend."""
+"""Errors whose message tells the user what to do."""
 
 
 class InputError(ValueError):
-    """Something given from outside cannot be used; the message names it and says what to do.
+    """An input cannot be used; the message names it and says what to do.
 
-    The command line prints the message alone and exits with 2; what the system refuses, `OSError`, it
-    prints and exits with 1. Any other exception is a fault of the program and keeps its traceback.
+    The command line prints only the message and exits with code 2; for an `OSError`, with code 1. Any other
+    exception is a bug and keeps its traceback.
     """
 
 
 class TrainingError(RuntimeError):
-    """A training run that cannot go on; the message says at which step, and what to do."""
+    """A training run cannot go on; the message says at which step, and what to do."""

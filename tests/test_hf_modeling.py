@@ -6,8 +6,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from scipy.stats import ks_2samp
 from transformers import (
@@ -22,7 +20,6 @@ from transformers import (
 
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.hf import ByteTokenizer, MhesaCache, MhesaConfig, MhesaForCausalLM, MhesaModel
-from mhesa.model.config import _expansion_factor
 
 SIZES = {
     "vocab_size": 50,
@@ -112,11 +109,6 @@ def test_to_plain_shares_its_parameters(model, ids):
 def test_to_plain_of_tied_weights(ids):
     model = make(tie_word_embeddings=True)
     assert torch.equal(model.to_plain()(ids), model(ids).logits)
-
-
-@given(dim=st.integers(1, 2048), hidden=st.integers(1, 20000))
-def test_the_expansion_factor_is_found_again(dim, hidden):
-    assert int(_expansion_factor(hidden, dim) * dim) == hidden
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,4 +1,4 @@
-"""The model behind `transformers`: importing this package is what makes the `Auto*` classes know it.
+"""The model for transformers: importing this package registers it with the `Auto*` classes.
 
 >>> import mhesa.hf
 >>> from transformers import AutoConfig

@@ -1,4 +1,4 @@
-"""What a model remembers, as transformers keeps it between calls."""
+"""The model's state as a transformers cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mhesa.hf.configuration import MhesaConfig
 
 
 class MhesaCacheLayer(CacheLayerMixin):
-    """One block's state, `(batch, dim_mhesa)` in fp32, and how many tokens went into it.
+    """One block's state, `(batch, dim_mhesa)` in fp32, and the number of tokens seen.
 
-    The state is replaced and never written to, so that copies of a cache, deep ones too, can share it.
+    A state tensor is never modified in place, so copies of a cache, deep ones too, share it.
     """
 
     is_sliding = False
@@ -30,11 +30,11 @@ class MhesaCacheLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        """Sequences held, -1 before the first."""
+        """Number of sequences; -1 while there is no state."""
         return -1 if self.state is None else self.state.shape[0]
 
     def advance(self, state: Tensor, length: int) -> None:
-        """Take the state after `length` more tokens."""
+        """Set the state after `length` more tokens."""
         self.state = state
         self.seen += length
         self.is_initialized = True
@@ -52,25 +52,25 @@ class MhesaCacheLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over what was seen and `query_length` more tokens."""
+        """Length and offset of a mask over the tokens seen and `query_length` more."""
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """Any length fits: -1."""
+        """-1: any length fits."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """`get_max_length` by the name that transformers 5.6 calls."""
+        """`get_max_length`, by its name in transformers 5.6."""
         return self.get_max_length()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove the state."""
         self.state = None
         self.seen = 0
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row `i` continue what was row `beam_idx[i]`."""
+        """Make row `i` continue the sequence of row `beam_idx[i]`."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -84,15 +84,15 @@ class MhesaCacheLayer(CacheLayerMixin):
             self.state = self.state[indices.to(self.state.device)]
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Raise `ValueError`: a state cannot go back."""
-        raise ValueError("a state cannot forget its last tokens; copy.deepcopy the cache before they come")
+        """Raise `ValueError`: tokens cannot be removed from a state."""
+        raise ValueError("a state cannot forget its last tokens; copy.deepcopy the cache before it gets them")
 
 
 class MhesaCache(Cache):
-    """What a model remembers of its sequences, for `past_key_values`: a few kilobytes at any length.
+    """The state of a batch of sequences, for `past_key_values`: a few kilobytes at any length.
 
     Args:
-        config: of the model that it is for.
+        config: the configuration of the model.
 
     >>> import torch
     >>> from mhesa.hf import MhesaForCausalLM
@@ -111,7 +111,7 @@ class MhesaCache(Cache):
         super().__init__(layers=[MhesaCacheLayer() for _ in range(config.num_hidden_layers)])
 
     def states(self, sequences: int) -> list[Tensor] | None:
-        """Each block's state, `None` before the first token.
+        """Each block's state, `(sequences, dim_mhesa)`; `None` before the first token.
 
         Raises:
             ValueError: the cache holds another number of sequences.
@@ -122,18 +122,18 @@ class MhesaCache(Cache):
         if states[0].shape[0] != sequences:
             raise ValueError(
                 f"past_key_values holds {states[0].shape[0]} sequences and this batch has {sequences}: "
-                "pass the cache of these sequences, or none to begin anew"
+                "pass the cache of these sequences, or none to start new ones"
             )
         return states
 
     def advance(self, states: list[Tensor], length: int) -> None:
-        """Take the blocks' states after `length` more tokens."""
+        """Set the blocks' states after `length` more tokens."""
         for layer, state in zip(self.layers, states, strict=True):
             cast(MhesaCacheLayer, layer).advance(state, length)
 
 
 def check_cache(cache: object) -> None:
-    """Raise `TypeError` for a cache of another kind."""
+    """Raise `TypeError` for a cache of another class."""
     if not isinstance(cache, MhesaCache):
         raise TypeError(
             f"past_key_values must be a MhesaCache, not a {type(cache).__name__}: "

@@ -1,8 +1,8 @@
-"""The model as transformers knows it: `AutoModel`, `AutoModelForCausalLM`, `generate`, `Trainer`.
+"""The model as classes of transformers, for `AutoModelForCausalLM`, `generate` and `Trainer`.
 
-Padding never reaches the model. Where a batch has any, the tokens that are real are packed end to end,
-scanned as sequences of their own and put back in place, so that left, right or scattered padding is all
-the same: it changes no output, no gradient and no state.
+Padding is removed before the model runs: the real tokens of a padded batch are packed end to end, run as
+separate sequences and put back in their places. Padding on the left, on the right or in between changes no
+output, no gradient and no state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mhesa.hf.cache import MhesaCache, MhesaCacheLayer, check_cache
 from mhesa.hf.configuration import MhesaConfig
-from mhesa.hf.packing import in_place, offsets, real_tokens, without_first_tokens
+from mhesa.hf.packing import offsets, real_tokens, unpack, without_first_tokens
 from mhesa.model.config import ModelConfig
 from mhesa.model.layers import MHESA, GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
@@ -36,11 +36,11 @@ LARGE_VOCABULARY = 8192
 
 
 class MhesaBlock(GradientCheckpointingLayer, GatedMHESA):
-    """`GatedMHESA` whose activations transformers can choose to recompute."""
+    """`GatedMHESA` with transformers' gradient checkpointing."""
 
 
 class MhesaPreTrainedModel(PreTrainedModel):
-    """What both models share: how weights begin, load and are named."""
+    """Base class of both models: initial weights, and how weights are named and loaded."""
 
     config: MhesaConfig
     config_class = MhesaConfig
@@ -100,14 +100,14 @@ class MhesaModel(MhesaPreTrainedModel):
             input_ids: `(batch, length)`.
             attention_mask: `(batch, length)`, or longer by what `past_key_values` has seen; 0 is padding,
                 wherever it is. Outputs there are 0.
-            past_key_values: the `MhesaCache` of the tokens before; it moves on with this call.
+            past_key_values: the `MhesaCache` of the tokens before; this call updates it.
             inputs_embeds: `(batch, length, hidden_size)` in place of `input_ids`.
-            use_cache: return the state; by default what the configuration says, and not in training.
+            use_cache: return the state; by default as the configuration says, except in training.
             cu_seqlens: offsets of sequences packed into a batch of 1, `(sequences + 1,)`; the cache then
                 holds as many sequences. Taken from `cu_seq_lens_q`, or from `position_ids` that start
                 again at 0, as `DataCollatorWithFlattening` sends them, where not given.
-            output_hidden_states: also return what enters each block, and the output.
-            kwargs: ignored but for those two.
+            output_hidden_states: also return the input of each block, and the output.
+            kwargs: ignored, except `cu_seq_lens_q` and `position_ids`.
 
         Raises:
             TypeError: a cache of another class.
@@ -135,9 +135,9 @@ class MhesaModel(MhesaPreTrainedModel):
         if cache is not None:
             cache.advance(states, length)
         return BaseModelOutputWithPast(
-            last_hidden_state=in_place(x, real),
+            last_hidden_state=unpack(x, real),
             past_key_values=cache,
-            hidden_states=None if trace is None else tuple(in_place(h, real) for h in (*trace, x)),
+            hidden_states=None if trace is None else tuple(unpack(h, real) for h in (*trace, x)),
         )
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> MhesaCache | None:
@@ -163,8 +163,7 @@ class MhesaModel(MhesaPreTrainedModel):
 class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
     """The language model: `MhesaModel` and a head without bias.
 
-    A new one starts as a new `GatedExponentialSmoothingLM` does, and `from_plain` and `to_plain` turn one
-    into the other.
+    Initial weights are drawn as for `GatedExponentialSmoothingLM`; `from_plain` and `to_plain` convert.
 
     >>> config = MhesaConfig(hidden_size=16, num_hidden_layers=2, heads=2, dim_mhesa=8)
     >>> model = MhesaForCausalLM(config).eval()
@@ -208,7 +207,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         return model.train(lm.training)
 
     def to_plain(self) -> GatedExponentialSmoothingLM:
-        """The plain model of the same layers, for its explicit state; training one trains the other."""
+        """A plain model, with an explicit state, of the same layers: training one trains the other."""
         lm = self.config.to_model_config().empty()
         lm.token_emb, lm.layers, lm.to_logits = self.model.token_emb, self.model.layers, self.to_logits
         lm.training = self.training
@@ -261,7 +260,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             Logits, the mean cross-entropy in nats, and the cache.
         """
         cu_seqlens = offsets(cu_seqlens, attention_mask, kwargs)
-        # No argument by that name: the Trainer would look for it in every batch.
+        # Not a parameter of this function: the Trainer would expect it in every batch.
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,

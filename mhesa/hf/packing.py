@@ -1,4 +1,4 @@
-"""Padded and packed batches, and where the tokens of their sequences lie."""
+"""Padded and packed batches: where their tokens are, and from one form to the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IGNORED_LABEL = -100
 
 
 def real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Where the current chunk has tokens, `(batch, length)`; `None` if that is everywhere."""
+    """A mask of the current chunk's real tokens, `(batch, length)`; `None` if there is no padding."""
     if attention_mask is None:
         return None
     batch, length = x.shape[:2]
@@ -25,7 +25,7 @@ def real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
 def offsets(
     cu_seqlens: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """Offsets of packed sequences, whatever form they came in; `None` for a plain batch."""
+    """Offsets of packed sequences, `(sequences + 1,)`, from any of the arguments; `None` if not packed."""
     if cu_seqlens is None:
         cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None or attention_mask is not None:
@@ -40,15 +40,15 @@ def offsets(
 
 
 def without_first_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Labels that let no packed sequence predict the first token of the next."""
+    """Labels that ignore the first token of each packed sequence, which nothing predicts."""
     if cu_seqlens is None:
         return labels
     starts = cu_seqlens[cu_seqlens < labels.shape[1]].long()
     return labels.index_fill(1, starts, IGNORED_LABEL)
 
 
-def in_place(packed: Tensor, real: Tensor | None) -> Tensor:
-    """Packed values `(1, total, dim)` back at their places in the batch, zeros between them."""
+def unpack(packed: Tensor, real: Tensor | None) -> Tensor:
+    """Packed values `(1, total, dim)` as `(batch, length, dim)`, with zeros at padding."""
     if real is None:
         return packed
     values = packed.new_zeros(*real.shape, packed.shape[-1])

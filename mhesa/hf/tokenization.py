@@ -95,7 +95,7 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
         return tokens
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """The id of a token, or the ids of a list of them; `None` for what is no token."""
+        """The id of a token, or the ids of a list of them; `None` for an unknown token."""
         vocabulary = self.get_vocab()
         return vocabulary.get(tokens) if isinstance(tokens, str) else list(map(vocabulary.get, tokens))
 
@@ -104,7 +104,7 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
         return self._decode(self.convert_tokens_to_ids(tokens))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """There is none to save."""
+        """Save nothing: there is no vocabulary file."""
         return ()
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:

@@ -82,7 +82,10 @@ class ModelConfig(ModelSizes):
         if self.backend is not None:
             from mhesa.ops.backends import check_backend
 
-            check_backend(self.backend)
+            try:
+                check_backend(self.backend)
+            except ValueError as error:
+                raise InputError(str(error)) from None
 
     @property
     def dim_hidden(self) -> int:

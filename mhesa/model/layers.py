@@ -14,13 +14,13 @@ from mhesa.settings import check_divisible, check_sizes
 
 
 class MHESA(nn.Module):
-    """Layer normalisation, then multi-head exponential smoothing plus a learned residual a channel.
+    """Layer normalisation, then multi-head exponential smoothing plus a learned residual for each channel.
 
     Args:
         dim: channels, divisible by `heads`.
-        heads: how many smoothing rates; each serves `dim / heads` channels.
+        heads: number of smoothing rates, each for `dim / heads` channels.
         reverse_seq: smooth from the end of the sequence to its start.
-        backend: the operator's backend, `None` for the best one.
+        backend: implementation of the operator, `None` for the best one.
 
     The smoothing factor is `alpha = sigmoid(alphas)`, the decay `(1 - alpha) * sigmoid(dampen_factors)`.
     Parameters, initial values and results are those of `gated-state-spaces-pytorch` 0.1.0.
@@ -63,7 +63,7 @@ class MHESA(nn.Module):
 
         Args:
             x: `(batch, length, dim)`.
-            initial_state: `(batch, dim)`, from the stretch before; zeros if omitted.
+            initial_state: `(batch, dim)`, the state after the preceding steps; zeros if omitted.
             return_state: also return the state after the last step, `(batch, dim)` in fp32.
             cu_seqlens: offsets of packed sequences, see `mhesa.ops.exponential_smoothing`; states are
                 then `(sequences, dim)`.
@@ -111,9 +111,9 @@ class GatedMHESA(nn.Module):
         dim: width of the block's input and output.
         heads: smoothing rates; `dim_mhesa` must be divisible by it.
         dim_mhesa: width of the smoothed values, and of the state.
-        dim_expansion_factor: width of the gate over `dim`.
-        dropout: how often, in training, an element of the gated product and of the block's output is 0.
-        backend: the operator's backend, `None` for the best one.
+        dim_expansion_factor: width of the gate, as a multiple of `dim`.
+        dropout: probability, in training, of dropping an element of the gated product or the output.
+        backend: implementation of the operator, `None` for the best one.
 
     >>> block = GatedMHESA(dim=16, heads=2, dim_mhesa=8)
     >>> block(torch.randn(1, 5, 16)).shape
@@ -136,7 +136,7 @@ class GatedMHESA(nn.Module):
         check_sizes(**{"dim_expansion_factor * dim": dim_hidden})
         check_divisible("dim_mhesa", dim_mhesa, heads)
         self.norm = nn.LayerNorm(dim)
-        # Sequences of one, as checkpoints name their weights.
+        # `nn.Sequential` gives the weights their names in checkpoints.
         self.to_u = nn.Sequential(nn.Linear(dim, dim_hidden, bias=False))
         self.to_v = nn.Sequential(nn.Linear(dim, dim_mhesa, bias=False))
         self.mhesa = MHESA(dim=dim_mhesa, heads=heads, backend=backend)
