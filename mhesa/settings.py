@@ -20,7 +20,7 @@ from mhesa.errors import InputError
 
 T = TypeVar("T")
 
-# The types that are checked, with their subclasses and names.
+# The types that are checked: the Python types that a value may have, and their name in an error.
 KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     str: ((str,), "text"),
     int: ((int,), "a whole number"),
@@ -102,14 +102,17 @@ class Setting:
         """The annotation of an argument for it, with `None` if that is its default."""
         return self.type | None if self.optional or self.required else self.type
 
-    def check(self, value: Any) -> None:
-        """Raise `InputError` for a value of another type or out of range."""
+    def check_type(self, value: Any) -> None:
+        """Raise `InputError` for a value of another type."""
         if value is None and self.optional:
             return
         accepted, words = KINDS.get(self.type, ((object,), ""))
         if not isinstance(value, accepted) or (isinstance(value, bool) and self.type in (int, float)):
             raise InputError(f"{self.name} must be {words}, not {value!r}")
-        if self.doc.range is not None and not self.doc.range.contains(value):
+
+    def check_range(self, value: Any) -> None:
+        """Raise `InputError` for a value out of range."""
+        if value is not None and self.doc.range is not None and not self.doc.range.contains(value):
             raise InputError(f"{self.name} must be {self.doc.range.words}, not {value}")
 
 
@@ -135,10 +138,21 @@ def settings_of(cls: type) -> tuple[Setting, ...]:
     return tuple(found)
 
 
-def check_settings(settings: Any) -> None:
-    """Raise `InputError` naming the first setting of a wrong type or out of range."""
+def setting_of(cls: type, name: str) -> Setting:
+    """The field of that name."""
+    return next(setting for setting in settings_of(cls) if setting.name == name)
+
+
+def check_types(settings: Any) -> None:
+    """Raise `InputError` naming the first setting of a wrong type."""
     for setting in settings_of(type(settings)):  # type: ignore[arg-type]
-        setting.check(getattr(settings, setting.name))
+        setting.check_type(getattr(settings, setting.name))
+
+
+def check_ranges(settings: Any) -> None:
+    """Raise `InputError` naming the first setting out of range."""
+    for setting in settings_of(type(settings)):  # type: ignore[arg-type]
+        setting.check_range(getattr(settings, setting.name))
 
 
 def documented(cls: type[T]) -> type[T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,16 +17,18 @@ from mhesa.cli.common import (
     Precision,
     Quantize,
     interruptible,
-    options_of,
     read_model,
-    with_options,
     write,
 )
+from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.inference.sampling_settings import Sampling
 
 
-@with_options(*options_of(Sampling, leave_out={"logit_bias"}, temperature=0.8))
+@with_options(
+    option(Sampling, "temperature", default=0.8),
+    *(option(Sampling, field.name) for field in fields(Sampling)[1:] if field.name != "logit_bias"),
+)
 def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")] = "",

@@ -7,16 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from mhesa.cli.common import Backend, Device, Folder, Quantize, option, setting, with_options
+from mhesa.cli.common import Backend, Device, Folder, Quantize
+from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.serve.settings import Limits, Settings, read_keys
 
 
 @with_options(
-    *(option(setting(Settings, name)) for name in ("host", "port", "sessions", "slots", "queue")),
-    option(setting(Settings, "name"), default=None),
-    option(setting(Limits, "tokens"), name="max_tokens"),
-    option(setting(Limits, "seconds"), name="timeout"),
+    *(option(Settings, name) for name in ("host", "port", "sessions", "slots", "queue")),
+    option(Settings, "name", default=None),
+    option(Limits, "tokens", name="max_tokens"),
+    option(Limits, "seconds", name="timeout"),
 )
 def serve(
     folder: Folder,

@@ -9,16 +9,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mhesa.cli.common import new_table, option, setting, with_options
+from mhesa.cli.common import new_table
+from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
-from mhesa.settings import settings_of
+from mhesa.settings import setting_of, settings_of
 from mhesa.training.settings import PANELS, RUN, TrainingSettings
 
-SOURCES = setting(TrainingSettings, "sources").doc
+SOURCES = setting_of(TrainingSettings, "sources").doc
 BY_PANEL = sorted(settings_of(TrainingSettings), key=lambda setting: PANELS.index(setting.doc.panel))
 
 
-@with_options(*(option(setting) for setting in BY_PANEL if setting.name != "sources"))
+@with_options(*(option(TrainingSettings, setting.name) for setting in BY_PANEL if setting.name != "sources"))
 def train(
     context_: typer.Context,
     sources: Annotated[list[str] | None, typer.Argument(metavar=SOURCES.metavar, help=SOURCES.text)] = None,

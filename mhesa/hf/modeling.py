@@ -68,10 +68,9 @@ class MhesaModel(MhesaPreTrainedModel):
 
     def __init__(self, config: MhesaConfig) -> None:
         super().__init__(config)
-        self.token_emb = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            MhesaBlock(**config.to_model_config().block_arguments()) for _ in range(config.num_hidden_layers)
-        )
+        sizes = config.to_model_config()
+        self.token_emb = nn.Embedding(sizes.num_tokens, sizes.dim)
+        self.layers = nn.ModuleList(MhesaBlock(**sizes.block_arguments()) for _ in range(sizes.depth))
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from mhesa.errors import InputError
-from mhesa.settings import AT_LEAST_0, Doc, Range, check_settings, documented
+from mhesa.settings import AT_LEAST_0, Doc, Range, check_ranges, documented
 
 ABOVE_0 = Range("above 0", lambda value: 0 < value < math.inf)
 A_NUMBER = Range("a number", math.isfinite)
@@ -25,7 +25,7 @@ class Sampling:
     https://arxiv.org/abs/1909.05858.
 
     Raises:
-        InputError: a setting of a wrong type or out of range.
+        InputError: a setting out of range.
     """
 
     temperature: Annotated[
@@ -65,7 +65,7 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_ranges(self)
         for token, bias in self.logit_bias.items():
             if token < 0 or not math.isfinite(bias):
                 raise InputError(f"logit_bias must be numbers for token ids, not {bias} for {token}")

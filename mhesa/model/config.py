@@ -14,8 +14,9 @@ from mhesa.settings import (
     FRACTION,
     Doc,
     check_divisible,
-    check_settings,
+    check_ranges,
     check_sizes,
+    check_types,
     documented,
 )
 
@@ -76,7 +77,8 @@ class ModelConfig(ModelSizes):
     ] = None
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_types(self)
+        check_ranges(self)
         check_sizes(**{"dim_expansion_factor * dim": self.dim_hidden})
         check_divisible("dim_mhesa", self.dim_mhesa, self.heads)
         if self.backend is not None:

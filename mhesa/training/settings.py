@@ -20,7 +20,8 @@ from mhesa.settings import (
     POSITIVE,
     Doc,
     Range,
-    check_settings,
+    check_ranges,
+    check_types,
     documented,
     one_of,
 )
@@ -169,7 +170,8 @@ class TrainingSettings(ModelSizes):
     ] = "none"
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_types(self)
+        check_ranges(self)
         if not self.out:
             raise InputError("out must name a folder")
         if self.steps is not None and self.minutes is not None:
