@@ -122,6 +122,7 @@ def train(
 
         torchrun --nproc-per-node 2 -m mhesa train book.txt --out runs/two
     """
+    from mhesa.ops.cpu.memory import keep_memory
     from mhesa.training import Stopped, TrainingSettings
     from mhesa.training import train as run
     from mhesa.training.config import load_config
@@ -140,6 +141,7 @@ def train(
         raise InputError("give --resume or --overwrite, not both")
     settings = TrainingSettings.resumed(given) if resume else TrainingSettings(**given)
     console = Console(stderr=True)
+    keep_memory()
     try:
         summary = run(settings, resume=resume, overwrite=overwrite, console=console)
     except Stopped as stopped:

@@ -1,4 +1,4 @@
-"""Training: transformers' `Trainer`, and what it does not do already."""
+"""Training a model on text; `mhesa.training.loop` is the loop itself."""
 
 from mhesa.training.outcome import Summary
 from mhesa.training.run import Stopped, train
