@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any
 
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from rich.console import Console
 
 from mhesa.errors import InputError
-from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.training import TrainingSettings, train
-from mhesa.training.steps import AfterStep
-from mhesa.training.trainer import Batches
 
-# What a step is made of. The gradient is clipped for the optimizer, but has a row of its own.
-PARTS: dict[str, tuple[type, str]] = {
-    "forward": (MhesaForCausalLM, "forward"),
-    "backward": (Accelerator, "backward"),
-    "clipping": (Accelerator, "clip_grad_norm_"),
-    "optimizer": (AcceleratedOptimizer, "step"),
-    "reading windows": (Batches, "_batch"),
-    "rows, plot, checkpoints": (AfterStep, "__call__"),
-}
+# The gradient is clipped for the optimizer, but has a row of its own.
 ARITHMETIC = ("forward", "backward", "clipping", "optimizer")
-REST = "the Trainer's loop"
+REST = "the loop itself"
 
 
 @dataclass(frozen=True)
@@ -73,11 +58,15 @@ def bench_run(settings: TrainingSettings, *, console: Console | None = None) -> 
     """
     if settings.resolve().device != "cpu":
         raise InputError("only a run on a CPU can be timed part by part; give it --device cpu")
-    seconds = dict.fromkeys(PARTS, 0.0)
-    with ExitStack() as stack:
-        for name, (owner, method) in PARTS.items():
-            stack.enter_context(_timed(owner, method, seconds, name))
-        summary = train(settings, console=console)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stopwatch(name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+
+    summary = train(settings, console=console, phase=stopwatch)
     seconds[REST] = summary.seconds - sum(seconds.values())
     parts = [
         Part(name, spent, 1e3 * spent / summary.steps, spent / summary.seconds)
@@ -85,23 +74,3 @@ def bench_run(settings: TrainingSettings, *, console: Console | None = None) -> 
     ]
     outside = sum(part.share for part in parts if part.name not in ARITHMETIC)
     return parts, Outcome(summary.steps, summary.seconds, outside, summary.score.loss)
-
-
-@contextmanager
-def _timed(owner: type, method: str, seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time of every call of a method to `seconds[name]`."""
-    plain: Callable[..., Any] = getattr(owner, method)
-
-    @wraps(plain)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return plain(*args, **kwargs)
-        finally:
-            seconds[name] += time.perf_counter() - began
-
-    setattr(owner, method, timed)
-    try:
-        yield
-    finally:
-        setattr(owner, method, plain)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mhesa.inference.session import Reader, Session
     from mhesa.model.layers import MHESA, GatedMHESA
     from mhesa.model.lm import GatedExponentialSmoothingLM
-    from mhesa.model.loading import load
+    from mhesa.model.loading import load, save
     from mhesa.ops import conv1d_fft, exponential_smoothing, exponential_smoothing_step
     from mhesa.training import TrainingSettings, train
 
@@ -35,6 +35,7 @@ __all__ = [
     "exponential_smoothing_step",
     "generate",
     "load",
+    "save",
     "train",
 ]
 
@@ -52,6 +53,7 @@ _LAZY_EXPORTS = {
     "exponential_smoothing_step": "mhesa.ops",
     "generate": "mhesa.inference.generation",
     "load": "mhesa.model.loading",
+    "save": "mhesa.model.loading",
     "train": "mhesa.training",
 }
 

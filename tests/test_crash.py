@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from mhesa.data import Source, open_corpus
-from mhesa.hf import ByteTokenizer
+from mhesa.tokenizers import Bytes
 from mhesa.training import TrainingSettings
 from mhesa.training.checkpoint import find_damage, newest, steps
 
@@ -74,7 +74,7 @@ def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("crash")
     text = folder / "text.txt"
     text.write_text("".join(f"line {index} of a text, {index * index}\n" for index in range(3000)))
-    open_corpus(Source([str(text)]), ByteTokenizer())
+    open_corpus(Source([str(text)]), Bytes())
     return TrainingSettings(
         out=str(folder / "whole"),
         sources=(str(text),),
@@ -158,11 +158,7 @@ def trace(settings, tmp_path, inject):
     """A run under strace, which sees its checkpoints alone and may kill it; the calls that it saw."""
     folder = Path(settings.out) / "checkpoints"
     names = ("model", "optimizer", "states")
-    files = [f"{name}.safetensors" for name in names] + [
-        "progress.json",
-        "trainer_state.json",
-        "manifest.json",
-    ]
+    files = [*(f"{name}.safetensors" for name in names), "progress.json", "manifest.json"]
     partials = [folder / f".step-{step}.partial" for step in (3, 6)]
     watched = [folder, *partials, *(partial / name for partial in partials for name in files)]
     ready, log = tmp_path / f"{folder.parent.name}.ready", tmp_path / f"{folder.parent.name}.log"

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from mhesa.data import Windows
-from mhesa.training import TrainingSettings, train, trainer
-from mhesa.training.trainer import Batches
+from mhesa.training import TrainingSettings, batches, train
+from mhesa.training.batches import Batches
 
 OPTIONS = {
     "steps": 30,
@@ -97,7 +97,7 @@ def test_what_two_saved_one_resumes(one, two, tmp_path):
     assert_same_curve(out, losses(two))
 
 
-@pytest.mark.parametrize(("processes", "options"), [(4, []), (2, ["--fsdp"])], ids=["4", "2, parted"])
+@pytest.mark.parametrize(("processes", "options"), [(4, []), (2, ["--fsdp"])], ids=["4", "2, sharded"])
 def test_what_two_saved_others_resume(two, tmp_path, processes, options):
     out = back_to_step_10(two, tmp_path / "run")
     done = launch(processes, "--resume", "--out", out, *options)
@@ -108,26 +108,31 @@ def test_what_two_saved_others_resume(two, tmp_path, processes, options):
     assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in expected)
 
 
-PARTED = """
-from mhesa.hf import MhesaConfig, MhesaForCausalLM
-from mhesa.training.distributed import is_parted, part, whole
-from accelerate import PartialState
+SHARDED = """
+from mhesa.model.config import ModelConfig
+from mhesa.training.distributed import distribute, is_sharded, join_processes, model_state, rank
 import torch
-PartialState(cpu=True)
-model = MhesaForCausalLM(MhesaConfig(hidden_size=16, num_hidden_layers=2, heads=2, dim_mhesa=8))
+join_processes("cpu")
+torch.manual_seed(0)
+model = ModelConfig(dim=16, depth=2, heads=2, dim_mhesa=8).build()
+whole = {name: value.clone() for name, value in model.state_dict().items()}
 total = sum(p.numel() for p in model.parameters())
-part(model, model.model.layers, "cpu")
-assert is_parted(model)
+distribute(model, "cpu", fsdp=True)
+assert is_sharded(model)
 held = sum(p.to_local().numel() for p in model.parameters())
 assert abs(held - total / 2) <= 2 * len(list(model.parameters())) * 16
+gathered = model_state(model)
+assert gathered.keys() == (whole.keys() if rank() == 0 else set())
+if rank() == 0:
+    assert all(torch.equal(gathered[name], value) for name, value in whole.items())
 print("held", held, "of", total)
 """
 
 
-def test_parted_weights_are_held_once(tmp_path):
-    (tmp_path / "parted.py").write_text(PARTED)
+def test_sharded_weights_are_held_once(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "parted.py")]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "sharded.py")]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100, env=environment)
     assert done.stdout.count("held ") == 2, done.stderr
@@ -137,13 +142,14 @@ def test_parted_weights_are_held_once(tmp_path):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_no_window_is_read_twice_and_none_is_left_out(monkeypatch, processes, accumulate):
     windows = Windows(np.arange(1000), context=10, rows=8, seed=0)
-    monkeypatch.setattr(trainer, "processes", lambda: processes)
+    monkeypatch.setattr(batches, "processes", lambda: processes)
     read = []
     for rank in range(processes):
-        monkeypatch.setattr(trainer, "rank", lambda rank=rank: rank)
-        batches = iter(Batches(windows, accumulate=accumulate, eos_token_id=None, first_step=3))
-        for _ in range(accumulate):
-            read += next(batches)["input_ids"][:, 0].tolist()
+        monkeypatch.setattr(batches, "rank", lambda rank=rank: rank)
+        micro_batches = Batches(windows, accumulate=accumulate, eos_token_id=None).read(3)
+        assert len(micro_batches) == accumulate
+        for batch in micro_batches:
+            read += batch.ids[:, 0].tolist()
     assert sorted(read) == sorted(windows.starts(3).tolist())
 
 

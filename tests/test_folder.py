@@ -235,7 +235,7 @@ def test_bytes_with_more_are_transformers_own(tmp_path, change):
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": "hello"}]
         expected = theirs.apply_chat_template(messages, return_dict=False)
-        assert tokenizer.apply_chat_template(messages, return_dict=False) == expected == [*b"hello", 256]
+        assert tokenizer.apply_chat_template(messages) == expected == [*b"hello", 256]
 
 
 def test_reading_and_writing_need_no_transformers(folder, tmp_path_factory):
@@ -255,7 +255,7 @@ def test_reading_and_writing_need_no_transformers(folder, tmp_path_factory):
         [sys.executable, "-c", code, folder, words], capture_output=True, encoding="utf-8", timeout=120
     )
     assert done.stdout == "[]\n", done.stderr
-    ids = load_tokenizer(words).apply_chat_template([{"role": "user", "content": "once"}], return_dict=False)
+    ids = load_tokenizer(words).apply_chat_template([{"role": "user", "content": "once"}])
     theirs = AutoTokenizer.from_pretrained(words)
     assert ids == theirs.apply_chat_template([{"role": "user", "content": "once"}], return_dict=False)
 

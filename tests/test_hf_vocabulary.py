@@ -129,7 +129,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
 def test_a_chat_template_is_kept_and_its_special_tokens_are_tokens(tmp_path):
     template = "{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}"
     tokenizer = open_tokenizer_of(tmp_path, template)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], return_dict=False)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}])
     assert ids == [*tokenizer.encode_bytes(b"hello").tolist(), tokenizer.eos_token_id]
     # In text it is text, also after a conversation.
     assert tokenizer.eos_token_id not in tokenizer.encode_bytes(b"<|endoftext|>").tolist()

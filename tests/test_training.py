@@ -22,9 +22,9 @@ from mhesa.errors import InputError, TrainingError
 from mhesa.hf import ByteTokenizer, MhesaForCausalLM
 from mhesa.training import Stopped, TrainingSettings, train
 from mhesa.training.checkpoint import Progress, newest, save, steps
+from mhesa.training.optimizers import decay_groups
 from mhesa.training.plot import draw_curve
 from mhesa.training.schedule import learning_rate
-from mhesa.training.trainer import StepTrainer
 
 TINY = {
     "dim": 16,
@@ -55,10 +55,12 @@ def test_the_schedule_has_no_jumps():
     assert learning_rate(2.0, 0.1) == pytest.approx(0.1)
 
 
-def test_only_matrices_decay(settings):
+def test_only_matrices_decay():
     model = nn.ModuleDict({"linear": nn.Linear(2, 2), "norm": nn.LayerNorm(2), "emb": nn.Embedding(3, 2)})
-    names = StepTrainer.get_decay_parameter_names(None, model)
-    assert names == ["linear.weight", "emb.weight"]
+    decayed, plain = decay_groups(model, 0.1)
+    assert [decayed["weight_decay"], plain["weight_decay"]] == [0.1, 0.0]
+    assert decayed["params"] == [model["linear"].weight, model["emb"].weight]
+    assert plain["params"] == [model["linear"].bias, model["norm"].weight, model["norm"].bias]
 
 
 def test_settings_survive_a_file(settings, tmp_path):
@@ -225,13 +227,13 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
-PARTS = ["manifest.json", "model.safetensors", "optimizer.safetensors", "progress.json", "trainer_state.json"]
+PARTS = ["manifest.json", "model.safetensors", "optimizer.safetensors", "progress.json"]
 
 
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["flipped", "cut", "missing"])
 def test_no_part_of_a_checkpoint_can_be_damaged_unseen(tmp_path, name, damage):
-    save(tmp_path, Progress(step=3), {"model": {"w": torch.ones(9)}, "optimizer": {}}, "{}", keep=2)
+    save(tmp_path, Progress(step=3), {"model": {"w": torch.ones(9)}, "optimizer": {}}, keep=2)
     assert newest(tmp_path) == (tmp_path / "step-3", [])
     damage(tmp_path / "step-3" / name)
     path, passed_over = newest(tmp_path)
@@ -254,13 +256,13 @@ def test_a_run_without_a_whole_checkpoint_is_not_touched(settings):
 def test_what_a_dead_process_left_is_no_checkpoint(tmp_path):
     (tmp_path / ".step-9.partial").mkdir()
     assert newest(tmp_path) == (None, [])
-    save(tmp_path, Progress(step=9), {}, "{}", keep=2)
+    save(tmp_path, Progress(step=9), {}, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-9"]
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):
     for step in range(1, 6):
-        save(tmp_path, Progress(step=step, best_step=2), {}, "{}", keep=2)
+        save(tmp_path, Progress(step=step, best_step=2), {}, keep=2)
     assert steps(tmp_path) == [5, 4, 2]
 
 

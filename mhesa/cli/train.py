@@ -54,6 +54,7 @@ def train(
 
         torchrun --nproc-per-node 2 -m mhesa train book.txt --out runs/two
     """
+    from mhesa.ops.cpu.memory import keep_memory
     from mhesa.training import Stopped
     from mhesa.training import train as run
     from mhesa.training.config import load_config
@@ -68,6 +69,7 @@ def train(
         raise InputError("give --resume or --overwrite, not both")
     chosen = TrainingSettings.resumed(given) if resume else TrainingSettings(**given)
     console = Console(stderr=True)
+    keep_memory()
     try:
         summary = run(chosen, resume=resume, overwrite=overwrite, console=console)
     except Stopped as stopped:

@@ -27,12 +27,10 @@ from mhesa.model.config import ModelConfig
 from mhesa.model.layers import MHESA, GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
 from mhesa.model.loading import KEPT_IN_FP32
+from mhesa.model.loss import LARGE_VOCABULARY, next_token_loss
 from mhesa.tokenizers.bytes import END_OF_TEXT_ID
 
 __all__ = ["MhesaCache", "MhesaCacheLayer", "MhesaForCausalLM", "MhesaModel", "MhesaPreTrainedModel"]
-
-# From here on a vocabulary's logits take more memory than all else.
-LARGE_VOCABULARY = 8192
 
 
 class MhesaBlock(GradientCheckpointingLayer, GatedMHESA):
@@ -273,7 +271,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         )
         if loss_only and shift_labels is not None and self.config.vocab_size >= LARGE_VOCABULARY:
             return CausalLMOutputWithPast(
-                loss=_fused_loss(outputs.last_hidden_state, self.to_logits.weight, shift_labels),
+                loss=next_token_loss(outputs.last_hidden_state, self.to_logits, shift_labels),
                 past_key_values=outputs.past_key_values,
                 hidden_states=outputs.hidden_states,
             )
@@ -312,19 +310,3 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )
-
-
-def _fused_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy of `hidden @ weight.T`, without all logits at once where torch (2.13) can."""
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if not hasattr(F, "linear_cross_entropy"):
-        return F.cross_entropy((hidden @ weight.T).float(), targets)
-    options = nn.LinearCrossEntropyOptions()
-    with torch.autocast(device, enabled=False):
-        # Its own mean adds up in bf16, and a sum of thousands loses a fifth there.
-        losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
-    return losses.float().mean()

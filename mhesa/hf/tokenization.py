@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
-from mhesa.tokenizers.bytes import END_OF_TEXT, END_OF_TEXT_ID, PIECES, Bytes
+from mhesa.tokenizers.bytes import END_OF_TEXT, END_OF_TEXT_ID, PIECES, Bytes, to_bytes, token_splitter
 
 ERRORS = ("surrogateescape", "replace", "ignore", "backslashreplace", "strict")
 
@@ -16,9 +14,6 @@ ERRORS = ("surrogateescape", "replace", "ignore", "backslashreplace", "strict")
 # free for whoever adds it as a token of its own.
 BYTE_TOKENS = [chr(byte) if byte < 128 else f"<0x{byte:02X}>" for byte in range(256)]
 BYTE_IDS = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
-
-# Surrogates that do not stand for an escaped byte.
-OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transformers' own methods win
@@ -87,7 +82,7 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
             return self._tokenize(text)
         added = self._added_tokens_encoder
         tokens: list[str] = []
-        for piece in _splitter(added).split(text):
+        for piece in token_splitter(added).split(text):
             if piece in added:
                 tokens.append(piece)
             else:
@@ -108,7 +103,7 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
         return ()
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return [BYTE_TOKENS[byte] for byte in _to_bytes(text)]
+        return [BYTE_TOKENS[byte] for byte in to_bytes(text)]
 
     def _convert_token_to_id(self, token: str) -> int | None:
         return BYTE_IDS.get(token)
@@ -132,27 +127,10 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
 
     def _pieces(self, skip_special_tokens: bool = True) -> dict[int, bytes]:
         added = {
-            index: b"" if skip_special_tokens and token.special else _to_bytes(token.content)
+            index: b"" if skip_special_tokens and token.special else to_bytes(token.content)
             for index, token in self._added_tokens_decoder.items()
         }
         return PIECES | added
-
-
-def _to_bytes(text: str) -> bytes:
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return OTHER_SURROGATES.sub(_escape, text).encode("utf-8", "surrogateescape")
-
-
-def _escape(match: re.Match[str]) -> str:
-    return match[0].encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
-
-
-def _splitter(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Cuts out the tokens, the longest where several begin."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
 
 def _check_errors(errors: str) -> str:

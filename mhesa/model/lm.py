@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mhesa.model.layers import GatedMHESA
+from mhesa.model.loss import next_token_loss
 from mhesa.ops.smoothing import accumulation_dtype
 from mhesa.settings import check_sizes
 
@@ -54,6 +56,9 @@ class GatedExponentialSmoothingLM(nn.Module):
         super().__init__()
         check_sizes(num_tokens=num_tokens, dim=dim, depth=depth)
         self.dim_mhesa = dim_mhesa
+        # Activation checkpointing: keep only what enters each block, and compute the rest again for its
+        # backward pass.
+        self.recompute = False
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.layers = nn.ModuleList(
             GatedMHESA(
@@ -93,9 +98,11 @@ class GatedExponentialSmoothingLM(nn.Module):
         """
         if state is not None:
             self._check_state(state)
-        hidden, states = run_blocks(self.layers, self.token_emb(x), state, cu_seqlens)
-        logits = self.to_logits(hidden)
-        out = logits if labels is None else F.cross_entropy(logits.transpose(1, 2), labels)
+        blocks: Iterable[Callable[..., Any]] = self.layers
+        if self.recompute and torch.is_grad_enabled():
+            blocks = [partial(checkpoint, block, use_reentrant=False) for block in self.layers]
+        hidden, states = run_blocks(blocks, self.token_emb(x), state, cu_seqlens)
+        out = self.to_logits(hidden) if labels is None else next_token_loss(hidden, self.to_logits, labels)
         return (out, torch.stack(states)) if return_state else out
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +141,7 @@ class GatedExponentialSmoothingLM(nn.Module):
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
+    blocks: Iterable[Callable[..., Any]],
     x: Tensor,
     state: Sequence[Tensor] | Tensor | None,
     cu_seqlens: Tensor | None,

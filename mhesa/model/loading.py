@@ -1,15 +1,18 @@
-"""A saved model's folder: what is in it, and loading it without surprises.
+"""A saved model's folder: writing it, and loading it.
 
-It is read as `transformers` wrote it and would read it, without that package, which takes longer to import
-than all the rest. Torch is imported by `load` alone: a wrong folder is told at once.
+The folder is one that transformers' `AutoModelForCausalLM` and `AutoTokenizer` read, and may be one that
+`save_pretrained` wrote; transformers itself is not needed. Torch is imported inside the functions that need
+it, so that a wrong folder is reported at once.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mhesa.atomic_io import sync, write_folder
 from mhesa.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,9 +24,12 @@ if TYPE_CHECKING:
     from mhesa.tokenizers import Bytes, TextTokenizer
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
+# Where a model's files are complete before they are moved to their places.
+STAGING = ".model"
 MODEL_TYPE = "mhesa"
-# Where the model behind transformers keeps the plain model's embedding and blocks.
+# Saved weights are named as in `mhesa.hf.MhesaForCausalLM`, which keeps embedding and blocks in `model`.
 PREFIX = "model."
 EMBEDDING, HEAD = "model.token_emb.weight", "to_logits.weight"
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
@@ -31,10 +37,77 @@ PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 KEPT_IN_FP32 = ("alphas", "dampen_factors")
 
 
+def save(model: GatedExponentialSmoothingLM, tokenizer: Bytes | TextTokenizer, folder: str | Path) -> None:
+    """Write a model and its tokenizer for `load`, and for transformers after `import mhesa.hf`.
+
+    Each file is written whole or not at all; one that is there is replaced.
+
+    Args:
+        model: the model; its `backend` is not saved.
+        tokenizer: the tokenizer that it was trained with.
+        folder: where to; it is made if it is not there.
+
+    Raises:
+        OSError: a file cannot be written.
+
+    >>> import mhesa, tempfile
+    >>> from mhesa.tokenizers import Bytes
+    >>> model = mhesa.GatedExponentialSmoothingLM(num_tokens=257, dim=16, depth=2, heads=2, dim_mhesa=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(model, Bytes(), folder)
+    ...     type(mhesa.load(folder)[0]).__name__
+    'GatedExponentialSmoothingLM'
+    """
+    from safetensors.torch import save_file
+
+    from mhesa.model.config import ModelConfig
+
+    folder = Path(folder)
+    config = replace(ModelConfig.of(model), eos_token_id=tokenizer.eos_token_id).to_json()
+    token_ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
+    values = {
+        **config,
+        "architectures": ["MhesaForCausalLM"],
+        "dtype": str(model.to_logits.weight.dtype).removeprefix("torch."),
+        "model_type": MODEL_TYPE,
+        "use_cache": True,
+    }
+    weights = {saved_name(name): weight.contiguous() for name, weight in model.state_dict().items()}
+    if config["tie_word_embeddings"]:
+        del weights[HEAD]
+    with write_folder(folder / STAGING) as staging:
+        tokenizer.save_pretrained(staging)
+        (staging / CONFIG).write_text(_to_json(values))
+        (staging / GENERATION_CONFIG).write_text(_to_json({"_from_model_config": True, **token_ids}))
+        save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
+    for file in (folder / STAGING).iterdir():
+        file.replace(folder / file.name)
+    (folder / STAGING).rmdir()
+    sync(folder)
+
+
+def saved_name(name: str) -> str:
+    """The name that a parameter of the plain model has in saved files.
+
+    >>> saved_name("layers.0.to_out.bias"), saved_name("to_logits.weight")
+    ('model.layers.0.to_out.bias', 'to_logits.weight')
+    """
+    return name if name == HEAD else PREFIX + name
+
+
+def plain_name(name: str) -> str:
+    """The inverse of `saved_name`."""
+    return name.removeprefix(PREFIX)
+
+
+def _to_json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
 def load(
     folder: str | Path, *, device: str = "cpu", backend: str | None = None
 ) -> tuple[GatedExponentialSmoothingLM, Bytes | TextTokenizer]:
-    """Load the plain model, in evaluation mode, and the tokenizer that `save_pretrained` wrote.
+    """Load the plain model, in evaluation mode, and the tokenizer that `save` or `save_pretrained` wrote.
 
     Reads safetensors and JSON only, nothing from the network, and no code.
 
@@ -134,10 +207,10 @@ def _read_weights(path: Path, sizes: ModelConfig, dtype: torch.dtype | None) -> 
             raise InputError(f"{path} is broken: {name} is of type {weight.dtype}, which no weight can be")
     if dtype is None:
         dtype = next((weight.dtype for weight in weights.values()), torch.float32)
-    state = {name.removeprefix(PREFIX): _copy(name, weight, dtype) for name, weight in weights.items()}
+    state = {plain_name(name): _copy(name, weight, dtype) for name, weight in weights.items()}
     for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
         if name not in weights:
-            state[name.removeprefix(PREFIX)] = state[other.removeprefix(PREFIX)]
+            state[plain_name(name)] = state[plain_name(other)]
     model.load_state_dict(state, assign=True)
     if sizes.tie_word_embeddings and torch.equal(model.to_logits.weight, model.token_emb.weight):
         model.to_logits.weight = model.token_emb.weight
@@ -155,10 +228,7 @@ def _empty(path: Path, file: Any, sizes: ModelConfig) -> GatedExponentialSmoothi
     if sizes.depth > len(found) or widest > path.stat().st_size:
         raise InputError(f"{path} does not fit {CONFIG}: mismatched keys: it is too small for these sizes")
     model = sizes.empty()
-    wanted = {
-        name if name == HEAD else PREFIX + name: tuple(weight.shape)
-        for name, weight in model.state_dict().items()
-    }
+    wanted = {saved_name(name): tuple(weight.shape) for name, weight in model.state_dict().items()}
     tied = (
         {EMBEDDING, HEAD}
         if sizes.tie_word_embeddings and not found.keys().isdisjoint({EMBEDDING, HEAD})

@@ -1,78 +1,152 @@
-"""Bytes as tokens, for all that needs no transformers; `mhesa.hf.ByteTokenizer` is for the rest."""
+"""Bytes as tokens; `mhesa.hf.ByteTokenizer` is the same with transformers' methods."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mhesa.hf.tokenization import ByteTokenizer
+from mhesa.tokenizers.chat import Messages, render_chat
+from mhesa.tokenizers.config import write_config
 
+BYTE_TOKENIZER = "ByteTokenizer"
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 256
 PIECES = {byte: bytes([byte]) for byte in range(256)} | {END_OF_TEXT_ID: b""}
+# Surrogates that do not stand for an escaped byte.
+OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token beside the 256 bytes; the text of a special one is left out when ids become text."""
+
+    content: str
+    special: bool = False
 
 
 class Bytes:
     r"""Ids 0 to 255 are the bytes, 256 is `<|endoftext|>`, which begins and ends documents.
+
+    Args:
+        added_tokens: further tokens by id.
+        eos_token: the one that begins and ends documents, if not `<|endoftext|>`.
+        chat_template: how a conversation becomes text, a Jinja template as transformers takes them.
+
+    Raises:
+        ValueError: `eos_token` is not among the tokens.
 
     >>> tokenizer = Bytes()
     >>> tokenizer.decode_bytes(tokenizer.encode_bytes(b"\xff\x00"))
     b'\xff\x00'
     """
 
-    def __init__(self) -> None:
-        self.eos_token, self.eos_token_id = END_OF_TEXT, END_OF_TEXT_ID
-        self.chat_template: str | None = None
+    def __init__(
+        self,
+        added_tokens: Mapping[int, AddedToken] | None = None,
+        eos_token: str = END_OF_TEXT,
+        chat_template: str | None = None,
+    ) -> None:
+        self.added_tokens = {END_OF_TEXT_ID: AddedToken(END_OF_TEXT, special=True), **(added_tokens or {})}
+        ids = {token.content: index for index, token in self.added_tokens.items()}
+        if eos_token not in ids:
+            raise ValueError(f"eos_token {eos_token!r} is not one of the tokens {', '.join(ids)}")
+        self.eos_token, self.eos_token_id = eos_token, ids[eos_token]
+        self.chat_template = chat_template
 
     def __len__(self) -> int:
-        return len(PIECES)
+        return max(self.added_tokens) + 1
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Ids of `data`, which may be anything, `(tokens,)`; no special token is looked for."""
         return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of several texts, the texts themselves as numbers."""
+        """Ids of several texts, `(tokens,)` each: the texts' own bytes, not copied."""
         return [np.frombuffer(text, dtype=np.uint8) for text in texts]
 
     def fingerprint(self) -> str:
-        """What tells it from every tokenizer that gives other ids."""
+        """The same for two tokenizers only if they give the same ids for every text."""
         return "bytes"
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray | Tensor) -> bytes:
-        """The bytes of `ids`; special tokens give none.
+        """The bytes of `ids`, `(tokens,)`; special tokens give none.
 
         Raises:
             ValueError: an id that no token has.
         """
         return self._join(ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids, self._pieces())
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> Any:
-        """The ids of a conversation; see transformers' method of that name."""
-        return self._whole.apply_chat_template(messages, **kwargs)
+    def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> Any:
+        """The ids of a conversation; special tokens in the template's text become their ids.
+
+        Args:
+            messages: a `role` and a `content` each.
+            add_generation_prompt: end with the words that begin an answer.
+
+        Returns:
+            A list of ids.
+
+        Raises:
+            jinja2.TemplateError: the template is wrong, or refuses the conversation.
+        """
+        assert self.chat_template is not None, "the tokenizer has no chat template"
+        text = render_chat(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            eos_token=self.eos_token,
+        )
+        ids = {token.content: index for index, token in self.added_tokens.items()}
+        found: list[int] = []
+        for piece in token_splitter(ids).split(text):
+            found += [ids[piece]] if piece in ids else to_bytes(piece)
+        return found
 
     def save_pretrained(self, folder: str | Path) -> Any:
         """Write what `AutoTokenizer` asks for."""
-        return self._whole.save_pretrained(folder)
-
-    @cached_property
-    def _whole(self) -> ByteTokenizer:
-        from mhesa.hf.tokenization import ByteTokenizer
-
-        return ByteTokenizer()
+        tokens = {
+            str(index): {
+                "content": token.content,
+                "special": token.special,
+                **dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False),
+            }
+            for index, token in sorted(self.added_tokens.items())
+        }
+        write_config(
+            Path(folder), BYTE_TOKENIZER, self.eos_token, self.chat_template, added_tokens_decoder=tokens
+        )
 
     def _pieces(self) -> dict[int, bytes]:
         """The bytes of every token."""
-        return PIECES
+        added = {i: b"" if it.special else to_bytes(it.content) for i, it in self.added_tokens.items()}
+        return PIECES | added
 
     def _join(self, ids: Iterable[int], pieces: dict[int, bytes]) -> bytes:
         try:
             return b"".join(map(pieces.__getitem__, ids))
         except KeyError as error:
             raise ValueError(f"no token has the id {error}; the largest is {len(self) - 1}") from None
+
+
+def to_bytes(text: str) -> bytes:
+    """Text as UTF-8; surrogates become the bytes they stand for, or those that `surrogatepass` gives."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return OTHER_SURROGATES.sub(_escape, text).encode("utf-8", "surrogateescape")
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
+
+
+def token_splitter(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern whose `split` cuts the tokens out of a text, the longest where several begin."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")

@@ -8,18 +8,20 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from mhesa.atomic_io import write_file
 from mhesa.errors import InputError
 from mhesa.tokenizers.bytes import END_OF_TEXT
+from mhesa.tokenizers.chat import Messages, render_chat
+from mhesa.tokenizers.config import write_config
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
+TOKENIZER = "tokenizer.json"
+# transformers' name for a tokenizer that a tokenizer.json describes.
+FAST_TOKENIZER = "PreTrainedTokenizerFast"
 NOT_UTF8 = re.compile("[\udc80-\udcff]+")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
@@ -87,28 +89,37 @@ class TextTokenizer:
         parts = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
         return hashlib.sha256(json.dumps([self.eos_token, parts]).encode()).hexdigest()
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **kwargs: Any) -> Any:
-        """The ids of a conversation; see transformers' method of that name."""
-        return self._fast.apply_chat_template(messages, **kwargs)
+    def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> list[int]:
+        """The ids of a conversation; special tokens in the template's text become their ids.
+
+        Args:
+            messages: a `role` and a `content` each.
+            add_generation_prompt: end with the words that begin an answer.
+
+        Raises:
+            jinja2.TemplateError: the template is wrong, or refuses the conversation.
+        """
+        assert self.chat_template is not None, "the tokenizer has no chat template"
+        text = render_chat(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            eos_token=self.eos_token,
+        )
+        ids: list[int] = self._with_special_tokens.encode(text, add_special_tokens=False).ids
+        return ids
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and what `AutoTokenizer` asks for beside it."""
-        self._fast.save_pretrained(folder)
+        folder = Path(folder)
+        write_config(folder, FAST_TOKENIZER, self.eos_token, self.chat_template)
+        with write_file(folder / TOKENIZER) as file:
+            file.write(self.tokenizer.to_str(pretty=True).encode())
 
     @cached_property
-    def _fast(self) -> PreTrainedTokenizerFast:
-        from transformers import PreTrainedTokenizerFast
-
-        # A copy: in a conversation special tokens are what they say, in text they are text.
-        return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(self.tokenizer.to_str()),
-            bos_token=self.eos_token,
-            eos_token=self.eos_token,
-            pad_token=self.eos_token,
-            padding_side="left",
-            clean_up_tokenization_spaces=False,
-            chat_template=self.chat_template,
-        )
+    def _with_special_tokens(self) -> Tokenizer:
+        """A copy that takes special tokens in a text for what they say."""
+        return Tokenizer.from_str(self.tokenizer.to_str())
 
     def _encode_any(self, data: bytes) -> np.ndarray:
         text = data.decode("utf-8", "surrogateescape")

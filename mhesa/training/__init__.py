@@ -1,4 +1,7 @@
-"""Training: settings, the loop, checkpoints. Names are imported when first used: settings need no torch."""
+"""Training a model on text; `mhesa.training.loop` is the loop itself.
+
+Names are imported when first used: settings need no torch.
+"""
 
 from __future__ import annotations
 

@@ -18,8 +18,6 @@ from mhesa.errors import InputError, TrainingError
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
-# As the Trainer calls it, which reads the step from it.
-TRAINER_STATE = "trainer_state.json"
 PREFIX = "step-"
 
 Parts = dict[str, dict[str, Tensor]]
@@ -46,14 +44,13 @@ class Progress:
     evaluations_since_best: int = 0
 
 
-def save(folder: Path, progress: Progress, parts: Parts, trainer_state: str, keep: int) -> Path:
-    """Write a checkpoint and delete the oldest beyond `keep`, the best one apart.
+def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:
+    """Write a checkpoint, and delete the oldest beyond `keep` except the best one.
 
     Args:
         folder: where the run's checkpoints are.
         progress: how far the run is.
         parts: tensors by name, by the name of the file they go to.
-        trainer_state: what the Trainer reads its step from, as JSON.
         keep: how many checkpoints to keep.
 
     Raises:
@@ -65,7 +62,6 @@ def save(folder: Path, progress: Progress, parts: Parts, trainer_state: str, kee
             for name, tensors in parts.items():
                 save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
             (partial / PROGRESS).write_text(json.dumps(asdict(progress)))
-            (partial / TRAINER_STATE).write_text(trainer_state)
             (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=2))
         _rotate(folder, progress, keep)
     except (OSError, SafetensorError) as error:

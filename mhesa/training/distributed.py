@@ -1,15 +1,51 @@
-"""One process or many: what they tell each other, and tensors that are parted among them."""
+"""Training in one process or many: what they tell each other, and tensors sharded among them.
+
+Reductions of a few numbers go over the CPU (gloo), so that no step waits for a GPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from mhesa.model.lm import GatedExponentialSmoothingLM
+
+T = TypeVar("T")
+# Parameters, or what an optimizer keeps of them, by the parameters' names.
+StateDict = dict[str, Any]
+
+
+def join_processes(device: str) -> None:
+    """Initialise torch.distributed, if `torchrun` or `accelerate launch` started this process among others.
+
+    They say so in environment variables. Each process of a machine takes the accelerator of its LOCAL_RANK.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    kind = torch.device(device).type
+    if kind == "cpu":
+        dist.init_process_group("gloo")
+    else:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}")
 
 
 def processes() -> int:
@@ -22,64 +58,115 @@ def rank() -> int:
     return dist.get_rank() if processes() > 1 else 0
 
 
-def maximum(values: Sequence[float], device: torch.device) -> list[float]:
+def barrier() -> None:
+    """Wait for all processes."""
+    if processes() > 1:
+        dist.barrier()
+
+
+def maximum(values: Sequence[float]) -> list[float]:
     """The largest of each value over all processes, so that all decide the same."""
     if processes() == 1:
         return list(values)
-    # MPS aside, which never has company, every device has 64-bit floats.
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     found: list[float] = tensor.tolist()
     return found
 
 
-def mean(values: list[float], device: torch.device) -> list[float]:
+def mean(values: list[float]) -> list[float]:
     """The mean of each value over all processes."""
     if processes() == 1 or not values:
         return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     found: list[float] = (tensor / processes()).tolist()
     return found
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Every process's tensor, `(processes, *shape)`."""
+    """Every process's tensor, `(processes, *shape)`, on the CPU."""
+    tensor = tensor.cpu().contiguous()
     if processes() == 1:
         return tensor[None]
-    parts = [torch.empty_like(tensor) for _ in range(processes())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.stack(parts)
+    gathered = [torch.empty_like(tensor) for _ in range(processes())]
+    dist.all_gather(gathered, tensor)
+    return torch.stack(gathered)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be parted among processes, on the CPU. All processes must ask."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().cpu().contiguous()
+def broadcast(value: T | None) -> T:
+    """The first process's value, in every process."""
+    values = [value]
+    if processes() > 1:
+        dist.broadcast_object_list(values)
+    assert values[0] is not None
+    return values[0]
 
 
-def part(model: nn.Module, blocks: Iterable[nn.Module], device: str) -> None:
-    """Part a model's parameters among all processes (FSDP 2), gathered block by block when they are used."""
-    mesh = init_device_mesh(torch.device(device).type, (processes(),))
+# The model
+
+
+def distribute(model: GatedExponentialSmoothingLM, device: str, *, fsdp: bool) -> nn.Module:
+    """Move a model to its device, and get it ready to be trained by all processes.
+
+    Args:
+        model: the same in every process.
+        device: a torch device.
+        fsdp: shard the parameters among the processes (`fully_shard`); each holds a copy otherwise.
+
+    Returns:
+        What to call for a training step: the model itself, or `DistributedDataParallel` of it.
+    """
     model.to(device)
-    for block in blocks:
+    if processes() == 1:
+        return model
+    if not fsdp:
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh(torch.device(device).type, (processes(),))
+    for block in model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return model
 
 
-def is_parted(model: nn.Module) -> bool:
-    """Whether a model's parameters are parted among processes."""
+def without_reduction(model: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+    """A context in which DDP does not add up gradients yet, for all micro-batches but a step's last."""
+    return model.no_sync() if wanted and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's parameters are sharded among processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def parted_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as this process holds `like`, on its device."""
-    if isinstance(like, DTensor) and tensor.shape == like.shape:
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-    return tensor.to(like.device)
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded. All processes must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if processes() > 1:
-        dist.barrier()
+# State dicts: all tensors whole and on the CPU, where the first process has them and the others have none.
+
+_GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE = StateDictOptions(full_state_dict=True)
+
+
+def model_state(model: nn.Module) -> StateDict:
+    """Every parameter by its name, whole, in the first process. All processes must call this."""
+    return get_model_state_dict(model, options=_GATHERED)
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> StateDict:
+    """What the optimizer keeps of each parameter, by its name; otherwise as `model_state`."""
+    state: Any = get_optimizer_state_dict(model, optimizer, options=_GATHERED)
+    return dict(state.get("state", {}))
+
+
+def load_model_state(model: nn.Module, state: StateDict) -> None:
+    """Put whole parameters, the same in every process, into a model that may be sharded."""
+    set_model_state_dict(model, state, options=_WHOLE)
+
+
+def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: StateDict) -> None:
+    """Put whole tensors, the same in every process, into an optimizer; its settings stay as they are."""
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_WHOLE)

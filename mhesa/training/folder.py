@@ -10,9 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
-import transformers
 
 import mhesa
 from mhesa.atomic_io import write_file
@@ -24,6 +22,7 @@ from mhesa.training.settings import SETTINGS, TrainingSettings
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 # What a row of metrics has if it is a complete run's last.
 COMPLETE = "complete"
 MODEL_FILES = (
@@ -33,7 +32,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
 )
-RUN_FILES = (SETTINGS, METRICS, CURVE, CHECKPOINTS, *MODEL_FILES)
+RUN_FILES = (SETTINGS, METRICS, CURVE, CHECKPOINTS, TENSORBOARD, *MODEL_FILES)
 # What a resumed run may change; the rest would make it another run.
 CHANGEABLE = frozenset(
     {
@@ -137,5 +136,4 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    packages = (mhesa, torch, transformers, accelerate)
-    return {"python": platform.python_version(), **{it.__name__: it.__version__ for it in packages}}
+    return {"python": platform.python_version(), "torch": torch.__version__, "mhesa": mhesa.__version__}

@@ -9,17 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from mhesa.atomic_io import write_folder
 from mhesa.data import Document, Tokenizer
-from mhesa.hf.configuration import MhesaConfig
-from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.inference.evaluation import Score
 from mhesa.inference.generation import stream
 from mhesa.inference.sampling import Sampling
 from mhesa.model.lm import GatedExponentialSmoothingLM
-from mhesa.training.folder import CHECKPOINTS, RUN_FILES
+from mhesa.training.folder import RUN_FILES
 
 SAMPLE_TOKENS = 300
 
@@ -39,24 +35,6 @@ class Summary:
     def files(self) -> list[str]:
         """Names of what the run has put into the folder."""
         return [name for name in RUN_FILES if (self.folder / name).exists()]
-
-
-def with_weights(config: MhesaConfig, weights: dict[str, Tensor]) -> MhesaForCausalLM:
-    """The model of a configuration with weights that are there."""
-    with torch.device("meta"):
-        model = MhesaForCausalLM(config)
-    model.load_state_dict(weights, assign=True)
-    model.train(False)
-    return model
-
-
-def save_model(model: MhesaForCausalLM, folder: Path) -> None:
-    """Write the model's files, each whole or not at all."""
-    with write_folder(folder / CHECKPOINTS / "model") as partial:
-        model.save_pretrained(partial)
-    for file in (folder / CHECKPOINTS / "model").iterdir():
-        file.replace(folder / file.name)
-    (folder / CHECKPOINTS / "model").rmdir()
 
 
 def first_bytes(documents: Iterable[Document], size: int) -> list[Document]:

@@ -1,25 +1,56 @@
-"""What a run reports to, closed when the run ends."""
+"""Figures for tensorboard, wandb or trackio; each is imported only when it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mhesa.training.distributed import rank
+from mhesa.training.folder import TENSORBOARD
+from mhesa.training.settings import TrainingSettings
+
+Report = Callable[[int, Mapping[str, float]], object]
+PROJECT = "mhesa"
 
 
 @contextmanager
-def report(to: str) -> Iterator[None]:
-    """Close the wandb run that training opens; the Trainer leaves it to the end of the program.
+def reporter(settings: TrainingSettings) -> Iterator[Report]:
+    """A function that sends a step's figures to what `settings.report_to` names, from the first process.
 
-    The next run of the same program would go on in it otherwise. One that was open before is left open.
+    A run of wandb that was open before is used, and left open.
     """
-    if to != "wandb":
-        yield
-        return
-    import wandb
+    folder = Path(settings.out)
+    if settings.report_to == "none" or rank() > 0:
+        yield lambda step, figures: None
+    elif settings.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-    before = wandb.run
-    try:
-        yield
-    finally:
-        if before is None and wandb.run is not None:
-            wandb.finish()
+        with SummaryWriter(folder / TENSORBOARD) as writer:
+
+            def write(step: int, figures: Mapping[str, float]) -> None:
+                for name, value in figures.items():
+                    writer.add_scalar(f"train/{name}", value, step)
+
+            yield write
+    else:
+        # trackio has wandb's functions.
+        tracker: Any = import_module(settings.report_to)
+        opened = settings.report_to != "wandb" or tracker.run is None
+        if opened:
+            project = os.environ.get(f"{settings.report_to.upper()}_PROJECT", PROJECT)
+            tracker.init(project=project, name=folder.name, config=asdict(settings))
+
+        def log(step: int, figures: Mapping[str, float]) -> None:
+            named = {f"train/{name}": value for name, value in figures.items()}
+            tracker.log({**named, "train/global_step": step})
+
+        try:
+            yield log
+        finally:
+            if opened:
+                tracker.finish()

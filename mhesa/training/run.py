@@ -1,36 +1,43 @@
-"""A training run from settings to a folder with a model in it."""
+"""A training run, from settings to a folder with a model in it."""
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from torch.profiler import record_function
 
 from mhesa.atomic_io import write_folder
 from mhesa.data import Corpus, Source, Windows, open_corpus
 from mhesa.data.cache import cache_folder, lock
 from mhesa.errors import InputError, TrainingError
-from mhesa.hf.configuration import MhesaConfig
-from mhesa.hf.modeling import MhesaForCausalLM
-from mhesa.hf.tokenization import ByteTokenizer
-from mhesa.hf.vocabulary import TextTokenizer, open_tokenizer, train_bpe
 from mhesa.inference.evaluation import evaluate
-from mhesa.model.loading import load_tokenizer
-from mhesa.ops.cpu.memory import keep_memory
+from mhesa.model.config import ModelConfig
+from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.model.loading import load_tokenizer, plain_name, save
 from mhesa.ops.devices import best_device
-from mhesa.tokenizers import Bytes
+from mhesa.tokenizers import Bytes, TextTokenizer, open_tokenizer, train_bpe
 from mhesa.training import checkpoint
+from mhesa.training.batches import Batches
 from mhesa.training.checkpoint import PREFIX, Progress
-from mhesa.training.distributed import barrier, is_parted, part, processes, rank
+from mhesa.training.distributed import (
+    StateDict,
+    barrier,
+    broadcast,
+    is_sharded,
+    join_processes,
+    model_state,
+    processes,
+    rank,
+)
+from mhesa.training.figures import Evaluation, Row
 from mhesa.training.folder import (
     CHECKPOINTS,
     COMPLETE,
@@ -42,26 +49,21 @@ from mhesa.training.folder import (
     prepare,
     read_metrics,
 )
+from mhesa.training.loop import Phase, train_model
 from mhesa.training.memory import check_memory
-from mhesa.training.outcome import Summary, compress, first_bytes, save_model, with_weights, write_sample
+from mhesa.training.outcome import Summary, compress, first_bytes, write_sample
 from mhesa.training.plot import draw_curve
 from mhesa.training.progress import ProgressDisplay
-from mhesa.training.reports import report
-from mhesa.training.schedule import Budget, StopOnSignal, learning_rate
+from mhesa.training.reports import Report, reporter
+from mhesa.training.schedule import Budget, StopOnSignal
 from mhesa.training.settings import TrainingSettings
-from mhesa.training.steps import AfterStep, Evaluation
-from mhesa.training.trainer import Batches, StepTrainer
 
-# The Trainer wants a number of steps; the budget ends training long before.
-ENDLESS = 2**31
 SECONDS_BETWEEN_CURVES = 60.0
-# Of the held-out text, what evaluations on the way read.
+# Evaluations during training read so much of the held-out text.
 EVALUATED_BYTES = 1 << 17
 
-AnyTokenizer = Bytes | TextTokenizer
 
-
-class Stopped(Exception):  # noqa: N818 - a wish that was met, not an error
+class Stopped(Exception):  # noqa: N818 - what was asked for, not an error
     """A signal ended training early, after its last step was saved."""
 
     def __init__(self, number: signal.Signals, step: int, folder: Path) -> None:
@@ -77,6 +79,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
+    phase: Phase = record_function,
 ) -> Summary:
     """Train a model on text, save it with all that belongs to it, and measure it on text held out.
 
@@ -87,26 +90,26 @@ def train(
         resume: go on from the newest whole checkpoint in `settings.out`.
         overwrite: replace the run that `settings.out` holds.
         console: where progress is shown; nowhere if omitted.
+        phase: gives the context that each part of a step runs in, see `mhesa.training.loop.train_model`;
+            by default parts are named for torch's profiler.
 
     Raises:
         InputError: sources, sizes or a folder that cannot be; nothing was written then.
         TrainingError: the loss became NaN or infinite, or a checkpoint could not be written.
         Stopped: SIGINT or SIGTERM came; the folder holds a model and a checkpoint of the last step.
     """
-    _join_processes(settings.device)
+    join_processes(best_device() if settings.device == "auto" else settings.device)
     settings = settings.resolve()
     console = console if console is not None and rank() == 0 else Console(quiet=True)
-    run = Run.begin(settings, resume, overwrite, console)
-    if settings.device == "cpu":
-        keep_memory()
-    with StopOnSignal() as signals, run.display, report(settings.report_to):
-        trainer = run.trainer(signals)
-        run.display.open("training", 1.0)
-        start = None if run.checkpoint is None else str(run.checkpoint)
-        run.budget.start(run.progress.seconds)
+    run = begin(settings, resume, overwrite, console)
+    with (
+        _own_random_numbers(torch.device(settings.device)),
+        StopOnSignal() as signals,
+        run.display,
+        reporter(settings) as report,
+    ):
         try:
-            trainer.train(resume_from_checkpoint=start)
-            return run.finish(trainer)
+            return run.train(signals, report, phase)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise TrainingError(
@@ -115,164 +118,135 @@ def train(
             ) from error
 
 
-def _join_processes(device: str) -> None:
-    """Meet the processes that `torchrun` or `accelerate launch` started with this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=(best_device() if device == "auto" else device) == "cpu")
+def _own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """A context that leaves torch's global generators as they were."""
+    accelerators = [device] if device.type in ("cuda", "xpu") else []
+    return torch.random.fork_rng(accelerators, device_type=device.type)
 
 
+def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Console) -> Run:
+    """Check everything that can be wrong, tokenise the text, and only then touch the folder."""
+    folder = Path(settings.out)
+
+    def warn(damage: str) -> None:
+        console.print(damage, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    start = checkpoint_to_resume(settings, warn) if resume else None
+    if not resume and not overwrite and rank() == 0:
+        check_free(folder)
+    if "-" in settings.sources and processes() > 1:
+        raise InputError("many processes cannot share standard input; give a file")
+    source = Source(settings.sources, text_field=settings.text_field, holdout=settings.holdout)
+    if resume:
+        check_same_corpus(folder, source.sha256)
+    display = ProgressDisplay(console, Budget(settings.steps, settings.minutes))
+    with display:
+        tokenizer = load_tokenizer(folder) if resume else make_tokenizer(settings, source)
+        display.open("tokenising", max(source.size, 1))
+        corpus = open_corpus(source, tokenizer, display.advance)
+        display.close()
+    windows = Windows(
+        corpus.tokens,
+        context=settings.context,
+        rows=settings.windows_a_step,
+        seed=settings.seed,
+        streams=settings.carry_state,
+    )
+    check_memory(settings, len(tokenizer))
+    config = settings.model_config(len(tokenizer), tokenizer.eos_token_id)
+    if rank() == 0:
+        done = None if start is None else checkpoint.load_progress(start).step
+        prepare(folder, settings, asdict(corpus.facts), done)
+        tokenizer.save_pretrained(folder)
+    barrier()
+    _announce(console, settings, corpus, config.parameters, start)
+    return Run(settings, config, folder, tokenizer, corpus, windows, start, display)
+
+
+@dataclass
 class Run:
-    """A run that is ready to train: its folder prepared, its text tokenised, its model made."""
+    """A run that is ready to train: its settings checked, its folder prepared, its text tokenised."""
 
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        console: Console,
-        tokenizer: AnyTokenizer,
-        corpus: Corpus,
-        start: Path | None,
-        display: ProgressDisplay,
-    ) -> None:
-        self.settings = settings
-        self.folder = Path(settings.out)
-        self.console = console
-        self.tokenizer = tokenizer
-        self.corpus = corpus
-        self.checkpoint = start
-        self.progress = Progress() if start is None else checkpoint.load_progress(start)
-        self.display = display
-        self.budget = display.budget
-        self._drawn = time.monotonic()
-        self.windows = Windows(
-            corpus.tokens,
-            context=settings.context,
-            rows=settings.windows_a_step,
-            seed=settings.seed,
-            streams=settings.carry_state,
+    settings: TrainingSettings
+    config: ModelConfig
+    folder: Path
+    tokenizer: Bytes | TextTokenizer
+    corpus: Corpus
+    windows: Windows
+    start: Path | None
+    display: ProgressDisplay
+
+    def train(self, signals: StopOnSignal, report: Report, phase: Phase) -> Summary:
+        """Train, save the model and, unless a signal came, measure it."""
+        settings = self.settings
+        torch.manual_seed(settings.seed)
+        model = self.config.build()
+        batches = Batches(
+            self.windows,
+            accumulate=settings.accumulate,
+            eos_token_id=None if settings.join else self.tokenizer.eos_token_id,
+            device=settings.device,
         )
-        check_memory(settings, len(tokenizer))
-        set_seed(settings.seed)
-        config = settings.model_config(len(tokenizer), tokenizer.eos_token_id)
-        self.config = MhesaConfig(**config.to_json(), backend=config.backend)
-        self.model = MhesaForCausalLM(self.config)
-        if settings.recompute:
-            _recompute(self.model)
-        if settings.fsdp and processes() > 1:
-            part(self.model, self.model.model.layers, settings.device)
-
-    @classmethod
-    def begin(cls, settings: TrainingSettings, resume: bool, overwrite: bool, console: Console) -> Run:
-        """Check everything that can be mistaken, and only then touch the folder."""
-        folder = Path(settings.out)
-
-        def say(damage: str) -> None:
-            console.print(damage, style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-        start = checkpoint_to_resume(settings, say) if resume else None
-        if not resume and not overwrite and rank() == 0:
-            check_free(folder)
-        if "-" in settings.sources and processes() > 1:
-            raise InputError("many processes cannot share standard input; give a file")
-        source = Source(settings.sources, text_field=settings.text_field, holdout=settings.holdout)
-        if resume:
-            check_same_corpus(folder, source.sha256)
-        display = ProgressDisplay(console, Budget(settings.steps, settings.minutes))
-        with display:
-            tokenizer = load_tokenizer(folder) if resume else make_tokenizer(settings, source)
-            display.open("tokenising", max(source.size, 1))
-            corpus = open_corpus(source, tokenizer, display.advance)
-            display.close()
-        run = cls(settings, console, tokenizer, corpus, start, display)
-        if rank() == 0:
-            prepare(folder, settings, asdict(corpus.facts), None if start is None else run.progress.step)
-            tokenizer.save_pretrained(folder)
-        barrier()
-        _announce(console, settings, corpus, run.model.num_parameters())
-        if start is not None:
-            console.print(f"goes on from [bold]step {run.progress.step:,}[/]", highlight=False)
-        return run
-
-    def trainer(self, signals: StopOnSignal) -> StepTrainer:
-        """The engine of this run."""
-        settings, budget = self.settings, self.budget
-        self.after_step = AfterStep(
+        self.display.open("training", 1.0)
+        progress, stopped_by = train_model(
+            model,
             settings,
-            budget,
-            self.progress,
-            self.corpus.bytes_a_token,
-            self._evaluate,
-            self._on_row,
-            signals,
+            batches,
+            bytes_a_token=self.corpus.bytes_a_token,
+            start=self.start,
+            budget=self.display.budget,
+            signals=signals,
+            evaluate=self._evaluate,
+            on_row=_row_writer(self.folder, self.display, report),
+            phase=phase,
         )
-        trainer = StepTrainer(
-            model=self.model,
-            args=_arguments(settings),
-            batches=Batches(
-                self.windows,
-                accumulate=settings.accumulate,
-                eos_token_id=None if settings.join else self.tokenizer.eos_token_id,
-                first_step=self.progress.step,
-            ),
-            rate=lambda step: learning_rate(budget.spent(step), settings.warmup, settings.schedule),
-            after_step=self.after_step,
-            seed=settings.seed,
-            carry=settings.carry_state,
-        )
-        # What they print is in the metrics.
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        return trainer
-
-    def finish(self, trainer: StepTrainer) -> Summary:
-        """Save the model and, unless the run was stopped, measure it."""
-        weights = self._best_weights() if self._takes_best() else trainer.weights()
-        model = with_weights(self.config, weights)
+        take_best = settings.patience is not None and not stopped_by
+        model = self._saved(progress.best_step) if take_best else self._whole(model)
         if rank() == 0:
-            save_model(model, self.folder)
-        if self.after_step.stopped_by:
+            save(model, self.tokenizer, self.folder)
+        if stopped_by:
             barrier()
-            raise Stopped(signal.Signals(self.after_step.stopped_by), self.progress.step, self.folder)
-        summary = self._measure(model) if rank() == 0 else None
-        return _tell_all(summary)
+            raise Stopped(signal.Signals(stopped_by), progress.step, self.folder)
+        return broadcast(self._measure(model, progress) if rank() == 0 else None)
 
-    def _takes_best(self) -> bool:
-        return self.settings.patience is not None and not self.after_step.stopped_by
+    def _whole(self, model: GatedExponentialSmoothingLM) -> GatedExponentialSmoothingLM:
+        """The model to be used, in the first process. All must call this, as each may hold a shard."""
+        return self._with_weights(model_state(model)) if is_sharded(model) else model.eval()
 
-    def _best_weights(self) -> dict[str, torch.Tensor]:
-        barrier()  # the first process may still be writing it
-        return checkpoint.load_part(self.folder / CHECKPOINTS / f"{PREFIX}{self.progress.best_step}", "model")
+    def _saved(self, step: int | None) -> GatedExponentialSmoothingLM:
+        """The model as it was saved after `step`."""
+        barrier()  # until the first process has written it
+        weights = checkpoint.load_part(self.folder / CHECKPOINTS / f"{PREFIX}{step}", "model")
+        return self._with_weights({plain_name(name): weight for name, weight in weights.items()})
 
-    def _measure(self, model: MhesaForCausalLM) -> Summary:
-        plain = model.to_plain().to(self.settings.device).eval()
+    def _with_weights(self, weights: StateDict) -> GatedExponentialSmoothingLM:
+        model = self.config.empty()
+        if rank() == 0:
+            model.load_state_dict(weights, assign=True)
+            model.to(self.settings.device)
+        return model.eval()
+
+    def _measure(self, model: GatedExponentialSmoothingLM, progress: Progress) -> Summary:
         held_out = self.corpus.held_out
         self.display.open("measuring", sum(len(document.data) for document in held_out))
         summary = Summary(
             folder=self.folder,
-            steps=self.progress.step,
-            seconds=self.progress.seconds,
-            score=evaluate(plain, self.tokenizer, held_out, self.display.advance),
+            steps=progress.step,
+            seconds=progress.seconds,
+            score=evaluate(model, self.tokenizer, held_out, self.display.advance),
             compressors=compress(held_out),
-            sample=write_sample(plain, self.tokenizer, self.settings.seed),
+            sample=write_sample(model, self.tokenizer, self.settings.seed),
         )
         self._record(summary)
         return summary
 
-    def _evaluate(self, trainer: StepTrainer) -> Evaluation | None:
-        model = self.model
-        if is_parted(model):
-            model = with_weights(self.config, trainer.weights())
+    def _evaluate(self, model: GatedExponentialSmoothingLM) -> Evaluation | None:
+        model = self._whole(model)
         if rank() != 0:
             return None
-        plain = model.to_plain().eval()
-        score = evaluate(plain, self.tokenizer, first_bytes(self.corpus.held_out, EVALUATED_BYTES))
-        sample = write_sample(plain, self.tokenizer, self.settings.seed)
+        score = evaluate(model, self.tokenizer, first_bytes(self.corpus.held_out, EVALUATED_BYTES))
+        sample = write_sample(model, self.tokenizer, self.settings.seed)
         return Evaluation(score.bits_per_byte, sample.decode("utf-8", "replace"))
-
-    def _on_row(self, row: dict[str, Any]) -> None:
-        self.display.show(row)
-        if time.monotonic() - self._drawn >= SECONDS_BETWEEN_CURVES:
-            self._drawn = time.monotonic()
-            draw_curve(read_metrics(self.folder), {}, self.folder / CURVE)
 
     def _record(self, summary: Summary) -> None:
         held_out = {f"held_out_{name}": value for name, value in summary.score.as_dict().items()}
@@ -283,15 +257,31 @@ class Run:
         draw_curve(read_metrics(self.folder), levels, self.folder / CURVE)
 
 
-def make_tokenizer(settings: TrainingSettings, source: Source) -> AnyTokenizer:
-    """The tokenizer that settings name; one made of the corpus is made once.
+def _row_writer(folder: Path, display: ProgressDisplay, report: Report) -> Callable[[Row], None]:
+    """What puts a row of figures wherever it is wanted."""
+    drawn = time.monotonic()
+
+    def write(row: Row) -> None:
+        nonlocal drawn
+        append_metrics(folder, row)
+        display.show(row)
+        report(row["step"], {name: value for name, value in row.items() if isinstance(value, float)})
+        if time.monotonic() - drawn >= SECONDS_BETWEEN_CURVES:
+            drawn = time.monotonic()
+            draw_curve(read_metrics(folder), {}, folder / CURVE)
+
+    return write
+
+
+def make_tokenizer(settings: TrainingSettings, source: Source) -> Bytes | TextTokenizer:
+    """The tokenizer that settings name; one made of the corpus is made once, and cached.
 
     Raises:
         InputError: there is no such tokenizer.
     """
     size = settings.vocabulary_size()
     if settings.tokenizer == "bytes":
-        return ByteTokenizer()
+        return Bytes()
     if size is None:
         return open_tokenizer(settings.tokenizer)
     name = f"{source.sha256[:32]}-{size}"
@@ -303,7 +293,9 @@ def make_tokenizer(settings: TrainingSettings, source: Source) -> AnyTokenizer:
     return open_tokenizer(folder)
 
 
-def _announce(console: Console, settings: TrainingSettings, corpus: Corpus, parameters: int) -> None:
+def _announce(
+    console: Console, settings: TrainingSettings, corpus: Corpus, parameters: int, start: Path | None
+) -> None:
     facts = corpus.facts
     documents = "1 document" if facts.documents == 1 else f"{facts.documents:,} documents"
     budget = f"{settings.steps:,} steps" if settings.steps else f"{settings.minutes:g} minutes"
@@ -319,47 +311,6 @@ def _announce(console: Console, settings: TrainingSettings, corpus: Corpus, para
         f"{settings.batch_size} x {settings.context} tokens a step{ways}",
         highlight=False,
     )
-
-
-def _arguments(settings: TrainingSettings) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(Path(settings.out) / CHECKPOINTS),
-        max_steps=ENDLESS,
-        per_device_train_batch_size=settings.windows_a_step // (settings.accumulate * processes()),
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.99,
-        max_grad_norm=settings.clip,
-        optim="adamw_torch_fused",
-        bf16=settings.precision == "bf16",
-        use_cpu=settings.device == "cpu",
-        torch_compile=settings.compile,
-        ddp_find_unused_parameters=False,
-        seed=settings.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        ignore_data_skip=True,
-        logging_nan_inf_filter=False,
-        report_to=settings.report_to,
-        project="mhesa",
-        run_name=Path(settings.out).name,
-        disable_tqdm=True,
-        dataloader_pin_memory=settings.device != "cpu",
-    )
-
-
-def _recompute(model: MhesaForCausalLM) -> None:
-    # transformers 5.23 calls activation_checkpointing what was gradient_checkpointing before.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
-
-
-def _tell_all(summary: Summary | None) -> Summary:
-    """The first process's summary, in every process."""
-    told = [summary]
-    if processes() > 1:
-        torch.distributed.broadcast_object_list(told)
-    assert told[0] is not None
-    return told[0]
+    if start is not None:
+        step = int(start.name.removeprefix(PREFIX))
+        console.print(f"goes on from [bold]step {step:,}[/]", highlight=False)

@@ -254,7 +254,7 @@ def _render(service: Service, body: ChatRequest) -> np.ndarray:
             )
         messages.append({"role": message.role, "content": content})
     try:
-        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except jinja2.TemplateError as error:
         raise APIError(
             400, f"the chat template refuses: {error}"[:500], param="messages", code="invalid_value"

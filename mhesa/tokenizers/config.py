@@ -1,0 +1,70 @@
+"""What lies beside a tokenizer: `tokenizer_config.json`, and the chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mhesa.atomic_io import write_file
+from mhesa.errors import InputError
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The values in a folder's `tokenizer_config.json`; none if there is no such file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / TOKENIZER_CONFIG
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is broken: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is broken: it holds no settings")
+    return values
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a tokenizer's folder, `None` if it has none."""
+    file = folder / CHAT_TEMPLATE
+    template = file.read_text("utf-8") if file.is_file() else read_config(folder).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def token_text(token: Any) -> str | None:
+    """The text of a special token, which files hold as a string or as an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def write_config(folder: Path, kind: str, eos_token: str, chat_template: str | None, **more: Any) -> None:
+    """Write what transformers' `AutoTokenizer` asks for.
+
+    Args:
+        folder: where to; it is made if it is not there.
+        kind: the name of transformers' class for such a tokenizer.
+        eos_token: the token that begins, ends and pads texts.
+        chat_template: a Jinja template, or none.
+        more: further values of `tokenizer_config.json`.
+    """
+    values = {
+        **more,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eos_token),
+        "clean_up_tokenization_spaces": False,
+        # Generation needs a batch's texts to end together.
+        "padding_side": "left",
+        "tokenizer_class": kind,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_file(folder / TOKENIZER_CONFIG) as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n")
+    if chat_template is not None:
+        with write_file(folder / CHAT_TEMPLATE) as file:
+            file.write(chat_template.encode())

@@ -1,0 +1,220 @@
+"""The training loop.
+
+A step, in order: 1 learning rate, 2 windows, 3 forward and backward, 4 clipping, 5 optimizer, 6 clock and
+signals, 7 figures, 8 evaluation, 9 checkpoint.
+
+All that a step computes is a function of its number and of the checkpoint that the run came from. A run
+that was stopped therefore goes on, bit for bit, as if it had not been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from mhesa.atomic_io import sync
+from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.model.loading import plain_name, saved_name
+from mhesa.training import checkpoint
+from mhesa.training.batches import Batches, CarriedStates
+from mhesa.training.checkpoint import Progress
+from mhesa.training.distributed import (
+    StateDict,
+    distribute,
+    full,
+    load_model_state,
+    load_optimizer_state,
+    maximum,
+    model_state,
+    optimizer_state,
+    rank,
+    without_reduction,
+)
+from mhesa.training.figures import Evaluation, Figures, Row
+from mhesa.training.folder import CHECKPOINTS, METRICS
+from mhesa.training.optimizers import make_optimizer
+from mhesa.training.schedule import Budget, StopOnSignal, learning_rate
+from mhesa.training.settings import TrainingSettings
+
+STEPS_BETWEEN_ROWS = 10
+
+# Called with the name of a part of the step; the part runs in the context that it gives.
+Phase = Callable[[str], AbstractContextManager[Any]]
+
+
+def train_model(
+    model: GatedExponentialSmoothingLM,
+    settings: TrainingSettings,
+    batches: Batches,
+    *,
+    bytes_a_token: float,
+    start: Path | None,
+    budget: Budget,
+    signals: StopOnSignal,
+    evaluate: Callable[[GatedExponentialSmoothingLM], Evaluation | None],
+    on_row: Callable[[Row], object],
+    phase: Phase,
+) -> tuple[Progress, int]:
+    """Train until the budget is spent, evaluations stop improving, or a signal comes.
+
+    Args:
+        model: trained in place, and sharded in place with `fsdp`.
+        settings: resolved settings.
+        batches: what each step reads.
+        bytes_a_token: of the corpus, for bits per byte.
+        start: the checkpoint to go on from, if any.
+        budget: the clock, or the number of steps, that ends training.
+        signals: what may end it before.
+        evaluate: measures the model; called in every process, and the first one's result counts.
+        on_row: called with each row of figures in the first process.
+        phase: called with `"windows"`, `"forward"`, `"backward"`, `"clipping"`, `"optimizer"` and
+            `"bookkeeping"` for the context that this part of a step runs in.
+
+    Returns:
+        How far the run came, and the number of the signal that ended it, 0 if none did.
+
+    Raises:
+        TrainingError: loss or gradient became NaN or infinite, or a checkpoint cannot be written.
+    """
+    device = torch.device(settings.device)
+    model.recompute = settings.recompute
+    forward = distribute(model, settings.device, fsdp=settings.fsdp)
+    if settings.compile:
+        forward.compile()
+    optimizer = make_optimizer(model, settings.weight_decay)
+    parameters = list(model.parameters())
+    states = None
+    if settings.carry_state:
+        states = CarriedStates(settings.depth, settings.dim_mhesa, settings.device)
+    if start is not None:
+        _restore(start, model, optimizer, states, settings.accumulate)
+    progress = Progress() if start is None else checkpoint.load_progress(start)
+    figures = Figures(settings, progress, bytes_a_token, on_row)
+    budget.start(progress.seconds)
+    model.train()
+
+    while True:
+        step = progress.step
+
+        # 1. The learning rate follows the budget.
+        rate = settings.lr * learning_rate(budget.spent(step), settings.warmup, settings.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        # 2. This process's windows, as micro-batches.
+        with phase("windows"):
+            micro_batches = batches.read(step)
+
+        # 3. Forward and backward. Gradients add up over micro-batches, and over processes with the last.
+        loss = torch.zeros((), device=device)
+        for index, batch in enumerate(micro_batches):
+            if settings.dropout:
+                torch.manual_seed(_dropout_seed(settings.seed, step, index, rank()))
+            initial = None if states is None else states.initial(index, batch)
+            with without_reduction(forward, index + 1 < settings.accumulate):
+                with (
+                    phase("forward"),
+                    torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
+                ):
+                    micro_loss, final = forward(
+                        batch.ids, batch.labels, state=initial, return_state=True, cu_seqlens=batch.cu_seqlens
+                    )
+                with phase("backward"):
+                    micro_loss = micro_loss / settings.accumulate
+                    micro_loss.backward()
+            if states is not None:
+                states.keep(index, batch, final)
+            loss = loss + micro_loss.detach()
+        figures.add(loss)
+
+        # 4. Clipping
+        with phase("clipping"):
+            norm = full(clip_grad_norm_(parameters, settings.clip))
+
+        # 5. The optimizer
+        with phase("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+
+        with phase("bookkeeping"):
+            # 6. All processes go by the slowest clock, and by a signal that any of them received.
+            progress.step += 1
+            progress.seconds, signal = maximum([budget.now(), float(signals.received or 0)])
+            budget.set(progress.seconds)
+            done = budget.spent(progress.step) >= 1
+
+            # 7. A row of figures
+            if progress.step % STEPS_BETWEEN_ROWS == 0 or done:
+                figures.write_step(rate, norm)
+
+            # 8. Evaluation on text held out
+            is_best = False
+            if settings.eval_every and (progress.step % settings.eval_every == 0 or done):
+                is_best = figures.write_evaluation(evaluate(model))
+                model.train()
+
+            # 9. A checkpoint: now and then, of the best model if that is wanted, and at the end
+            done = done or figures.out_of_patience or signal > 0
+            wanted = is_best and settings.patience is not None
+            if progress.step % settings.save_every == 0 or wanted or done:
+                figures.settle(norm)
+                _save(settings, progress, model, optimizer, states)
+
+        if done:
+            return progress, int(signal)
+
+
+def _dropout_seed(*key: int) -> int:
+    """The seed of a micro-batch's dropout, from the run's seed, the step, the micro-batch and the process."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _save(
+    settings: TrainingSettings,
+    progress: Progress,
+    model: GatedExponentialSmoothingLM,
+    optimizer: Optimizer,
+    states: CarriedStates | None,
+) -> None:
+    """Write a checkpoint. All processes gather its tensors, and the first one writes them."""
+    parts = {
+        "model": {saved_name(name): weight for name, weight in model_state(model).items()},
+        "optimizer": {
+            f"{saved_name(name)}:{key}": value
+            for name, values in optimizer_state(model, optimizer).items()
+            for key, value in values.items()
+        },
+    }
+    if states is not None:
+        parts["states"] = {"states": states.gathered()}
+    if rank() == 0:
+        folder = Path(settings.out)
+        # A checkpoint must never be on the disk without the rows before it.
+        sync(folder / METRICS)
+        checkpoint.save(folder / CHECKPOINTS, progress, parts, settings.keep)
+
+
+def _restore(
+    path: Path,
+    model: GatedExponentialSmoothingLM,
+    optimizer: Optimizer,
+    states: CarriedStates | None,
+    accumulate: int,
+) -> None:
+    """Read a checkpoint's tensors in every process."""
+    state: StateDict = {}
+    for place, value in checkpoint.load_part(path, "optimizer").items():
+        name, _, key = place.rpartition(":")
+        state.setdefault(plain_name(name), {})[key] = value
+    load_optimizer_state(model, optimizer, state)
+    weights = checkpoint.load_part(path, "model")
+    load_model_state(model, {plain_name(name): weight for name, weight in weights.items()})
+    if states is not None:
+        states.load(checkpoint.load_part(path, "states")["states"], accumulate)
