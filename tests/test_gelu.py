@@ -50,14 +50,16 @@ def test_equals_fp64(count: int, gated: bool, dtype: torch.dtype, seed: int, sca
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_is_as_close_as_torch(gated: bool) -> None:
+def test_errors_are_three_roundings_at_most(gated: bool) -> None:
+    """Of fp32, relative to the terms that are summed; PyTorch's own errors reach four."""
     x = torch.linspace(-12, 12, 100_003)
     gate, dy = torch.randn_like(x), torch.randn_like(x)
     tensors = (x, gate) if gated else (x,)
-    found, torchs = gradients(gelu, dy, *tensors), gradients(true_gelu, dy, *tensors)
+    found = gradients(gelu, dy, *tensors)
     expected = gradients(true_gelu, dy.double(), *(tensor.double() for tensor in tensors))
-    for ours, theirs, true in zip(found, torchs, expected, strict=True):
-        assert (ours - true).abs().max() <= 3 * (theirs - true).abs().max()
+    terms = (1 + x.double().abs()) * (1 + gate.double().abs() if gated else 1)
+    for ours, true, size in zip(found, expected, (terms, terms * dy.abs(), terms * dy.abs()), strict=False):
+        assert ((ours - true).abs() <= 3 * 2.0**-24 * size).all()
 
 
 @pytest.mark.parametrize("dtype", NARROW)
