@@ -241,7 +241,7 @@ def test_later_changes_of_the_weights_are_not_seen():
 
 
 def test_processors_without_pair_instructions_get_the_same_sums(tmp_path):
-    """The instructions are chosen when a kernel is compiled, so compile again for a processor without them."""
+    """The instructions are chosen when a kernel is compiled, so compile for a processor without them."""
     script = """
 import sys, torch
 from mhesa.inference.decoder import matmul

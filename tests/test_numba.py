@@ -1,4 +1,4 @@
-"""What CPU kernels meet in the field: threads, forks, odd caches, huge strides, subnormals."""
+"""CPU kernels under threads, forks, unusable caches, huge strides and subnormals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 @pytest.fixture
 def threads() -> int:
-    """More threads than tasks of a usual size, whatever the machine; put back afterwards."""
+    """Three threads, whatever the machine has, until the end of the test."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield 3
@@ -63,7 +63,7 @@ def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("lengths", [(5000,), (0, 700, 2900, 1, 1399)])
 @pytest.mark.usefixtures("threads")
-def test_threads_that_take_turns_at_a_sequence_change_no_bit(lengths: tuple[int, ...], reverse: bool) -> None:
+def test_a_relay_changes_no_bit(lengths: tuple[int, ...], reverse: bool) -> None:
     x = torch.randn(1, sum(lengths), 5, 120)
     state = torch.randn(len(lengths), 5, 120)
     rates, skip = torch.linspace(0.1, 0.9, 5), torch.randn(5, 120)
@@ -99,14 +99,14 @@ def test_from_several_python_threads_at_once() -> None:
 
 
 def _in_child(x: Tensor, expected: list[Tensor]) -> None:
-    # Whatever the child asks for, it has none of its parent's threads.
+    # The child process has none of its parent's threads.
     os._exit(0 if equal(smooth(x), expected) else 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
 @pytest.mark.usefixtures("threads")
 def test_in_a_forked_process() -> None:
-    # Enough for our threads, too little for torch's own, which do hang in a forked process.
+    # Large enough for our threads, too small for torch's, which hang in a forked process.
     x = torch.randn(2, 200, 1, 64)
     expected = smooth(x)
     process = multiprocessing.get_context("fork").Process(target=_in_child, args=(x, expected))
@@ -157,7 +157,7 @@ def test_the_first_call_is_silent_and_the_next_finds_the_cache(tmp_path: Path) -
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    # A file in the folder's place stops even root, whom permissions do not.
+    # A file in place of the folder: permissions would not stop root.
     (tmp_path / "cache").write_text("")
     result = run_fresh(tmp_path / "cache")
     assert (result.stdout, result.stderr) == ("", "[0.5, 0.75, 0.875, 0.9375]")
@@ -181,7 +181,7 @@ def test_import_loads_no_numba() -> None:
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_offsets_beyond_two_to_the_31(dim: int) -> None:
-    # Pages nobody touches take no memory.
+    # Pages that are not touched take no memory.
     far = (1 << 31) + 16
     storage = torch.frombuffer(mmap.mmap(-1, 4 * far), dtype=torch.bfloat16)
     strides = [32, 32, 16, 1]
@@ -200,13 +200,13 @@ def test_a_decayed_carry_ends_at_zero(dtype: torch.dtype) -> None:
     assert not final.any()
     tiny = torch.finfo(dtype).smallest_normal
     assert not ((y != 0) & (y.abs() < tiny)).any()
-    # Down to there, it is the power that it should be.
+    # Before that, it is the power of the decay.
     steps = torch.arange(200, dtype=torch.float64)
     torch.testing.assert_close(y[0, :200, 0, 0].double(), 0.1 * 0.9**steps, rtol=2e-5, atol=0)
 
 
 class Long:
-    """Rows of few channels, of which long sequences are scanned in spans."""
+    """Packed sequences with few channels; the long ones are scanned in spans."""
 
     lengths = (20011, 3, 2048, 0, 2047)
 
@@ -245,7 +245,7 @@ def test_spans_of_long_sequences(reverse: bool) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_long_sequences_are_alone(reverse: bool) -> None:
+def test_long_sequences_do_not_depend_on_their_batch(reverse: bool) -> None:
     long = Long()
     y, final, dx, dstate = long.run("numba", reverse)
     for sequence, (begin, end) in enumerate(itertools.pairwise(long.offsets)):
@@ -281,28 +281,28 @@ def test_a_million_steps(decay: float) -> None:
         torch.testing.assert_close(gradients[1].double(), (x.double().sum() + final.sum()).reshape(1))
     elif decay == 1:
         truth = x.double().cumsum(1)
-        # What rounding adds to a running sum of n random numbers: 2**-24 / sqrt(3) of the sum so far at each
-        # step, independently, which makes 2**-24 * sqrt(n / 6) of the whole.
+        # Each step of a running sum rounds by 2**-24 / sqrt(3) of the sum so far, independently: over n steps
+        # of random numbers 2**-24 * sqrt(n / 6) of the whole.
         assert (y - truth).norm() / truth.norm() < 2**-24 * (length / 6) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_torchs_own(dtype: torch.dtype) -> None:
+def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
-    every = bits.view(dtype)
-    # Halfway cases, their neighbours and overflow; a skip alone passes x through in fp32.
+    values = bits.view(dtype)
+    # Halfway cases, their neighbours and overflow: with rates of zero, y is skip * x computed in fp32.
     for factor in (1.0, 1 + 2.0**-9, 1 - 2.0**-8, 1.5, 2.0**-8):
-        x = every.reshape(1, 1, 1, -1)
+        x = values.reshape(1, 1, 1, -1)
         skip = torch.full((1, x.shape[-1]), factor)
         zero = torch.zeros(1)
-        finite = every.isfinite()
+        finite = values.isfinite()
         y = exponential_smoothing(x, zero, zero, skip=skip, backend="numba").flatten()
-        truth = (every.float() * factor).to(dtype)
+        truth = (values.float() * factor).to(dtype)
         torch.testing.assert_close(y[finite], truth[finite], rtol=0, atol=0)
-        assert y[every.isnan()].isnan().all()
+        assert y[values.isnan()].isnan().all()
 
 
-def test_the_gradients_memory_is_outputs_and_little_else() -> None:
+def test_gradients_need_little_memory_beyond_their_outputs() -> None:
     code = """
 import resource, sys, torch
 from mhesa.ops import exponential_smoothing
@@ -321,7 +321,7 @@ assert grown < 1.01 * needed, (grown, needed)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_types_it_does_not_take() -> None:
+def test_unsupported_types_are_refused() -> None:
     x = torch.zeros(1, 2, 1, 1, dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="'numba' takes float32, float64, bfloat16, float16, not float8"):
         exponential_smoothing(x, torch.zeros(1), torch.zeros(1), backend="numba")

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from mhesa.ops.backends import BACKENDS
 from mhesa.ops.registration import is_plain_eager
 
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gelu(x: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def _served(tensors: list[Tensor], backend: str | None) -> bool:
     x = tensors[0]
     return (
         backend in (None, "numba")
-        and x.dtype in NARROW
+        and x.dtype in KERNEL_DTYPES
         and all(tensor.shape == x.shape and tensor.dtype == x.dtype for tensor in tensors)
         and all(BACKENDS["numba"].serves(tensor.device) for tensor in tensors)
     )

@@ -1,1 +1,1 @@
-"""CPU kernels, compiled by numba: the scan, GELU, and what both are made of."""
+"""CPU kernels compiled by numba: the scan and GELU, and the tools that they are written with."""

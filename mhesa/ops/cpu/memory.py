@@ -1,9 +1,9 @@
-"""Memory on CPU: what is fresh in large pages, what is freed kept.
+"""Memory on CPU: new tensors in huge pages, freed memory kept by the process.
 
-Most of the time that a large fresh tensor takes is not writing it: it is the system handing its memory out
-in pages of 4 KB, one fault and one clearing each. Linux hands out 2 MB at a time where it is asked to
-(`/sys/kernel/mm/transparent_hugepage/enabled` says `madvise` or `always`); a copy of 134 MB into fresh
-memory then takes 13 ms instead of 33.
+Writing a large new tensor takes less time than the system needs to hand out its memory, in pages of 4 KB with
+a page fault and a clearing each. Linux hands out 2 MB at a time when asked to, if
+`/sys/kernel/mm/transparent_hugepage/enabled` says `madvise` or `always`: a copy of 134 MB into new memory
+then takes 13 ms instead of 33.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def empty_hugepages(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """`torch.empty`, contiguous, in huge pages where it spans some and the system has them.
+    """`torch.empty` in huge pages, if the system has them and the tensor spans any.
 
     >>> empty_hugepages(torch.Size([2, 3]), torch.float32).shape
     torch.Size([2, 3])
@@ -35,15 +35,15 @@ def empty_hugepages(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     length = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE * HUGE_PAGE
     if length > 0 and (madvise := _madvise()) is not None:
-        # Advice that the system cannot take changes nothing but the speed.
+        # The result is unused: if it fails, memory comes in small pages.
         madvise(start, length, MADV_HUGEPAGE)
     return tensor
 
 
 def keep_memory() -> None:
-    """Let the C library keep what is freed: a training step on a CPU asks for the same again a moment later.
+    """Let the C library keep freed memory, which the next training step allocates again.
 
-    Given back, it comes again page by page, each filled with zeros first: a tenth of a small model's time.
+    Otherwise the system takes it back and clears every page again: a tenth of the time of a small model.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,10 +1,9 @@
 """Native functions on the OpenMP threads that torch's own operators use.
 
-Those threads sit warm on their cores between two operators. Numba's own layers will not do: its OpenMP
-layer dies in a forked process, workqueue dies when two Python threads enter it, tbb is a further package,
-and any second pool has to fight with torch's spinning threads for the cores. Where torch comes with an
-OpenMP that lacks `GOMP_parallel`, Python threads do the same work. A forked process has none of its
-parent's threads and runs the function alone, so that it can never hang.
+Between two operators those threads spin on their cores, so a second pool would compete with them. Numba's own
+threading layers fail too: OpenMP crashes in a forked process, workqueue crashes when two Python threads enter
+it, tbb is a further package. If torch's OpenMP library lacks `GOMP_parallel`, Python threads do the work. A
+forked process has none of its parent's threads and runs the function alone, so that it cannot hang.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ _forked = False
 
 
 def available() -> int:
-    """How many threads to share work among: torch's, or one in a forked process."""
+    """The number of threads to use: torch's, or one in a forked process."""
     return 1 if _forked else torch.get_num_threads()
 
 
 def parallel(function: int, data: int, threads: int) -> None:
-    """Call the function at an address on `threads` threads at once, and wait for them all.
+    """Call a native function on `threads` threads at once, and wait for all of them.
 
     Args:
-        function: address of a native function of one pointer that returns nothing.
-        data: the pointer, the same for all; they share the work out themselves.
-        threads: how many, this one included.
+        function: the address of a native function of one pointer, which returns nothing.
+        data: the pointer, the same for all threads; the function shares the work among them.
+        threads: their number, with this one.
     """
     if threads == 1:
         _native(function)(data)
