@@ -26,13 +26,12 @@ TEMPLATE = (
 )
 # A server with settings that the command line does not offer.
 SCRIPT = """
-import json, sys, transformers
+import json, sys
 from pathlib import Path
 from mhesa.model.loading import load
 from mhesa.serve.http.server import serve
 from mhesa.serve.api.service import Service
 from mhesa.serve.settings import Limits, Settings
-transformers.logging.disable_progress_bar()
 given = json.loads(sys.argv[2])
 given["limits"] = Limits(**given.get("limits", {}))
 if "sessions" in given:

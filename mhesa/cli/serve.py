@@ -63,7 +63,7 @@ def serve(
         sessions=sessions,
         slots=slots,
         queue=queue,
-        limits=Limits(tokens=max_tokens, seconds=timeout),
+        limits=Limits(max_tokens=max_tokens, request_seconds=timeout),
     )
     model, tokenizer = load(folder, device=device, backend=backend)
     serve(Service(model, tokenizer, settings, quantize))

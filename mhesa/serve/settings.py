@@ -1,4 +1,4 @@
-"""What a server is told, and what it puts up with."""
+"""A server's settings, limits and API keys."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from mhesa.errors import InputError
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how long anything may take.
+    """The limits of a request and of a client.
 
     Args:
-        body: bytes of a request's body.
-        head: bytes of a request's line and headers.
-        prompt: tokens of all its prompts.
-        tokens: tokens of each text.
-        texts: texts in all, prompts times `n`.
-        stops, stop: how many stop strings, and bytes of each.
-        biases: tokens that a bias is given for.
+        body_bytes: of a request's body.
+        head_bytes: of a request's line and headers.
+        prompt_tokens: of all prompts of a request.
+        max_tokens: of each text.
+        texts: in a request: prompts times `n`.
+        stop_strings, stop_bytes: how many stop strings, and the length of each.
+        logit_biases: tokens with a bias.
         logprobs: likeliest tokens beside each.
-        scored: tokens that are scored one by one in an answer.
-        seconds: from a request's arrival to the end of its answer.
-        receive: seconds in which a request must have arrived.
-        send: seconds that a client may leave its answer unread.
-        drain: seconds that answers are given to finish when the server is told to stop.
-        sessions: sessions of one client.
-        idle: seconds after which a session that nobody used is forgotten.
+        scored_tokens: tokens with a score each in an answer.
+        request_seconds: from a request's arrival to the end of its answer.
+        receive_seconds: in which a request must have arrived.
+        send_seconds: that a client may leave its answer unread.
+        drain_seconds: that answers have to finish when the server is told to stop.
+        sessions: of a client.
+        idle_seconds: after which a session that nobody used is deleted.
     """
 
-    body: int = 1 << 20
-    head: int = 1 << 14
-    prompt: int = 1 << 20
-    tokens: int = 4096
+    body_bytes: int = 1 << 20
+    head_bytes: int = 1 << 14
+    prompt_tokens: int = 1 << 20
+    max_tokens: int = 4096
     texts: int = 128
-    stops: int = 16
-    stop: int = 256
-    biases: int = 1024
+    stop_strings: int = 16
+    stop_bytes: int = 256
+    logit_biases: int = 1024
     logprobs: int = 20
-    scored: int = 1 << 16
-    seconds: float = 600
-    receive: float = 8
-    send: float = 30
-    drain: float = 20
+    scored_tokens: int = 1 << 16
+    request_seconds: float = 600
+    receive_seconds: float = 8
+    send_seconds: float = 30
+    drain_seconds: float = 20
     sessions: int = 100_000
-    idle: float = 7 * 24 * 3600
+    idle_seconds: float = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Settings:
     Args:
         name: what clients call the model.
         host, port: where to listen; port 0 takes a free one.
-        keys: the clients' API keys by the clients' names; without any, everyone on this machine may come.
-        sessions: an SQLite file that keeps sessions; `None` keeps them in memory.
+        keys: API keys by the names of clients; without keys, everyone on this machine has access.
+        sessions: an SQLite file for sessions; `None` keeps them in memory.
         slots: texts that are written at the same time.
         queue: texts that may wait for a slot.
         limits: see `Limits`.
 
     Raises:
-        InputError: a value that cannot be, or a server open to the network without keys.
+        InputError: a value out of its range, or no keys where other machines can reach the server.
     """
 
     name: str
@@ -80,14 +80,14 @@ class Settings:
         for name, value, least in (
             ("slots", self.slots, 1),
             ("queue", self.queue, 0),
-            ("max_tokens", self.limits.tokens, 1),
+            ("max_tokens", self.limits.max_tokens, 1),
         ):
             if value < least:
                 raise InputError(f"{name} must be at least {least}, not {value}")
         if not 0 <= self.port < 1 << 16:
             raise InputError(f"port must be 0 to 65535, not {self.port}")
-        if not 0 < self.limits.seconds < float("inf"):
-            raise InputError(f"timeout must be a positive number, not {self.limits.seconds}")
+        if not 0 < self.limits.request_seconds < float("inf"):
+            raise InputError(f"timeout must be a positive number, not {self.limits.request_seconds}")
         if not self.keys and not is_loopback(self.host):
             raise InputError(
                 f"{self.host} can be reached from other machines: give --keys FILE, or stay on 127.0.0.1"
@@ -110,11 +110,10 @@ def is_loopback(host: str) -> bool:
 
 
 def read_keys(path: Path) -> dict[str, str]:
-    """API keys by their clients' names, from a file with a `name: key` a line; `#` begins a comment.
+    """API keys by the names of clients, from a file with a `name: key` in each line; `#` begins a comment.
 
     Raises:
-        InputError: the file cannot be read, or a line of it is of another form; keys are never repeated
-            in the message.
+        InputError: the file cannot be read, or a line has another form; the message never holds a key.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
