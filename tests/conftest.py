@@ -69,10 +69,10 @@ def run(monkeypatch, capsysbinary, standard_input):
     return run
 
 
-# A server of a small model, one for each file of tests that asks for it
+# A small model, and a server of it for all tests that ask for one
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A small model's folder."""
     from serving import save_model
@@ -80,19 +80,19 @@ def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(folder, tmp_path_factory):
     """A running server; nothing may have gone wrong inside by its end."""
     from serving import ENDLESS, running
 
     log = tmp_path_factory.mktemp("log") / "log"
-    limits = {"tokens": ENDLESS, "receive": 1.0, "send": 1.0}
+    limits = {"max_tokens": ENDLESS, "receive_seconds": 1.0, "send_seconds": 1.0}
     with running(folder, log, limits=limits, slots=32, queue=32) as server:
         yield server
         assert {event["event"] for event in server.events()} <= {"listening", "request"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(server):
     """OpenAI's own client."""
     import httpx
@@ -115,7 +115,7 @@ def http(server):
         yield client
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def greedy(folder):
     """What transformers writes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""A small model and servers of it, each in a process of its own."""
+"""A small model, and servers of it: in processes of their own, or in this one."""
 
 import json
 import os
@@ -12,8 +12,14 @@ from pathlib import Path
 
 import httpx
 import torch
+from starlette.testclient import TestClient
 
 from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM
+from mhesa.model.loading import load
+from mhesa.serve.api.app import create_app
+from mhesa.serve.api.service import Service
+from mhesa.serve.http.guard import Guard
+from mhesa.serve.settings import Limits, Settings
 
 KEYS = {"alice": "alice-key-0123456789", "bob": "bob-key-0123456789ab"}
 ENDLESS = 1 << 30
@@ -26,13 +32,12 @@ TEMPLATE = (
 )
 # A server with settings that the command line does not offer.
 SCRIPT = """
-import json, sys, transformers
+import json, sys
 from pathlib import Path
 from mhesa.model.loading import load
 from mhesa.serve.http.server import serve
 from mhesa.serve.api.service import Service
 from mhesa.serve.settings import Limits, Settings
-transformers.logging.disable_progress_bar()
 given = json.loads(sys.argv[2])
 given["limits"] = Limits(**given.get("limits", {}))
 if "sessions" in given:
@@ -100,6 +105,19 @@ def running(folder: Path, log: Path, **settings):
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def in_process(folder: Path, key: str | None = KEYS["alice"], limits=None, **settings):
+    """A client of a server in this process, without sockets."""
+    limits = Limits(**limits or {})
+    service = Service(*load(folder), Settings("tiny", limits=limits, **{"keys": KEYS} | settings))
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    try:
+        with TestClient(Guard(create_app(service), service), "http://localhost", headers=headers) as client:
+            yield client
+    finally:
+        service.close()
 
 
 def _url(process: subprocess.Popen, log: Path) -> str:

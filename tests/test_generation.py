@@ -1,16 +1,12 @@
 """Generation against full passes, and against itself in other company."""
 
-from itertools import pairwise
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.generation import generate, stream, until
+from mhesa.inference.generation import generate, stream
 from mhesa.inference.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -129,27 +125,3 @@ def test_broken_weights_are_named():
         model.to_logits.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not numbers"):
         list(stream(model, torch.tensor([1]), max_new_tokens=1))
-
-
-@given(
-    text=st.binary(max_size=30),
-    endings=st.lists(st.binary(min_size=1, max_size=3), max_size=3),
-    cuts=st.lists(st.integers(0, 30), max_size=5),
-)
-def test_until_cuts_at_the_first_ending(text, endings, cuts):
-    bounds = [0, *sorted(cut for cut in cuts if cut <= len(text)), len(text)]
-    pieces = [text[start:end] for start, end in pairwise(bounds)]
-    whole = min((text.partition(ending)[0] for ending in endings), key=len, default=text)
-    out = b"".join(until(iter(pieces), endings))
-    # Of endings that overlap, the one that is whole first is the one that ends.
-    assert text.startswith(out)
-    if len(endings) < 2:
-        assert out == whole
-    else:
-        assert not any(ending in out for ending in endings)
-        assert len(whole) <= len(out) <= len(whole) + 2
-
-
-def test_until_hands_on_what_cannot_end():
-    handed = until(iter([b"abc", b"d"]), [b"xx"])
-    assert next(handed) == b"abc"

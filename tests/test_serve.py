@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from serving import KEYS, complete, raw, running, save_model
+from serving import KEYS, complete, in_process, raw, save_model
 
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.evaluation import surprisals
@@ -69,18 +69,6 @@ def test_biases_and_penalties_change_what_is_written(client):
     assert set(varied.choices[0].text) == set("ABC")
     plain = complete(client, max_tokens=200).choices[0].text
     assert complete(client, max_tokens=200, frequency_penalty=2).choices[0].text != plain
-
-
-def test_the_best_of_several_is_the_likeliest(client):
-    settings = {"temperature": 1, "seed": 3, "max_tokens": 30}
-    each = complete(client, n=6, logprobs=0, **settings).choices
-    mean = {one.text: np.mean(one.logprobs.token_logprobs) for one in each}
-    likeliest = sorted(mean, key=mean.get, reverse=True)
-    best = complete(client, n=2, best_of=6, **settings)
-    assert [one.text for one in best.choices] == likeliest[:2]
-    assert [one.index for one in best.choices] == [0, 1]
-    assert best.choices[0].logprobs is None
-    assert best.usage.completion_tokens == sum(len(one.logprobs.token_logprobs) for one in each)
 
 
 def test_a_text_towards_an_end_is_refused_and_why(client):
@@ -147,7 +135,7 @@ def test_what_the_template_refuses_is_the_clients_fault(client):
 
 def test_a_model_without_a_template_says_so(tmp_path):
     plain = save_model(tmp_path / "plain", chat=False)
-    with running(plain, tmp_path / "log") as server, server.client() as http:
+    with in_process(plain) as http:
         answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "no_chat_template"

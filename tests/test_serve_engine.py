@@ -1,4 +1,4 @@
-"""The decode loop: whoever comes and goes beside it, a text is what it would be alone."""
+"""The decode thread: a text is what it would be alone, whatever joins and leaves beside it."""
 
 import queue
 import random
@@ -10,13 +10,13 @@ import torch
 from serving import report
 
 from mhesa import GatedExponentialSmoothingLM
+from mhesa.inference.continuation import Continuation, TextCursor
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.sampling import Sampling, TokenSampler
+from mhesa.serve.engine.decode_thread import DecodeThread
 from mhesa.serve.engine.jobs import Busy, Job, Stopped
-from mhesa.serve.engine.loop import Engine
-from mhesa.serve.engine.text import Choice, Vocabulary
 
-VOCABULARY = Vocabulary([*(bytes([65 + index]) for index in range(23)), b""], 23)
+PIECES, END = [*(bytes([65 + index]) for index in range(23)), b""], 23
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(temperature=2)
 
 
@@ -52,7 +52,7 @@ class Bench:
 
     def __init__(self, model, slots=8, decoder=Decoder, **settings):
         self.told = queue.Queue()
-        self.engine = Engine(
+        self.engine = DecodeThread(
             decoder(model, max_batch=slots),
             slots,
             tell=lambda jobs: [self.told.put(job) for job in jobs if job.done],
@@ -74,16 +74,21 @@ class Bench:
 
 
 # What never ends by itself.
-ENDLESS = Sampling(temperature=0, logit_bias={VOCABULARY.end: -100})
+ENDLESS = Sampling(temperature=0, logit_bias={END: -100})
 
 
 def job(ids, sampling=GREEDY, seed=0, limit=50, n=1, **settings):
-    choices = [Choice(VOCABULARY, TokenSampler(sampling, seed + index), limit) for index in range(n)]
-    return Job(np.array(ids, np.uint16), choices, **settings)
+    return Job(
+        np.array(ids, np.uint16), [text(sampling, seed + index, limit) for index in range(n)], **settings
+    )
+
+
+def text(sampling, seed, limit):
+    return Continuation(TokenSampler(sampling, seed), limit, end=END, decode=PIECES.__getitem__)
 
 
 def texts(job):
-    return [bytes(choice.data) for choice in job.choices]
+    return [TextCursor(text).read()[0].encode() for text in job.texts]
 
 
 def alone(model, ids, sampling=GREEDY, seed=0, limit=50):
@@ -98,10 +103,10 @@ def greedy(model, ids, limit):
     ids, text = list(ids), b""
     for _ in range(limit):
         token = model(torch.tensor([ids]))[0, -1].argmax().item()
-        if token == VOCABULARY.end:
+        if token == END:
             break
         ids.append(token)
-        text += VOCABULARY.pieces[token]
+        text += PIECES[token]
     return text
 
 
@@ -181,8 +186,9 @@ def test_a_state_that_is_kept_continues_the_text(model):
     with Bench(model) as bench:
         bench.run([whole])
         bench.run([first])
-        sampler = first.choices[0].sampler
-        rest = Job(np.array([first.choices[0].last]), [Choice(VOCABULARY, sampler, 25)], state=first.state)
+        rest = text(DRAWN, None, 25)
+        rest.sampler = first.texts[0].sampler
+        rest = Job(np.array([first.texts[0].last]), [rest], state=first.state)
         bench.run([rest])
     assert texts(first)[0] + texts(rest)[0] == texts(whole)[0]
 
@@ -191,7 +197,7 @@ def test_a_state_that_is_kept_continues_the_text(model):
 def test_a_step_that_raises_fails_its_request_alone(model, where):
     fine = [job([23, index], DRAWN, seed=index, limit=200) for index in range(5)]
     expected = [alone(model, [23, index], DRAWN, index, 200) for index in range(5)]
-    spoiled = {index for index, text in enumerate(expected) if VOCABULARY.pieces[22] in text[:-1]}
+    spoiled = {index for index, text in enumerate(expected) if PIECES[22] in text[:-1]}
     bad = job([23, 22], limit=400)
     if where == "text":
         bad = job([23, 1], Sampling(logit_bias={22: 1000}), limit=400)

@@ -70,7 +70,7 @@ def test_a_disconnect_frees_the_slot(server, stream):
 
 
 def test_a_full_queue_answers_429_and_when_to_come_again(folder, tmp_path):
-    limits = {"tokens": ENDLESS, "drain": 0.5}
+    limits = {"max_tokens": ENDLESS, "drain_seconds": 0.5}
     with running(folder, tmp_path / "log", limits=limits, slots=1, queue=2) as server:
         body = FOREVER
         with server.client() as http, server.client(KEYS["bob"]) as bob:
@@ -96,7 +96,7 @@ def _quietly(http, body):
 
 
 def test_what_takes_too_long_is_ended(folder, tmp_path):
-    limits = {"tokens": ENDLESS, "seconds": 0.5}
+    limits = {"max_tokens": ENDLESS, "request_seconds": 0.5}
     with running(folder, tmp_path / "log", limits=limits) as server, server.client() as http:
         answer = http.post("/v1/completions", json=FOREVER)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
@@ -111,7 +111,7 @@ def test_what_takes_too_long_is_ended(folder, tmp_path):
 
 
 def test_sigterm_lets_streams_finish_and_tells_the_rest(folder, tmp_path):
-    limits = {"tokens": ENDLESS, "drain": 6}
+    limits = {"max_tokens": ENDLESS, "drain_seconds": 6}
     with running(folder, tmp_path / "log", limits=limits, slots=128) as server:
         ends = {}
 

@@ -3,19 +3,12 @@
 import shutil
 
 import pytest
-from serving import KEYS, running, save_model
+from serving import KEYS
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
 TEXT = "né 日本 🙂\nline"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page")
-    with running(save_model(folder / "tiny"), folder / "log") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

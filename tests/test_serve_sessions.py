@@ -11,7 +11,7 @@ import torch
 from serving import ENDLESS, KEYS, running
 
 from mhesa.errors import InputError
-from mhesa.serve.sessions import SessionError, Sessions, Stored
+from mhesa.serve.sessions import SessionError, Sessions, StoredSession
 
 SHAPE = (3, 1, 5)
 
@@ -37,7 +37,7 @@ def store(tmp_path):
 
 
 def some(position=7):
-    return Stored(torch.randn(SHAPE), 65, position)
+    return StoredSession(torch.randn(SHAPE), 65, position)
 
 
 @pytest.mark.parametrize("path", [None, "file"])
@@ -56,7 +56,7 @@ def test_sessions_survive_a_killed_process(store, tmp_path):
     code = (
         "import os, sys, torch; from pathlib import Path; from mhesa.serve.sessions import *\n"
         f"s = Sessions(Path(sys.argv[1]), model='model', shape={SHAPE})\n"
-        f"for i in range(50): s.save('me', str(i), Stored(torch.full({SHAPE}, float(i)), i, i))\n"
+        f"for i in range(50): s.save('me', str(i), StoredSession(torch.full({SHAPE}, float(i)), i, i))\n"
         "os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=120).returncode == -9
@@ -97,7 +97,7 @@ def test_lists_are_of_one_client_and_in_pages(store):
 
 def test_sessions_expire(store):
     clock = Clock()
-    sessions = store(idle=100, clock=clock)
+    sessions = store(idle_seconds=100, clock=clock)
     sessions.save("me", "old", some())
     clock.now += 60
     sessions.save("me", "new", some())

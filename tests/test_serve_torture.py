@@ -52,7 +52,7 @@ def summary(output):
 )
 def test_requests_made_up_from_the_schema_find_no_fault(folder, tmp_path, examples, phases):
     pytest.importorskip("schemathesis")
-    with running(folder, tmp_path / "log", limits={"tokens": 64}) as server:
+    with running(folder, tmp_path / "log", limits={"max_tokens": 64}) as server:
         done = schemathesis(server, examples, phases, tmp_path)
         if examples > 10:
             report("schemathesis, all phases, valid and invalid", summary(done.stdout))
@@ -201,7 +201,7 @@ def test_ten_thousand_idle_sessions(large, tmp_path):
 
 @pytest.mark.torture
 def test_a_thousand_disconnects_leave_neighbours_alone(large, tmp_path):
-    limits = {"tokens": ENDLESS}
+    limits = {"max_tokens": ENDLESS}
     neighbour = {"prompt": "neighbour", "temperature": 0, "max_tokens": 20_000}
 
     async def load(server):
@@ -302,7 +302,7 @@ def test_sigterm_under_a_hundred_streams(large, tmp_path):
             server.process.send_signal(signal.SIGTERM)
             return await asyncio.gather(*streams)
 
-    with running(large, tmp_path / "log", limits={"tokens": ENDLESS}) as server:
+    with running(large, tmp_path / "log", limits={"max_tokens": ENDLESS}) as server:
         started = time.monotonic()
         ends = [end for _, end in asyncio.run(load(server))]
         assert server.process.wait(30) == 0

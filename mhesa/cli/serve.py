@@ -16,8 +16,8 @@ from mhesa.serve.settings import Limits, Settings, read_keys
 @with_options(
     *(option(Settings, name) for name in ("host", "port", "sessions", "slots", "queue")),
     option(Settings, "name", default=None),
-    option(Limits, "tokens", name="max_tokens"),
-    option(Limits, "seconds", name="timeout"),
+    option(Limits, "max_tokens"),
+    option(Limits, "request_seconds", name="timeout"),
 )
 def serve(
     folder: Folder,
@@ -48,7 +48,7 @@ def serve(
     from mhesa.serve.api.service import Service
     from mhesa.serve.http.server import serve
 
-    limits = Limits(tokens=given.pop("max_tokens"), seconds=given.pop("timeout"))
+    limits = Limits(max_tokens=given.pop("max_tokens"), request_seconds=given.pop("timeout"))
     name = given.pop("name") or folder.absolute().name
     settings = Settings(name=name, keys=read_keys(keys) if keys else {}, limits=limits, **given)
     model, tokenizer = load(folder, device=device, backend=backend)

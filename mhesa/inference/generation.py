@@ -1,15 +1,17 @@
-"""Generation: read prompts, then one token at a time. Token ids in, token ids out."""
+"""Generation: read prompts, then write one token at a time. Token ids in, token ids out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
+from mhesa.inference.continuation import Continuation
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.sampling import BatchSampler, Sampling, TokenSampler
+from mhesa.inference.sampling import Sampling, TokenSampler
+from mhesa.inference.slots import Slots
 from mhesa.model.lm import GatedExponentialSmoothingLM
 
 # Sequences that `generate` continues at a time.
@@ -34,36 +36,48 @@ def generate(
     Args:
         model: the language model, or a `Decoder` made of it, which saves packing its weights again.
         ids: prompts, `(batch, length)`, or one tensor `(length,)` for each, of any lengths, none empty.
-        max_new_tokens: how many tokens to make for each at most.
+        max_new_tokens: how many tokens to write for each prompt at most.
         sampling: how tokens are drawn; plain sampling if omitted.
-        seed: makes the result repeatable: one for each prompt, or the first one's, the next ones' being
-            one more each. `None` draws anew each time.
-        eos_token_id: the token to stop at; it is not given out.
-        stop: texts to stop behind.
-        decode_bytes: what text tokens are, a tokenizer's `decode_bytes`; needed for `stop`.
+        seed: makes the result repeatable: one for each prompt, or the first prompt's, from which the others
+            count up. `None` draws anew each time.
+        eos_token_id: the token to stop at; it is not part of the result.
+        stop: stop strings; the token that completes one is the last.
+        decode_bytes: the bytes of token ids, a tokenizer's `decode_bytes`; needed for `stop`.
 
     Returns:
         The new tokens of each prompt, int64 `(length,)` on CPU, without the prompt's own.
 
     Raises:
-        InputError: an empty prompt, or as many seeds as there are prompts were not given.
-        FloatingPointError: the model gave logits that are not numbers.
+        InputError: an empty prompt, an empty stop string, or another number of seeds than of prompts.
+        FloatingPointError: the model's logits are not numbers.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=16, dim=8, depth=1, heads=1, dim_mhesa=4)
     >>> prompts = [torch.tensor([3]), torch.tensor([1, 4, 1])]
     >>> [len(new) for new in generate(model, prompts, max_new_tokens=5)]
     [5, 5]
     """
-    prompts = list(ids)
-    seeds = _seeds(seed, len(prompts))
+    if stop and decode_bytes is None:
+        raise InputError("stop strings need decode_bytes, to know what text the tokens are")
+    prompts = [_not_empty(prompt) for prompt in ids]
     decoder = _decoder(model, min(BATCH, max(1, len(prompts))))
-    endings = _Endings(stop, decode_bytes, len(prompts))
-    out: list[list[int]] = [[] for _ in prompts]
-    samplers = [TokenSampler(sampling, seed) for seed in seeds]
-    for first in range(0, len(prompts), decoder.max_batch):
-        rows = range(first, min(first + decoder.max_batch, len(prompts)))
-        _continue(decoder, prompts, samplers, rows, max_new_tokens, eos_token_id, endings, out)
-    return [torch.tensor(tokens, dtype=torch.int64) for tokens in out]
+    texts = [
+        Continuation(
+            TokenSampler(sampling, one),
+            max_new_tokens,
+            end=eos_token_id,
+            decode=decode_bytes and _decode_one(decode_bytes),
+            stops=stop,
+        )
+        for one in _seeds(seed, len(prompts))
+    ]
+    new: dict[Continuation, list[int]] = {text: [] for text in texts}
+    for first in range(0, len(prompts) if max_new_tokens > 0 else 0, decoder.max_batch):
+        batch = slice(first, first + decoder.max_batch)
+        states = decoder.initial_state(len(prompts[batch]))
+        for text, token in _write(decoder, prompts[batch], texts[batch], states):
+            if token != eos_token_id:
+                new[text].append(token)
+    return [torch.tensor(tokens, dtype=torch.int64) for tokens in new.values()]
 
 
 def stream(
@@ -76,90 +90,60 @@ def stream(
     eos_token_id: int | None = None,
     state: Tensor | None = None,
 ) -> Iterator[int]:
-    """Continue a prompt, token by token as they are made.
+    """Continue a prompt, and give each token as it is drawn.
 
     Args:
         model, max_new_tokens, sampling, seed, eos_token_id: see `generate`.
         ids: the prompt, `(length,)`, at least one token.
-        state: `(depth, 1, dim_mhesa)`, what was read before; it is moved on behind every token but the
-            last. `None` starts anew.
+        state: `(depth, 1, dim_mhesa)`, behind what was read before; changed in place, to the state behind
+            every token but the last. `None` starts anew.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=16, dim=8, depth=1, heads=1, dim_mhesa=4)
     >>> len(list(stream(model, torch.tensor([3]), max_new_tokens=5)))
     5
     """
-    decoder, sampler = _decoder(model, 1), TokenSampler(sampling, seed)
+    decoder = _decoder(model, 1)
+    text = Continuation(TokenSampler(sampling, seed), max_new_tokens, end=eos_token_id)
     state = decoder.initial_state(1) if state is None else state
-    sampler.observe(_not_empty(ids))
-    if max_new_tokens < 1:
-        return
-    samplers = BatchSampler(decoder.num_tokens, [sampler])
-    logits = decoder.prefill(ids[None], state)
-    for left in reversed(range(max_new_tokens)):
-        (token,) = _numbers(samplers.draw(logits))
-        if token == eos_token_id:
+    return (token for token in write(decoder, ids, text, state) if token != eos_token_id)
+
+
+def write(decoder: Decoder, ids: Tensor, text: Continuation, state: Tensor) -> Iterator[int]:
+    """Write a text behind a prompt; gives every token as it is drawn, with the one that ends the text.
+
+    Args:
+        decoder, ids, state: see `stream`.
+        text: what to write.
+    """
+    prompt = _not_empty(ids)
+    if text.finish is None:
+        yield from (token for _, token in _write(decoder, [prompt], [text], state))
+
+
+def _write(
+    decoder: Decoder, prompts: list[Tensor], texts: list[Continuation], states: Tensor
+) -> Iterator[tuple[Continuation, int]]:
+    """Write texts to their ends; gives each token with its text."""
+    for text, prompt in zip(texts, prompts, strict=True):
+        text.sampler.observe(prompt)
+    slots = Slots(decoder, states)
+    over = slots.add(texts, states, decoder.prefill(prompts, states))
+    while True:
+        for text in slots.texts:
+            if text.error is not None:
+                raise text.error
+        for text in slots.texts:
+            assert text.last is not None
+            yield text, text.last
+        if len(over) == len(slots.texts):
             return
-        yield token
-        if left:
-            logits = decoder.step(samplers.last, state)
+        for slot in over:
+            slots.remove(slot)
+        over = slots.step()
 
 
-def _continue(
-    decoder: Decoder,
-    prompts: list[Tensor],
-    samplers: list[TokenSampler],
-    batch: Iterable[int],
-    max_new_tokens: int,
-    eos_token_id: int | None,
-    endings: _Endings,
-    out: list[list[int]],
-) -> None:
-    """Continue a batch of the prompts to their ends; what has ended leaves the batch."""
-    rows = list(batch)
-    state = decoder.initial_state(len(rows))
-    for row in rows:
-        samplers[row].observe(_not_empty(prompts[row]))
-    drawing = BatchSampler(decoder.num_tokens, [samplers[row] for row in rows])
-    logits = decoder.prefill([prompts[row] for row in rows], state)
-    for _ in range(max_new_tokens):
-        tokens = _numbers(drawing.draw(logits))
-        going = []
-        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            if token == eos_token_id:
-                continue
-            out[row].append(token)
-            if len(out[row]) < max_new_tokens and not endings.met(row, token):
-                going.append(place)
-        if not going:
-            return
-        if len(going) < len(rows):
-            state, rows = state[:, going], [rows[place] for place in going]
-            drawing = BatchSampler(decoder.num_tokens, [samplers[row] for row in rows])
-        logits = decoder.step(torch.tensor([tokens[place] for place in going]), state)
-
-
-class _Endings:
-    """Tells for each sequence when its text has come to one of some endings."""
-
-    def __init__(
-        self, stop: Sequence[bytes], decode_bytes: Callable[[list[int]], bytes] | None, sequences: int
-    ) -> None:
-        if stop and decode_bytes is None:
-            raise InputError("stop texts need decode_bytes, to know what text the tokens are")
-        if b"" in stop:
-            raise InputError("a stop text must not be empty")
-        self.stop, self.decode_bytes = tuple(stop), decode_bytes
-        self.longest = max(map(len, stop), default=0)
-        self.tails = [b""] * sequences
-
-    def met(self, row: int, token: int) -> bool:
-        """Add a token to a sequence's text; whether an ending lies in it now."""
-        if self.decode_bytes is None or not self.stop:
-            return False
-        piece = self.decode_bytes([token])
-        tail = self.tails[row] + piece
-        self.tails[row] = tail[-self.longest :]
-        return any(ending in tail for ending in self.stop)
+def _decode_one(decode_bytes: Callable[[list[int]], bytes]) -> Callable[[int], bytes]:
+    return lambda token: decode_bytes([token])
 
 
 def _decoder(model: GatedExponentialSmoothingLM | Decoder, batch: int) -> Decoder:
@@ -180,41 +164,3 @@ def _not_empty(ids: Tensor) -> Tensor:
     if ids.ndim != 1 or len(ids) == 0:
         raise InputError(f"a prompt must be (length,) with at least one token, not {tuple(ids.shape)}")
     return ids
-
-
-def _numbers(tokens: list[int]) -> list[int]:
-    if -1 in tokens:
-        raise FloatingPointError("the model's logits are not numbers; its weights may be broken")
-    return tokens
-
-
-def until(pieces: Iterable[bytes], endings: Sequence[bytes]) -> Iterator[bytes]:
-    """Hand text on as it comes, up to the first of the endings and without it.
-
-    What may be the beginning of an ending is held back until it is clear.
-
-    >>> b"".join(until([b"one ", b"two", b"\\n", b"\\nthree"], [b"\\n\\n", b"four"]))
-    b'one two'
-    """
-    waiting = b""
-    for piece in pieces:
-        waiting += piece
-        found = [place for ending in endings if (place := waiting.find(ending)) >= 0]
-        if found:
-            yield waiting[: min(found)]
-            return
-        safe = len(waiting) - held(waiting, endings)
-        yield waiting[:safe]
-        waiting = waiting[safe:]
-    yield waiting
-
-
-def held(text: bytes, endings: Sequence[bytes]) -> int:
-    """How many bytes at the end of `text` may be the beginning of an ending.
-
-    >>> held(b"one, tw", [b"two", b"wow"])
-    2
-    """
-    longest = min(len(text), max(map(len, endings), default=1) - 1)
-    sizes = range(longest, 0, -1)
-    return next((size for size in sizes if any(end.startswith(text[-size:]) for end in endings)), 0)

@@ -1,8 +1,7 @@
-"""A session: a model in the middle of a text, small enough to copy, to keep in a file, to go back to."""
+"""A session: a model in the middle of a text; small enough to copy, to save, and to come back to."""
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -19,17 +18,18 @@ from torch import Tensor
 from mhesa.atomic_io import write_file
 from mhesa.data import Tokenizer
 from mhesa.errors import InputError
+from mhesa.inference.continuation import Continuation, TextCursor
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.evaluation import surprisals
-from mhesa.inference.generation import stream, until
-from mhesa.inference.sampling import Sampling
+from mhesa.inference.generation import write
+from mhesa.inference.sampling import Sampling, TokenSampler
 from mhesa.model.lm import GatedExponentialSmoothingLM
 
 FORMAT = "mhesa session 1"
 
 
 class Reader:
-    """What all sessions with one model share: its decoder, its tokenizer, its fingerprint.
+    """A model and its tokenizer, ready to read and write; any number of sessions can share it.
 
     Args:
         model: the language model, in evaluation mode.
@@ -45,13 +45,19 @@ class Reader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """See `fingerprint`; taken when it is first needed."""
+        """See the function `fingerprint`."""
         return fingerprint(self.model)
 
 
 @dataclass
 class _Place:
-    """Where in its text a session is: all that has been read but the last token, which is still to be."""
+    """Where in its text a session is.
+
+    Args:
+        state: `(depth, 1, dim_mhesa)`, behind all tokens but the last.
+        token: the last token, which the model has not read yet.
+        position: how many tokens the text has.
+    """
 
     state: Tensor
     token: int
@@ -61,10 +67,10 @@ class _Place:
 class Session:
     """Reads, writes and scores one text, piece by piece.
 
-    All it remembers is one tensor and one token, a few kilobytes however long the text is.
+    It remembers one tensor and one token: a few kilobytes, however long the text is.
 
     Args:
-        reader: the model, the tokenizer; any number of sessions can share it.
+        reader: the model and its tokenizer.
 
     >>> from mhesa.hf import ByteTokenizer
     >>> model = GatedExponentialSmoothingLM(num_tokens=257, dim=8, depth=1, heads=1, dim_mhesa=4)
@@ -78,7 +84,7 @@ class Session:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        # A text starts behind an end-of-text token, which tells of nothing before it.
+        # A text starts behind an end-of-text token.
         self._place = _Place(reader.decoder.initial_state(1), reader.tokenizer.eos_token_id, 0)
 
     @property
@@ -88,7 +94,7 @@ class Session:
 
     @property
     def state_bytes(self) -> int:
-        """What the session remembers, in bytes."""
+        """The size of the state in bytes."""
         return self._place.state.nbytes
 
     def feed(self, text: str | bytes) -> None:
@@ -99,7 +105,7 @@ class Session:
             self._move(ids)
 
     def score(self, text: str | bytes) -> np.ndarray:
-        """Read some text, and tell how much of a surprise each of its tokens was.
+        """Read some text and measure the surprisal of each of its tokens.
 
         Returns:
             Bits for each token, fp32 `(tokens,)`: `-log2` of the probability the model gave it.
@@ -107,7 +113,7 @@ class Session:
         return self.score_ids(self._ids(text))
 
     def score_ids(self, ids: Tensor) -> np.ndarray:
-        """Read some tokens, int64 `(tokens,)`, and tell how much of a surprise each was; see `score`."""
+        """Read tokens, int64 `(tokens,)`, and measure the surprisal of each; see `score`."""
         if not len(ids):
             return np.zeros(0, dtype=np.float32)
         bits = surprisals(self.reader.decoder, self._behind(ids), ids, self._place.state)
@@ -133,30 +139,35 @@ class Session:
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
-        """Continue the text, as it is made, in whole characters.
+        """Continue the text, and give it as it is written, in whole characters.
 
-        What is made becomes part of the session's text, with the stop text or the end-of-text token that
-        ended it, neither of which is given out. A repetition penalty is for tokens of this continuation:
-        what came before is not remembered token by token.
+        The new text becomes part of the session's, together with the stop string or the end-of-text token
+        that ended it, which are not part of the result. A repetition penalty is for tokens of this
+        continuation: the session does not remember the tokens before it.
 
         Args:
-            max_new_tokens: how many tokens to make at most; an end-of-text token ends the text too.
+            max_new_tokens: how many tokens to write at most; an end-of-text token ends the text too.
             sampling: how tokens are drawn; plain sampling if omitted.
             seed: makes the text repeatable.
-            stop: texts to end before.
+            stop: the text ends before the first of these strings.
         """
-        endings = [ending.encode("utf-8", "surrogateescape") for ending in stop]
-        if b"" in endings:
-            raise InputError("a stop text must not be empty")
-        characters = codecs.getincrementaldecoder("utf-8")("replace")
-        for piece in until(self._pieces(max_new_tokens, sampling, seed), endings):
-            if text := characters.decode(piece):
-                yield text
-        if rest := characters.decode(b"", final=True):
-            yield rest
+        tokenizer, place = self.reader.tokenizer, self._place
+        text = Continuation(
+            TokenSampler(sampling, seed),
+            max_new_tokens,
+            end=tokenizer.eos_token_id,
+            decode=lambda token: tokenizer.decode_bytes([token]),
+            stops=[string.encode("utf-8", "surrogateescape") for string in stop],
+        )
+        cursor = TextCursor(text)
+        for token in write(self.reader.decoder, torch.tensor([place.token]), text, place.state):
+            place.token = token
+            place.position += 1
+            if new := cursor.read()[0]:
+                yield new
 
     def fork(self) -> Session:
-        """Another session at the same place; the two go on apart. Keep one to come back to this place."""
+        """A copy of the session; the two go on independently. Keep one to come back to this place."""
         other = Session(self.reader)
         place = self._place
         other._place = _Place(place.state.clone(), place.token, place.position)
@@ -199,7 +210,7 @@ class Session:
         try:
             token, position = int(details["token"]), int(details["position"])
         except (KeyError, ValueError) as error:
-            raise InputError(f"{path} is damaged: it does not say where in its text it is") from error
+            raise InputError(f"{path} is damaged: token or position is missing") from error
         mine = place.state[:, 0]
         whole = state.shape == mine.shape and state.dtype == mine.dtype and state.isfinite().all()
         if not whole or not 0 <= token < reader.decoder.num_tokens or position < 0:
@@ -213,35 +224,18 @@ class Session:
         return torch.from_numpy(self.reader.tokenizer.encode_bytes(data).astype("int64"))
 
     def _behind(self, ids: Tensor) -> Tensor:
-        """What has to be read for all of `ids` to be predicted."""
+        """The tokens whose predictions are for `ids`: the last one, and all of `ids` but the last."""
         return torch.cat([torch.tensor([self._place.token]), ids[:-1]])
 
     def _move(self, ids: Tensor) -> None:
         self._place.token = int(ids[-1])
         self._place.position += len(ids)
 
-    def _pieces(self, max_new_tokens: int, sampling: Sampling | None, seed: int | None) -> Iterator[bytes]:
-        place, tokenizer = self._place, self.reader.tokenizer
-        tokens = stream(
-            self.reader.decoder,
-            torch.tensor([place.token]),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            state=place.state,
-        )
-        for token in tokens:
-            place.token = token
-            place.position += 1
-            if token == tokenizer.eos_token_id:
-                return
-            yield tokenizer.decode_bytes([token])
-
 
 def fingerprint(model: GatedExponentialSmoothingLM) -> str:
-    """What tells a model's weights from another's: SHA-256 of their names, shapes and bf16 values.
+    """Identifies a model by its weights: SHA-256 of their names, shapes and bf16 values.
 
-    The same in fp32 and in bf16, for a state of the one is good for the other.
+    It is the same in fp32 and in bf16, because a state of the one can be used with the other.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
@@ -251,7 +245,7 @@ def fingerprint(model: GatedExponentialSmoothingLM) -> str:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file, or leave what is there as it was."""
+    """Write a file whole, or leave the one that is there."""
     try:
         with write_file(path) as file:
             file.write(data)
@@ -260,7 +254,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """The state in a saved session, empty if there is none, and what else it says."""
+    """The state in a saved session, empty if there is none, and the metadata."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no file; give the file of a saved session")
     try:

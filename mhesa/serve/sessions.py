@@ -1,4 +1,4 @@
-"""Stored states: a client goes on where it stopped, without reading the past again."""
+"""Stored sessions: a client continues a text without sending it again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mhesa.errors import InputError
 
-# Marks the files that are ours, and their form.
-APPLICATION, FORM = 0x6D686573, 1
-# Of memory, for states that were used of late.
+# SQLite's application_id and user_version of our files.
+APPLICATION_ID, VERSION = 0x6D686573, 1
+# Memory for pages of the file.
 CACHE_KIB = 16 * 1024
 SCHEMA = """
 CREATE TABLE sessions (
@@ -31,7 +31,7 @@ CREATE INDEX used ON sessions (used);
 
 
 class SessionError(Exception):
-    """A session cannot be used; `status` is HTTP's for it."""
+    """A session cannot be used; `status` is the HTTP status of the answer."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -39,13 +39,13 @@ class SessionError(Exception):
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A session as it is kept.
+class StoredSession:
+    """A session.
 
     Args:
-        state: `(depth, 1, dim_mhesa)`.
-        token: the last token of the text, which the state does not know yet.
-        position: tokens of the text so far.
+        state: `(depth, 1, dim_mhesa)`, behind all tokens but the last.
+        token: the last token, which the model has not read yet.
+        position: how many tokens the text has.
     """
 
     state: Tensor
@@ -54,8 +54,8 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """What is told of a session; times are seconds since 1970."""
+class SessionRecord:
+    """What a list shows of a session; times are seconds since 1970."""
 
     name: str
     position: int
@@ -66,21 +66,21 @@ class Listed:
 
 
 class Sessions:
-    """Sessions in SQLite: as much in memory as `CACHE_KIB`, the rest in a file if there is one.
+    """Sessions in an SQLite database.
 
-    A session that was saved is safe from a crash of the process. Each client sees its own alone. Methods
-    may be called from any thread.
+    A saved session survives a crash of the process. Each client sees only its own. Methods may be called
+    from any thread.
 
     Args:
-        path: the file; `None` keeps all in memory.
-        model: the fingerprint of the model whose states these are.
+        path: the database's file; `None` keeps it in memory.
+        model: the fingerprint of the model that the sessions are with.
         shape: of a state, `(depth, 1, dim_mhesa)`.
         most: sessions of one client.
-        idle: seconds after which a session that nobody used is forgotten.
-        clock: seconds since 1970.
+        idle_seconds: after which a session that nobody used is deleted.
+        clock: gives the time in seconds since 1970.
 
     Raises:
-        InputError: the file is not such a file, or cannot be written.
+        InputError: the file is of something else, or cannot be written.
     """
 
     def __init__(
@@ -90,10 +90,11 @@ class Sessions:
         model: str,
         shape: tuple[int, ...],
         most: int = 100_000,
-        idle: float = 7 * 24 * 3600,
+        idle_seconds: float = 7 * 24 * 3600,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.model, self.shape, self.most, self.idle, self.clock = model, shape, most, idle, clock
+        self.model, self.shape, self.most = model, shape, most
+        self.idle_seconds, self.clock = idle_seconds, clock
         self._lock = threading.Lock()
         try:
             self._database = sqlite3.connect(
@@ -107,7 +108,7 @@ class Sessions:
         run = self._database.execute
         run(f"PRAGMA cache_size = -{CACHE_KIB}")
         run("BEGIN IMMEDIATE")
-        (application,), (form,) = (
+        (application,), (version,) = (
             run("PRAGMA application_id").fetchone(),
             run("PRAGMA user_version").fetchone(),
         )
@@ -115,22 +116,22 @@ class Sessions:
         if not tables:
             for statement in SCHEMA.split(";"):
                 run(statement)
-            run(f"PRAGMA application_id = {APPLICATION}")
-            run(f"PRAGMA user_version = {FORM}")
-        elif (application, form) != (APPLICATION, FORM):
+            run(f"PRAGMA application_id = {APPLICATION_ID}")
+            run(f"PRAGMA user_version = {VERSION}")
+        elif (application, version) != (APPLICATION_ID, VERSION):
             raise sqlite3.DatabaseError("it is a database of something else")
         run("COMMIT")
-        # Only now is it known to be ours to change.
+        # The file is ours: from here on it may be changed.
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = NORMAL")
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._lock:
             self._database.close()
 
-    def load(self, client: str, name: str) -> Stored | None:
-        """A client's session, `None` if it has none of that name.
+    def load(self, client: str, name: str) -> StoredSession | None:
+        """A client's session; `None` if there is none of that name.
 
         Raises:
             SessionError: the session belongs to another model, or is damaged.
@@ -150,13 +151,13 @@ class Sessions:
         values = np.frombuffer(data, dtype="<f4") if whole else np.array([math.nan])
         if not np.isfinite(values).all():
             raise SessionError(409, f"session {name} is damaged; delete it")
-        return Stored(torch.from_numpy(values.copy()).view(self.shape), token, position)
+        return StoredSession(torch.from_numpy(values.copy()).view(self.shape), token, position)
 
-    def save(self, client: str, name: str, stored: Stored) -> None:
-        """Keep a session, in place of what it was before.
+    def save(self, client: str, name: str, stored: StoredSession) -> None:
+        """Store a session; it replaces one of the same name.
 
         Raises:
-            SessionError: the client has as many as it may.
+            SessionError: the client has too many sessions.
         """
         now = self.clock()
         data = stored.state.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()
@@ -198,7 +199,7 @@ class Sessions:
             raise SessionError(404, f"there is no session {name}")
 
     def delete(self, client: str, name: str) -> bool:
-        """Forget a session; whether there was one."""
+        """Delete a session; returns whether there was one."""
         with self._lock:
             return bool(
                 self._database.execute(
@@ -206,38 +207,38 @@ class Sessions:
                 ).rowcount
             )
 
-    def page(self, client: str, after: str = "", limit: int = 100) -> list[Listed]:
-        """A client's sessions by name, those behind `after`."""
+    def page(self, client: str, after: str = "", limit: int = 100) -> list[SessionRecord]:
+        """A client's sessions in the order of their names, those behind `after`."""
         return self._listed("client = ? AND name > ? AND used > ?", (client, after, self._oldest()), limit)
 
-    def get(self, client: str, name: str) -> Listed | None:
-        """What is known of one session."""
+    def get(self, client: str, name: str) -> SessionRecord | None:
+        """The record of one session."""
         rows = self._listed("client = ? AND name = ? AND used > ?", (client, name, self._oldest()), 1)
         return rows[0] if rows else None
 
     def expire(self) -> int:
-        """Remove what nobody used for too long; how many."""
+        """Delete sessions that nobody used for too long; returns how many."""
         with self._lock:
             return self._database.execute("DELETE FROM sessions WHERE used <= ?", (self._oldest(),)).rowcount
 
     def size(self) -> tuple[int, int]:
-        """Sessions and bytes of states, of all clients."""
+        """The number of sessions and the bytes of their states, of all clients."""
         return self._one("SELECT count(*), ifnull(sum(length(state)), 0) FROM sessions", ()) or (0, 0)
 
     def _oldest(self) -> float:
-        return self.clock() - self.idle
+        return self.clock() - self.idle_seconds
 
     def _one(self, query: str, values: tuple[object, ...]) -> tuple | None:  # type: ignore[type-arg]
         with self._lock:
             return self._database.execute(query, values).fetchone()
 
-    def _listed(self, where: str, values: tuple[object, ...], limit: int) -> list[Listed]:
+    def _listed(self, where: str, values: tuple[object, ...], limit: int) -> list[SessionRecord]:
         columns = "name, position, length(state), created, used"
         query = f"SELECT {columns} FROM sessions WHERE {where} ORDER BY name LIMIT ?"
         with self._lock:
             rows = self._database.execute(query, (*values, limit)).fetchall()
         return [
-            Listed(name, position, size, created, used, used + self.idle)
+            SessionRecord(name, position, size, created, used, used + self.idle_seconds)
             for name, position, size, created, used in rows
         ]
 

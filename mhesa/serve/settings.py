@@ -1,4 +1,4 @@
-"""What a server is told, and what it puts up with."""
+"""A server's settings, limits and API keys."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from mhesa.settings import Doc, documented
 @documented
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how long anything may take."""
+    """The limits of a request and of a client."""
 
-    body: Annotated[int, Doc("Bytes of a request's body.")] = 1 << 20
-    head: Annotated[int, Doc("Bytes of a request's line and headers.")] = 1 << 14
-    prompt: Annotated[int, Doc("Tokens of all prompts of a request.")] = 1 << 20
-    tokens: Annotated[int, Doc("Maximum number of tokens to write for one text.")] = 4096
+    body_bytes: Annotated[int, Doc("Bytes of a request's body.")] = 1 << 20
+    head_bytes: Annotated[int, Doc("Bytes of a request's line and headers.")] = 1 << 14
+    prompt_tokens: Annotated[int, Doc("Tokens of all prompts of a request.")] = 1 << 20
+    max_tokens: Annotated[int, Doc("Maximum number of tokens to write for one text.")] = 4096
     texts: Annotated[int, Doc("Texts of a request: its prompts times n.")] = 128
-    stops: Annotated[int, Doc("Stop strings of a request.")] = 16
-    stop: Annotated[int, Doc("Bytes of a stop string.")] = 256
-    biases: Annotated[int, Doc("Tokens in logit_bias.")] = 1024
+    stop_strings: Annotated[int, Doc("Stop strings of a request.")] = 16
+    stop_bytes: Annotated[int, Doc("Bytes of a stop string.")] = 256
+    logit_biases: Annotated[int, Doc("Tokens in logit_bias.")] = 1024
     logprobs: Annotated[int, Doc("Likeliest tokens to report beside each token.")] = 20
-    scored: Annotated[int, Doc("Tokens to score in one answer.")] = 1 << 16
-    seconds: Annotated[float, Doc("Seconds from a request's arrival to the end of its answer.")] = 600
-    receive: Annotated[float, Doc("Seconds in which a request must have arrived.")] = 8
-    send: Annotated[float, Doc("Seconds that a client may leave its answer unread.")] = 30
-    drain: Annotated[float, Doc("Seconds that running answers get to finish when the server stops.")] = 20
+    scored_tokens: Annotated[int, Doc("Tokens to score in one answer.")] = 1 << 16
+    request_seconds: Annotated[float, Doc("Seconds from a request's arrival to the end of its answer.")] = 600
+    receive_seconds: Annotated[float, Doc("Seconds in which a request must have arrived.")] = 8
+    send_seconds: Annotated[float, Doc("Seconds that a client may leave its answer unread.")] = 30
+    drain_seconds: Annotated[
+        float, Doc("Seconds that running answers get to finish when the server stops.")
+    ] = 20
     sessions: Annotated[int, Doc("Sessions of one client.")] = 100_000
-    idle: Annotated[float, Doc("Seconds after which an unused session is deleted.")] = 7 * 24 * 3600
+    idle_seconds: Annotated[float, Doc("Seconds after which an unused session is deleted.")] = 7 * 24 * 3600
 
 
 @documented
@@ -63,14 +65,14 @@ class Settings:
         for name, value, least in (
             ("slots", self.slots, 1),
             ("queue", self.queue, 0),
-            ("max_tokens", self.limits.tokens, 1),
+            ("max_tokens", self.limits.max_tokens, 1),
         ):
             if value < least:
                 raise InputError(f"{name} must be at least {least}, not {value}")
         if not 0 <= self.port < 1 << 16:
             raise InputError(f"port must be 0 to 65535, not {self.port}")
-        if not 0 < self.limits.seconds < float("inf"):
-            raise InputError(f"timeout must be a positive number, not {self.limits.seconds}")
+        if not 0 < self.limits.request_seconds < float("inf"):
+            raise InputError(f"timeout must be a positive number, not {self.limits.request_seconds}")
         if not self.keys and not is_loopback(self.host):
             raise InputError(
                 f"{self.host} can be reached from other machines: give --keys FILE, or stay on 127.0.0.1"
@@ -93,11 +95,10 @@ def is_loopback(host: str) -> bool:
 
 
 def read_keys(path: Path) -> dict[str, str]:
-    """API keys by their clients' names, from a file with a `name: key` a line; `#` begins a comment.
+    """API keys by the names of clients, from a file with a `name: key` in each line; `#` begins a comment.
 
     Raises:
-        InputError: the file cannot be read, or a line of it is of another form; keys are never repeated
-            in the message.
+        InputError: the file cannot be read, or a line has another form; the message never holds a key.
     """
     try:
         lines = path.read_text("utf-8").splitlines()

@@ -1,49 +1,47 @@
-"""The routes."""
+"""The application: its routes, its errors, its description."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
+from starlette.responses import Response
 
 import mhesa
-from mhesa.serve.api import protocol
-from mhesa.serve.api.errors import APIError, invalid
+from mhesa.serve.api import metrics, protocol
+from mhesa.serve.api.completions import chat, complete
+from mhesa.serve.api.errors import APIError, ClientGone, validation_error
+from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.page import page
-from mhesa.serve.api.service import Claim, Gone, Run, Service, client, facts, tokens
-from mhesa.serve.api.writing import chat, check_limit, check_model, complete
-from mhesa.serve.engine.jobs import Job
-from mhesa.serve.http import metrics
-from mhesa.serve.http.guard import Guard
-from mhesa.serve.sessions import Listed, SessionError
+from mhesa.serve.api.scores import score
+from mhesa.serve.api.service import Service, client_of
+from mhesa.serve.sessions import SessionError, SessionRecord
 
 STATUSES = {
-    400: "What was asked for cannot be.",
-    401: "No valid API key.",
-    403: "A name of this server that is not localhost, where there are no API keys.",
+    400: "The request is wrong.",
+    401: "There is no valid API key.",
+    403: "Without API keys the server answers requests to localhost only.",
     404: "There is no such thing.",
     409: "A session is in use, exists already or belongs to another model.",
     413: "The body is too large.",
-    429: "Too much at once: come again after `Retry-After` seconds.",
+    429: "Too many requests or sessions; where there is `Retry-After`, try again after so many seconds.",
     500: "A fault of the server.",
     503: "The server is shutting down, or its model failed.",
-    504: "It took too long.",
+    504: "The request took too long.",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": protocol.ErrorBody, "description": what} for status, what in STATUSES.items()
 }
+SCHEMAS = "#/components/schemas/{model}"
 SessionPath = Annotated[str, Path(pattern=protocol.SESSION_NAME, description="A session's name.")]
 
 
-def create_app(service: Service) -> ASGIApp:
-    """The application, guarded."""
+def create_app(service: Service) -> FastAPI:
+    """The application, without access control."""
     app = FastAPI(
         title="mhesa",
         version=mhesa.__version__,
@@ -53,20 +51,21 @@ def create_app(service: Service) -> ASGIApp:
         responses=ERRORS,
         separate_input_output_schemas=False,
     )
-    app.state.service = service
     _handle_errors(app)
     _add_pages(app, service)
-    _add_writing(app, service)
+    _add_models(app, service)
+    _add_generation(app, service)
     _add_sessions(app, service)
-    return Guard(app, service)
+    _describe_events(app)
+    return app
 
 
 def _handle_errors(app: FastAPI) -> None:
-    async def told(request: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
         return _api_error(error).response()
 
-    for kind in (APIError, SessionError, RequestValidationError, HTTPException, Gone, Exception):
-        app.add_exception_handler(kind, told)
+    for kind in (APIError, SessionError, RequestValidationError, HTTPException, ClientGone, Exception):
+        app.add_exception_handler(kind, answer)
 
 
 def _api_error(error: Exception) -> APIError:
@@ -76,13 +75,13 @@ def _api_error(error: Exception) -> APIError:
         case SessionError():
             return APIError(error.status, str(error), param="session", code="session_error")
         case RequestValidationError():
-            return invalid(error.errors())
+            return validation_error(error.errors())
         case HTTPException():
             return APIError(error.status_code, str(error.detail), headers=error.headers)
-        case Gone():
-            return APIError(499, "the client went away", code="disconnected")
+        case ClientGone():
+            return APIError(499, "the client closed the connection", code="disconnected")
         case _:
-            return APIError(500, "something went wrong here", code="internal_error")
+            return APIError(500, "the server has a fault", code="internal_error")
 
 
 def _add_pages(app: FastAPI, service: Service) -> None:
@@ -96,155 +95,124 @@ def _add_pages(app: FastAPI, service: Service) -> None:
     async def show_reference() -> Response:
         return reference
 
-    @app.get("/health", response_model=protocol.Health)
-    async def health() -> JSONResponse:
+    @app.get("/health", responses={503: {"model": protocol.Health}})
+    async def health(response: Response) -> protocol.Health:
         """Whether requests are taken; needs no key."""
-        if service.engine.failure is not None:
-            return JSONResponse({"status": "failed"}, 503)
-        if service.stopping:
-            return JSONResponse({"status": "stopping"}, 503)
-        return JSONResponse({"status": "ok"})
+        if service.engine.failure is None and not service.stopping:
+            return protocol.Health(status="ok")
+        response.status_code = 503
+        return protocol.Health(status="stopping" if service.engine.failure is None else "failed")
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def figures() -> Response:
+    async def show_metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(await service.aside(service.metrics.text), media_type=metrics.CONTENT_TYPE)
+        text = await service.run_in_disk_thread(service.metrics.text)
+        return Response(text, media_type=metrics.CONTENT_TYPE)
 
 
-def _add_writing(app: FastAPI, service: Service) -> None:
-    stream: dict[str, Any] = {"text/event-stream": {}}
+def _add_models(app: FastAPI, service: Service) -> None:
+    served = protocol.Model(
+        id=service.settings.name,
+        object="model",
+        created=service.created,
+        owned_by="mhesa",
+        parameters=service.parameters,
+        state_bytes=service.engine.state_bytes,
+    )
 
-    @app.get("/v1/models", response_model=protocol.Models)
-    async def models() -> JSONResponse:
+    @app.get("/v1/models")
+    async def models() -> protocol.Models:
         """The model that is served."""
-        return JSONResponse({"object": "list", "data": [_model(service)]})
+        return protocol.Models(object="list", data=[served])
 
-    @app.get("/v1/models/{name:path}", response_model=protocol.Model)
-    async def model(name: str) -> JSONResponse:
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> protocol.Model:
         """What is known of a model."""
-        check_model(service, name)
-        return JSONResponse(_model(service))
+        service.check_model(name)
+        return served
 
+
+def _events(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    schema = {"$ref": SCHEMAS.format(model=chunk.__name__)}
+    return {200: {"content": {"text/event-stream": {"schema": schema}}}}
+
+
+def _describe_events(app: FastAPI) -> None:
+    """Add the events of streams to the description, which FastAPI makes of whole responses alone."""
+    schemas = app.openapi()["components"]["schemas"]
+    for chunk in (protocol.CompletionChunk, protocol.ChatCompletionChunk):
+        schema = chunk.model_json_schema(ref_template=SCHEMAS, mode="serialization")
+        schemas |= {**schema.pop("$defs"), chunk.__name__: schema}
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/completions",
-        response_model=None,
-        responses={200: {"model": protocol.Completion, "content": stream}},
+        response_model=protocol.Completion,
+        responses=_events(protocol.CompletionChunk),
     )
-    async def completions(request: Request, body: protocol.CompletionRequest) -> Response:
+    async def completions(request: Request, body: protocol.CompletionRequest) -> BaseModel | Response:
         """Write texts that continue prompts."""
         return await complete(service, request, body)
 
     @app.post(
         "/v1/chat/completions",
-        response_model=None,
-        responses={200: {"model": protocol.ChatCompletion, "content": stream}},
+        response_model=protocol.ChatCompletion,
+        responses=_events(protocol.ChatCompletionChunk),
     )
-    async def chat_completions(request: Request, body: protocol.ChatRequest) -> Response:
-        """Write the next turn of a conversation, in the form that the model's chat template gives it."""
+    async def chat_completions(request: Request, body: protocol.ChatRequest) -> BaseModel | Response:
+        """Write the next turn of a conversation, in the form of the model's chat template."""
         return await chat(service, request, body)
 
-    @app.post("/v1/score", response_model=protocol.Score)
-    async def score(request: Request, body: protocol.ScoreRequest) -> JSONResponse:
-        """Measure how much each token or line of a text surprises the model, in bits."""
-        return await _score(service, request, body)
-
-
-def _model(service: Service) -> dict[str, Any]:
-    return {
-        "id": service.settings.name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "mhesa",
-        "parameters": service.parameters,
-        "state_bytes": service.engine.slots.bytes,
-    }
-
-
-async def _score(service: Service, request: Request, body: protocol.ScoreRequest) -> JSONResponse:
-    limits = service.settings.limits
-    check_model(service, body.model)
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    check_limit(len(texts), "input texts", min(limits.texts, service.settings.slots))
-    prompts = [tokens(service, text, "input") for text in texts]
-    total = sum(map(len, prompts))
-    check_limit(total, "input tokens", limits.scored if body.by == "token" else limits.prompt)
-    if not texts:
-        raise APIError(400, "input must not be an empty list", param="input", code="invalid_value")
-    begin = [service.vocabulary.end]
-    owner = client(request) or (request.client.host if request.client else "")
-    jobs = [
-        Job(np.concatenate([np.array(begin, ids.dtype), ids]), [], client=owner, score=True)
-        for ids in prompts
-    ]
-    run = Run(service, request, jobs)
-    try:
-        await run.finish()
-    finally:
-        run.close()
-    facts(request)["prompt_tokens"] = total
-    data = [{"index": index, **_scored(service, job, body.by)} for index, job in enumerate(jobs)]
-    usage = {"prompt_tokens": total, "completion_tokens": 0, "total_tokens": total}
-    return JSONResponse(
-        {"object": "score", "model": service.settings.name, "by": body.by, "data": data, "usage": usage}
-    )
-
-
-def _scored(service: Service, job: Job, by: str) -> dict[str, Any]:
-    bits = np.concatenate([np.empty(0), *(part.numpy() for part in job.logprobs)]) / -math.log(2)
-    pieces = [service.vocabulary.pieces[token] for token in job.ids[1:].tolist()]
-    items = []
-    text, start = b"", 0
-    for index, piece in enumerate(pieces, 1):
-        text += piece
-        if by == "token" or index == len(pieces) or (by == "line" and piece.endswith(b"\n")):
-            surprisal = float(bits[start:index].sum())
-            items.append({"text": text.decode("utf-8", "replace"), "bytes": len(text), "bits": surprisal})
-            text, start = b"", index
-    size, total = sum(map(len, pieces)), float(bits.sum())
-    return {"bytes": size, "bits": total, "bits_per_byte": total / size if size else None, "items": items}
+    @app.post("/v1/score")
+    async def scores(request: Request, body: protocol.ScoreRequest) -> protocol.Score:
+        """Measure the surprisal of each token or line of a text, in bits."""
+        return await score(service, request, body)
 
 
 def _add_sessions(app: FastAPI, service: Service) -> None:
-    sessions, aside = service.sessions, service.aside
+    sessions, run_in_disk_thread = service.sessions, service.run_in_disk_thread
 
-    @app.get("/v1/sessions", response_model=protocol.SessionList)
+    @app.get("/v1/sessions")
     async def list_sessions(
         request: Request,
         after: Annotated[str, Query(max_length=64, description="Begin behind this name.")] = "",
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    ) -> JSONResponse:
+        limit: Annotated[int, Query(ge=1, le=1000, description="How many at most.")] = 100,
+    ) -> protocol.SessionList:
         """Your sessions, by name."""
-        found = await aside(sessions.page, client(request), after, limit + 1)
-        data = [_session(session) for session in found[:limit]]
-        return JSONResponse({"object": "list", "data": data, "has_more": len(found) > limit})
+        found = await run_in_disk_thread(sessions.page, client_of(request), after, limit + 1)
+        data = [_session_info(session) for session in found[:limit]]
+        return protocol.SessionList(object="list", data=data, has_more=len(found) > limit)
 
-    @app.get("/v1/sessions/{name}", response_model=protocol.SessionInfo)
-    async def get_session(request: Request, name: SessionPath) -> JSONResponse:
+    @app.get("/v1/sessions/{name}")
+    async def get_session(request: Request, name: SessionPath) -> protocol.SessionInfo:
         """What is known of a session."""
-        found = await aside(sessions.get, client(request), name)
+        found = await run_in_disk_thread(sessions.get, client_of(request), name)
         if found is None:
             raise SessionError(404, f"there is no session {name}")
-        return JSONResponse(_session(found))
+        return _session_info(found)
 
-    @app.post("/v1/sessions/{name}/fork", response_model=protocol.SessionInfo)
-    async def fork_session(request: Request, name: SessionPath, body: protocol.ForkRequest) -> JSONResponse:
+    @app.post("/v1/sessions/{name}/fork")
+    async def fork_session(
+        request: Request, name: SessionPath, body: protocol.ForkRequest
+    ) -> protocol.SessionInfo:
         """Copy a session under a new name."""
-        await aside(sessions.fork, client(request), name, body.to)
-        found = await aside(sessions.get, client(request), body.to)
+        await run_in_disk_thread(sessions.fork, client_of(request), name, body.to)
+        found = await run_in_disk_thread(sessions.get, client_of(request), body.to)
         assert found is not None
-        return JSONResponse(_session(found))
+        return _session_info(found)
 
-    @app.delete("/v1/sessions/{name}", response_model=protocol.Deleted)
-    async def delete_session(request: Request, name: SessionPath) -> JSONResponse:
-        """Forget a session."""
-        claim = Claim(service, client(request), name)
+    @app.delete("/v1/sessions/{name}")
+    async def delete_session(request: Request, name: SessionPath) -> protocol.Deleted:
+        """Delete a session."""
+        lease = SessionLease(service, client_of(request), name)
         try:
-            if not await aside(sessions.delete, client(request), name):
+            if not await run_in_disk_thread(sessions.delete, client_of(request), name):
                 raise SessionError(404, f"there is no session {name}")
         finally:
-            claim.release()
-        return JSONResponse({"object": "session", "name": name, "deleted": True})
+            lease.release()
+        return protocol.Deleted(object="session", name=name, deleted=True)
 
 
-def _session(listed: Listed) -> dict[str, Any]:
-    return {"object": "session", **asdict(listed)}
+def _session_info(record: SessionRecord) -> protocol.SessionInfo:
+    return protocol.SessionInfo(object="session", **asdict(record))

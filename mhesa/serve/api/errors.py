@@ -1,12 +1,13 @@
-"""Errors in the shape that OpenAI's clients know."""
+"""Errors in the form that OpenAI's clients know."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
+
+from mhesa.serve.api.protocol import ErrorBody, ErrorDetail
 
 TYPES = {
     401: "authentication_error",
@@ -19,11 +20,15 @@ TYPES = {
 }
 
 
+class ClientGone(Exception):  # noqa: N818 not an error of ours
+    """The client closed the connection."""
+
+
 class APIError(Exception):
-    """What a client did wrong, or what the server cannot do now.
+    """An answer that is an error.
 
     Args:
-        status: HTTP's.
+        status: HTTP's status code.
         message: one sentence for a person.
         param: the parameter at fault.
         code: a word for a program.
@@ -43,54 +48,62 @@ class APIError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """What is sent."""
+    def body(self) -> ErrorBody:
+        """The answer's body."""
         kind = TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _printable(self.param)
+        detail = ErrorDetail(message=_printable(self.message), type=kind, param=param, code=self.code)
+        return ErrorBody(error=detail)
 
     def response(self) -> Response:
         """The whole answer."""
-        # ASCII alone: what a client sent may hold what no UTF-8 can.
-        content = json.dumps(self.body()).encode("ascii")
+        content = self.body().model_dump_json()
         return Response(content, self.status, self.headers, media_type="application/json")
 
 
+def _printable(text: str) -> str:
+    """Text that UTF-8 can encode: JSON from a client may hold lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def invalid(message: str, param: str | None, code: str = "invalid_value") -> APIError:
+    """The error for a value that is not allowed."""
+    return APIError(400, message, param=param, code=code)
+
+
 def busy(message: str) -> APIError:
-    """Too much at once."""
+    """The error for a full queue."""
     return APIError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
 
 def stopping() -> APIError:
-    """The server is going away."""
+    """The error while the server shuts down."""
     return APIError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
 
 
-def invalid(errors: Sequence[Any]) -> APIError:
-    """The first thing that validation found, in a sentence.
+def check_limit(value: int, what: str, most: int) -> int:
+    """Return the value; raise `APIError` if it is above this server's limit."""
+    if value > most:
+        raise invalid(f"{what}: at most {most:,}, not {value:,}", what.split()[0], "limit_exceeded")
+    return value
 
-    >>> invalid([{"loc": ("body", "n"), "msg": "Input should be at least 1", "type": "x"}]).message
+
+def validation_error(errors: Sequence[Any]) -> APIError:
+    """The first fault that validation found, in a sentence.
+
+    >>> validation_error([{"loc": ("body", "n"), "msg": "Input should be at least 1", "type": "x"}]).message
     'n: Input should be at least 1'
     """
     first = errors[0]
     where = [str(part) for part in first["loc"][1:]]
     if first["type"] == "json_invalid":
-        return APIError(400, "the body is not JSON", code="invalid_json")
+        return invalid("the body is not JSON", None, "invalid_json")
     if first["type"] == "extra_forbidden":
-        return APIError(
-            400,
-            f"unrecognized request argument: {where[-1][:64]!r}",
-            param=where[-1][:64],
-            code="unknown_parameter",
-        )
+        name = where[-1][:64]
+        return invalid(f"unrecognized request argument: {name!r}", name, "unknown_parameter")
     if first["type"] == "model_attributes_type" and not where:
-        return APIError(
-            400,
-            "the body must be a JSON object, sent with Content-Type: application/json",
-            code="invalid_value",
-        )
-    # Which of several forms was meant is not told, only what is wrong with it.
-    names = [part for part in where if part.isidentifier() and part.islower()] or where[:1]
-    name = ".".join(names[:1])
-    told = first["msg"].removeprefix("Value error, ")
-    message = f"{name}: {told}" if name else told
-    return APIError(400, message[:500], param=name or None, code="invalid_value")
+        return invalid("the body must be a JSON object, sent with Content-Type: application/json", None)
+    # Of a union, `where` names the alternatives too: the parameter is the first lower-case name.
+    names = [part for part in where if part.isidentifier() and part.islower()] or where
+    name, message = "".join(names[:1]), first["msg"].removeprefix("Value error, ")
+    return invalid((f"{name}: {message}" if name else message)[:500], name or None)

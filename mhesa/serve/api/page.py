@@ -1,4 +1,4 @@
-"""The pages: static, nothing fetched from outside."""
+"""The pages in a browser; they load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse
 
 
 def page(name: str) -> HTMLResponse:
-    """A page of this package, which may run and style only what it holds itself."""
+    """A page of this package, with a policy that allows only its own script and style."""
     text = resources.files(__package__).joinpath(name).read_text("utf-8")
     policy = (
         f"default-src 'none'; connect-src 'self'; script-src {_hashes('script', text)}; "

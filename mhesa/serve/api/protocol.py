@@ -1,4 +1,4 @@
-"""What clients send and get: OpenAI's completions and chat, and our own scores and sessions."""
+"""Requests and responses: OpenAI's completions and chat, and our own scores and sessions."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
-class Body(BaseModel):
-    """A request's body: an argument that nobody knows is an error."""
+class RequestBody(BaseModel):
+    """A request's body; an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=False)
 
 
-class StreamOptions(Body):
-    """What a stream tells beside the text."""
+class StreamOptions(RequestBody):
+    """What a stream sends beside the text."""
 
     include_usage: bool = Field(default=False, description="Send the counts of tokens at the end.")
     continuous_usage_stats: bool = Field(default=False, description="Send them with every event.")
 
 
-class Writing(Body):
-    """How texts are written, whatever they continue."""
+class GenerationRequest(RequestBody):
+    """What completions and chat have in common."""
 
     model: str | None = Field(None, description="The model's name; the one that is served if omitted.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
@@ -43,36 +43,35 @@ class Writing(Body):
     stream: bool | None = Field(None, description="Send the text as it is written, as server-sent events.")
     stream_options: StreamOptions | None = None
     session: SessionName | None = Field(
-        None, description="Go on from the state stored under this name, and store what becomes of it there."
+        None, description="Continue the stored session of this name, and store it again at the end."
     )
     user: str | None = Field(None, description="Ignored.")
     frequency_penalty: Penalty | None = Field(
-        None, description="Taken off a token's logit for every time that the text has it."
+        None, description="Subtracted from a token's logit for each time that it is in the text."
     )
     presence_penalty: Penalty | None = Field(
-        None, description="Taken off the logits of tokens that the text has at all."
+        None, description="Subtracted from the logits of tokens that are in the text."
     )
     logit_bias: dict[TokenName, Bias] | None = Field(
         None, description="Added to the logits of these token ids; -100 rules a token out."
     )
 
 
-class CompletionRequest(Writing):
+class CompletionRequest(GenerationRequest):
     """Texts that continue prompts."""
 
     prompt: str | TokenIds | list[str] | list[TokenIds] = Field(
-        "", description="A text, a list of texts, token ids, or a list of those; empty begins a text."
+        "", description="A text, a list of texts, token ids, or a list of these; empty begins a new text."
     )
     max_tokens: int | None = Field(None, ge=0, le=1 << 31, description="16 if omitted.")
-    logprobs: int | None = Field(None, ge=0, le=1 << 31, description="Likeliest tokens beside each.")
-    echo: bool | None = Field(None, description="Give the prompt back before the text.")
-    best_of: int | None = Field(
+    logprobs: int | None = Field(
         None,
-        ge=1,
+        ge=0,
         le=1 << 31,
-        description="Write so many, and give the `n` likeliest; not in a stream.",
+        description="Give log-probabilities, and this many of the likeliest tokens beside each.",
     )
-    suffix: str | None = Field(None, description="Empty only: the model reads forwards alone.")
+    echo: bool | None = Field(None, description="Give the prompt back before the text.")
+    suffix: str | None = Field(None, description="Must be empty: the model only writes forwards.")
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": "def main(", "max_tokens": 64, "temperature": 0.8}]}
@@ -82,18 +81,18 @@ class CompletionRequest(Writing):
     @classmethod
     def _no_suffix(cls, value: str | None) -> str | None:
         if value:
-            raise ValueError("this model reads forwards alone and cannot write towards an end")
+            raise ValueError("this model only writes forwards and cannot write towards an end")
         return value
 
 
-class TextPart(Body):
+class TextPart(RequestBody):
     """A part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Body):
+class Message(RequestBody):
     """A turn of a conversation."""
 
     role: str = Field(max_length=64)
@@ -101,17 +100,19 @@ class Message(Body):
     name: str | None = None
 
 
-class TextFormat(Body):
-    """The only form of answer there is."""
+class TextFormat(RequestBody):
+    """The only format of answers."""
 
     type: Literal["text"]
 
 
-class ChatRequest(Writing):
+class ChatRequest(GenerationRequest):
     """The next turn of a conversation."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, le=1 << 31, description="As many as may be if omitted.")
+    max_tokens: int | None = Field(
+        None, ge=1, le=1 << 31, description="As many as the server allows if omitted."
+    )
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 31, description="The same.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1 << 31)
@@ -124,24 +125,24 @@ class ChatRequest(Writing):
     prompt_cache_key: str | None = Field(None, description="Ignored.")
 
 
-class ScoreRequest(Body):
-    """Text to measure."""
+class ScoreRequest(RequestBody):
+    """Texts whose surprisal is measured."""
 
     model: str | None = None
-    input: str | list[str] = Field(description="A text, or several that have nothing to do with each other.")
-    by: Literal["token", "line", "text"] = Field("line", description="What each figure is for.")
+    input: str | list[str] = Field(description="A text, or several that are measured each by itself.")
+    by: Literal["token", "line", "text"] = Field("line", description="What each item of the answer is.")
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": "first line\nsecond line\n"}]})
 
 
-class ForkRequest(Body):
-    """A copy of a session."""
+class ForkRequest(RequestBody):
+    """A copy of a session to make."""
 
-    to: SessionName
+    to: SessionName = Field(description="The copy's name.")
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """What is wrong."""
 
     message: str
     type: str
@@ -156,7 +157,7 @@ class ErrorBody(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of a request."""
+    """Numbers of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -181,15 +182,21 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None
 
 
-class Completion(BaseModel):
-    """Texts that continue prompts."""
+class CompletionChunk(BaseModel):
+    """An event of a stream: pieces of texts, or at the end the counts of tokens alone."""
 
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None
+    usage: Usage | None = None
+
+
+class Completion(CompletionChunk):
+    """Texts that continue prompts."""
+
+    usage: Usage
 
 
 class ChatToken(BaseModel):
@@ -238,7 +245,34 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage | None
+    usage: Usage
+
+
+class ChatDelta(BaseModel):
+    """What an event adds to a message: its role first, then pieces of text."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """A piece of an answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletionChunk(BaseModel):
+    """An event of a stream: pieces of answers, or at the end the counts of tokens alone."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
 
 
 class Model(BaseModel):
@@ -253,14 +287,14 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """All of them."""
+    """The models that are served: one."""
 
     object: Literal["list"]
     data: list[Model]
 
 
 class ScoredItem(BaseModel):
-    """A token or a line, how many bytes it has, and its surprisal in bits."""
+    """A token or a line, its length in bytes, and its surprisal in bits."""
 
     text: str
     bytes: int
@@ -308,7 +342,7 @@ class SessionList(BaseModel):
 
 
 class Deleted(BaseModel):
-    """What was deleted."""
+    """A session that was deleted."""
 
     object: Literal["session"]
     name: str

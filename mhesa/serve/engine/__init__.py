@@ -1,1 +1,1 @@
-"""The decode loop and what waits for it."""
+"""Continuous batching: jobs, the queues in which they wait, and the thread that works on them."""

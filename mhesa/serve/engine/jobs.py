@@ -1,49 +1,49 @@
-"""What the decode loop is asked to do, and the queue in which clients take turns."""
+"""Jobs for the decode thread, and the queue in which they wait."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from mhesa.serve.engine.text import Choice
+from mhesa.inference.continuation import Continuation
 
 Item = TypeVar("Item")
 
 
 class Busy(Exception):  # noqa: N818 not an error of ours
-    """The queue is full; come again later."""
+    """The queue is full."""
 
 
 class Stopped(Exception):  # noqa: N818 not an error of ours
-    """The engine was closed before the job was done."""
+    """The decode thread was stopped before the job was done."""
 
 
 class Job:
     """A prompt to read, and the texts to write behind it.
 
-    Where nothing is to be written, the last token is left unread: it changes nothing that is asked for.
+    Without texts the prompt's last token is not read, because no prediction behind it is needed.
 
     Args:
-        ids: the prompt's tokens, at least one.
-        choices: texts to write; none to read only.
-        client: whose it is, for fairness.
+        ids: the prompt's tokens, `(tokens,)`, at least one.
+        texts: what to write; none to read only.
+        client: who sent it; clients take turns.
         state: `(depth, 1, dim_mhesa)` to begin from; zeros if omitted.
-        score: note the log-probability of each prompt token but the first in `logprobs`, in pieces.
+        score: note the log-probability of each prompt token but the first in `logprobs`.
         top: how many of the likeliest tokens to note beside each of those, in `likeliest`.
-        stream: wake whenever there is news, not only at the end.
-        keep_state: leave the state behind the first choice in `state`.
-        wake: called when there is news, as the engine's `tell` sees to.
+        stream: report progress, not only the end.
+        keep_state: leave the state behind the first text in `state`.
+        wake: called when there is progress to report.
     """
 
     def __init__(
         self,
         ids: np.ndarray,
-        choices: list[Choice],
+        texts: Sequence[Continuation] = (),
         *,
         client: str = "",
         state: Tensor | None = None,
@@ -53,7 +53,7 @@ class Job:
         keep_state: bool = False,
         wake: Callable[[], object] = lambda: None,
     ) -> None:
-        self.ids, self.choices, self.client, self.state = ids, choices, client, state
+        self.ids, self.texts, self.client, self.state = ids, list(texts), client, state
         self.score, self.top, self.stream, self.keep_state, self.wake = score, top, stream, keep_state, wake
         self.logprobs: list[Tensor] = []
         self.likeliest: list[list[tuple[int, float]]] = []
@@ -61,23 +61,24 @@ class Job:
         self.first_token: float | None = None
         self.error: Exception | None = None
         self.done = False
+        # Prompt tokens read so far, and to read.
         self.read = 0
-        self.open = sum(choice.finish is None for choice in choices)
-        self.length = len(ids) if self.open else len(ids) - 1
+        self.unfinished = sum(text.finish is None for text in self.texts)
+        self.length = len(ids) if self.unfinished else len(ids) - 1
 
     @property
-    def places(self) -> int:
-        """Slots that it takes."""
-        return max(1, len(self.choices))
+    def slots(self) -> int:
+        """How many slots it takes."""
+        return max(1, len(self.texts))
 
 
-class Turns(Generic[Item]):
-    """A queue in which clients take turns, however much one of them brings.
+class FairQueue(Generic[Item]):
+    """A queue in which clients take turns, however many items one of them has.
 
-    >>> turns = Turns()
+    >>> queue = FairQueue()
     >>> for client, item in [("a", 1), ("a", 2), ("a", 3), ("b", 4)]:
-    ...     turns.push(client, item)
-    >>> [turns.pop() for _ in range(len(turns))]
+    ...     queue.push(client, item)
+    >>> [queue.pop() for _ in range(len(queue))]
     [1, 4, 2, 3]
     """
 
@@ -105,7 +106,7 @@ class Turns(Generic[Item]):
         return item
 
     def remove(self, client: str, item: Item) -> bool:
-        """Take an item out; whether it was there."""
+        """Take an item out; returns whether it was there."""
         queue = self._queues.get(client, deque())
         if item not in queue:
             return False
@@ -116,6 +117,6 @@ class Turns(Generic[Item]):
 
 
 def wake(jobs: list[Job]) -> None:
-    """Tell those who wait for jobs."""
+    """Call each job's `wake`."""
     for job in jobs:
         job.wake()

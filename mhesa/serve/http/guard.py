@@ -1,4 +1,4 @@
-"""What stands before every route: who may come in, how much they may bring, and a line about each."""
+"""Before every route: access control, limits of bodies, a line in the log."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mhesa.serve.api.errors import APIError, stopping
 from mhesa.serve.api.service import Service
-from mhesa.serve.http.logs import log
+from mhesa.serve.logs import log
 from mhesa.serve.settings import is_loopback
 
+# Routes that need no key.
 OPEN = frozenset({"/health"})
-# Of a body over the limit, so many times the limit is read and dropped after the answer, for so many seconds.
-DRAINED = 16
-LINGER = 2.0
+# A client that is still sending a body above the limit does not read the answer: let it send up to
+# DRAINED_BODIES times the limit, for up to DRAIN_SECONDS.
+DRAINED_BODIES = 16
+DRAIN_SECONDS = 2.0
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="mhesa: any name, and an API key for the password"'}
 
@@ -32,12 +34,12 @@ CHALLENGE = {"WWW-Authenticate": 'Basic realm="mhesa: any name, and an API key f
 class Guard:
     """Wraps the application.
 
-    It asks for a key on every route but `/health`, so that a route nobody thought of is closed. It reads the
-    whole body, up to the limit, before the application sees any of it.
+    It asks for a key on every path but `/health`, unknown ones too, and reads the whole body, up to the
+    limit, before the application gets the request.
 
     Args:
-        app: what is guarded.
-        service: settings, and where figures go.
+        app: the application.
+        service: has the settings and the metrics.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -46,13 +48,15 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
         if scope["type"] != "http":
             return
         started = time.perf_counter()
         request_id = uuid.uuid4().hex
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
-        facts: dict[str, Any] = {}
-        state["facts"] = facts
+        fields: dict[str, Any] = {}
+        state["log_fields"] = fields
         status = 0
 
         async def answer(message: Message) -> None:
@@ -69,8 +73,8 @@ class Guard:
             body = await self._body(headers, receive)
             await self.app(scope, _replay(body, receive), answer)
         except APIError as error:
-            most = DRAINED * self.service.settings.limits.body
-            sender = _lingering(receive, answer, most) if error.status == 413 else answer
+            most = DRAINED_BODIES * self.service.settings.limits.body_bytes
+            sender = _drain_before_end(receive, answer, most) if error.status == 413 else answer
             await error.response()(scope, receive, sender)
         except Exception:
             log("fault", id=request_id, error=traceback.format_exc())
@@ -88,11 +92,11 @@ class Guard:
                     route=route,
                     status=status,
                     ms=round(seconds * 1000, 1),
-                    **facts,
+                    **fields,
                 )
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
-        """Who it is, for fairness and for sessions."""
+        """The client's name; raises `APIError` if it has no access."""
         if scope["path"] in OPEN:
             return ""
         if self.keys:
@@ -106,7 +110,7 @@ class Guard:
 
     def _client(self, authorization: bytes) -> str:
         given = _digest(_key(authorization))
-        # Every key is compared, each in constant time.
+        # Compare with every key, each in constant time, so that the time tells nothing about them.
         found = [name for name, digest in self.keys.items() if hmac.compare_digest(given, digest)]
         if not found:
             raise APIError(
@@ -118,7 +122,7 @@ class Guard:
         return found[0]
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        limit = self.service.settings.limits.body
+        limit = self.service.settings.limits.body_bytes
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > limit:
             raise _too_large(limit)
@@ -126,7 +130,7 @@ class Guard:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise APIError(499, "the client went away", code="disconnected")
+                raise APIError(499, "the client closed the connection", code="disconnected")
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > limit:
@@ -134,8 +138,8 @@ class Guard:
         return bytes(body)
 
 
-def _lingering(receive: Receive, send: Send, most: int) -> Send:
-    """Send an answer and let the rest of a body come: who is still sending at the end never reads it."""
+def _drain_before_end(receive: Receive, send: Send, most: int) -> Send:
+    """Send an answer, but end it only when the client has sent its body, or `most` bytes more of it."""
 
     async def drain() -> None:
         left, more = most, True
@@ -149,7 +153,7 @@ def _lingering(receive: Receive, send: Send, most: int) -> Send:
         if last:
             await send({**message, "more_body": True})
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(drain(), LINGER)
+                await asyncio.wait_for(drain(), DRAIN_SECONDS)
             message = {"type": "http.response.body"}
         await send(message)
 
@@ -166,7 +170,7 @@ def _too_large(limit: int) -> APIError:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the body once, then whatever else comes."""
+    """Receive the body that was read already, then what follows it."""
     given = False
 
     async def again() -> Message:
@@ -180,15 +184,17 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _check_host(header: bytes) -> None:
-    """Refuse names that another site could have pointed at this machine (DNS rebinding)."""
+    """Refuse names that another site may have pointed at this machine (DNS rebinding)."""
     host = header.decode("latin-1")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if not is_loopback(name.lower()):
-        raise APIError(403, "without API keys this server answers to localhost only", code="host_not_allowed")
+        raise APIError(
+            403, "without API keys this server answers requests to localhost only", code="host_not_allowed"
+        )
 
 
 def _key(authorization: bytes) -> bytes:
-    """The key of a Bearer header, or of a Basic one, whose user does not matter."""
+    """The key of an Authorization header: Bearer, or the password of Basic with any user."""
     kind, _, value = authorization.strip().partition(b" ")
     if kind.lower() == b"bearer":
         return value.strip()

@@ -1,4 +1,4 @@
-"""The process: sockets, time limits of connections, signals."""
+"""The server's process: sockets, time limits of connections, signals."""
 
 from __future__ import annotations
 
@@ -19,28 +19,33 @@ from mhesa.errors import InputError
 from mhesa.serve.api.app import create_app
 from mhesa.serve.api.errors import APIError
 from mhesa.serve.api.service import Service
-from mhesa.serve.http.logs import catch, log
+from mhesa.serve.http.guard import Guard
+from mhesa.serve.logs import log, redirect_logger
 from mhesa.serve.settings import Limits
 
-# A thread that holds Python's lock gives it up to another after so long; the decode loop waits for it
-# after every step.
+# How long a thread may keep Python's global lock when another waits for it: the decode thread needs it
+# after every step. Python's default is 5 ms.
 SWITCH_SECONDS = 0.0001
+# Time between two removals of sessions that have expired.
 EXPIRE_SECONDS = 600
 
 
 def serve(service: Service) -> None:
-    """Serve until SIGTERM or SIGINT, and let answers finish then.
+    """Serve until SIGTERM or SIGINT; answers that have begun may finish then.
+
+    It changes settings of the whole process: the thread switch interval, the limit of open files, uvicorn's
+    log.
 
     Raises:
         InputError: the address cannot be listened on.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     _raise_file_limit()
-    # That an address is in use is told below, in one line.
-    catch("uvicorn.error", logging.CRITICAL)
+    # While the socket is bound, uvicorn logs nothing: the error below says it in one line.
+    redirect_logger("uvicorn.error", logging.CRITICAL)
     settings = service.settings
     config = uvicorn.Config(
-        create_app(service),
+        Guard(create_app(service), service),
         host=settings.host,
         port=settings.port,
         http=_protocol(settings.limits),
@@ -50,13 +55,13 @@ def serve(service: Service) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=int(settings.limits.drain) + 5,
+        timeout_graceful_shutdown=int(settings.limits.drain_seconds) + 5,
     )
     try:
         bound = config.bind_socket()
     except SystemExit:
         raise InputError(f"cannot listen on {settings.host}:{settings.port}: is it in use?") from None
-    catch("uvicorn.error", logging.ERROR)
+    redirect_logger("uvicorn.error", logging.ERROR)
     try:
         _Server(config, service).run(sockets=[bound])
     finally:
@@ -65,7 +70,7 @@ def serve(service: Service) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, but that a signal first lets answers finish, and the process then ends with 0."""
+    """Uvicorn with our own signals: answers finish first, and the process ends with exit code 0."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -94,47 +99,47 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             return
         service = self.service
-        log("stopping", active=len(service.engine.slots.rows), waiting=service.engine.waiting)
+        log("stopping", active=service.engine.active, waiting=service.engine.waiting)
         service.stopping = self.should_exit = True
-        # What is left then is told so, as an error or an event.
-        loop.call_later(service.settings.limits.drain, service.engine.stop)
+        # Requests that are left then get an error, or an event with one.
+        loop.call_later(service.settings.limits.drain_seconds, service.engine.stop)
 
     async def _expire_sessions(self) -> None:
         while True:
-            expired = await self.service.aside(self.service.sessions.expire)
+            expired = await self.service.run_in_disk_thread(self.service.sessions.expire)
             if expired:
                 log("expired", sessions=expired)
             await asyncio.sleep(EXPIRE_SECONDS)
 
 
 def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
-    """HTTP/1.1 whose connections cannot be held by sending or reading slowly."""
+    """HTTP/1.1 that closes connections of clients that send or read too slowly."""
 
     class Protocol(HttpToolsProtocol):
         _receiving: asyncio.TimerHandle | None = None
         _sending: asyncio.TimerHandle | None = None
-        _whole = False
-        # Bytes of the request's line and headers, until they are there.
+        _complete = False
+        # Bytes of the request's line and headers so far; `None` once they are complete.
         _head: int | None = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._arm()
+            self._start_timer()
 
         def data_received(self, data: bytes) -> None:
             if self._head is not None:
                 self._head += len(data)
             super().data_received(data)
-            if self._whole:
-                self._disarm()
+            if self._complete:
+                self._stop_timer()
             elif self._receiving is None:
-                self._arm()
-            if self._head is not None and self._head > limits.head:
+                self._start_timer()
+            if self._head is not None and self._head > limits.head_bytes:
                 self._refuse(431, "the request's headers are too large", "headers_too_large")
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._whole = False
+            self._complete = False
 
         def on_headers_complete(self) -> None:
             super().on_headers_complete()
@@ -142,11 +147,11 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def on_message_complete(self) -> None:
             super().on_message_complete()
-            self._whole, self._head = True, 0
+            self._complete, self._head = True, 0
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._sending = self.loop.call_later(limits.send, self.transport.abort)
+            self._sending = self.loop.call_later(limits.send_seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -155,7 +160,7 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
                 self._sending = None
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._disarm()
+            self._stop_timer()
             self.resume_writing()
             super().connection_lost(exc)
 
@@ -171,10 +176,10 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
             self.transport.write("\r\n".join(head).encode() + body)
             self.transport.close()
 
-        def _arm(self) -> None:
-            self._receiving = self.loop.call_later(limits.receive, self.transport.abort)
+        def _start_timer(self) -> None:
+            self._receiving = self.loop.call_later(limits.receive_seconds, self.transport.abort)
 
-        def _disarm(self) -> None:
+        def _stop_timer(self) -> None:
             if self._receiving is not None:
                 self._receiving.cancel()
                 self._receiving = None
@@ -183,7 +188,7 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
 
 def _raise_file_limit() -> None:
-    """A connection is a file: take as many as the system lets us."""
+    """Raise the limit of open files to what the system allows: each connection is one."""
     try:
         import resource
     except ImportError:

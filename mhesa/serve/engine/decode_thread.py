@@ -1,10 +1,8 @@
-"""Continuous batching: one thread that reads prompts and writes texts, all of them a step at a time.
-
-Texts join and leave between two steps.
-"""
+"""The thread that reads prompts and writes texts, all of them together, a step at a time."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -14,27 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhesa.inference.continuation import Continuation
 from mhesa.inference.decoder import Decoder
-from mhesa.serve.engine.jobs import Busy, Job, Stopped, Turns, wake
-from mhesa.serve.engine.slots import Slots, score
+from mhesa.inference.logprobs import token_logprobs
+from mhesa.inference.slots import Slots
+from mhesa.serve.engine.jobs import Busy, FairQueue, Job, Stopped, wake
 
-# Prompt tokens read between two steps: what a long prompt may delay those who are writing.
+# Prompt tokens read between two steps: a bound on how long a prompt delays the texts being written.
 PIECE = 512
-# How often texts that are streamed are handed on: every TICK seconds, less often when there are so many
-# that writing EVENTS events a second would be too much.
-TICK = 0.01
-EVENTS = 2000
+# Streams get their new text every TICK_SECONDS, less often when they are so many that it would make more
+# than EVENTS_PER_SECOND.
+TICK_SECONDS = 0.01
+EVENTS_PER_SECOND = 2000
 
 
-class Engine:
-    """Runs jobs on a decoder, in a thread of its own.
+class DecodeThread:
+    """Runs jobs on a decoder, in a thread of its own. Texts join and leave between two steps.
 
     Args:
         decoder: the model; nobody else may use it meanwhile.
         slots: how many texts are written at the same time.
-        queue: how many texts may wait for a slot; one client's share is half of them.
+        queue: how many texts may wait for a slot; one client may take half of it.
         waiting_tokens: how many prompt tokens may wait to be read.
-        tell: is handed the jobs that there is news of, from the engine's thread; wakes them if omitted.
+        tell: called from the thread with the jobs that have progress to report; wakes them if omitted.
     """
 
     def __init__(
@@ -46,23 +46,34 @@ class Engine:
         waiting_tokens: int = 1 << 24,
         tell: Callable[[list[Job]], object] | None = None,
     ) -> None:
-        self.decoder, self.slots = decoder, Slots(decoder, slots)
+        self.decoder, self.size = decoder, slots
+        # NaN, so that a free slot that is read by mistake is noticed.
+        self.slots = Slots(decoder, decoder.initial_state(slots).fill_(math.nan))
         self.queue, self.waiting_tokens, self.tell = queue, waiting_tokens, tell or wake
         self.tokens_read = self.tokens_written = self.steps = self.failures = 0
         self.failure: BaseException | None = None
-        self._places = 0
-        self._waiting: Turns[Job] = Turns()
-        self._reading: Turns[Job] = Turns()
-        self._news: list[Job] = []
-        self._tell_at = 0.0
+        self._before_step = torch.empty_like(self.slots.states)
+        # Slots that are taken: by texts being written, and by jobs whose prompts are being read.
+        self._taken = 0
+        self._waiting: FairQueue[Job] = FairQueue()
+        self._reading: FairQueue[Job] = FairQueue()
+        self._writing: dict[Continuation, Job] = {}
+        self._progress: list[Job] = []
+        self._next_tick = 0.0
+        # Texts that wait for a slot, by client, and the tokens of their prompts.
         self._load: Counter[str] = Counter()
         self._load_tokens = 0
         self._inbox: deque[tuple[str, Job]] = deque()
         self._lock = threading.Lock()
-        self._ring = threading.Event()
+        self._bell = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._main, name="decode", daemon=True)
         self._thread.start()
+
+    @property
+    def active(self) -> int:
+        """Texts being written."""
+        return len(self._writing)
 
     @property
     def waiting(self) -> int:
@@ -72,47 +83,52 @@ class Engine:
 
     @property
     def reading(self) -> int:
-        """Prompts that are being read."""
+        """Prompts being read."""
         return len(self._reading)
+
+    @property
+    def state_bytes(self) -> int:
+        """The size of a text's state."""
+        return self.slots.states.nbytes // self.size
 
     def submit(self, jobs: Iterable[Job]) -> None:
         """Queue jobs, all of them or none.
 
         Raises:
             Busy: the queue is full, or this client's part of it.
-            Stopped: the engine was closed.
+            Stopped: the thread was stopped.
         """
         jobs = list(jobs)
-        free = self.slots.most - self._places
+        free = self.size - self._taken
         with self._lock:
             if self._closed:
                 raise Stopped("the server is shutting down")
-            places = sum(job.places for job in jobs)
+            texts = sum(job.slots for job in jobs)
             tokens = sum(len(job.ids) for job in jobs)
             own = sum(self._load[client] for client in {job.client for job in jobs})
             total = self._load.total() - free
             if (
-                total + places > self.queue
-                or own - free + places > (self.queue + 1) // 2
+                total + texts > self.queue
+                or own - free + texts > (self.queue + 1) // 2
                 or (self._load_tokens and self._load_tokens + tokens > self.waiting_tokens)
             ):
                 raise Busy("too many requests are waiting; try again in a moment")
             for job in jobs:
-                self._load[job.client] += job.places
+                self._load[job.client] += job.slots
                 self._load_tokens += len(job.ids)
                 self._inbox.append(("submit", job))
-        self._ring.set()
+        self._bell.set()
 
     def cancel(self, job: Job) -> None:
-        """Forget a job, wherever it is; nothing more is heard of it."""
+        """Drop a job, wherever it is; it is not reported any more."""
         self._inbox.append(("cancel", job))
-        self._ring.set()
+        self._bell.set()
 
     def stop(self) -> None:
-        """Fail every job that is left with `Stopped`, and take no more."""
+        """Fail all jobs that are left with `Stopped`, and take no more."""
         with self._lock:
             self._closed = True
-        self._ring.set()
+        self._bell.set()
 
     def close(self) -> None:
         """Stop, and wait for the thread to end."""
@@ -120,20 +136,23 @@ class Engine:
         self._thread.join()
 
     def state(self, job: Job) -> Tensor:
-        """Where a job is, or begins: `(depth, 1, dim_mhesa)`."""
+        """The state behind what was read and written of a job, `(depth, 1, dim_mhesa)`."""
         return self.decoder.initial_state(1) if job.state is None else job.state
 
-    # The thread
+    # All that follows runs in the thread.
 
     def _main(self) -> None:
         try:
             with torch.inference_mode():
                 while not self._closed:
+                    if not (self._writing or len(self._reading) or len(self._waiting)):
+                        self._bell.wait()
+                    self._bell.clear()
                     self._take_inbox()
                     self._admit()
                     self._read()
                     self._write()
-                    self._hand_on()
+                    self._report()
         except BaseException as error:
             self.failure = error
             raise
@@ -143,9 +162,6 @@ class Engine:
             self._fail_all()
 
     def _take_inbox(self) -> None:
-        if not (self.slots.rows or len(self._reading) or len(self._waiting)):
-            self._ring.wait()
-        self._ring.clear()
         while self._inbox:
             what, job = self._inbox.popleft()
             if what == "submit":
@@ -154,34 +170,43 @@ class Engine:
                 self._drop(job)
 
     def _admit(self) -> None:
-        while len(self._waiting) and self._places + self._waiting.peek().places <= self.slots.most:
+        while len(self._waiting) and self._taken + self._waiting.peek().slots <= self.size:
             job = self._waiting.pop()
-            self._places += job.places
-            self._forget_load(job)
+            self._taken += job.slots
+            self._subtract_load(job)
             if job.length:
                 self._reading.push(job.client, job)
             else:
                 self._end(job)
 
-    def _forget_load(self, job: Job) -> None:
+    def _subtract_load(self, job: Job) -> None:
         with self._lock:
-            self._load[job.client] -= job.places
+            self._load[job.client] -= job.slots
             self._load_tokens -= len(job.ids)
             if not self._load[job.client]:
                 del self._load[job.client]
+
+    def _end(self, job: Job) -> None:
+        self._taken -= job.slots
+        job.done = True
+        self._progress.append(job)
 
     def _drop(self, job: Job) -> None:
         if job.done:
             return
         job.done = True
         if self._waiting.remove(job.client, job):
-            self._forget_load(job)
+            self._subtract_load(job)
             return
         if not self._reading.remove(job.client, job):
-            for index in reversed(range(len(self.slots.rows))):
-                if self.slots.rows[index].job is job:
-                    self.slots.leave(index)
-        self._places -= job.places
+            for slot in reversed(range(self.active)):
+                if self._writing[self.slots.texts[slot]] is job:
+                    self._free(slot)
+        self._taken -= job.slots
+
+    def _free(self, slot: int) -> None:
+        del self._writing[self.slots.texts[slot]]
+        self.slots.remove(slot)
 
     def _fail(self, job: Job, error: Exception) -> None:
         if job.done:
@@ -189,30 +214,23 @@ class Engine:
         self.failures += 1
         job.error = error
         self._drop(job)
-        self._news.append(job)
+        self._progress.append(job)
 
     def _fail_all(self) -> None:
-        self._take_rest()
-        jobs = [row.job for row in self.slots.rows]
-        while len(self._reading):
-            jobs.append(self._reading.pop())
-        while len(self._waiting):
-            jobs.append(self._waiting.pop())
+        jobs = list(self._writing.values())
+        for queue in (self._reading, self._waiting):
+            jobs += [queue.pop() for _ in range(len(queue))]
+        jobs += [job for what, job in self._inbox if what == "submit"]
+        self._writing.clear()
         for job in dict.fromkeys(jobs):
             job.error, job.done = Stopped("the server is shutting down"), True
-            self._news.append(job)
-        self.slots.rows = []
-        self.tell(self._news)
-
-    def _take_rest(self) -> None:
-        while self._inbox:
-            what, job = self._inbox.popleft()
-            if what == "submit":
-                self._waiting.push(job.client, job)
+            self._progress.append(job)
+        self.tell(self._progress)
 
     # Reading prompts
 
     def _read(self) -> None:
+        """Read up to `PIECE` tokens, of as many prompts as they belong to."""
         room, work = PIECE, []
         while room > 0 and len(self._reading):
             job = self._reading.pop()
@@ -234,6 +252,7 @@ class Engine:
             if len(work) == 1:
                 self._fail(work[0][0], error)
                 return
+            # Find the one that fails by itself.
             for one in work:
                 self._read_together([one])
             return
@@ -249,7 +268,7 @@ class Engine:
             self._fail(job, error)
             return
         targets = torch.from_numpy(job.ids[job.read + 1 : job.read + len(piece) + 1].astype(np.int64))
-        own, likeliest = score(logits[: len(targets)], targets, job.top)
+        own, likeliest = token_logprobs(logits[: len(targets)], targets, job.top)
         job.logprobs.append(own)
         job.likeliest += likeliest
         job.state = state
@@ -260,75 +279,73 @@ class Engine:
         self.tokens_read += count
         if job.read < job.length:
             self._reading.push(job.client, job)
-        elif not job.open:
+        elif not job.unfinished:
             self._end(job)
         else:
-            self._join(job, logits)
-
-    def _join(self, job: Job, logits: Tensor) -> None:
-        job.first_token = time.perf_counter()
-        first = self.slots.join(job, self.state(job))
-        self._take(logits.expand(len(job.choices), -1), first)
+            self._start_writing(job, logits)
 
     # Writing
 
+    def _start_writing(self, job: Job, logits: Tensor) -> None:
+        job.first_token = time.perf_counter()
+        self._writing.update(dict.fromkeys(job.texts, job))
+        self.tokens_written += len(job.texts)
+        self._settle(self.slots.add(job.texts, self.state(job), logits))
+
     def _write(self) -> None:
-        if not self.slots.rows:
+        count = self.active
+        if not count:
             return
+        states, before = self.slots.states[:, :count], self._before_step[:, :count]
+        before.copy_(states)
         try:
-            logits = self.slots.step()
+            logits = self.slots.read(0, count)
         except Exception:
+            states.copy_(before)
             self._write_each()
             return
         self.steps += 1
-        self._take(logits, 0)
+        self.tokens_written += count
+        self._settle(self.slots.draw(logits))
 
     def _write_each(self) -> None:
-        """A step in which each row is alone, so that one that fails takes no other with it."""
-        for row in list(self.slots.rows):
-            if row.job.done:
+        """A step of each text by itself, so that one that fails does not fail the others."""
+        for text, job in list(self._writing.items()):
+            if job.done:
                 continue
-            index = self.slots.rows.index(row)
+            slot = self.slots.texts.index(text)
             try:
-                logits = self.slots.step_one(index)
+                logits = self.slots.read(slot, slot + 1)
             except Exception as error:
-                self._fail(row.job, error)
+                self._fail(job, error)
             else:
-                self._take(logits, index)
+                self.tokens_written += 1
+                self._settle(self.slots.draw(logits, slot))
 
-    def _take(self, logits: Tensor, first: int) -> None:
-        """Draw a token for each row of `logits`, which belong to the slots from `first` on."""
-        slots = self.slots
-        tokens = slots.draw(logits, first)
-        self.tokens_written += len(tokens)
-        ended, failed = [], []
-        for index, token in enumerate(tokens, first):
-            if token < 0:
-                failed.append(slots.rows[index].job)
-            elif slots.rows[index].choice.take(token):
-                ended.append(index)
-        for index in reversed(ended):
-            job = slots.rows[index].job
+    def _settle(self, over: list[int]) -> None:
+        """Free the slots of texts that have ended or failed; `over` is in falling order."""
+        failed = []
+        for slot in over:
+            text = self.slots.texts[slot]
+            job = self._writing[text]
+            if text.error is not None:
+                failed.append((job, text.error))
+                continue
             if job.keep_state:
-                job.state = slots.state(index)
-            slots.leave(index)
-            job.open -= 1
-            if not job.open:
+                job.state = self.slots.states[:, slot : slot + 1].clone()
+            self._free(slot)
+            job.unfinished -= 1
+            if not job.unfinished:
                 self._end(job)
-        for job in failed:
-            self._fail(job, ArithmeticError("the model's prediction is not a number"))
+        for job, error in failed:
+            self._fail(job, error)
 
-    def _end(self, job: Job) -> None:
-        self._places -= job.places
-        job.done = True
-        self._news.append(job)
-
-    def _hand_on(self) -> None:
+    def _report(self) -> None:
         now = time.perf_counter()
-        if now >= self._tell_at and self.slots.rows:
-            streams = {row.job: None for row in self.slots.rows if row.job.stream}
-            self._news += streams
-            self._tell_at = now + max(TICK, len(streams) / EVENTS)
-        if self._news:
-            self.tell(self._news)
-            self._news = []
+        if now >= self._next_tick and self._writing:
+            streams = dict.fromkeys(job for job in self._writing.values() if job.stream)
+            self._progress += streams
+            self._next_tick = now + max(TICK_SECONDS, len(streams) / EVENTS_PER_SECOND)
+        if self._progress:
+            self.tell(self._progress)
+            self._progress = []

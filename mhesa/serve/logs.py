@@ -1,4 +1,4 @@
-"""One JSON object a line on standard error: never a prompt, a text or a key."""
+"""Logs: one JSON object a line on standard error; never a prompt, a text or a key."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import time
 
 
 def log(event: str, **fields: object) -> None:
-    """Write a line; whatever the fields hold, it stays one line of ASCII."""
+    """Write a line of ASCII, whatever the fields hold."""
     line = {"time": round(time.time(), 3), "event": event, **fields}
     sys.stderr.write(json.dumps(line, default=str) + "\n")
     sys.stderr.flush()
 
 
-class Lines(logging.Handler):
-    """What libraries log, in the same form."""
+class JSONHandler(logging.Handler):
+    """Writes the records of `logging` in the same form."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
@@ -26,8 +26,8 @@ class Lines(logging.Handler):
         log(record.name, **fields)
 
 
-def catch(name: str, level: int) -> None:
-    """Write what the library `name` logs from `level` on."""
+def redirect_logger(name: str, level: int) -> None:
+    """Write what the logger `name` logs from `level` on in the same form."""
     logger = logging.getLogger(name)
-    logger.handlers, logger.propagate = [Lines()], False
+    logger.handlers, logger.propagate = [JSONHandler()], False
     logger.setLevel(level)

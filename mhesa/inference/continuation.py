@@ -1,0 +1,161 @@
+"""A text as it is written: tokens become bytes, stop strings end it, a cursor reads whole characters."""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from mhesa.errors import InputError
+from mhesa.inference.logprobs import TokenScore
+from mhesa.inference.sampling import TokenSampler
+
+
+class StopMatcher:
+    r"""Passes a text on as it grows, up to the first of its stop strings.
+
+    Bytes at the end that may begin a stop string are held back until that is clear. Where stop strings
+    overlap, the one that is complete first ends the text.
+
+    Args:
+        stops: the stop strings, none of them empty.
+
+    >>> matcher = StopMatcher([b"\n\n", b"four"])
+    >>> [matcher.feed(piece) for piece in (b"one\n", b"two\n", b"\nthree")], matcher.stopped
+    ([b'one', b'\ntwo', b''], True)
+    """
+
+    def __init__(self, stops: Sequence[bytes] = ()) -> None:
+        if b"" in stops:
+            raise InputError("a stop string must not be empty")
+        self.stops, self.held, self.stopped = tuple(stops), b"", False
+
+    def feed(self, piece: bytes) -> bytes:
+        """Add to the text; returns the bytes that can no longer be part of a stop string."""
+        if not self.stops:
+            return piece
+        text = self.held + piece
+        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        self.stopped = bool(found)
+        end = min(found) if found else len(text) - partial_stop_length(text, self.stops)
+        self.held = b"" if found else text[end:]
+        return text[:end]
+
+    def flush(self) -> bytes:
+        """End the text without a stop string; returns the bytes that were held back."""
+        rest, self.held = self.held, b""
+        return rest
+
+
+def partial_stop_length(text: bytes, stops: Sequence[bytes]) -> int:
+    """The length of the longest end of `text` that begins a stop string.
+
+    >>> partial_stop_length(b"one, tw", [b"two", b"wow"])
+    2
+    """
+    longest = min(len(text), max(map(len, stops), default=1) - 1)
+    sizes = range(longest, 0, -1)
+    return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in stops)), 0)
+
+
+class Continuation:
+    """A text that is written behind a prompt.
+
+    One thread writes it; another may read it by a `TextCursor` meanwhile.
+
+    Args:
+        sampler: draws the tokens.
+        limit: tokens at most.
+        end: the token that ends the text; it is not part of it.
+        decode: gives the bytes of a token; `None` keeps no text.
+        stops: the text ends before the first of these.
+        top: how many of the likeliest tokens to note beside each; `None` notes no log-probabilities.
+
+    Attributes:
+        pieces, scores: bytes and scored tokens that no cursor has read yet.
+        size: bytes of the text so far, with those that may turn out to begin a stop string.
+        count: tokens of the text so far.
+        last: the token drawn last.
+        finish: why the text has ended; `None` as long as it goes on.
+        error: set if the model's logits are not numbers.
+
+    >>> text = Continuation(TokenSampler(), 9, decode=[b"a", b"b", b""].__getitem__, end=2, stops=[b"ba"])
+    >>> for token in (0, 1, 0):
+    ...     text.take(token)
+    >>> TextCursor(text).read()[0], text.finish
+    ('a', 'stop')
+    """
+
+    def __init__(
+        self,
+        sampler: TokenSampler,
+        limit: int,
+        *,
+        end: int | None = None,
+        decode: Callable[[int], bytes] | None = None,
+        stops: Sequence[bytes] = (),
+        top: int | None = None,
+    ) -> None:
+        self.sampler, self.limit, self.end, self.top = sampler, limit, end, top
+        self.pieces: deque[bytes] = deque()
+        self.scores: deque[TokenScore] = deque()
+        self.size = self.count = 0
+        self.last: int | None = None
+        self.finish: Literal["stop", "length"] | None = None if limit > 0 else "length"
+        self.error: FloatingPointError | None = None
+        self._decode, self._matcher = decode, StopMatcher(stops)
+
+    @property
+    def drawn(self) -> int:
+        """Tokens drawn, with the one that ended the text."""
+        return self.count + (self.last is not None and self.last == self.end)
+
+    def take(self, token: int) -> None:
+        """Add a token that was drawn; -1 if it could not be."""
+        if token < 0:
+            self.error = FloatingPointError("the model's logits are not numbers; its weights may be broken")
+            return
+        self.last = token
+        if token == self.end:
+            self._finish("stop")
+            return
+        self.count += 1
+        if self._decode is not None:
+            piece = self._decode(token)
+            self.size += len(piece)
+            self.pieces.append(self._matcher.feed(piece))
+        if self._matcher.stopped:
+            self._finish("stop")
+        elif self.count >= self.limit:
+            self._finish("length")
+
+    def _finish(self, why: Literal["stop", "length"]) -> None:
+        # Last of all, because a cursor that sees it looks for no more text.
+        self.pieces.append(self._matcher.flush())
+        self.finish = why
+
+
+class TextCursor:
+    """Reads a continuation as it grows, in whole characters; what it has read is not kept.
+
+    Args:
+        text: what to read; it can have one cursor.
+    """
+
+    def __init__(self, text: Continuation) -> None:
+        self.text = text
+        self.finish: Literal["stop", "length"] | None = None
+        self._seen = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def read(self) -> tuple[str, list[TokenScore]]:
+        """What is new: text, and the tokens that begin in it. `finish` is set once there is no more."""
+        text = self.text
+        self.finish = text.finish
+        new = b"".join([text.pieces.popleft() for _ in range(len(text.pieces))])
+        self._seen += len(new)
+        scores = []
+        while text.scores and text.scores[0].start < self._seen:
+            scores.append(text.scores.popleft())
+        return self._decoder.decode(new, self.finish is not None), scores

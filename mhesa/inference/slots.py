@@ -1,0 +1,110 @@
+"""The decode loop: texts written side by side, one token of each at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mhesa.inference.continuation import Continuation
+from mhesa.inference.decoder import Decoder
+from mhesa.inference.logprobs import TokenScore, token_logprobs
+from mhesa.inference.sampling import BatchSampler
+
+
+class Slots:
+    """Writes several texts at once; they join and leave between two steps.
+
+    Each text has a slot, a place in `states` and in the sampler. The slots in use are always the first ones,
+    so that a step works on a slice of `states` and copies nothing.
+
+    Args:
+        decoder: the model.
+        states: `(depth, slots, dim_mhesa)`, changed in place: a text's state is that behind all of its
+            tokens but the last.
+    """
+
+    def __init__(self, decoder: Decoder, states: Tensor) -> None:
+        self.decoder, self.states = decoder, states
+        self.texts: list[Continuation] = []
+        self._sampler = BatchSampler(decoder.num_tokens, max_rows=states.shape[1])
+
+    def add(self, texts: Sequence[Continuation], state: Tensor, logits: Tensor) -> list[int]:
+        """Give each text a slot, and draw its first token.
+
+        Args:
+            texts: texts to write.
+            state: `(depth, texts, dim_mhesa)`, behind their prompts, or of one that all of them have; copied.
+            logits: `(texts, num_tokens)`, predictions behind the prompts, or of the one.
+
+        Returns:
+            As `draw` does.
+        """
+        first = len(self.texts)
+        for text in texts:
+            self.texts.append(text)
+            self._sampler.append(text.sampler)
+        self.states[:, first : len(self.texts)] = state
+        return self.draw(logits.expand(len(texts), -1), first)
+
+    def remove(self, slot: int) -> None:
+        """Free a slot; the last text moves into it."""
+        last = len(self.texts) - 1
+        text = self.texts.pop()
+        if slot != last:
+            self.states[:, slot] = self.states[:, last]
+            self.texts[slot] = text
+        # Whoever reads a free slot by mistake gets NaN, which is noticed.
+        self.states[:, last] = math.nan
+        self._sampler.take_out(slot)
+
+    def step(self) -> list[int]:
+        """Read the last token of each text and draw the next one; returns what `draw` does."""
+        return self.draw(self.read(0, len(self.texts)))
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Read the last tokens of the texts in slots `first` to `last - 1`.
+
+        Returns:
+            Logits of what comes next, `(last - first, num_tokens)`.
+        """
+        ids = self._sampler.last[first:last].to(self.decoder.device)
+        return self.decoder.step(ids, self.states[:, first:last])
+
+    def draw(self, logits: Tensor, first: int = 0) -> list[int]:
+        """Draw a token for some texts.
+
+        Args:
+            logits: `(texts, num_tokens)`, of the texts in slots from `first` on.
+            first: the first of these slots.
+
+        Returns:
+            The slots of texts that have ended or failed, in falling order: they can be removed in it.
+        """
+        tokens = self._sampler.draw(logits, first)
+        texts = self.texts[first : first + len(tokens)]
+        _note_scores(logits, texts, tokens)
+        over = []
+        for slot, (text, token) in enumerate(zip(texts, tokens, strict=True), first):
+            text.take(token)
+            if text.finish is not None or text.error is not None:
+                over.append(slot)
+        return over[::-1]
+
+
+def _note_scores(logits: Tensor, texts: list[Continuation], tokens: list[int]) -> None:
+    """Note the log-probabilities of tokens for the texts that ask for them."""
+    wanted = [
+        row
+        for row, (text, token) in enumerate(zip(texts, tokens, strict=True))
+        if text.top is not None and token >= 0 and token != text.end
+    ]
+    if not wanted:
+        return
+    most = max(texts[row].top or 0 for row in wanted)
+    own, likeliest = token_logprobs(logits[wanted], torch.tensor([tokens[row] for row in wanted]), most)
+    for row, logprob, top in zip(wanted, own.tolist(), likeliest, strict=True):
+        text = texts[row]
+        text.scores.append(TokenScore(text.size, tokens[row], logprob, top[: text.top]))

@@ -1,0 +1,315 @@
+"""Answers to requests for texts, whole or streamed, in the form of OpenAI's completions and chat."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mhesa.inference.continuation import TextCursor
+from mhesa.inference.logprobs import TokenScore
+from mhesa.serve.api import protocol
+from mhesa.serve.api.errors import APIError, ClientGone
+from mhesa.serve.api.lease import SessionLease
+from mhesa.serve.api.service import Service
+from mhesa.serve.api.submission import Submission
+from mhesa.serve.engine.jobs import Job
+from mhesa.serve.sessions import SessionError
+
+FinishReason = Literal["stop", "length"] | None
+
+
+class Answer(ABC):
+    """Makes a response, or the events of a stream, of the texts of a request.
+
+    `close` must be called in any case.
+
+    Args:
+        service: whose answer it is.
+        submission: the jobs that write the texts.
+        lease: the session that they continue.
+        logprobs: whether log-probabilities are given.
+        top: how many of the likeliest tokens are given with each.
+        options: what a stream sends beside the text.
+        log_fields: where to put what the log says of the request.
+    """
+
+    prefix: str
+
+    def __init__(
+        self,
+        service: Service,
+        submission: Submission,
+        lease: SessionLease | None,
+        *,
+        logprobs: bool,
+        top: int,
+        options: protocol.StreamOptions,
+        log_fields: dict[str, Any],
+    ) -> None:
+        self.service, self.submission, self.lease = service, submission, lease
+        self.logprobs, self.top, self.options, self.log_fields = logprobs, top, options, log_fields
+        self.head: dict[str, Any] = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.settings.name,
+        }
+        # Each text in the order of the answer, with the job that it belongs to.
+        self.cursors = [(job, TextCursor(text)) for job in submission.jobs for text in job.texts]
+
+    @abstractmethod
+    def whole(self) -> BaseModel:
+        """The response of a request that is not streamed, once all texts are written."""
+
+    @abstractmethod
+    def opening(self, index: int) -> Iterator[BaseModel]:
+        """Events before a text."""
+
+    @abstractmethod
+    def events(
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
+    ) -> Iterator[BaseModel]:
+        """Events for a piece of a text."""
+
+    @abstractmethod
+    def chunk(self, choices: list[Any]) -> BaseModel:
+        """An event with these choices."""
+
+    async def save_session(self) -> None:
+        """Store the session, if the request continues one."""
+        if self.lease is not None:
+            await self.lease.save(self.submission.jobs[0])
+
+    def close(self) -> None:
+        """Cancel what is not finished, release the session, and note the counts for the log."""
+        self.submission.close()
+        if self.lease is not None:
+            self.lease.release()
+        self.log_fields |= self.usage().model_dump(include={"prompt_tokens", "completion_tokens"})
+
+    def usage(self) -> protocol.Usage:
+        """Numbers of tokens so far."""
+        # The first token of each job is the one before the prompt.
+        read = sum(len(job.ids) - 1 for job in self.submission.jobs)
+        written = sum(text.count for job in self.submission.jobs for text in job.texts)
+        return protocol.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+
+    async def stream(self) -> AsyncIterator[BaseModel]:
+        """The events of a stream."""
+        for index in range(len(self.cursors)):
+            for event in self.opening(index):
+                yield event
+        unfinished = dict(enumerate(cursor for _, cursor in self.cursors))
+        while unfinished:
+            await self.submission.progress()
+            for index, cursor in list(unfinished.items()):
+                text, scores = cursor.read()
+                if text or cursor.finish:
+                    for event in self.events(index, text, scores, cursor.finish):
+                        yield event
+                if cursor.finish:
+                    del unfinished[index]
+        await self.submission.finish()
+        await self.save_session()
+        if self.options.include_usage:
+            yield self.chunk([]).model_copy(update={"usage": self.usage()})
+
+    def chunk_fields(self) -> dict[str, Any]:
+        """The fields that all events have."""
+        if self.options.continuous_usage_stats:
+            return {**self.head, "usage": self.usage()}
+        return {**self.head, "usage": None} if self.options.include_usage else self.head
+
+    def token_name(self, token: int) -> str:
+        """A token as text; escaped where its bytes are not whole characters."""
+        if token == self.service.tokenizer.eos_token_id:
+            return str(self.service.tokenizer.eos_token)
+        piece = self.service.token_bytes[token]
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+class CompletionAnswer(Answer):
+    """OpenAI's `text_completion`.
+
+    Args:
+        echo: put the prompt before each text.
+        others: see `Answer`.
+    """
+
+    prefix = "cmpl"
+
+    def __init__(self, *args: Any, echo: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The prompts that are still to be put before their texts.
+        self.echoes: dict[int, Job] = dict(enumerate(job for job, _ in self.cursors)) if echo else {}
+        # The length of each text so far, in characters.
+        self.offsets = [0] * len(self.cursors)
+
+    def whole(self) -> protocol.Completion:
+        """See `Answer`."""
+        choices = [
+            self._choice(index, *cursor.read(), cursor.finish)
+            for index, (_, cursor) in enumerate(self.cursors)
+        ]
+        return protocol.Completion(**self.head, object="text_completion", choices=choices, usage=self.usage())
+
+    def opening(self, index: int) -> Iterator[BaseModel]:
+        """None."""
+        return iter(())
+
+    def events(
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
+    ) -> Iterator[BaseModel]:
+        """See `Answer`."""
+        yield self.chunk([self._choice(index, text, scores, finish)])
+
+    def chunk(self, choices: list[Any]) -> protocol.CompletionChunk:
+        """See `Answer`."""
+        return protocol.CompletionChunk(**self.chunk_fields(), object="text_completion", choices=choices)
+
+    def _choice(
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
+    ) -> protocol.CompletionChoice:
+        if job := self.echoes.pop(index, None):
+            prompt = self.service.tokenizer.decode_bytes(job.ids[1:])
+            text = prompt.decode("utf-8", "replace") + text
+            scores = (_prompt_scores(job) if job.score else []) + scores
+        logprobs = self._logprobs(index, scores) if self.logprobs else None
+        return protocol.CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
+
+    def _logprobs(self, index: int, scores: list[TokenScore]) -> protocol.CompletionLogprobs:
+        offsets, at = [], self.offsets[index]
+        for score in scores:
+            piece = self.service.token_bytes[score.token]
+            # A token that continues a character is at the place of that character.
+            offsets.append(at - bool(at and piece and piece[0] & 0xC0 == 0x80))
+            at += sum(byte & 0xC0 != 0x80 for byte in piece)
+        self.offsets[index] = at
+        likeliest = [
+            {self.token_name(token): value for token, value in [*score.top, (score.token, score.logprob)]}
+            for score in scores
+        ]
+        return protocol.CompletionLogprobs(
+            tokens=[self.token_name(score.token) for score in scores],
+            token_logprobs=[score.logprob for score in scores],
+            top_logprobs=likeliest if self.top else None,
+            text_offset=offsets,
+        )
+
+
+class ChatAnswer(Answer):
+    """OpenAI's `chat.completion`."""
+
+    prefix = "chatcmpl"
+
+    def whole(self) -> protocol.ChatCompletion:
+        """See `Answer`."""
+        choices = []
+        for index, (_, cursor) in enumerate(self.cursors):
+            text, scores = cursor.read()
+            choices.append(
+                protocol.ChatChoice(
+                    index=index,
+                    message=protocol.ChatMessage(role="assistant", content=text, refusal=None),
+                    logprobs=self._logprobs(scores),
+                    finish_reason=cursor.finish,
+                )
+            )
+        return protocol.ChatCompletion(
+            **self.head, object="chat.completion", choices=choices, usage=self.usage()
+        )
+
+    def opening(self, index: int) -> Iterator[BaseModel]:
+        """The role."""
+        yield self._event(index, protocol.ChatDelta(role="assistant", content=""))
+
+    def events(
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
+    ) -> Iterator[BaseModel]:
+        """See `Answer`."""
+        if text:
+            yield self._event(index, protocol.ChatDelta(content=text), self._logprobs(scores))
+        if finish:
+            yield self._event(index, protocol.ChatDelta(), None, finish)
+
+    def chunk(self, choices: list[Any]) -> protocol.ChatCompletionChunk:
+        """See `Answer`."""
+        return protocol.ChatCompletionChunk(
+            **self.chunk_fields(), object="chat.completion.chunk", choices=choices
+        )
+
+    def _event(
+        self,
+        index: int,
+        delta: protocol.ChatDelta,
+        logprobs: protocol.ChatLogprobs | None = None,
+        finish: FinishReason = None,
+    ) -> BaseModel:
+        choice = protocol.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
+        return self.chunk([choice])
+
+    def _logprobs(self, scores: list[TokenScore]) -> protocol.ChatLogprobs | None:
+        if not self.logprobs:
+            return None
+        content = [
+            protocol.ChatScoredToken(
+                **self._token(score.token, score.logprob),
+                top_logprobs=[protocol.ChatToken(**self._token(*pair)) for pair in score.top],
+            )
+            for score in scores
+        ]
+        return protocol.ChatLogprobs(content=content, refusal=None)
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        piece = self.service.token_bytes[token]
+        return {"token": self.token_name(token), "logprob": logprob, "bytes": list(piece)}
+
+
+class EventStream(Response):
+    """Sends an answer as server-sent events, in OpenAI's form; an error becomes an event too.
+
+    Args:
+        answer: what to send; it is closed at the end.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events as they come."""
+
+        async def send_event(data: str, more: bool = True) -> None:
+            body = f"data: {data}\n\n".encode()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in self.answer.stream():
+                # ASCII: some clients take U+2028 and the like for the ends of lines.
+                await send_event(event.model_dump_json(exclude_unset=True, ensure_ascii=True))
+            await send_event("[DONE]", more=False)
+        except ClientGone:
+            self.answer.log_fields["cut"] = "disconnected"
+        except (APIError, SessionError) as error:
+            failure = error if isinstance(error, APIError) else APIError(error.status, str(error))
+            self.answer.log_fields["cut"] = failure.code
+            await send_event(failure.body().model_dump_json(ensure_ascii=True), more=False)
+        finally:
+            self.answer.close()
+
+
+def _prompt_scores(job: Job) -> list[TokenScore]:
+    values = [value for part in job.logprobs for value in part.tolist()]
+    ids = job.ids[1:].tolist()
+    return [TokenScore(0, *row) for row in zip(ids, values, job.likeliest or [[]] * len(ids), strict=True)]

@@ -1,0 +1,201 @@
+"""From a request for completions or chat to its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jinja2
+import numpy as np
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mhesa.errors import InputError
+from mhesa.inference.continuation import Continuation
+from mhesa.inference.sampling import Sampling, TokenSampler
+from mhesa.serve.api.answers import Answer, ChatAnswer, CompletionAnswer, EventStream
+from mhesa.serve.api.errors import check_limit, invalid
+from mhesa.serve.api.lease import SessionLease
+from mhesa.serve.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
+from mhesa.serve.api.service import Service, client_of, log_fields, prepend, queue_of, utf8
+from mhesa.serve.api.submission import Submission
+from mhesa.serve.engine.jobs import Job
+
+DEFAULT_TOKENS = 16
+
+
+async def complete(service: Service, request: Request, body: CompletionRequest) -> BaseModel | Response:
+    """Answer a request for completions."""
+    limits = service.settings.limits
+    service.check_model(body.model)
+    prompts = [service.encode(prompt, "prompt") for prompt in _prompts(body.prompt)]
+    limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    check_limit(limit, "max_tokens", limits.max_tokens)
+    check_limit(body.logprobs or 0, "logprobs", limits.logprobs)
+    echo = bool(body.echo)
+    if echo and body.logprobs is not None:
+        what = "tokens of a prompt that is echoed with logprobs"
+        check_limit(sum(map(len, prompts)), what, limits.scored_tokens)
+    return await _write(
+        service,
+        request,
+        body,
+        prompts,
+        limit,
+        body.logprobs,
+        partial(CompletionAnswer, echo=echo),
+        score=echo and body.logprobs is not None,
+    )
+
+
+async def chat(service: Service, request: Request, body: ChatRequest) -> BaseModel | Response:
+    """Answer a request for the next turn of a conversation."""
+    limits = service.settings.limits
+    service.check_model(body.model)
+    prompt = _render(service, body)
+    limit = body.max_completion_tokens or body.max_tokens or limits.max_tokens
+    check_limit(limit, "max_completion_tokens", limits.max_tokens)
+    check_limit(body.top_logprobs or 0, "top_logprobs", limits.logprobs)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    return await _write(service, request, body, [prompt], limit, top, ChatAnswer)
+
+
+async def _write(
+    service: Service,
+    request: Request,
+    body: GenerationRequest,
+    prompts: list[np.ndarray],
+    limit: int,
+    top: int | None,
+    form: Callable[..., Answer],
+    score: bool = False,
+) -> BaseModel | Response:
+    limits, n = service.settings.limits, body.n or 1
+    texts = len(prompts) * n
+    check_limit(texts, "prompts times n", min(limits.texts, service.settings.slots))
+    check_limit(sum(map(len, prompts)), "tokens of all prompts", limits.prompt_tokens)
+    sampling, stops = _sampling(service, body), _stops(service, body)
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options is for streams only", "stream_options")
+    if body.session and texts != 1:
+        raise invalid("a session takes one prompt and n=1", "session")
+    lease = SessionLease(service, client_of(request), body.session) if body.session else None
+    try:
+        if lease is not None:
+            await lease.load()
+        stored = None if lease is None else lease.stored
+        last, state = (None, None) if stored is None else (stored.token, stored.state)
+        jobs = []
+        for prompt in prompts:
+            ids = _with_first_token(prompt, service.tokenizer.eos_token_id, last)
+            samplers = [
+                TokenSampler(sampling, None if body.seed is None else body.seed + index) for index in range(n)
+            ]
+            for sampler in samplers:
+                sampler.observe(ids.tolist() if sampling.repetition_penalty != 1 else ())
+            jobs.append(
+                Job(
+                    ids,
+                    [
+                        Continuation(
+                            sampler,
+                            limit,
+                            end=service.tokenizer.eos_token_id,
+                            decode=service.token_bytes.__getitem__,
+                            stops=stops,
+                            top=top,
+                        )
+                        for sampler in samplers
+                    ],
+                    client=queue_of(request),
+                    state=state,
+                    score=score,
+                    top=top or 0,
+                    stream=bool(body.stream),
+                    keep_state=lease is not None,
+                )
+            )
+        submission = Submission(service, request, jobs)
+    except BaseException:
+        if lease is not None:
+            lease.release()
+        raise
+    answer = form(
+        service,
+        submission,
+        lease,
+        logprobs=top is not None,
+        top=top or 0,
+        options=body.stream_options or StreamOptions(),
+        log_fields=log_fields(request),
+    )
+    if body.stream:
+        return EventStream(answer)
+    try:
+        await submission.finish()
+        await answer.save_session()
+        return answer.whole()
+    finally:
+        answer.close()
+
+
+def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    if not prompt:
+        raise invalid("prompt must not be an empty list", "prompt")
+    return list(prompt)
+
+
+def _with_first_token(ids: np.ndarray, end: int, last: int | None) -> np.ndarray:
+    """A prompt behind its session's last token, or behind the end-of-text token, which begins every text."""
+    if last is not None:
+        return prepend(last, ids)
+    # Token ids of a client may have it already.
+    return ids if len(ids) and ids[0] == end else prepend(end, ids)
+
+
+def _render(service: Service, body: ChatRequest) -> np.ndarray:
+    """The tokens of a conversation, in the form of the model's chat template."""
+    tokenizer = service.tokenizer
+    if not tokenizer.chat_template:
+        raise invalid("this model has no chat template; use /v1/completions", "messages", "no_chat_template")
+    messages = []
+    for message in body.messages:
+        parts = message.content
+        content = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        if str(tokenizer.eos_token) in content:
+            raise invalid(f"a message must not hold {tokenizer.eos_token}", "messages")
+        messages.append({"role": message.role, "content": content})
+    try:
+        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise invalid(f"the chat template refuses: {error}"[:500], "messages") from error
+    return service.encode([int(token) for token in ids], "messages")
+
+
+def _sampling(service: Service, body: GenerationRequest) -> Sampling:
+    names = {"temperature", "top_p", "top_k", "min_p"}
+    names |= {"repetition_penalty", "frequency_penalty", "presence_penalty"}
+    biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
+    check_limit(len(biases), "logit_bias tokens", service.settings.limits.logit_biases)
+    service.check_token(max(biases, default=0), "logit_bias")
+    try:
+        return Sampling(**body.model_dump(include=names, exclude_none=True), logit_bias=biases)
+    except InputError as error:
+        raise invalid(str(error), str(error).split()[0]) from error
+
+
+def _stops(service: Service, body: GenerationRequest) -> list[bytes]:
+    limits = service.settings.limits
+    texts = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stops = [utf8(text, "stop") for text in texts]
+    check_limit(len(stops), "stop strings", limits.stop_strings)
+    if not all(stops):
+        raise invalid("a stop string must not be empty", "stop")
+    check_limit(max(map(len, stops), default=0), "bytes of a stop string", limits.stop_bytes)
+    return stops

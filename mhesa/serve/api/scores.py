@@ -1,0 +1,60 @@
+"""The surprisal of texts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from starlette.requests import Request
+
+from mhesa.serve.api import protocol
+from mhesa.serve.api.errors import check_limit, invalid
+from mhesa.serve.api.service import Service, log_fields, prepend, queue_of
+from mhesa.serve.api.submission import Submission
+from mhesa.serve.engine.jobs import Job
+
+
+async def score(service: Service, request: Request, body: protocol.ScoreRequest) -> protocol.Score:
+    """Answer a request for scores."""
+    limits = service.settings.limits
+    service.check_model(body.model)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    check_limit(len(texts), "input texts", min(limits.texts, service.settings.slots))
+    prompts = [service.encode(text, "input") for text in texts]
+    total = sum(map(len, prompts))
+    check_limit(total, "input tokens", limits.scored_tokens if body.by == "token" else limits.prompt_tokens)
+    if not texts:
+        raise invalid("input must not be an empty list", "input")
+    end = service.tokenizer.eos_token_id
+    jobs = [Job(prepend(end, ids), client=queue_of(request), score=True) for ids in prompts]
+    submission = Submission(service, request, jobs)
+    try:
+        await submission.finish()
+    finally:
+        submission.close()
+    log_fields(request)["prompt_tokens"] = total
+    return protocol.Score(
+        object="score",
+        model=service.settings.name,
+        by=body.by,
+        data=[_scored_text(service, index, job, body.by) for index, job in enumerate(jobs)],
+        usage=protocol.Usage(prompt_tokens=total, completion_tokens=0, total_tokens=total),
+    )
+
+
+def _scored_text(service: Service, index: int, job: Job, by: str) -> protocol.ScoredText:
+    bits = np.concatenate([np.empty(0), *(part.numpy() for part in job.logprobs)]) / -math.log(2)
+    pieces = [service.token_bytes[token] for token in job.ids[1:].tolist()]
+    items = []
+    text, start = b"", 0
+    for end, piece in enumerate(pieces, 1):
+        text += piece
+        if by == "token" or end == len(pieces) or (by == "line" and piece.endswith(b"\n")):
+            surprisal = float(bits[start:end].sum())
+            shown = text.decode("utf-8", "replace")
+            items.append(protocol.ScoredItem(text=shown, bytes=len(text), bits=surprisal))
+            text, start = b"", end
+    size, total = sum(map(len, pieces)), float(bits.sum())
+    return protocol.ScoredText(
+        index=index, bytes=size, bits=total, bits_per_byte=total / size if size else None, items=items
+    )

@@ -1,0 +1,96 @@
+"""A request's jobs while they are worked on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections.abc import Sequence
+
+from starlette.requests import Request
+
+from mhesa.serve.api.errors import APIError, ClientGone, stopping
+from mhesa.serve.api.service import Service
+from mhesa.serve.engine.jobs import Job, Stopped
+from mhesa.serve.logs import log
+
+
+class Submission:
+    """Queues a request's jobs, and waits for them.
+
+    `close` must be called in any case: it cancels what is not finished.
+
+    Args:
+        service: who works on them.
+        request: where a disconnect shows.
+        jobs: what to do.
+
+    Raises:
+        APIError: the queue is full, or the server is shutting down.
+    """
+
+    def __init__(self, service: Service, request: Request, jobs: Sequence[Job]) -> None:
+        self.service, self.jobs = service, jobs
+        self._request = request
+        self._event = asyncio.Event()
+        self._gone = self._late = False
+        for job in jobs:
+            job.wake = self._event.set
+        service.submit(jobs)
+        loop = asyncio.get_running_loop()
+        self._watch = loop.create_task(self._watch_client())
+        self._timer = loop.call_later(service.settings.limits.request_seconds, self._expire)
+
+    async def progress(self) -> None:
+        """Wait until there is news of a job.
+
+        Raises:
+            APIError: a job failed, or the request took too long.
+            ClientGone: the client closed the connection.
+        """
+        await self._event.wait()
+        self._event.clear()
+        self._check()
+
+    async def finish(self) -> None:
+        """Wait until all jobs are done; raises as `progress` does."""
+        while not all(job.done for job in self.jobs):
+            await self.progress()
+        self._check()
+
+    def close(self) -> None:
+        """Cancel the jobs that are not done, and record the times."""
+        self._watch.cancel()
+        self._timer.cancel()
+        now = time.perf_counter()
+        for job in self.jobs:
+            if not job.done:
+                self.service.engine.cancel(job)
+            if job.first_token is None:
+                continue
+            self.service.metrics.first_token.observe(job.first_token - job.created)
+            longest = max(text.count for text in job.texts)
+            if longest > 1:
+                self.service.metrics.per_token.observe((now - job.first_token) / (longest - 1))
+
+    def _check(self) -> None:
+        if self._gone:
+            raise ClientGone
+        if self._late:
+            raise APIError(504, "this took too long; ask for less", code="timeout")
+        for job in self.jobs:
+            if isinstance(job.error, Stopped):
+                raise stopping()
+            if job.error is not None:
+                log("fault", error="".join(traceback.format_exception(job.error)))
+                raise APIError(500, "the model failed on this request", code="model_failure") from job.error
+
+    async def _watch_client(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._event.set()
+
+    def _expire(self) -> None:
+        self._late = True
+        self._event.set()
