@@ -6,6 +6,9 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Each worker runs torch on one thread (tests/conftest.py).
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
+OLDEST_TESTS := package layers model gelu decoding sampling session evaluation data hf_configuration \
+	hf_generation hf_modeling hf_tokenization hf_vocabulary cli serve serve_page
+
 .PHONY: demo test test-oldest coverage torture dist clean
 
 # Train on the Python standard library's own source text for two minutes, then write with the model.
@@ -21,10 +24,11 @@ test: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/python $(PYTEST) $(PYTEST_OPTIONS)
 
-# A part of the suite with the oldest versions that pyproject.toml allows. numba keeps one version's
-# kernels beside the source; this one's go elsewhere.
+# The tests in which other packages do most, with the oldest versions that pyproject.toml allows.
+# numba keeps the kernels of one version beside the source; those of this one go elsewhere.
 test-oldest: $(OLDEST)/installed
-	NUMBA_CACHE_DIR=$(CURDIR)/$(OLDEST)/numba $(OLDEST)/bin/python $(PYTEST) -m oldest
+	NUMBA_CACHE_DIR=$(CURDIR)/$(OLDEST)/numba $(OLDEST)/bin/python $(PYTEST) \
+		$(patsubst %,tests/test_%.py,$(OLDEST_TESTS))
 
 # The suite with coverage measured, in the processes it starts as well.
 coverage: $(VENV)/installed-dev
