@@ -1,9 +1,15 @@
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := -m pip install --quiet --disable-pip-version-check
+# Each worker runs torch on one thread (tests/conftest.py).
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test torture clean
+OLDEST_TESTS := package layers model gelu decoding sampling session evaluation data hf_configuration \
+	hf_generation hf_modeling hf_tokenization hf_vocabulary cli serve serve_page
+
+.PHONY: demo test test-oldest coverage torture dist clean
 
 # Train on the Python standard library's own source text for two minutes, then write with the model.
 demo: $(VENV)/installed
@@ -13,25 +19,56 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST) $(PYTEST_OPTIONS)
+
+# The tests in which other packages do most, with the oldest versions that pyproject.toml allows.
+# numba keeps the kernels of one version beside the source; those of this one go elsewhere.
+test-oldest: $(OLDEST)/installed
+	NUMBA_CACHE_DIR=$(CURDIR)/$(OLDEST)/numba $(OLDEST)/bin/python $(PYTEST) \
+		$(patsubst %,tests/test_%.py,$(OLDEST_TESTS))
+
+# The suite with coverage measured, in the processes it starts as well.
+coverage: $(VENV)/installed-dev
+	$(BIN)/python $(PYTEST) --cov --cov-report=term --cov-report=xml
 
 # What takes too long for every change: runs killed at every moment. The result goes into the repository.
 torture: $(VENV)/installed-dev
 	cp benchmarks/torture.head.md benchmarks/torture.md
 	TORTURE_REPORT=$(CURDIR)/benchmarks/torture.md $(BIN)/python -m pytest -m torture tests
 
+# The wheel and the source distribution, checked, and the wheel tried in an environment of its own.
+dist:
+	rm -rf build dist .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python $(PIP) build twine
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/twine check --strict dist/*
+	rm -rf .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python $(PIP) -c constraints.txt $$(grep '^torch==' constraints.txt)
+	.venv-dist/bin/python $(PIP) -c constraints.txt dist/*.whl
+	cd / && $(CURDIR)/.venv-dist/bin/mhesa --version
+
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) $(OLDEST) .venv-dist build dist runs/demo
 
 # torch goes first, by its exact version: asked for by a range, as the package does, pip may bring the
 # newest build and gigabytes of CUDA with it.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $$(grep '^torch==' constraints.txt)
-	$(PIP) -e .
+	$(BIN)/python $(PIP) -c constraints.txt $$(grep '^torch==' constraints.txt)
+	$(BIN)/python $(PIP) -c constraints.txt -e .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -e '.[dev]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(OLDEST)/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt $$(grep '^torch==' constraints-oldest.txt)
+	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e '.[test]'
 	touch $@

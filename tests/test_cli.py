@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from commands import run_command
 from safetensors.torch import load_file
 
 from mhesa import cli
@@ -31,15 +32,8 @@ TINY = [
 TEXT = "".join(f"{index} bottles of beer on the wall, {index} bottles of beer.\n" for index in range(3000))
 
 
-def mhesa(*arguments, text=None):
-    """Run the command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "mhesa", *map(str, arguments)],
-        input=text,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=200,
-    )
+def mhesa(*arguments):
+    return run_command(*arguments, text=True)
 
 
 @pytest.fixture

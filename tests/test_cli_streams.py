@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from commands import run_command
 
 from mhesa import GatedExponentialSmoothingLM, cli
 from mhesa.hf import ByteTokenizer, MhesaForCausalLM
@@ -15,13 +16,6 @@ from mhesa.training import TrainingSettings
 
 COMMAND = [sys.executable, "-m", "mhesa"]
 TEXT = b"one line\nsecond line\n\nthird \xff\x00 line\n"
-
-
-def mhesa(*arguments, data=b""):
-    """Run the command in a process of its own."""
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], input=data, capture_output=True, timeout=200, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +48,10 @@ def fails(monkeypatch, capsys):
 def test_a_session_continues_across_processes(run, folder, tmp_path):
     file = tmp_path / "talk.session"
     _, whole, _ = run("generate", folder, "--prompt", "abc", "--length", 30, "--temperature", 0)
-    first = mhesa(
+    first = run_command(
         "generate", folder, "--prompt", "abc", "--length", 12, "--session", file, "--temperature", 0
     )
-    second = mhesa("generate", folder, "--length", 18, "--session", file, "--temperature", 0)
+    second = run_command("generate", folder, "--length", 18, "--session", file, "--temperature", 0)
     assert second.returncode == 0, second.stderr
     assert first.stdout[:-1] + second.stdout == whole
     assert file.stat().st_size < 4096

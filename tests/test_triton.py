@@ -1,18 +1,20 @@
 """The Triton backend against the reference: on a GPU, or anywhere under Triton's interpreter.
 
-The interpreter must be chosen before a kernel is defined, so `test_under_the_interpreter` runs this file
-once more in a process of its own. What the compiler makes of the kernels is tested without a device.
+The interpreter must be chosen before triton is imported; `conftest.py` does where there is no GPU. What the
+compiler makes of the kernels is tested without a device, in a process that is not interpreted.
 """
 
 import os
 import re
 import subprocess
-import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import FORKED, set_variable
 
 from mhesa.ops import BACKENDS, exponential_smoothing
 from mhesa.ops.backends import Backend
@@ -26,8 +28,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 on_device = pytest.mark.gpu
-on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="too much for the interpreter, or about CUDA itself")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+on_gpu_only = pytest.mark.skipif(
+    INTERPRETED, reason="no CUDA device: too much for the interpreter, or about CUDA itself"
+)
 
 # Root-mean-square error over root-mean-square value.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -124,21 +127,6 @@ def bits(dtype):
 def assert_same(actual, expected):
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
-
-
-@compiled
-@pytest.mark.timeout(900)
-def test_under_the_interpreter():
-    """The tests of this file that need a device, on the processor."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", __file__],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
 
 
 @on_device
@@ -430,34 +418,46 @@ class Recorder:
             yield triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
 
 
-def compile_scan(monkeypatch, tmp_path, inputs):
+def compile_scan(processors, shape, dtype, **options):
     """The names of kernels, their resources and instructions, for a scan and its gradient."""
-    recorders = [Recorder(getattr(kernels, name)) for name in ("forward", "backward", "chain")]
-    for recorder in recorders:
-        monkeypatch.setattr(kernels, recorder.kernel.__name__, recorder)
+    inputs = make_inputs(shape, dtype, device="cpu", **options)
     operands = {key: value for key, value in inputs.items() if key not in ("dy", "dfinal")}
-    backend.forward(*operands.values(), False)
-    backend.backward(inputs["dy"], inputs["dfinal"], *operands.values(), False)
+    recorders = [Recorder(getattr(kernels, name)) for name in ("forward", "backward", "chain")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "_processors", lambda device: processors)
+        for recorder in recorders:
+            patch.setattr(kernels, recorder.kernel.__name__, recorder)
+        backend.forward(*operands.values(), False)
+        backend.backward(inputs["dy"], inputs["dfinal"], *operands.values(), False)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = []
     for recorder in recorders:
         for binary in recorder.binaries():
-            path = tmp_path / "kernel.cubin"
-            path.write_bytes(binary)
-            usage, code = (
-                subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
-                for option in ("-res-usage", "-sass")
-            )
-            yield recorder.kernel.__name__, usage, re.findall(r"\b(?:LDG|STG|LDL|STL)[.\w]*", code)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                Path(file.name).write_bytes(binary)
+                usage, code = (
+                    subprocess.run(
+                        [tool, option, file.name], capture_output=True, text=True, check=True
+                    ).stdout
+                    for option in ("-res-usage", "-sass")
+                )
+            found.append((recorder.kernel.__name__, usage, re.findall(r"\b(?:LDG|STG|LDL|STL)[.\w]*", code)))
+    return found
 
 
-@compiled
+@pytest.fixture(scope="module")
+def compiler():
+    """A process in which Triton compiles, whatever it does in this one."""
+    with ProcessPoolExecutor(1, FORKED, set_variable, ("TRITON_INTERPRET", "0")) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("regime", ["whole", "tiles"])
-def test_hot_kernels_use_whole_vectors(dtype, regime, monkeypatch, tmp_path):
+def test_hot_kernels_use_whole_vectors(dtype, regime, compiler):
     # Several tiles a program, were there three multiprocessors.
-    monkeypatch.setattr(backend, "_processors", lambda device: 1 if regime == "whole" else 3)
-    inputs = make_inputs((1, 2**15, 1, 64), dtype, initial=False, device="cpu")
-    found = list(compile_scan(monkeypatch, tmp_path, inputs))
+    processors = 1 if regime == "whole" else 3
+    found = compiler.submit(compile_scan, processors, (1, 2**15, 1, 64), dtype, initial=False).result()
     assert len(found) == (2 if regime == "whole" else 6)
     for name, usage, instructions in found:
         assert "STACK:0 " in usage, (name, usage)
@@ -476,7 +476,6 @@ def test_hot_kernels_use_whole_vectors(dtype, regime, monkeypatch, tmp_path):
         assert narrow.count("STG.E") <= 3, name
 
 
-@compiled
 @pytest.mark.parametrize(
     ("shape", "dtype", "offsets"),
     [
@@ -485,8 +484,6 @@ def test_hot_kernels_use_whole_vectors(dtype, regime, monkeypatch, tmp_path):
         pytest.param((1, 1, 1, 1), torch.float32, None, id="ones"),
     ],
 )
-def test_other_kernels_do_not_spill(shape, dtype, offsets, monkeypatch, tmp_path):
-    set_regime(monkeypatch, "tiles")
-    inputs = make_inputs(shape, dtype, offsets=offsets, device="cpu")
-    for name, usage, _ in compile_scan(monkeypatch, tmp_path, inputs):
+def test_other_kernels_do_not_spill(shape, dtype, offsets, compiler):
+    for name, usage, _ in compiler.submit(compile_scan, 10**6, shape, dtype, offsets=offsets).result():
         assert "STACK:0 " in usage, (name, usage)
