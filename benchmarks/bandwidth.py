@@ -56,5 +56,6 @@ def _native_reader(memory: Tensor) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         args.next_task = 0
         parallel(compiled(_read, torch.float32, Arguments), args.address, available())
+        return out
 
     return read
