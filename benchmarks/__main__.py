@@ -257,7 +257,7 @@ def _finish(
     if as_json:
         typer.echo(json.dumps(found))
     if save:
-        errors.print(f"saved to {results.save(found)}", highlight=False, soft_wrap=True)
+        errors.print(f"saved to {results.save(found, results.FOLDER)}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -29,30 +29,33 @@ def _sum(numbers, count):  # type: ignore[no-untyped-def]
 
 def _read(args):  # type: ignore[no-untyped-def]
     while True:
-        start = fetch_add(member(args, "next_task")) * TASK_SIZE
+        task = fetch_add(member(args, "next_task"))
+        start = task * TASK_SIZE
         if start >= args.count:
             return
-        args.out[0] = _sum(offset(args.numbers, start), min(TASK_SIZE, args.count - start))
+        args.out[task] = _sum(offset(args.numbers, start), min(TASK_SIZE, args.count - start))
 
 
-def readers(size: int) -> dict[str, Callable[[], object]]:
+def readers(size: int) -> dict[str, Callable[[], np.ndarray]]:
     """Two ways to read `size` bytes once on all of torch's threads; the faster one is the bound.
 
     Neither is the faster on every processor.
 
     Returns:
-        `native`: a compiled loop on the threads that the decoder uses; `torch`: torch's sum.
+        `native`: a compiled loop on the threads that the decoder uses; `torch`: torch's sum. Both return sums
+        of what they read; the total is `size // 4`.
     """
     memory = empty_hugepages(torch.Size([size // 4]), torch.float32).fill_(1)
-    return {"native": _native_reader(memory), "torch": memory.sum}
+    return {"native": _native_reader(memory), "torch": lambda: memory.sum().numpy()}
 
 
-def _native_reader(memory: Tensor) -> Callable[[], object]:
-    out = np.zeros(1, dtype=np.float32)
+def _native_reader(memory: Tensor) -> Callable[[], np.ndarray]:
+    out = np.zeros(-(-len(memory) // TASK_SIZE), dtype=np.float32)
     args = Arguments(count=len(memory), numbers=memory.data_ptr(), out=out.ctypes.data)
 
-    def read() -> None:
+    def read() -> np.ndarray:
         args.next_task = 0
         parallel(compiled(_read, torch.float32, Arguments), args.address, available())
+        return out
 
     return read

@@ -93,7 +93,7 @@ def bench_decode(*, rounds: int = 10, on_round: Callable[[], object] = lambda: N
     """
     for sizes in (SMALL, MEDIUM):
         model = sizes.model()
-        yield _steps(model, rounds, on_round)
+        yield bench_steps(model, rounds=rounds, on_round=on_round)
         yield _prefill(model, rounds, on_round)
     yield _position(SMALL.model(), rounds, on_round)
     yield _others(MEDIUM.model(), rounds, on_round)
@@ -123,8 +123,10 @@ def _bytes(values: dict[Any, Any]) -> int:
     return sum(value.nbytes for part in parts for value in part if isinstance(value, Tensor))
 
 
-def _steps(model: GatedExponentialSmoothingLM, rounds: int, on_round: Callable[[], object]) -> list[Row]:
-    """Steps at each size of batch, over a read of the weights or over the matrix products alone."""
+def bench_steps(
+    model: GatedExponentialSmoothingLM, *, rounds: int, on_round: Callable[[], object] = lambda: None
+) -> list[Row]:
+    """Time steps at each size of batch, over a read of the weights or over the matrix products alone."""
     # Rows of the embedding are looked up; it is not read as a whole.
     weights = _parameters(model) - model.token_emb.weight.numel()
     things: dict[str, Callable[[], object]] = {}

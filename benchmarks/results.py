@@ -38,7 +38,7 @@ def result(
     }
 
 
-def save(found: Mapping[str, Any], folder: Path = FOLDER) -> Path:
+def save(found: Mapping[str, Any], folder: Path) -> Path:
     """Write a result to `<folder>/<machine>/<benchmark>.json`, in place of an earlier one."""
     path = folder / Machine(**found["machine"]).folder / f"{found['benchmark']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

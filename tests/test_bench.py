@@ -1,18 +1,26 @@
 """Benchmarks print what is right and nothing else."""
 
 import json
+import platform
 import sys
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks import lengths, ops, train
+from benchmarks import lengths, ops, results, train
+from benchmarks.__main__ import main
+from benchmarks.bandwidth import readers
+from benchmarks.compare import HERE, compare
+from benchmarks.decode import Sizes as DecoderSizes
+from benchmarks.decode import bench_steps
 from benchmarks.lengths import bench_lengths
 from benchmarks.ops import Case, Contestant, bench_ops
-from benchmarks.run import bench_run, outside
+from benchmarks.packages import installed
+from benchmarks.run import bench_run
+from benchmarks.tables import README, with_tables
 from benchmarks.train import Sizes, bench_train
-from mhesa import cli
+from mhesa.errors import InputError
 from mhesa.training import TrainingSettings
 
 SMALL = [Case((2, 64, 2, 8), torch.float32), Case((1, 65, 4, 4), torch.bfloat16)]
@@ -69,21 +77,102 @@ def test_a_wrong_model_is_not_timed(monkeypatch):
     assert [row.name for row in bench_train(TINY, rounds=1)] == ["original"]
 
 
-def test_the_commands_print_tables_and_json(monkeypatch, capsys):
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run `python -m benchmarks` in this process: its exit code, standard output and standard error."""
+
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mhesa", "bench", *arguments])
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert caught.value.code == 0
-        return capsys.readouterr().out
+            main()
+        return caught.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_commands_print_tables_and_json(monkeypatch, command):
+    def run(*arguments):
+        code, out, _ = command(*arguments)
+        assert code == 0
+        return out
 
     assert "x clone" in run("ops", "--rounds", "1", "--shape", "2x64x2x8")
     monkeypatch.setattr(ops, "SHAPES", [(2, 64, 2, 8)])
     monkeypatch.setattr(lengths, "bench_lengths", partial(bench_lengths, (64, 512)))
     assert "x one eighth" in run("ops", "--rounds", "1")
-    rows = json.loads(run("ops", "--rounds", "1", "--json"))
-    assert {"shape", "dtype", "operator", "timed", "milliseconds", "over_clone", "error"} <= set(rows[0])
-    assert {"length", "timed", "milliseconds", "nanoseconds_per_step", "over_shorter"} <= set(rows[-1])
+    tables = json.loads(run("ops", "--rounds", "1", "--json"))["tables"]
+    columns = {"shape", "dtype", "operator", "timed", "milliseconds", "over_clone", "error"}
+    assert columns <= set(tables["operators"][0])
+    columns = {"length", "timed", "milliseconds", "nanoseconds_per_step", "over_shorter"}
+    assert columns <= set(tables["lengths"][-1])
+
+
+def test_a_saved_result_names_the_machine_and_no_place(monkeypatch, command, tmp_path):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    code, _, _ = command("ops", "--rounds", "1", "--shape", "2x64x2x8", "--save")
+    assert code == 0
+    (path,) = tmp_path.glob("*/ops.json")
+    found = json.loads(path.read_text())
+    machine = found["machine"]
+    assert path.parent.name == f"{machine['family']}-{machine['instruction_sets'][0]}"
+    assert machine["cores"] == torch.get_num_threads()
+    assert machine["memory_gib"] > 0
+    assert {"python", "torch", "numba"} <= set(found["versions"])
+    assert found["command"] == "python -m benchmarks ops --rounds 1 --shape 2x64x2x8 --save"
+    assert platform.node() not in path.read_text()
+
+    text = with_tables("<!-- results: ops -->\nold\n<!-- end of results -->\n", tmp_path)
+    assert "old" not in text
+    assert f"{machine['cores']} cores" in text
+    assert "| 2x64x2x8 | float32 | forward | clone |" in text
+    assert with_tables(text, tmp_path) == text
+
+
+def test_a_command_line_keeps_no_folders():
+    found = results.result("serve", {}, ["serve", "/some/where/model", "--streams", "2"])
+    assert found["command"] == "python -m benchmarks serve model --streams 2"
+
+
+def test_the_readme_shows_the_saved_results():
+    text = README.read_text()
+    assert with_tables(text) == text, "run python -m benchmarks tables"
+
+
+def test_a_missing_package_is_said(capsys):
+    assert not installed("no_such_package", "its scan")
+    assert (
+        "its scan: not timed, because the package no_such_package is not installed" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("size", [4, 1 << 20, (1 << 20) + 12])
+def test_both_reads_read_every_byte(size):
+    assert {name: read().sum() for name, read in readers(size).items()} == {
+        "native": size // 4,
+        "torch": size // 4,
+    }
+
+
+def test_a_step_is_compared_with_the_faster_read():
+    model = DecoderSizes(dim=16, depth=2, dim_mhesa=16, heads=2).model()
+    rows = bench_steps(model, rounds=1)
+    marks = {(row.precision, row.batch): row.mark for row in rows}
+    assert {precision for precision, _ in marks} == {"fp32", "bf16", "int8"}
+    for (precision, batch), mark in marks.items():
+        if batch == 1 or precision == "int8":
+            assert mark in (f"read {precision}, native", f"read {precision}, torch")
+        else:
+            assert mark == f"products {precision}, {batch}"
+
+
+def test_two_checkouts_are_compared_row_by_row(tmp_path):
+    rows = compare(HERE, "ops", ["--shape", "1x64x2x8", "--rounds", "1"], pairs=1)
+    assert "operators, 1x64x2x8, float32, forward, numba" in [row.row for row in rows]
+    assert all(row.median > 0 for row in rows)
+    with pytest.raises(InputError, match="is not a checkout with benchmarks"):
+        compare(tmp_path, "ops")
+    with pytest.raises(InputError, match=r"ops in .* failed: .*shape must be four sizes"):
+        compare(HERE, "ops", ["--shape", "1x64"], pairs=1)
 
 
 def test_a_run_is_timed_part_by_part(tmp_path):
@@ -92,23 +181,21 @@ def test_a_run_is_timed_part_by_part(tmp_path):
     settings = TrainingSettings(
         out=str(tmp_path / "run"), sources=(str(tmp_path / "text.txt"),), steps=12, device="cpu", **sizes
     )
-    parts, summary = bench_run(settings)
-    assert summary.steps == 12
-    assert sum(part.seconds for part in parts) == pytest.approx(summary.seconds)
+    parts, outcome = bench_run(settings)
+    assert outcome.steps == 12
+    assert sum(part.seconds for part in parts) == pytest.approx(outcome.seconds)
     assert sum(part.share for part in parts) == pytest.approx(1)
     assert all(part.seconds > 0 for part in parts)
     by_name = {part.name: part.share for part in parts}
     arithmetic = sum(by_name[name] for name in ("forward", "backward", "clipping", "optimizer"))
-    assert outside(parts) == pytest.approx(1 - arithmetic)
+    assert outcome.outside == pytest.approx(1 - arithmetic)
 
 
-def test_a_shape_that_is_none_is_refused(monkeypatch, capsys):
+def test_a_wrong_shape_is_refused(command):
     for shape in ("4x1024", "4x0x8x64", "axbxcxd"):
-        monkeypatch.setattr(sys, "argv", ["mhesa", "bench", "ops", "--shape", shape])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert caught.value.code == 2
-        assert "shape must be four sizes such as 4x1024x8x64" in capsys.readouterr().err
+        code, _, err = command("ops", "--shape", shape)
+        assert code == 2
+        assert "shape must be four sizes such as 4x1024x8x64" in err
 
 
 def test_every_length_has_its_rows():

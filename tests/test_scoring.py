@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.hf import ByteTokenizer
 from mhesa.inference.heatmap import Heatmap
-from mhesa.inference.scoring import BY, PIECE, by_line, by_token, most_surprising, pieces_of, score
+from mhesa.inference.scoring import BY, MAX_PIECE, by_line, by_token, most_surprising, pieces_of, score
 from mhesa.inference.session import Reader
 
 
@@ -75,10 +75,10 @@ def test_a_line_is_handed_on_as_soon_as_it_ends():
 
 
 def test_a_line_that_is_too_long_to_hold_is_one_line(reader):
-    text = b"x" * (3 * PIECE + 5) + b"\nnext"
+    text = b"x" * (3 * MAX_PIECE + 5) + b"\nnext"
     first, second = by_line("t", score(reader, [text]))
-    assert (first.size, first.number, len(first.text)) == (3 * PIECE + 6, 1, 1024)
-    assert (second.text, second.offset) == (b"next", 3 * PIECE + 6)
+    assert (first.size, first.number, len(first.text)) == (3 * MAX_PIECE + 6, 1, 1024)
+    assert (second.text, second.offset) == (b"next", 3 * MAX_PIECE + 6)
     bits = expected_bits(reader, text)
     assert first.bits == pytest.approx(bits[: first.size].sum(), rel=1e-5)
 

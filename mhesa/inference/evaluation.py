@@ -1,4 +1,4 @@
-"""How well a model predicts text: loss, bits per byte, perplexity."""
+"""How well a model predicts text: loss, bits per byte and perplexity."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from mhesa.data import Document, Tokenizer
 from mhesa.inference.decoder import Decoder
 from mhesa.model.lm import GatedExponentialSmoothingLM
 
+# Tokens whose logits are in memory at once.
 WINDOW = 4096
 
 
 @dataclass(frozen=True)
 class Score:
-    """The cost of predicting some text; scores add up.
+    """The cost of predicting a text. The sum of two scores is that of both texts.
+
+    Args:
+        nats: cross-entropy, summed over all tokens.
+        tokens: predicted tokens.
+        bytes: length of the text.
 
     >>> score = Score(nats=1386.29, tokens=1000, bytes=1000) + Score(nats=0, tokens=1000, bytes=1000)
     >>> round(score.bits_per_byte, 3)
@@ -41,7 +47,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits to encode one byte of the text: comparable between any models and any tokenizers."""
+        """Bits to encode one byte of the text; comparable between models with different tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
     @property
@@ -50,7 +56,7 @@ class Score:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def as_dict(self) -> dict[str, float]:
-        """The figures under the names they have in JSON."""
+        """The figures by the names they have in JSON."""
         return {
             "loss": self.loss,
             "bits_per_byte": self.bits_per_byte,
@@ -61,18 +67,18 @@ class Score:
 
 
 def surprisals(decoder: Decoder, inputs: Tensor, targets: Tensor, state: Tensor) -> np.ndarray:
-    """How much of a surprise each token was.
+    """The surprisal of each token.
 
     Args:
         decoder: the model.
         inputs: ids to read, int64 `(length,)`.
-        targets: ids to be predicted behind them, `(length,)`: `inputs` moved by one.
-        state: `(depth, 1, dim_mhesa)`, what was read before; changed in place.
+        targets: the id to predict after each input, `(length,)`: `inputs` shifted by one.
+        state: `(depth, 1, dim_mhesa)`, the state before the inputs; updated in place.
 
     Returns:
-        `-log2` of each target's probability, `(length,)`, in bits.
+        `-log2` of each target's probability in bits, float32 `(length,)`.
     """
-    # One result from the start: small ones kept between large ones that go would hold the heap open.
+    # Preallocate: freed large blocks between live small ones would fragment the heap.
     nats = torch.empty(len(targets))
     for start in range(0, len(targets), WINDOW):
         window = slice(start, start + WINDOW)
@@ -88,15 +94,15 @@ def evaluate(
     documents: Iterable[Document],
     on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> Score:
-    """Score whole documents, window after window, with the state carried on within each.
+    """Score whole documents, in windows; the state is carried from window to window of a document.
 
-    Every token is predicted, the first from an end-of-text token alone.
+    Every token is predicted, the first one from an end-of-text token.
 
     Args:
-        model: the language model, or a `Decoder` of it; it is used as it is, in whatever precision.
-        tokenizer: turns bytes into the model's ids.
-        documents: the texts; each starts from an empty state.
-        on_progress: called with the number of tokens of each window when it is done.
+        model: the language model in any precision, or a `Decoder` of it.
+        tokenizer: the model's.
+        documents: texts; each starts from the initial state.
+        on_progress: called after each window with its number of tokens.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     total = Score(0.0, 0, 0)

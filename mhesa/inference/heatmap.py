@@ -1,4 +1,4 @@
-"""A page that colours text by surprisal, written as the scores come."""
+"""An HTML page that colours text by surprisal, written while the text is scored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TextIO
 
 from mhesa.inference.scoring import Batch
 
-# A character of so many bits per byte or more has the strongest colour.
+# Bits per byte from which a character has the strongest colour.
 STRONGEST = 8
 
 _HEAD = """<!doctype html>
@@ -29,10 +29,10 @@ pre { overflow-wrap: anywhere; }
 
 
 class Heatmap:
-    """Writes the page.
+    """Writes the page to a file.
 
     Args:
-        file: where it goes.
+        file: an open text file.
     """
 
     def __init__(self, file: TextIO) -> None:
@@ -44,32 +44,29 @@ class Heatmap:
         file.write(f'<p class="legend">Bits per byte: {legend}</p>\n')
 
     def follow(self, name: str, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Write a stream's text, and hand its scores on."""
+        """Write a text's batches, and yield them unchanged."""
         self.file.write(f"<h2>{html.escape(name)}</h2>\n<pre>")
-        characters, held_bits, held_bytes, shade = (
-            codecs.getincrementaldecoder("utf-8")("replace"),
-            0.0,
-            0,
-            -1,
-        )
+        characters = codecs.getincrementaldecoder("utf-8")("replace")
+        # Surprisal and length of the bytes since the last whole character; the shade, -1 before the first.
+        pending_bits, pending_bytes, shade = 0.0, 0, -1
         for batch in batches:
             text, start = b"".join(batch.pieces), 0
             for bits, size in zip(batch.bits.tolist(), batch.sizes.tolist(), strict=True):
                 shown = characters.decode(text[start : start + size])
-                start, held_bits, held_bytes = start + size, held_bits + bits, held_bytes + size
-                # A character of several tokens has the surprisal of them all.
+                start, pending_bits, pending_bytes = start + size, pending_bits + bits, pending_bytes + size
+                # A character of several tokens has the surprisal of all of them.
                 if shown:
-                    now = min(int(held_bits / max(held_bytes, 1)), STRONGEST)
-                    if now != shade:
-                        self.file.write(f'{"</span>" if shade >= 0 else ""}<span class="s{now}">')
+                    before, shade = shade, min(int(pending_bits / max(pending_bytes, 1)), STRONGEST)
+                    if shade != before:
+                        self.file.write(f'{"</span>" if before >= 0 else ""}<span class="s{shade}">')
                     self.file.write(_visible(shown))
-                    held_bits, held_bytes, shade = 0.0, 0, now
+                    pending_bits, pending_bytes = 0.0, 0
             yield batch
         self.file.write(_visible(characters.decode(b"", final=True)))
         self.file.write(f"{'</span>' if shade >= 0 else ''}</pre>\n")
 
 
 def _visible(text: str) -> str:
-    """Text as a page shows it: no markup, and a sign where there is nothing to be seen."""
+    """Escaped text, with a replacement character for each unprintable one."""
     marked = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return html.escape(marked, quote=False)

@@ -1,4 +1,4 @@
-"""Surprisal of text of any length, as it comes, by token, line or document."""
+"""Surprisal of text of any length, as it arrives, by token, line or document."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 
 from mhesa.inference.session import Reader, Session
 
-# Text is read in pieces of no more than this, in bytes; a longer line is read in several.
-PIECE = 1 << 16
-# Of a scored stretch, so much is kept to be shown, in bytes.
-SHOWN = 1 << 10
+# The longest piece of text that is scored at once, in bytes; a longer line is split.
+MAX_PIECE = 1 << 16
+# Bytes of a scored span's text that are kept.
+MAX_TEXT = 1 << 10
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A stretch of text, and how much of a surprise it was.
+    """A span of text (a token, a line or a document) and its surprisal.
 
     Args:
-        source: name of the file it is in.
-        number: of the line, the token or the document, from 1.
-        offset: where in the source it begins, in bytes.
-        bits: surprisal, `-log2` of the probability of all of it after what came before.
-        size: how long it is, in bytes.
-        text: its beginning, 1,024 bytes at most.
+        source: the file's name.
+        number: of the token, line or document in the source, from 1.
+        offset: of its first byte in the source.
+        bits: surprisal, `-log2` of its probability given the text before it.
+        size: length in bytes.
+        text: its beginning, at most 1,024 bytes.
     """
 
     source: str
@@ -40,11 +40,11 @@ class Scored:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits to encode a byte of it."""
+        """Surprisal in bits, divided by the length in bytes."""
         return self.bits / self.size if self.size else 0.0
 
     def as_dict(self) -> dict[str, str | int | float]:
-        """What is known of it, under the names it has in JSON."""
+        """The span by the names it has in JSON."""
         return {
             "source": self.source,
             "number": self.number,
@@ -58,13 +58,13 @@ class Scored:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some pieces of text in a row, with the surprisal and the length of every token.
+    """Consecutive pieces of a text, with the surprisal and the length of every token.
 
     Args:
-        pieces: lines, or parts of lines that are too long to hold.
-        tokens: how many tokens each piece has.
-        bits: of each token, fp32.
-        sizes: of each token, in bytes.
+        pieces: lines, or parts of lines that are longer than `MAX_PIECE`.
+        tokens: the number of tokens of each piece.
+        bits: surprisal of each token, float32 `(tokens,)`.
+        sizes: length of each token in bytes, int64 `(tokens,)`.
     """
 
     pieces: list[bytes]
@@ -74,31 +74,33 @@ class Batch:
 
 
 def pieces_of(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """The lines of a text that comes in chunks, those at hand together; very long ones in parts.
+    """Lists of the lines that each chunk completes; a line longer than `MAX_PIECE` is split.
 
     >>> list(pieces_of([b"one\\ntwo\\nth", b"ree"]))
     [[b'one\\n', b'two\\n'], [b'three']]
     """
-    held = b""
+    buffered = b""
     for chunk in chunks:
-        held += chunk
-        whole = held.rfind(b"\n", len(held) - len(chunk)) + 1
-        if whole:
-            yield list(io.BytesIO(held[:whole]))
-            held = held[whole:]
-        while len(held) >= PIECE:
-            yield [held[:PIECE]]
-            held = held[PIECE:]
-    if held:
-        yield [held]
+        buffered += chunk
+        complete = buffered.rfind(b"\n", len(buffered) - len(chunk)) + 1
+        if complete:
+            yield list(io.BytesIO(buffered[:complete]))
+            buffered = buffered[complete:]
+        while len(buffered) >= MAX_PIECE:
+            yield [buffered[:MAX_PIECE]]
+            buffered = buffered[MAX_PIECE:]
+    if buffered:
+        yield [buffered]
 
 
 def score(reader: Reader, chunks: Iterable[bytes]) -> Iterator[Batch]:
-    """Score a text from its start, as it comes, in memory that does not grow with its length.
+    """Score a text from its start, as it arrives, in constant memory.
+
+    Each line is tokenised by itself, so that no token spans two lines.
 
     Args:
-        reader: the model and the tokenizer; no token spans two lines.
-        chunks: the text, cut anywhere.
+        reader: the model and its tokenizer.
+        chunks: the text, split anywhere.
     """
     session, sizes = Session(reader), _sizes(reader)
     for pieces in pieces_of(chunks):
@@ -109,13 +111,13 @@ def score(reader: Reader, chunks: Iterable[bytes]) -> Iterator[Batch]:
 
 
 def _sizes(reader: Reader) -> np.ndarray:
-    """The length of every token, in bytes."""
+    """The length of every token of the vocabulary in bytes, int64 `(num_tokens,)`."""
     decode = reader.tokenizer.decode_bytes
     return np.array([len(decode([index])) for index in range(reader.decoder.num_tokens)])
 
 
 def by_token(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
-    """Every token of a stream."""
+    """Every token of a text."""
     number, offset = 0, 0
     for batch in batches:
         text, start = b"".join(batch.pieces), 0
@@ -127,14 +129,14 @@ def by_token(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
 
 
 def by_line(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
-    """Every line of a stream, with its end."""
+    """Every line of a text, including its newline."""
     number, offset, size, bits, text = 1, 0, 0, 0.0, b""
     for batch in batches:
         sums = np.concatenate([[0.0], np.cumsum(batch.bits, dtype=np.float64)])
         costs = np.diff(sums[np.concatenate([[0], np.cumsum(batch.tokens)])])
         for piece, cost in zip(batch.pieces, costs.tolist(), strict=True):
             size, bits = size + len(piece), bits + cost
-            text = text + piece[: SHOWN - len(text)]
+            text = text + piece[: MAX_TEXT - len(text)]
             if piece.endswith(b"\n"):
                 yield Scored(name, number, offset, bits, size, text)
                 number, offset, size, bits, text = number + 1, offset + size, 0, 0.0, b""
@@ -143,12 +145,12 @@ def by_line(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
 
 
 def by_document(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
-    """A stream as a whole."""
+    """A text as a whole."""
     size, bits, text = 0, 0.0, b""
     for batch in batches:
         size += sum(map(len, batch.pieces))
         bits += batch.bits.sum(dtype=np.float64).item()
-        text = text or b"".join(batch.pieces)[:SHOWN]
+        text = text or b"".join(batch.pieces)[:MAX_TEXT]
     yield Scored(name, 1, 0, bits, size, text)
 
 
@@ -156,5 +158,5 @@ BY = {"line": by_line, "token": by_token, "document": by_document}
 
 
 def most_surprising(scored: Iterable[Scored], count: int) -> list[Scored]:
-    """The `count` stretches of the most bits, in falling order."""
-    return heapq.nlargest(count, scored, key=lambda stretch: stretch.bits)
+    """The `count` spans of the highest surprisal, the highest first."""
+    return heapq.nlargest(count, scored, key=lambda span: span.bits)
