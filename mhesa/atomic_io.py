@@ -71,9 +71,11 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder and all below it, if it is there."""
-    if path.exists():
+    """Remove a folder and all below it, or a file, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

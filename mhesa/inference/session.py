@@ -17,13 +17,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mhesa.atomic_io import write_file
-from mhesa.data import Tokenizer
 from mhesa.errors import InputError
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.evaluation import surprisals
 from mhesa.inference.generation import stream, until
 from mhesa.inference.sampling import Sampling
 from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.tokenizers.protocol import Tokenizer
 
 FORMAT = "mhesa session 1"
 

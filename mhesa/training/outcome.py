@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from mhesa.atomic_io import write_folder
-from mhesa.data import Document, Tokenizer
+from mhesa.data import Document
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.modeling import MhesaForCausalLM
 from mhesa.inference.evaluation import Score
 from mhesa.inference.generation import stream
 from mhesa.inference.sampling import Sampling
 from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.tokenizers.protocol import Tokenizer
 from mhesa.training.folder import CHECKPOINTS, RUN_FILES
 
 SAMPLE_TOKENS = 300
