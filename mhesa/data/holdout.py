@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from mhesa.data.parallel import batch_by_size, map_ordered, thread_pool
 from mhesa.errors import InputError
+from mhesa.tokenizers.stream import character_start
 
 LARGEST_PIECE = 1 << 16
 SMALLEST_PIECE = 1 << 10
@@ -245,19 +246,6 @@ def _piece_end(data: bytes, start: int, size: int) -> int:
     end = min(start + size, len(data))
     whole = character_start(data, end)
     return whole if whole > start else end
-
-
-def character_start(data: bytes, end: int) -> int:
-    """The last place up to `end` where a UTF-8 character begins, in any bytes at most 3 before it.
-
-    >>> character_start("aé".encode(), 2)
-    1
-    """
-    place = min(end, len(data))
-    least = max(end - 3, 0)
-    while least < place < len(data) and data[place] & 0xC0 == 0x80:
-        place -= 1
-    return place
 
 
 def content_rank(data: bytes) -> float:

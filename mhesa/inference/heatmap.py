@@ -53,7 +53,7 @@ class Heatmap:
             -1,
         )
         for batch in batches:
-            text, start = b"".join(batch.pieces), 0
+            text, start = b"".join(block.text for block in batch.blocks), 0
             for bits, size in zip(batch.bits.tolist(), batch.sizes.tolist(), strict=True):
                 shown = characters.decode(text[start : start + size])
                 start, held_bits, held_bytes = start + size, held_bits + bits, held_bytes + size

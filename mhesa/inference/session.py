@@ -44,9 +44,22 @@ class Reader:
         self.decoder = Decoder(model, quantize=quantize)
 
     @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every token, none for an id that the tokenizer lacks."""
+        count = max(self.decoder.num_tokens, len(self.tokenizer))
+        return [_token_bytes(self.tokenizer, index) for index in range(count)]
+
+    @cached_property
     def fingerprint(self) -> str:
         """See `fingerprint`; taken when it is first needed."""
         return fingerprint(self.model)
+
+
+def _token_bytes(tokenizer: Tokenizer, index: int) -> bytes:
+    try:
+        return tokenizer.decode_bytes([index])
+    except ValueError:
+        return b""
 
 
 @dataclass
@@ -93,7 +106,10 @@ class Session:
 
     def feed(self, text: str | bytes) -> None:
         """Read some text."""
-        ids = self._ids(text)
+        self.feed_ids(self._ids(text))
+
+    def feed_ids(self, ids: Tensor) -> None:
+        """Read some tokens, int64 `(tokens,)`."""
         if len(ids):
             self.reader.decoder.prefill(self._behind(ids)[None], self._place.state)
             self._move(ids)
