@@ -82,7 +82,6 @@ class _Encoder:
         # Whether a line end is a token by itself, whatever is before and behind.
         self.lines_are_apart = not (self.adjacent[NEWLINE].any() or self.adjacent[:, NEWLINE].any())
         self.before = b""
-        self._counts: dict[bytes, int] = {}
 
     def block_ends(self, text: bytes, is_last: bool = False) -> list[int]:
         """Where the blocks end that are complete at the beginning of `text`, however much of it is known."""
@@ -127,23 +126,21 @@ class _Encoder:
         encoded = self.tokenizer.encode_batch(
             [b"".join(parts) for parts in zip(before, blocks, behind, strict=False)]
         )
-        found = []
-        for index, (block, ids) in enumerate(zip(blocks, encoded, strict=True)):
-            first = self._count(before[index])
-            stop = len(ids) - self._count_behind(before[index + 1], behind[index])
-            is_whole = self.sizes[ids[first:stop]].sum() == len(block)
-            found.append(Block(block, ids[first:stop] if is_whole else self.tokenizer.encode_bytes(block)))
-        return found
+        return [
+            Block(block, self._ids_of(block, len(before[index]), len(behind[index]), ids))
+            for index, (block, ids) in enumerate(zip(blocks, encoded, strict=True))
+        ]
 
-    def _count_behind(self, last: bytes, behind: bytes) -> int:
-        """The number of tokens of a character that follows another."""
-        return self._count(last + behind) - self._count(last) if behind else 0
-
-    def _count(self, text: bytes) -> int:
-        """The number of tokens of one or two characters."""
-        if text not in self._counts:
-            self._counts[text] = len(self.tokenizer.encode_bytes(text)) if text else 0
-        return self._counts[text]
+    def _ids_of(self, block: bytes, before: int, behind: int, ids: np.ndarray) -> np.ndarray:
+        """The tokens of a block among those of the block and some bytes before and behind it."""
+        ends = np.cumsum([0, *self.sizes[ids]])
+        # Some tokenizers put a space before every text.
+        added = ends[-1] - before - len(block) - behind
+        start = before + added if before else 0
+        first, stop = np.searchsorted(ends, (start, ends[-1] - behind))
+        if added not in (0, 1) or ends[first] != start or ends[stop] != ends[-1] - behind:
+            return self.tokenizer.encode_bytes(block)
+        return ids[first:stop]
 
 
 def character_start(data: bytes, end: int) -> int:
