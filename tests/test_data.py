@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,10 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mhesa import data
-from mhesa.data import Holdout, Source, Windows, open_corpus, pack, read_sources, standard_library
-from mhesa.data.corpus import Tokens
-from mhesa.data.holdout import cut
-from mhesa.data.sources import STRETCH
+from mhesa.data import Holdout, Source, Windows, find_files, open_corpus, pack, read_sources, standard_library
+from mhesa.data.files import HASH_BLOCK_BYTES
+from mhesa.data.holdout import Piece, PieceCounter, Selection, content_rank, cut
+from mhesa.data.token_files import Tokens
 from mhesa.errors import InputError
 from mhesa.hf import ByteTokenizer
 
@@ -95,6 +96,69 @@ def test_no_source_is_the_standard_library():
     assert len(joined(read_sources([]))) > 1_000_000
 
 
+def test_one_file_under_many_names_is_read_once(texts, monkeypatch):
+    monkeypatch.chdir(texts)
+    (texts / "link.txt").symlink_to("b.txt")
+    os.link(texts / "b.txt", texts / "hard.txt")
+    (texts / "again").symlink_to("deep")
+    spellings = ["b.txt", "./b.txt", "deep/../b.txt", str(texts / "b.txt"), "link.txt", "hard.txt", "*b.txt"]
+    assert joined(read_sources(spellings)) == b"second"
+    assert [Path(document.name).name for document in read_sources(["."])] == ["a.txt", "b.txt", "c.md"]
+    assert read_sources(["again", "deep", "."])[0].data == b"third"
+
+
+def test_linked_folders_are_read_and_circles_of_them_end(texts, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "far.txt").write_bytes(b"linked")
+    (elsewhere / "back").symlink_to(texts)
+    (texts / "deep" / "there").symlink_to(elsewhere)
+    (texts / "deep" / "self").symlink_to(".")
+    assert joined(read_sources([str(texts)])) == b"first \xff\xfe\x00 bytessecondthirdlinked"
+
+
+def test_what_cannot_be_read_below_a_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "dangling").symlink_to("nothing")
+    for source in (tmp_path, tmp_path / "dangling", tmp_path / "*"):
+        with pytest.raises(InputError, match=r"cannot read .*dangling: No such file or directory"):
+            read_sources([str(source)])
+    (tmp_path / "dangling").unlink()
+    # A folder that not even the superuser can list by its path, which is too long.
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    for source in (tmp_path, tmp_path / "**" / "*.txt"):
+        with pytest.raises(InputError, match=r"cannot read .*ddd: File name too long"):
+            read_sources([str(source)])
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="the superuser may read anything")
+def test_a_folder_without_permission_is_named(texts):
+    (texts / "deep").chmod(0)
+    try:
+        with pytest.raises(InputError, match=r"cannot read .*deep: Permission denied"):
+            read_sources([str(texts)])
+    finally:
+        (texts / "deep").chmod(0o700)
+
+
+def test_files_of_a_run_are_no_text(texts):
+    before = Source([str(texts)]).sha256
+    for run in (texts, texts / "runs" / "one"):
+        (run / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+        (run / "settings.json").write_text(json.dumps({"settings": {}, "corpus": {}}))
+        for name in ("metrics.jsonl", "model.safetensors", "checkpoints/checkpoint-1/model.safetensors"):
+            (run / name).write_text("{}")
+    assert Source([str(texts)]).sha256 == before
+    assert Source([str(texts / "**")]).sha256 == before
+    (texts / "runs" / "one" / "notes.txt").write_bytes(b"fourth")
+    assert joined(read_sources([str(texts)])).endswith(b"fourth")
+    # A file of that name that is no run's is text like any other.
+    (texts / "deep" / "settings.json").write_text("[]")
+    (texts / "deep" / "metrics.jsonl").write_text('{"text": "row"}')
+    assert b"row" in joined(read_sources([str(texts)]))
+
+
 @pytest.mark.parametrize("name", ["missing.txt", "missing/*.txt"])
 def test_a_missing_source_is_named(tmp_path, name):
     with pytest.raises(InputError, match=r"no such file, folder or pattern: .*missing"):
@@ -159,6 +223,82 @@ def test_equal_pieces_fall_on_one_side():
     kept, held_out = split([document, document], "content:0.1")
     assert held_out
     assert all(piece not in b"".join(kept) for piece in held_out)
+
+
+def held_out_share(path, holdout="content:0.05"):
+    facts = tokens_of(path, holdout=holdout).facts
+    assert facts.held_out_bytes + facts.training_bytes > 0
+    return facts.held_out_bytes / (facts.held_out_bytes + facts.training_bytes)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3])
+def test_of_one_line_repeated_the_fraction_is_held_out(tmp_path, fraction):
+    (tmp_path / "river").write_bytes(b"river\n" * 20_000)
+    assert held_out_share(tmp_path, f"content:{fraction}") == pytest.approx(fraction, abs=0.01)
+
+
+def write_rows(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def test_of_one_document_repeated_the_fraction_is_held_out(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ["the same"] * 1000)
+    assert held_out_share(tmp_path) == pytest.approx(0.05, abs=0.002)
+
+
+def sides(path, holdout="content:0.05"):
+    """The pieces on both sides, as open_corpus would have them."""
+    source = Source([str(path)], holdout=holdout)
+    pieces = list(source.pieces())
+    while not source.is_settled:
+        pieces = list(source.pieces())
+    return [[piece.data for piece in pieces if piece.held_out is side] for side in (False, True)]
+
+
+@pytest.mark.parametrize(
+    "repeats", [[("N/A", 900)], [("N/A", 500), ("none", 700)]], ids=["one text", "two texts"]
+)
+def test_texts_that_repeat_a_lot_are_trained_on_and_others_make_up_for_them(tmp_path, repeats):
+    texts = [text for text, count in repeats for _ in range(count)] + [f"text {n}" * 9 for n in range(400)]
+    write_rows(tmp_path / "rows.jsonl", texts)
+    trained_on, held_out = sides(tmp_path)
+    assert not set(trained_on) & set(held_out)
+    assert not {text.encode() for text, _ in repeats} & set(held_out)
+    assert 0.025 < held_out_share(tmp_path) < 0.1
+
+
+def test_of_a_few_texts_repeated_one_is_held_out_if_it_is_about_the_fraction(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [f"text {n % 10}" for n in range(1000)])
+    trained_on, held_out = sides(tmp_path)
+    assert len(set(held_out)) == 1
+    assert not set(trained_on) & set(held_out)
+    assert held_out_share(tmp_path) == pytest.approx(0.1)
+
+
+def test_of_two_texts_repeated_the_fraction_is_held_out(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [f"text {n % 2}" for n in range(1000)])
+    assert held_out_share(tmp_path) == pytest.approx(0.05, abs=0.003)
+
+
+def test_a_vocabulary_is_learnt_from_training_text_alone(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [f"text {n % 10}" for n in range(1000)])
+    trained_on, _ = sides(tmp_path)
+    assert set(Source([str(tmp_path)]).training_text()) == set(trained_on)
+
+
+def test_what_repeats_is_found_in_bounded_memory():
+    counter = PieceCounter(Holdout("content", 0.05), Selection(0.05))
+    for n in range(100_000):
+        data = b"again" if n % 10 == 0 else b"%05d" % n
+        counter.add(Piece(data, n, True, False, content_rank(data)))
+        assert len(counter._bytes) <= 2 * counter.capacity
+    assert set(counter.better().repeated) == {content_rank(b"again")}
+
+
+@given(text=st.text(min_size=50, max_size=300), fraction=st.floats(0.01, 0.99))
+def test_tail_begins_with_a_character(text, fraction):
+    kept, held_out = split([text.encode()], f"tail:{fraction}")
+    assert "".join(part.decode() for part in kept + held_out) == text
 
 
 def test_pieces_end_with_lines():
@@ -252,6 +392,73 @@ def test_compressed_text_is_the_text(tmp_path, suffix):
     assert [document.data for document in read_sources([str(path)])] == [lines(50_000)]
 
 
+COMPRESS = {
+    "gz": gzip.compress,
+    "xz": lzma.compress,
+    "bz2": bz2.compress,
+    "zst": zstandard.compress,
+}
+SKIPPABLE = (0x184D2A50).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"any"
+VALID = {
+    "gz": lambda a, b: gzip.compress(a, 0) + gzip.compress(b"") + gzip.compress(b, 9) + bytes(512),
+    "gz with a name": lambda a, b: subprocess.run(["gzip", "-c"], input=a + b, stdout=-1, check=True).stdout,
+    "xz": lambda a, b: lzma.compress(a, check=lzma.CHECK_SHA256) + bytes(8) + lzma.compress(b),
+    "xz of the old form": lambda a, b: lzma.compress(a + b, format=lzma.FORMAT_ALONE),
+    "bz2": lambda a, b: bz2.compress(a, 1) + bz2.compress(b, 9),
+    "zst": lambda a, b: SKIPPABLE + zstandard.compress(a, 19) + SKIPPABLE + zstandard.compress(b),
+    "zst without sizes": lambda a, b: zstandard.ZstdCompressor(
+        write_content_size=False, write_checksum=True
+    ).compress(a + b),
+    "zst of a large window": lambda a, b: long_zstandard(a + b),
+}
+
+
+def long_zstandard(data):
+    """As `zstd --long=31` makes it: the window is larger than decompressors allow by themselves."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=30, enable_ldm=True)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return writer.compress(data) + writer.flush()
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_valid_compression_of_any_kind_is_read(tmp_path, name):
+    path = tmp_path / f"text.{name.split()[0]}"
+    a, b = lines(20_000), lines(3000, "more")
+    path.write_bytes(VALID[name](a, b))
+    assert joined(read_sources([str(path)])) == a + b
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_damage_after_the_first_stream_is_named(tmp_path, suffix):
+    path = tmp_path / f"text.{suffix}"
+    first, second = COMPRESS[suffix](lines(100)), COMPRESS[suffix](lines(200))
+    for damaged in (first + second[:-5], first + b"garbage", first + second[:1]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=rf"cannot read .*text\.{suffix}: its compressed data is "):
+            read_sources([str(path)])
+
+
+def test_an_unknown_dictionary_is_named(tmp_path):
+    dictionary = zstandard.train_dictionary(4096, [b"sample %d of many" % n for n in range(2000)])
+    (tmp_path / "text.zst").write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(lines(100)))
+    with pytest.raises(InputError, match=r"text.zst: .*[Dd]ictionary"):
+        read_sources([str(tmp_path)])
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_lines_are_rows(tmp_path, suffix):
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS) * 1000
+    (tmp_path / f"rows.jsonl.{suffix}").write_bytes(COMPRESS[suffix](rows.encode()))
+    assert [document.data.decode() for document in read_sources([str(tmp_path)])] == TEXTS * 1000
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_an_empty_compressed_file_has_no_text(tmp_path, suffix):
+    (tmp_path / f"text.{suffix}").touch()
+    with pytest.raises(InputError, match="no text in"):
+        read_sources([str(tmp_path)])
+
+
 @pytest.mark.parametrize("suffix", COMPRESSORS)
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"none of it"])
 def test_damaged_compression_is_named(tmp_path, suffix, damage):
@@ -289,6 +496,42 @@ def test_a_row_is_a_document(tmp_path, name, write):
         read_sources([str(tmp_path / name)], "id")
 
 
+def test_values_beside_the_text_may_be_of_any_size(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": ' + "9" * 10_000 + ', "x": 1e' + "9" * 5000 + ', "text": "one"}\n')
+    assert joined(read_sources([str(path)])) == b"one"
+    with pytest.raises(InputError, match="line 1: the field n holds int, not text"):
+        read_sources([str(path)], "n")
+
+
+@pytest.mark.parametrize("line", ["[" * 1_000_000, '{"text": ' * 200_000, "[" * 100_000 + "]" * 100_000])
+def test_a_line_that_is_nested_deeply_is_named(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n' + line)
+    with pytest.raises(InputError, match=r"rows.jsonl, line 2 is nested too deeply"):
+        read_sources([str(tmp_path)])
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b'{"text": "\xff"}', b"nothing", b"\0", b'"text"', b"NaN"])
+def test_a_line_that_holds_no_row_is_named(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_bytes(line)
+    with pytest.raises(InputError, match=r"rows.jsonl, line 1 (is not JSON|has no field)"):
+        read_sources([str(tmp_path)])
+
+
+def test_parquet_text_need_not_be_utf8(tmp_path):
+    column = pyarrow.array([b"\xff\xfe", b"a"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "rows.parquet")
+    assert joined(read_sources([str(tmp_path)])) == b"\xff\xfea"
+    for kind in (
+        pyarrow.large_string(),
+        pyarrow.binary(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    ):
+        table = pyarrow.table({"text": pyarrow.array(TEXTS).cast(kind)})
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", compression="zstd")
+        assert [document.data.decode() for document in read_sources([str(tmp_path)])] == TEXTS
+
+
 def test_rows_that_are_none_are_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "tw')
     with pytest.raises(InputError, match=r"rows.jsonl, line 2 is not JSON"):
@@ -298,11 +541,17 @@ def test_rows_that_are_none_are_named(tmp_path):
         read_sources([str(tmp_path / "rows.parquet")])
 
 
-def test_a_dataset_of_the_hub_is_streamed_once(tmp_path):
+def test_a_dataset_is_streamed_once_and_again_when_its_folder_changed(tmp_path):
     write_json_lines(tmp_path / "data.jsonl")
     source = f"hf://{tmp_path}"
     assert [document.data.decode() for document in read_sources([source])] == TEXTS
-    (tmp_path / "data.jsonl").unlink()
+    [kept] = find_files([source])
+    written = kept.version()
+    assert find_files([source])[0].version() == written
+    (tmp_path / "data.jsonl").write_text('{"text": "new"}\n')
+    assert [document.data for document in read_sources([source])] == [b"new"]
+    kept.path.write_bytes(bytes(kept.size))
+    write_json_lines(tmp_path / "data.jsonl")
     assert [document.data.decode() for document in read_sources([source])] == TEXTS
     with pytest.raises(InputError, match=r"cannot read hf:///nowhere: "):
         read_sources(["hf:///nowhere"])
@@ -331,12 +580,83 @@ def test_nothing_is_tokenised_twice(bottles, tmp_path):
         assert read
 
 
-def test_a_torn_token_file_is_made_again(bottles):
-    corpus = tokens_of(bottles, holdout="content:0.07")
-    cache = Path(os.environ["MHESA_CACHE"]) / "tokens"
-    torn = next(path for path in cache.iterdir() if corpus.facts.sha256 in (path / "facts.json").read_text())
-    (torn / "tokens.bin").write_bytes(b"\0\0")
-    assert len(tokens_of(bottles, holdout="content:0.07").tokens) == len(corpus.tokens)
+@pytest.mark.parametrize("change", ["append", "same size", "same size and time", "and back"])
+def test_a_corpus_that_changes_while_it_is_read_is_refused(bottles, change):
+    text = lines(5000, change)
+    bottles.write_bytes(text)
+    source = Source([str(bottles)])
+    before = bottles.stat()
+
+    def alter(size):
+        if change == "append":
+            with bottles.open("ab") as file:
+                file.write(b"more\n")
+        else:
+            bottles.write_bytes(text.swapcase())
+        if change == "same size and time":
+            os.utime(bottles, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if change == "and back":
+            time.sleep(0.05)  # longer than a tick of the clock
+            bottles.write_bytes(text)
+
+    with pytest.raises(InputError, match=r"bottles.txt changed while it was read; try again when"):
+        open_corpus(source, ByteTokenizer(), alter)
+    bottles.write_bytes(text)
+    assert len(tokens_of(bottles).tokens)
+
+
+def test_a_corpus_that_changed_before_it_was_read_is_refused(bottles):
+    for n in range(5):
+        # Within one tick of the clock, if this is quick enough.
+        bottles.write_bytes(lines(200, f"before {n}"))
+        source = Source([str(bottles)])
+        bottles.write_bytes(lines(200, f"BEFORE {n}"))
+        with pytest.raises(InputError, match="changed while it was read"):
+            open_corpus(source, ByteTokenizer())
+        with pytest.raises(InputError, match="changed while it was read"):
+            list(source.training_text())
+
+
+def damages():
+    return {
+        "missing": lambda path: path.unlink(),
+        "empty": lambda path: path.write_bytes(b""),
+        "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        "one bit": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
+        "a folder": lambda path: (path.unlink(), path.mkdir()),
+    }
+
+
+@pytest.mark.parametrize("damage", damages())
+def test_damaged_files_of_the_cache_are_made_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("MHESA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text").write_bytes(lines(3000))
+
+    def content():
+        corpus = tokens_of(tmp_path / "text")
+        return corpus.facts, corpus.held_out, corpus.tokens[0 : len(corpus.tokens)].tolist()
+
+    expected = content()
+    [folder] = (tmp_path / "cache" / "tokens").iterdir()
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 5
+    for name in names:
+        damages()[damage](folder / name)
+        assert content() == expected
+
+
+def test_a_cache_that_cannot_be_written_is_named(bottles, tmp_path, monkeypatch):
+    monkeypatch.setenv("MHESA_CACHE", str(tmp_path / "cache"))
+    tokens_of(bottles)
+    [lock] = (tmp_path / "cache").glob("*.lock")
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    with pytest.raises(InputError, match=r"cannot lock .*: .*; name another folder with MHESA_CACHE"):
+        tokens_of(bottles)
+    monkeypatch.setenv("MHESA_CACHE", str(bottles))
+    with pytest.raises(InputError, match=r"cannot make .*: File exists; name another with MHESA_CACHE"):
+        tokens_of(bottles)
 
 
 def test_large_texts_are_tokenised_in_order(tmp_path):
@@ -360,11 +680,11 @@ def test_bytes_take_a_byte_each_and_zeros_are_no_ends(tmp_path):
 
 
 def test_every_stretch_of_a_file_counts(tmp_path):
-    text = bytes(STRETCH) + b"the end"
+    text = bytes(HASH_BLOCK_BYTES) + b"the end"
     (tmp_path / "one").write_bytes(text)
     (tmp_path / "other").write_bytes(text[:-1] + b"!")
-    (tmp_path / "begin").write_bytes(text[:STRETCH])
-    (tmp_path / "end").write_bytes(text[STRETCH:])
+    (tmp_path / "begin").write_bytes(text[:HASH_BLOCK_BYTES])
+    (tmp_path / "end").write_bytes(text[HASH_BLOCK_BYTES:])
     names = (["one"], ["other"], ["begin", "end"])
     digests = {Source([str(tmp_path / name) for name in chosen]).sha256 for chosen in names}
     assert len(digests) == 3
@@ -381,13 +701,46 @@ def test_token_files_are_not_kept_in_memory(tmp_path):
     size = 200_000_000
     with (tmp_path / "tokens.bin").open("wb") as file:
         file.truncate(size)
-    (tmp_path / "begins.bin").write_bytes(bytes(8))
+    (tmp_path / "document_starts.bin").write_bytes(bytes(8))
     tokens = Tokens(tmp_path, "uint8", eos_token_id=0)
     before, most = resident_file_pages(), 0
     for nth, start in enumerate(range(0, len(tokens), 10_000)):
         assert not tokens[start : start + 10_000].any()
         most = max(most, resident_file_pages()) if nth % 100 == 0 else most
     assert most - before < size / 4
+
+
+# The cache
+
+WITHOUT_HOME = """
+import os
+from mhesa.data.cache import cache_folder
+from mhesa.errors import InputError
+os.setuid(54321)
+try:
+    print(cache_folder())
+except InputError as error:
+    print(error)
+"""
+NO_HOME = "there is no home folder to keep tokens in; name one with MHESA_CACHE"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becomes a user without a name")
+@pytest.mark.parametrize("named", [True, False])
+def test_a_user_without_home_and_name_can_name_the_cache(named):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")
+    }
+    environment.pop("MHESA_CACHE")
+    # A folder that such a user may write to; it is there already.
+    environment |= {"MHESA_CACHE": "/tmp"} if named else {}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_HOME], env=environment, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.stdout == (
+        "/tmp\n" if named else "there is no home folder to keep tokens in; name one with MHESA_CACHE\n"
+    )
 
 
 # Windows

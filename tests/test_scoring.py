@@ -1,21 +1,28 @@
 """Scores of streams against whole passes, and streams of every kind."""
 
 import io
+import itertools
 import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from mhesa import GatedExponentialSmoothingLM
+from mhesa.data import Document
 from mhesa.hf import ByteTokenizer
+from mhesa.inference.evaluation import evaluate
 from mhesa.inference.heatmap import Heatmap
-from mhesa.inference.scoring import BY, MAX_PIECE, by_line, by_token, most_surprising, pieces_of, score
-from mhesa.inference.session import Reader
+from mhesa.inference.scoring import BY, by_line, by_token, most_surprising, score
+from mhesa.inference.session import Reader, Session
+from mhesa.tokenizers import TextTokenizer, train_bpe
+from mhesa.tokenizers.stream import BLOCK_BYTES, encode_stream
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +60,18 @@ def test_lines_and_tokens_cost_what_one_pass_costs(reader, parts):
     assert document.size == len(text)
 
 
+TOKEN_BYTES = [bytes([byte]) for byte in range(256)] + [b""]
+
+
+def blocks_of(chunks):
+    return [
+        [block.text for block in blocks] for blocks in encode_stream(ByteTokenizer(), TOKEN_BYTES, chunks)
+    ]
+
+
 @given(parts=st.lists(st.binary(max_size=20), max_size=10))
-def test_pieces_are_the_lines_however_they_come(parts):
-    pieces = [piece for batch in pieces_of(parts) for piece in batch]
-    assert pieces == list(io.BytesIO(b"".join(parts)))
+def test_blocks_are_the_lines_however_they_come(parts):
+    assert [block for blocks in blocks_of(parts) for block in blocks] == list(io.BytesIO(b"".join(parts)))
 
 
 def test_a_line_is_handed_on_as_soon_as_it_ends():
@@ -67,18 +82,159 @@ def test_a_line_is_handed_on_as_soon_as_it_ends():
             came.append(chunk)
             yield chunk
 
-    pieces = pieces_of(chunks())
-    assert next(pieces) == [b"one\n"]
+    blocks = encode_stream(ByteTokenizer(), TOKEN_BYTES, chunks())
+    assert [block.text for block in next(blocks)] == [b"one\n"]
     assert came == [b"one\ntw"]
-    assert next(pieces) == [b"two\n"]
-    assert list(pieces) == [[b"three"]]
+    assert [[block.text for block in together] for together in blocks] == [[b"two\n"], [b"three"]]
+
+
+# Tokens that span lines
+
+TEXT = "def f(x):\n    if x:\n        return  \n\n\n    # why\r\n\r\n\té\u00a0漢字\u3000 it's 🎉  \n" * 40
+
+
+def byte_level():
+    return train_bpe([TEXT.encode()], 400)
+
+
+def byte_level_with_prefix():
+    tokenizer = byte_level().tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return TextTokenizer(tokenizer)
+
+
+def without_words():
+    """Byte-pair encoding that merges over words and lines alike."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TEXT[i : i + 500] for i in range(0, len(TEXT), 500)], trainer)
+    return TextTokenizer(tokenizer)
+
+
+def sentence_pieces():
+    """As Llama's: a space before the text, spaces as ▁, bytes for what is unknown."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return TextTokenizer(tokenizer)
+
+
+KINDS = [byte_level, byte_level_with_prefix, without_words, sentence_pieces]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
+def vocabulary(request):
+    return request.param()
+
+
+def token_bytes_of(tokenizer):
+    return [tokenizer.decode_bytes([index]) for index in range(len(tokenizer))]
+
+
+def stream_of(tokenizer, chunks):
+    stream = encode_stream(tokenizer, token_bytes_of(tokenizer), chunks)
+    return [block for together in stream for block in together]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.lists(
+        st.sampled_from(
+            ["\n", "\n\n", "\r\n", " ", "    ", "\t", "if x:", "return", "it's", "é", "漢", "🎉"]
+        ),
+        max_size=40,
+    ),
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+)
+def test_a_stream_has_the_tokens_of_the_whole_text(vocabulary, text, cuts):
+    data = "".join(text).encode()
+    chunks, start = [], 0
+    for size in itertools.cycle(cuts):
+        chunks.append(data[start : start + size])
+        start += size
+        if start >= len(data):
+            break
+    blocks = [
+        b for together in encode_stream(vocabulary, token_bytes_of(vocabulary), chunks) for b in together
+    ]
+    assert b"".join(block.text for block in blocks) == data
+    assert [i for block in blocks for i in block.ids.tolist()] == vocabulary.encode_bytes(data).tolist()
+
+
+def test_a_long_line_has_the_tokens_of_the_whole_text(vocabulary):
+    data = ("it's  if x return é 漢字 " * 20_000).encode()
+    chunks = [data[start : start + 10_007] for start in range(0, len(data), 10_007)]
+    blocks = [
+        b for together in encode_stream(vocabulary, token_bytes_of(vocabulary), chunks) for b in together
+    ]
+    assert all(len(block.text) <= BLOCK_BYTES and block.text.decode() for block in blocks)
+    assert [i for block in blocks for i in block.ids.tolist()] == vocabulary.encode_bytes(data).tolist()
+
+
+def test_a_vocabulary_that_gives_no_text_back_goes_by_lines():
+    words = {"[UNK]": 0, "a": 1, "b": 2, "##c": 3}
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    blocks = stream_of(TextTokenizer(tokenizer), [b"A b\nac  a"])
+    assert [(block.text, block.ids.tolist()) for block in blocks] == [
+        (b"A b\n", [1, 2]),
+        (b"ac  a", [1, 3, 1]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def line_spanning():
+    torch.manual_seed(0)
+    tokenizer = byte_level()
+    assert any(b"\n" in token[:-1] for token in token_bytes_of(tokenizer))
+    # Wider than the tokenizer, as `pad_to_multiple_of` makes it.
+    model = GatedExponentialSmoothingLM(num_tokens=448, dim=16, depth=2, heads=2, dim_mhesa=8)
+    return Reader(model.eval(), tokenizer)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000, 10**6])
+def test_score_and_eval_agree_where_tokens_span_lines(line_spanning, chunk):
+    data = TEXT.encode()
+    chunks = [data[start : start + chunk] for start in range(0, len(data), chunk)]
+    expected = evaluate(line_spanning.decoder, line_spanning.tokenizer, [Document("t", data)])
+    session = Session(line_spanning).score(data)
+    for by in BY.values():
+        scored = list(by("t", score(line_spanning, chunks)))
+        assert sum(one.bits for one in scored) / len(data) == pytest.approx(expected.bits_per_byte, abs=1e-4)
+        assert sum(one.bits for one in scored) == pytest.approx(session.sum(), rel=1e-4)
+    lines = list(by_line("t", score(line_spanning, chunks)))
+    assert [line.text for line in lines] == list(io.BytesIO(data))
+    assert [line.offset for line in lines] == np.cumsum([0, *(line.size for line in lines)])[:-1].tolist()
+
+
+def test_a_token_that_spans_lines_is_shared_out_by_bytes(line_spanning):
+    data = b"return\n\n\n    if x:\n"
+    bits = line_spanning.tokenizer.encode_bytes(data), Session(line_spanning).score(data)
+    expected, place = np.zeros(len(list(io.BytesIO(data)))), 0
+    line_of = np.repeat(np.arange(len(expected)), [len(line) for line in io.BytesIO(data)])
+    for token, cost in zip(*(values.tolist() for values in bits), strict=True):
+        size = len(line_spanning.tokenizer.decode_bytes([token]))
+        for byte in range(place, place + size):
+            expected[line_of[byte]] += cost / size
+        place += size
+    lines = list(by_line("t", score(line_spanning, [data])))
+    np.testing.assert_allclose([line.bits for line in lines], expected, rtol=1e-5)
 
 
 def test_a_line_that_is_too_long_to_hold_is_one_line(reader):
-    text = b"x" * (3 * MAX_PIECE + 5) + b"\nnext"
+    text = b"x" * (3 * BLOCK_BYTES + 5) + b"\nnext"
     first, second = by_line("t", score(reader, [text]))
-    assert (first.size, first.number, len(first.text)) == (3 * MAX_PIECE + 6, 1, 1024)
-    assert (second.text, second.offset) == (b"next", 3 * MAX_PIECE + 6)
+    assert (first.size, first.number, len(first.text)) == (3 * BLOCK_BYTES + 6, 1, 1024)
+    assert (second.text, second.offset) == (b"next", 3 * BLOCK_BYTES + 6)
     bits = expected_bits(reader, text)
     assert first.bits == pytest.approx(bits[: first.size].sum(), rel=1e-5)
 
@@ -115,7 +271,7 @@ def test_the_page_shows_the_text_and_nothing_else_of_it(reader):
     text = "<script>alert('&amp;')</script> Größe \U0001f600\n\x1b[31m".encode() + b"\xff end"
     file, page = io.StringIO(), Page()
     batches = Heatmap(file).follow("<b>name</b>", score(reader, [text[:40], text[40:]]))
-    assert sum(len(piece) for batch in batches for piece in batch.pieces) == len(text)
+    assert sum(len(block.text) for batch in batches for block in batch.blocks) == len(text)
     page.feed(file.getvalue())
     assert page.shown == text.decode("utf-8", "replace").replace("\x1b", "\N{REPLACEMENT CHARACTER}")
     assert page.tags <= {"html", "meta", "title", "style", "h1", "h2", "p", "i", "pre", "span"}

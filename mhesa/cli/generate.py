@@ -64,10 +64,12 @@ def generate(
 
         mhesa generate runs/mine --session talk.session --prompt 'And then '
     """
+    import torch
+
     from mhesa.data import standard_input
     from mhesa.inference.sampling import TokenSampler
-    from mhesa.inference.scoring import pieces_of
     from mhesa.inference.session import Session
+    from mhesa.tokenizers.stream import encode_stream
 
     if length < 0:
         raise InputError(f"length must be 0 or more, not {length}")
@@ -83,10 +85,11 @@ def generate(
     given = standard_input() if prompt == "-" else [prompt.encode("utf-8", "surrogateescape")]
     with interruptible():
         try:
-            for pieces in pieces_of(given):
-                text.feed(b"".join(pieces))
+            for blocks in encode_stream(reader.tokenizer, reader.token_bytes, given):
+                for block in blocks:
+                    text.feed_ids(torch.from_numpy(block.ids.astype("int64")))
                 if echo:
-                    write(pieces)
+                    write(block.text for block in blocks)
             write(
                 part.encode()
                 for part in text.stream(max_new_tokens=length, sampling=drawing, seed=seed, stop=stop or ())

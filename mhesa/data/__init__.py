@@ -1,8 +1,9 @@
 """Corpora: reading text, holding some of it out, tokenising it once, cutting it into windows."""
 
-from mhesa.data.corpus import Corpus, Source, Tokenizer, open_corpus
+from mhesa.data.corpus import Corpus, Source, open_corpus
+from mhesa.data.files import Document, File
 from mhesa.data.holdout import Holdout
-from mhesa.data.sources import Document, File, find_files, read_sources, standard_library
+from mhesa.data.sources import find_files, read_sources, standard_library
 from mhesa.data.standard_input import standard_input
 from mhesa.data.windows import Windows, pack
 
@@ -12,7 +13,6 @@ __all__ = [
     "File",
     "Holdout",
     "Source",
-    "Tokenizer",
     "Windows",
     "find_files",
     "open_corpus",

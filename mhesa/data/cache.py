@@ -1,4 +1,4 @@
-"""The folder where what is made from a corpus is kept, so that nothing is done twice."""
+"""The folder where what is made from a corpus is kept, so that it is made only once."""
 
 from __future__ import annotations
 
@@ -7,19 +7,31 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
-from mhesa.atomic_io import write_file
+from mhesa.atomic_io import write_folder
+from mhesa.data.parallel import map_ordered, thread_pool
 from mhesa.errors import InputError
+
+CHECKSUMS = "checksums.json"
+BLOCK_BYTES = 1 << 26
+CHUNK_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
-    """`MHESA_CACHE`, or `mhesa` below the user's own cache; made if it is not there."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhesa"
-    folder = Path(os.environ.get("MHESA_CACHE") or default)
+    """`MHESA_CACHE`, or `mhesa` in the user's cache folder; made if it is not there.
+
+    Raises:
+        InputError: it cannot be made, or there is no such variable and no home folder.
+    """
+    named, base = os.environ.get("MHESA_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(named) if named else Path(base or _home() / ".cache") / "mhesa"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -27,50 +39,103 @@ def cache_folder() -> Path:
     return folder
 
 
-def lock(name: str) -> FileLock:
-    """A lock that one process at a time holds, whatever run it belongs to."""
-    return FileLock(cache_folder() / f"{name}.lock")
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise InputError("there is no home folder to keep tokens in; name one with MHESA_CACHE") from error
 
 
-def spool(chunks: Iterable[bytes]) -> Path:
-    """Write text to a file, which goes when the process ends: a corpus is read more than once."""
-    with tempfile.NamedTemporaryFile(dir=cache_folder(), prefix="stdin-", delete=False) as file:
-        atexit.register(Path(file.name).unlink, missing_ok=True)
-        try:
-            file.writelines(chunks)
-        except OSError as error:
-            raise InputError(f"cannot keep standard input in {cache_folder()}: {error.strerror}") from error
-    return Path(file.name)
+def digest(*values: object) -> str:
+    """SHA-256 of values that can be written as JSON."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def hub_file(source: str) -> Path:
-    """The rows of a dataset as JSON lines, streamed from the hub once and kept.
-
-    Args:
-        source: `hf://owner/name`, `hf://owner/name@configuration:split`, or `hf://` and a folder.
+@contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Let one process at a time past this point, of all that name the same lock.
 
     Raises:
-        InputError: `datasets` is not installed, or has no such dataset.
+        InputError: the lock cannot be made.
     """
-    path = cache_folder() / f"hub-{hashlib.sha256(source.encode()).hexdigest()[:32]}.jsonl"
-    with lock(path.stem):
-        if not path.exists():
-            _download(source, path)
-    return path
+    path = cache_folder() / f"{name}.lock"
+    held = FileLock(path)
+    try:
+        held.acquire()
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot lock {path}: {reason}; name another folder with MHESA_CACHE") from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
-def _download(source: str, path: Path) -> None:
+def cached_folder(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of the cache, made now unless it is there with every byte as it was written.
+
+    Args:
+        name: of the folder, below the cache; what decides its content must be part of it.
+        make: writes the files into the folder it is given.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    folder = cache_folder() / name
+    with lock(folder.name):
+        if not _is_whole(folder):
+            try:
+                with write_folder(folder) as partial:
+                    make(partial)
+                    (partial / CHECKSUMS).write_text(json.dumps(_checksums(partial)))
+            except OSError as error:
+                raise InputError(
+                    f"cannot write to {folder}: {error.strerror}; name another with MHESA_CACHE"
+                ) from error
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
     try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError(f"{source} needs datasets: pip install 'mhesa[data]'") from error
-    address, _, split = source.removeprefix("hf://").partition(":")
-    name, _, configuration = address.partition("@")
+        expected = json.loads((folder / CHECKSUMS).read_bytes())
+        return bool(expected == _checksums(folder))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, Any]:
+    """The size, and the CRC-32 of every block, of each file in a folder."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name != CHECKSUMS]
+    with thread_pool() as pool:
+        return {path.name: [path.stat().st_size, *map_ordered(pool, _crc32, _blocks(path))] for path in paths}
+
+
+def _blocks(path: Path) -> Iterator[tuple[Path, int]]:
+    return ((path, start) for start in range(0, path.stat().st_size, BLOCK_BYTES))
+
+
+def _crc32(block: tuple[Path, int]) -> int:
+    path, start = block
+    checksum, left = 0, BLOCK_BYTES
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+            checksum = zlib.crc32(chunk, checksum)
+            left -= len(chunk)
+    return checksum
+
+
+def save_chunks(chunks: Iterable[bytes]) -> Path:
+    """Write standard input to a file that is deleted when the process ends: a corpus is read more than once.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    folder = cache_folder()
     try:
-        rows = load_dataset(name, configuration or None, split=split or "train", streaming=True)
-        with write_file(path) as file:
-            for row in rows:
-                text = {key: value for key, value in row.items() if isinstance(value, str)}
-                file.write(json.dumps(text).encode() + b"\n")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot read {source}: {str(error).splitlines()[0]}") from error
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="stdin-", delete=False) as file:
+            atexit.register(Path(file.name).unlink, missing_ok=True)
+            file.writelines(chunks)
+    except OSError as error:
+        raise InputError(f"cannot keep standard input in {folder}: {error.strerror}") from error
+    return Path(file.name)

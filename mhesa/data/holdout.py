@@ -1,29 +1,34 @@
-"""Holding out: which part of a corpus is kept from training, decided piece by piece."""
+"""Holding out: the part of a corpus that is kept from training, to measure a model on."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-from mhesa.data.parallel import batches, ordered, threads
+from mhesa.data.parallel import batch_by_size, map_ordered, thread_pool
 from mhesa.errors import InputError
+from mhesa.tokenizers.stream import character_start
 
 LARGEST_PIECE = 1 << 16
 SMALLEST_PIECE = 1 << 10
-RANKED_AT_ONCE = 1 << 20
+HASH_BATCH_BYTES = 1 << 20
+# At most this many different texts are followed to find those that repeat.
+MOST_COUNTERS = 4096
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one document.
+    """A part of a document, held out or trained on as a whole.
 
     Args:
         data: its bytes.
-        document: which document of the corpus it is from.
-        starts: whether it begins its document, or follows what is on the other side.
+        document: the index of its document in the corpus.
+        starts: whether it begins its document, or the piece before it is on the other side.
         held_out: whether it is kept from training.
-        rank: a number in [0, 1) by which pieces are picked.
+        rank: a number in [0, 1) that depends on its content alone.
     """
 
     data: bytes
@@ -34,12 +39,33 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Holdout:
-    """Which part of a corpus is kept from training.
+class Selection:
+    """Which pieces `content:F` holds out.
 
-    `content:F` cuts every document into pieces at line ends and holds out those whose hash falls in the
-    first `F` of its range: the same text is held out whatever its file is called, and equal pieces fall
-    on the same side. `tail:F` holds out the last `F` of the corpus.
+    Args:
+        threshold: pieces of a rank up to this are held out, texts that repeat a lot apart.
+        repeated: for each text that repeats a lot, by its rank, the part of its copies that is held out.
+    """
+
+    threshold: float
+    repeated: Mapping[float, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """The rule by which a part of a corpus is kept from training.
+
+    `tail:F` holds out the last `F` of the corpus, a number between 0 and 1.
+
+    `content:F` cuts documents into pieces at line ends and holds out pieces by a hash of their content, about
+    `F` of the corpus and at least one piece. So the same text is held out whatever its file is called, and
+    equal pieces are on the same side.
+
+    A text is said to repeat a lot if its copies make up more than half of `F`. All of its copies are trained
+    on, and more of the other text is held out instead, at most half of it. Where that gives less than half of
+    `F`, texts that repeat a lot are held out as a whole, as long as no more than twice `F` is held out. Where
+    that is not enough either, nearly all of the corpus is a few texts over and over: then `F` of the copies
+    of each is held out, and the model is measured on text that it was trained on.
     """
 
     method: str
@@ -48,6 +74,9 @@ class Holdout:
     @classmethod
     def parse(cls, text: str) -> Holdout:
         """Read `content:0.05` or `tail:0.1`.
+
+        Raises:
+            InputError: it is neither.
 
         >>> Holdout.parse("tail:0.1")
         Holdout(method='tail', fraction=0.1)
@@ -63,38 +92,127 @@ class Holdout:
             )
         return holdout
 
-    def split(self, documents: Iterable[Iterable[bytes]], total: int) -> Iterator[Piece]:
-        """Cut documents into pieces and say of each which side it is on.
+    def split(
+        self, documents: Iterable[Iterable[bytes]], total: int, selection: Selection | None = None
+    ) -> Iterator[Piece]:
+        """Cut documents into pieces and decide for each whether it is held out.
 
         Args:
             documents: each one its bytes in chunks of any size, used up one after the other.
             total: bytes of all documents; for `content` an estimate will do.
+            selection: for `content`; by rank alone if omitted.
         """
         size = min(max(total // 256, SMALLEST_PIECE), LARGEST_PIECE)
-        left = int(total * (1 - self.fraction))
         pieces = ((index, data) for index, document in enumerate(documents) for data in cut(document, size))
-        last, before = -1, False
-        for index, data, rank in _ranked(pieces):
-            if self.method == "content":
-                sides = [(data, rank <= self.fraction)]
-            else:
-                sides = [(data[: max(left, 0)], False), (data[max(left, 0) :], True)]
-            left -= len(data)
-            for part, held_out in sides:
-                if part:
-                    starts = index != last or held_out is not before
-                    yield Piece(part, index, starts, held_out, rank)
-                    last, before = index, held_out
+        if self.method == "tail":
+            sides = _split_tail(_with_ranks(pieces), int(total * (1 - self.fraction)))
+        else:
+            sides = _split_by_content(_with_ranks(pieces), selection or Selection(self.fraction))
+        last = (-1, False)
+        for index, data, rank, held_out in sides:
+            yield Piece(data, index, (index, held_out) != last, held_out, rank)
+            last = (index, held_out)
 
 
-def _ranked(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes, float]]:
-    """Pieces with their ranks, which are found on every core."""
+class PieceCounter:
+    """Finds out whether a selection holds out about the fraction asked for, and a better one if not.
+
+    Texts that repeat a lot are found in bounded memory by the counters of Misra and Gries (1982,
+    https://doi.org/10.1016/0167-6423(82)90012-0): a text that makes up more than one part in `capacity` of
+    the corpus keeps a counter, which is too low by no more than that.
+
+    Args:
+        holdout: a rule by content.
+        selection: the selection that decides the pieces to come.
+    """
+
+    def __init__(self, holdout: Holdout, selection: Selection) -> None:
+        self.fraction = holdout.fraction
+        self.selection = selection
+        self.capacity = min(math.ceil(8 / holdout.fraction), MOST_COUNTERS)
+        self.total = self.held_out = 0
+        self.lowest_rank = 1.0
+        self._bytes: Counter[float] = Counter()
+        self._copies: Counter[float] = Counter()
+
+    def add(self, piece: Piece) -> None:
+        """Count a piece."""
+        size = len(piece.data)
+        self.total += size
+        self.held_out += size * piece.held_out
+        if piece.rank not in self.selection.repeated:
+            self.lowest_rank = min(self.lowest_rank, piece.rank)
+        self._bytes[piece.rank] += size
+        self._copies[piece.rank] += 1
+        if len(self._bytes) > 2 * self.capacity:
+            self._drop_smallest()
+
+    def better(self) -> Selection:
+        """The selection itself if it will do; otherwise one for another pass over the corpus."""
+        target = self.fraction * self.total
+        repeated = {
+            rank: size for rank, size in self._bytes.items() if size > target / 2 and self._copies[rank] > 1
+        }
+        if repeated and not self.selection.repeated:
+            return self._spare_repeated(repeated, target)
+        if self.total and not self.held_out:
+            return replace(self.selection, threshold=self.lowest_rank)
+        return self.selection
+
+    def _spare_repeated(self, repeated: dict[float, int], target: float) -> Selection:
+        """The selection for a corpus in which these texts repeat a lot, see `Holdout`."""
+        rest = self.total - sum(repeated.values())
+        threshold = min(target / rest, 0.5) if rest else 0.0
+        held_out = threshold * rest
+        parts: dict[float, float] = {}
+        for rank, size in sorted(repeated.items()):
+            parts[rank] = float(held_out < target / 2 and held_out + size <= 2 * target)
+            held_out += parts[rank] * size
+        if held_out < target / 2:
+            return Selection(self.fraction, dict.fromkeys(repeated, self.fraction))
+        return Selection(threshold, parts)
+
+    def _drop_smallest(self) -> None:
+        least = sorted(self._bytes.values())[-self.capacity]
+        self._bytes = Counter({rank: size - least for rank, size in self._bytes.items() if size > least})
+        self._copies = Counter({rank: self._copies[rank] for rank in self._bytes})
+
+
+def _split_tail(
+    pieces: Iterable[tuple[int, bytes, float]], left: int
+) -> Iterator[tuple[int, bytes, float, bool]]:
+    """Put the first `left` bytes on one side and the rest on the other, each side of whole characters."""
+    for index, data, rank in pieces:
+        end = character_start(data, max(left, 0))
+        left -= len(data)
+        for part, held_out in ((data[:end], False), (data[end:], True)):
+            if part:
+                yield index, part, rank, held_out
+
+
+def _split_by_content(
+    pieces: Iterable[tuple[int, bytes, float]], selection: Selection
+) -> Iterator[tuple[int, bytes, float, bool]]:
+    copies: Counter[float] = Counter()
+    for index, data, rank in pieces:
+        part = selection.repeated.get(rank)
+        if part is None:
+            yield index, data, rank, rank <= selection.threshold
+            continue
+        # Of n copies, held out evenly: n times the part, rounded up.
+        yield index, data, rank, math.ceil((copies[rank] + 1) * part) > math.ceil(copies[rank] * part)
+        copies[rank] += 1
+
+
+def _with_ranks(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes, float]]:
+    """Pieces with their ranks, computed on all cores."""
 
     def rank(batch: list[tuple[int, bytes]]) -> list[tuple[int, bytes, float]]:
         return [(index, data, content_rank(data)) for index, data in batch]
 
-    with threads() as pool:
-        for batch in ordered(pool, rank, batches(pieces, lambda piece: len(piece[1]), RANKED_AT_ONCE)):
+    with thread_pool() as pool:
+        batches = batch_by_size(pieces, lambda piece: len(piece[1]), HASH_BATCH_BYTES)
+        for batch in map_ordered(pool, rank, batches):
             yield from batch
 
 
@@ -108,29 +226,26 @@ def cut(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
     for chunk in chunks:
         held += chunk
         start = 0
-        # The line's end may lie as far as this.
+        # A line end is looked for up to here.
         while len(held) - start > 2 * size:
-            end = _end(held, start, size)
+            end = _piece_end(held, start, size)
             yield held[start:end]
             start = end
         held = held[start:]
     start = 0
     while start < len(held):
-        end = _end(held, start, size)
+        end = _piece_end(held, start, size)
         yield held[start:end]
         start = end
 
 
-def _end(data: bytes, start: int, size: int) -> int:
+def _piece_end(data: bytes, start: int, size: int) -> int:
     line_end = data.find(b"\n", start + size - 1, start + 2 * size)
     if line_end >= 0:
         return line_end + 1
     end = min(start + size, len(data))
-    if end < len(data):
-        # Not within a character, for tokenizers that read text.
-        while end > start + size - 3 and data[end] & 0xC0 == 0x80:
-            end -= 1
-    return end if end > start else min(start + size, len(data))
+    whole = character_start(data, end)
+    return whole if whole > start else end
 
 
 def content_rank(data: bytes) -> float:

@@ -1,4 +1,4 @@
-"""Work on several threads whose results come in order, a little ahead of whoever uses them and no more."""
+"""Work on several threads whose results come in order, only a few items ahead of their use."""
 
 from __future__ import annotations
 
@@ -8,39 +8,42 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-A = TypeVar("A")
-B = TypeVar("B")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+THREADS = os.cpu_count() or 1
 
 
-def threads() -> ThreadPoolExecutor:
-    """A thread for each core."""
-    return ThreadPoolExecutor(os.cpu_count())
+def thread_pool() -> ThreadPoolExecutor:
+    """A pool of one thread for each core."""
+    return ThreadPoolExecutor(THREADS)
 
 
-def ordered(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """`map` on a pool's threads in order, a few items ahead and no more."""
-    waiting: deque[Future[B]] = deque()
+def map_ordered(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    """Like `map`, on a pool's threads, at most one item a thread ahead of what was asked for."""
+    waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) > pool._max_workers:
+        if len(waiting) > THREADS:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def batches(items: Iterable[A], size_of: Callable[[A], int], least: int) -> Iterator[list[A]]:
-    """Items in lists whose sizes come to `least` or a little more, the last one apart.
+def batch_by_size(items: Iterable[Item], size_of: Callable[[Item], int], size: int) -> Iterator[list[Item]]:
+    """Group items into lists whose sizes add up to at least `size`; the last list may be smaller.
 
-    >>> list(batches(["ab", "c", "def", "g"], len, least=3))
+    >>> list(batch_by_size(["ab", "c", "def", "g"], len, size=3))
     [['ab', 'c'], ['def'], ['g']]
     """
-    batch: list[A] = []
-    size = 0
+    batch: list[Item] = []
+    total = 0
     for item in items:
         batch.append(item)
-        size += size_of(item)
-        if size >= least:
+        total += size_of(item)
+        if total >= size:
             yield batch
-            batch, size = [], 0
+            batch, total = [], 0
     if batch:
         yield batch

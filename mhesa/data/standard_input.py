@@ -1,4 +1,4 @@
-"""Standard input, as it comes."""
+"""Standard input, chunk by chunk as it arrives."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from collections.abc import Iterator
 
 from mhesa.errors import InputError
 
-CHUNK = 1 << 16
-# Python sees a signal between two of its own steps: one that comes just before a read begins is seen when the
-# read ends, which may be never. A wait that ends by itself, after so many seconds, sees it.
-PATIENCE = 0.5
+CHUNK_BYTES = 1 << 16
+# Python handles a signal between two of its own instructions: one that arrives just before a blocking read is
+# handled when the read returns, which may be never. So wait with a timeout.
+POLL_SECONDS = 0.5
 
 
 def standard_input() -> Iterator[bytes]:
-    """What is written to standard input, as soon as it is; Ctrl-C is heard while there is nothing.
+    """What arrives on standard input, at once; Ctrl-C is handled while nothing arrives.
 
     Raises:
         InputError: it is closed.
     """
     if sys.stdin is None:
         raise InputError("there is no standard input to read: it is closed")
-    return _arriving(sys.stdin.fileno())
+    return _read(sys.stdin.fileno())
 
 
-def _arriving(descriptor: int) -> Iterator[bytes]:
+def _read(descriptor: int) -> Iterator[bytes]:
     while True:
-        while not select.select([descriptor], [], [], PATIENCE)[0]:
+        while not select.select([descriptor], [], [], POLL_SECONDS)[0]:
             pass
-        chunk = os.read(descriptor, CHUNK)
+        chunk = os.read(descriptor, CHUNK_BYTES)
         if not chunk:
             return
         yield chunk

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhesa.data import Document, Tokenizer
+from mhesa.data import Document
 from mhesa.inference.decoder import Decoder
 from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.tokenizers.protocol import Tokenizer
 
 # Tokens whose logits are in memory at once.
 WINDOW = 4096

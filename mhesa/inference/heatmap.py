@@ -50,7 +50,7 @@ class Heatmap:
         # Surprisal and length of the bytes since the last whole character; the shade, -1 before the first.
         pending_bits, pending_bytes, shade = 0.0, 0, -1
         for batch in batches:
-            text, start = b"".join(batch.pieces), 0
+            text, start = b"".join(block.text for block in batch.blocks), 0
             for bits, size in zip(batch.bits.tolist(), batch.sizes.tolist(), strict=True):
                 shown = characters.decode(text[start : start + size])
                 start, pending_bits, pending_bytes = start + size, pending_bits + bits, pending_bytes + size

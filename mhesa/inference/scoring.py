@@ -1,4 +1,4 @@
-"""Surprisal of text of any length, as it arrives, by token, line or document."""
+"""Surprisal of text of any length as it arrives: by token, line or document."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ import numpy as np
 import torch
 
 from mhesa.inference.session import Reader, Session
+from mhesa.tokenizers.stream import Block, character_start, encode_stream
 
-# The longest piece of text that is scored at once, in bytes; a longer line is split.
-MAX_PIECE = 1 << 16
-# Bytes of a scored span's text that are kept.
-MAX_TEXT = 1 << 10
+# The beginning of a scored text that is kept to be shown.
+SHOWN_BYTES = 1 << 10
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A span of text (a token, a line or a document) and its surprisal.
+    """The surprisal of a token, a line or a document.
 
     Args:
-        source: the file's name.
-        number: of the token, line or document in the source, from 1.
-        offset: of its first byte in the source.
-        bits: surprisal, `-log2` of its probability given the text before it.
-        size: length in bytes.
-        text: its beginning, at most 1,024 bytes.
+        source: the name of its file.
+        number: which line, token or document of the file it is, from 1.
+        offset: where in the file it begins, in bytes.
+        bits: `-log2` of its probability given all that comes before it.
+        size: in bytes.
+        text: its first bytes, 1,024 at most.
     """
 
     source: str
@@ -40,11 +39,11 @@ class Scored:
 
     @property
     def bits_per_byte(self) -> float:
-        """Surprisal in bits, divided by the length in bytes."""
+        """Mean bits of a byte."""
         return self.bits / self.size if self.size else 0.0
 
     def as_dict(self) -> dict[str, str | int | float]:
-        """The span by the names it has in JSON."""
+        """The values under the names that they have in JSON."""
         return {
             "source": self.source,
             "number": self.number,
@@ -52,111 +51,119 @@ class Scored:
             "bits": round(self.bits, 4),
             "bytes": self.size,
             "bits_per_byte": round(self.bits_per_byte, 4),
-            "text": self.text.decode("utf-8", "replace"),
+            "text": _shown(self),
         }
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive pieces of a text, with the surprisal and the length of every token.
+    """Blocks of a text in a row, with the surprisal and the size of every token.
 
     Args:
-        pieces: lines, or parts of lines that are longer than `MAX_PIECE`.
-        tokens: the number of tokens of each piece.
-        bits: surprisal of each token, float32 `(tokens,)`.
-        sizes: length of each token in bytes, int64 `(tokens,)`.
+        blocks: see `Block`.
+        bits: of each token of all blocks, fp32 `(tokens,)`.
+        sizes: of each token, in bytes, `(tokens,)`.
     """
 
-    pieces: list[bytes]
-    tokens: list[int]
+    blocks: list[Block]
     bits: np.ndarray
     sizes: np.ndarray
 
-
-def pieces_of(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Lists of the lines that each chunk completes; a line longer than `MAX_PIECE` is split.
-
-    >>> list(pieces_of([b"one\\ntwo\\nth", b"ree"]))
-    [[b'one\\n', b'two\\n'], [b'three']]
-    """
-    buffered = b""
-    for chunk in chunks:
-        buffered += chunk
-        complete = buffered.rfind(b"\n", len(buffered) - len(chunk)) + 1
-        if complete:
-            yield list(io.BytesIO(buffered[:complete]))
-            buffered = buffered[complete:]
-        while len(buffered) >= MAX_PIECE:
-            yield [buffered[:MAX_PIECE]]
-            buffered = buffered[MAX_PIECE:]
-    if buffered:
-        yield [buffered]
+    def by_block(self) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+        """The text of each block, with the bits and the sizes of its tokens."""
+        ends = np.cumsum([len(block.ids) for block in self.blocks])[:-1]
+        texts = (block.text for block in self.blocks)
+        return zip(texts, np.split(self.bits, ends), np.split(self.sizes, ends), strict=True)
 
 
 def score(reader: Reader, chunks: Iterable[bytes]) -> Iterator[Batch]:
-    """Score a text from its start, as it arrives, in constant memory.
-
-    Each line is tokenised by itself, so that no token spans two lines.
+    """Score a text from its start as it arrives, in memory that does not grow with its length.
 
     Args:
-        reader: the model and its tokenizer.
-        chunks: the text, split anywhere.
+        reader: the model and the tokenizer.
+        chunks: the text, cut anywhere.
     """
-    session, sizes = Session(reader), _sizes(reader)
-    for pieces in pieces_of(chunks):
-        ids = [reader.tokenizer.encode_bytes(piece) for piece in pieces]
-        joined = np.concatenate(ids).astype(np.int64)
-        bits = session.score_ids(torch.from_numpy(joined))
-        yield Batch(pieces, [len(part) for part in ids], bits, sizes[joined])
+    session = Session(reader)
+    sizes = np.array([len(token) for token in reader.token_bytes])
+    for blocks in encode_stream(reader.tokenizer, reader.token_bytes, chunks):
+        ids = np.concatenate([block.ids for block in blocks]).astype(np.int64)
+        yield Batch(blocks, session.score_ids(torch.from_numpy(ids)), sizes[ids])
 
 
-def _sizes(reader: Reader) -> np.ndarray:
-    """The length of every token of the vocabulary in bytes, int64 `(num_tokens,)`."""
-    decode = reader.tokenizer.decode_bytes
-    return np.array([len(decode([index])) for index in range(reader.decoder.num_tokens)])
+def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> list[tuple[bytes, float]]:
+    r"""The lines of a text, each with its surprisal. A token that spans lines is shared out by bytes.
+
+    Args:
+        text: the bytes of some tokens.
+        bits: the surprisal of each token, `(tokens,)`.
+        sizes: the size of each token in bytes, `(tokens,)`. If they do not add up to the size of the text,
+            because the vocabulary does not give it back, they are scaled to.
+
+    Returns:
+        Each line with its line end, and its bits.
+
+    >>> share_by_line(b"a\n\nb", bits=np.array([1.0, 4.0, 2.0]), sizes=np.array([1, 2, 1]))
+    [(b'a\n', 3.0), (b'\n', 2.0), (b'b', 2.0)]
+    """
+    lines = list(io.BytesIO(text))
+    if len(lines) == 1:
+        return [(text, bits.sum(dtype=np.float64).item())]
+    token_ends = np.concatenate([[0.0], np.cumsum(sizes, dtype=np.float64)])
+    token_ends *= len(text) / max(token_ends[-1], 1.0)
+    bits_before = np.concatenate([[0.0], np.cumsum(bits, dtype=np.float64)])
+    line_ends = np.cumsum([0, *map(len, lines)])
+    costs = np.diff(np.interp(line_ends, token_ends, bits_before))
+    return list(zip(lines, costs.tolist(), strict=True))
 
 
 def by_token(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
     """Every token of a text."""
     number, offset = 0, 0
     for batch in batches:
-        text, start = b"".join(batch.pieces), 0
-        for bits, size in zip(batch.bits.tolist(), batch.sizes.tolist(), strict=True):
-            number += 1
-            yield Scored(name, number, offset + start, bits, size, text[start : start + size])
-            start += size
-        offset += len(text)
+        for text, bits, sizes in batch.by_block():
+            start = 0
+            for cost, size in zip(bits.tolist(), sizes.tolist(), strict=True):
+                number += 1
+                yield Scored(name, number, offset + start, cost, size, text[start : start + size])
+                start += size
+            offset += len(text)
 
 
 def by_line(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
-    """Every line of a text, including its newline."""
-    number, offset, size, bits, text = 1, 0, 0, 0.0, b""
+    """Every line of a text, with its line end."""
+    number, offset, size, bits, shown = 1, 0, 0, 0.0, b""
     for batch in batches:
-        sums = np.concatenate([[0.0], np.cumsum(batch.bits, dtype=np.float64)])
-        costs = np.diff(sums[np.concatenate([[0], np.cumsum(batch.tokens)])])
-        for piece, cost in zip(batch.pieces, costs.tolist(), strict=True):
-            size, bits = size + len(piece), bits + cost
-            text = text + piece[: MAX_TEXT - len(text)]
-            if piece.endswith(b"\n"):
-                yield Scored(name, number, offset, bits, size, text)
-                number, offset, size, bits, text = number + 1, offset + size, 0, 0.0, b""
+        for block in batch.by_block():
+            for part, cost in share_by_line(*block):
+                size, bits = size + len(part), bits + cost
+                shown += part[: SHOWN_BYTES - len(shown)]
+                if part.endswith(b"\n"):
+                    yield Scored(name, number, offset, bits, size, shown)
+                    number, offset, size, bits, shown = number + 1, offset + size, 0, 0.0, b""
     if size:
-        yield Scored(name, number, offset, bits, size, text)
+        yield Scored(name, number, offset, bits, size, shown)
 
 
 def by_document(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
     """A text as a whole."""
-    size, bits, text = 0, 0.0, b""
+    size, bits, shown = 0, 0.0, b""
     for batch in batches:
-        size += sum(map(len, batch.pieces))
+        for block in batch.blocks:
+            size += len(block.text)
+            shown += block.text[: SHOWN_BYTES - len(shown)]
         bits += batch.bits.sum(dtype=np.float64).item()
-        text = text or b"".join(batch.pieces)[:MAX_TEXT]
-    yield Scored(name, 1, 0, bits, size, text)
+    yield Scored(name, 1, 0, bits, size, shown)
+
+
+def _shown(scored: Scored) -> str:
+    """The first bytes as text, without a part of a character at their end."""
+    end = character_start(scored.text, len(scored.text) - 1) if scored.size > len(scored.text) else None
+    return scored.text[:end].decode("utf-8", "replace")
 
 
 BY = {"line": by_line, "token": by_token, "document": by_document}
 
 
 def most_surprising(scored: Iterable[Scored], count: int) -> list[Scored]:
-    """The `count` spans of the highest surprisal, the highest first."""
-    return heapq.nlargest(count, scored, key=lambda span: span.bits)
+    """The `count` items of the most bits, in falling order."""
+    return heapq.nlargest(count, scored, key=lambda item: item.bits)

@@ -16,7 +16,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mhesa.atomic_io import write_file
-from mhesa.data import Tokenizer
 from mhesa.errors import InputError
 from mhesa.inference.continuation import Continuation, TextCursor
 from mhesa.inference.decoder import Decoder
@@ -24,6 +23,7 @@ from mhesa.inference.evaluation import surprisals
 from mhesa.inference.generation import write
 from mhesa.inference.sampling import Sampling, TokenSampler
 from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.tokenizers.protocol import Tokenizer
 
 FORMAT = "mhesa session 1"
 
@@ -44,9 +44,22 @@ class Reader:
         self.decoder = Decoder(model, quantize=quantize)
 
     @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every token, none for an id that the tokenizer lacks."""
+        count = max(self.decoder.num_tokens, len(self.tokenizer))
+        return [_token_bytes(self.tokenizer, index) for index in range(count)]
+
+    @cached_property
     def fingerprint(self) -> str:
         """See the function `fingerprint`."""
         return fingerprint(self.model)
+
+
+def _token_bytes(tokenizer: Tokenizer, index: int) -> bytes:
+    try:
+        return tokenizer.decode_bytes([index])
+    except ValueError:
+        return b""
 
 
 @dataclass
@@ -99,7 +112,10 @@ class Session:
 
     def feed(self, text: str | bytes) -> None:
         """Read some text."""
-        ids = self._ids(text)
+        self.feed_ids(self._ids(text))
+
+    def feed_ids(self, ids: Tensor) -> None:
+        """Read some tokens, int64 `(tokens,)`."""
         if len(ids):
             self.reader.decoder.prefill(self._behind(ids)[None], self._place.state)
             self._move(ids)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from mhesa.data import Document, Tokenizer
+from mhesa.data import Document
 from mhesa.inference.evaluation import Score
 from mhesa.inference.generation import stream
 from mhesa.inference.sampling import Sampling
 from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.tokenizers.protocol import Tokenizer
 from mhesa.training.folder import RUN_FILES
 
 SAMPLE_TOKENS = 300

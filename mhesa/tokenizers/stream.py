@@ -1,0 +1,165 @@
+"""Tokenising a text that arrives in chunks, with the tokens that it would have as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mhesa.tokenizers.protocol import Tokenizer
+
+# The longest block, in bytes.
+BLOCK_BYTES = 1 << 16
+NEWLINE = 0x0A
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a text that no token sticks out of: a line, several, or a part of a long one.
+
+    Args:
+        text: its bytes.
+        ids: its tokens, `(tokens,)`.
+    """
+
+    text: bytes
+    ids: np.ndarray
+
+
+def encode_stream(
+    tokenizer: Tokenizer, token_bytes: Sequence[bytes], chunks: Iterable[bytes]
+) -> Iterator[list[Block]]:
+    r"""Tokenise a text as it arrives, in memory that does not grow with its length.
+
+    A line is a block of its own if no token can span its end, that is, if no token of the vocabulary holds
+    the byte before its end followed by the byte behind it. So where some token holds more than a line end, a
+    line is only given out when the next one begins. A line longer than `BLOCK_BYTES` is cut between words.
+
+    Args:
+        tokenizer: makes ids of text.
+        token_bytes: the bytes of every token.
+        chunks: the text, cut anywhere.
+
+    Returns:
+        Blocks in order, those that are complete together.
+
+    >>> from mhesa.tokenizers import Bytes
+    >>> blocks = encode_stream(Bytes(), [bytes([byte]) for byte in range(256)], [b"one\ntwo\nth", b"ree"])
+    >>> [[block.text for block in together] for together in blocks]
+    [[b'one\n', b'two\n'], [b'three']]
+    """
+    encoder = _Encoder(tokenizer, token_bytes)
+    held = b""
+    for chunk in chunks:
+        held += chunk
+        ends = encoder.block_ends(held)
+        if ends:
+            yield encoder.encode(held, ends)
+            held = held[ends[-1] :]
+    if held:
+        ends = encoder.block_ends(held, is_last=True)
+        yield encoder.encode(held, [*ends, len(held)] if ends[-1:] != [len(held)] else ends)
+
+
+class _Encoder:
+    """Cuts a text where no token can span the cut, and tokenises the blocks.
+
+    A tokenizer splits text into words before it looks for tokens, by rules that may look at the character
+    before or behind. So a block is tokenised together with those, whose tokens are then dropped. With a
+    vocabulary that does not give the text back, that is not to be done, and a block is tokenised alone.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, token_bytes: Sequence[bytes]) -> None:
+        self.tokenizer = tokenizer
+        self.sizes = np.array([len(token) for token in token_bytes])
+        # Whether some token holds one byte followed by the other, (256, 256).
+        self.adjacent = np.zeros((256, 256), dtype=bool)
+        for token in token_bytes:
+            values = np.frombuffer(token, dtype=np.uint8)
+            self.adjacent[values[:-1], values[1:]] = True
+        self.only_bytes = not self.adjacent.any()
+        # Whether a line end is a token by itself, whatever is before and behind.
+        self.lines_are_apart = not (self.adjacent[NEWLINE].any() or self.adjacent[:, NEWLINE].any())
+        self.before = b""
+
+    def block_ends(self, text: bytes, is_last: bool = False) -> list[int]:
+        """Where the blocks end that are complete at the beginning of `text`, however much of it is known."""
+        ends, start, place = [], 0, 0
+        while True:
+            place = text.find(b"\n", place) + 1 or len(text) + 1
+            while min(place, len(text) - 4 * (not is_last)) - start > BLOCK_BYTES:
+                start = self._end_between_words(text, start)
+                ends.append(start)
+            if place > len(text):
+                return ends
+            if self._is_end(text, place, is_last):
+                start = place
+                ends.append(start)
+
+    def _is_end(self, text: bytes, place: int, is_last: bool) -> bool:
+        """Whether a block ends behind the line end before `place`."""
+        if place == len(text):
+            return self.lines_are_apart
+        if self.adjacent[NEWLINE, text[place]]:
+            return False
+        # The character behind is to be whole.
+        return is_last or self.lines_are_apart or place + _length(text[place]) <= len(text)
+
+    def _end_between_words(self, text: bytes, start: int) -> int:
+        values = np.frombuffer(text[start : start + BLOCK_BYTES + 1], dtype=np.uint8)
+        is_start = values[1:] & 0xC0 != 0x80
+        ends = np.flatnonzero(is_start & ~self.adjacent[values[:-1], values[1:]])
+        if not len(ends):
+            return character_start(text, start + BLOCK_BYTES)
+        return start + int(ends[-1]) + 1
+
+    def encode(self, text: bytes, ends: list[int]) -> list[Block]:
+        """The blocks of `text` that end there."""
+        blocks = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        if self.only_bytes:
+            encoded = self.tokenizer.encode_batch(blocks)
+            return [Block(block, ids) for block, ids in zip(blocks, encoded, strict=True)]
+        before = [self.before, *map(_last_character, blocks)]
+        behind = [text[end : end + _length(text[end])] if end < len(text) else b"" for end in ends]
+        self.before = before[-1]
+        encoded = self.tokenizer.encode_batch(
+            [b"".join(parts) for parts in zip(before, blocks, behind, strict=False)]
+        )
+        return [
+            Block(block, self._ids_of(block, len(before[index]), len(behind[index]), ids))
+            for index, (block, ids) in enumerate(zip(blocks, encoded, strict=True))
+        ]
+
+    def _ids_of(self, block: bytes, before: int, behind: int, ids: np.ndarray) -> np.ndarray:
+        """The tokens of a block among those of the block and some bytes before and behind it."""
+        ends = np.cumsum([0, *self.sizes[ids]])
+        # Some tokenizers put a space before every text.
+        added = ends[-1] - before - len(block) - behind
+        start = before + added if before else 0
+        first, stop = np.searchsorted(ends, (start, ends[-1] - behind))
+        if added not in (0, 1) or ends[first] != start or ends[stop] != ends[-1] - behind:
+            return self.tokenizer.encode_bytes(block)
+        return ids[first:stop]
+
+
+def character_start(data: bytes, end: int) -> int:
+    """The last place up to `end` where a UTF-8 character begins, in any bytes at most 3 before it.
+
+    >>> character_start("aé".encode(), 2)
+    1
+    """
+    place = min(end, len(data))
+    least = max(end - 3, 0)
+    while least < place < len(data) and data[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
+
+
+def _last_character(data: bytes) -> bytes:
+    return data[character_start(data, len(data) - 1) :]
+
+
+def _length(first: int) -> int:
+    """The length of a UTF-8 character that begins with this byte."""
+    return 1 + (first >= 0xC0) + (first >= 0xE0) + (first >= 0xF0)
