@@ -1,7 +1,6 @@
-"""Files and folders that are whole or not there, whatever ends the process or the power.
+"""Atomic writes: after a crash or a power cut, a file or folder is complete or absent.
 
-Everything is written under another name, synced to the disk and renamed: the only step that others can
-see is the rename, and that is one.
+Everything is written under a temporary name, synced to the disk and then renamed, which is atomic.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ PARTIAL = ".partial"
 
 @contextmanager
 def write_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file that takes its place when the context ends well, and leaves nothing otherwise."""
+    """Write a file that appears at `path` if the context ends without an exception."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with partial.open("wb") as file:
@@ -36,9 +35,9 @@ def write_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder that takes its place when the context ends well, and leaves nothing otherwise.
+    """Fill a folder that appears at `path` if the context ends without an exception.
 
-    What is at `path` already, or was left half written by a process that died, is replaced.
+    It replaces a folder at `path`, and what a process that died left half written.
     """
     partial = path.with_name(f".{path.name}{PARTIAL}")
     remove(partial)
@@ -47,7 +46,7 @@ def write_folder(path: Path) -> Iterator[Path]:
         yield partial
         readers = partial.stat().st_mode & 0o666
         for file in sorted(partial.iterdir()):
-            # Some libraries write files that only their owner may read.
+            # Some libraries write files that only the owner can read.
             file.chmod(readers)
             sync(file)
         sync(partial)
@@ -60,7 +59,7 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -71,7 +70,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder and all below it, or a file, if it is there."""
+    """Remove a file, or a folder and its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -79,7 +78,7 @@ def remove(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file, in memory that does not grow with it."""
+    """The SHA-256 of a file in hexadecimal, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
