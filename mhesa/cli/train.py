@@ -12,11 +12,10 @@ from rich.console import Console
 from mhesa.cli.common import new_table
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
-from mhesa.settings import setting_of, settings_of
-from mhesa.training.settings import PANELS, RUN, TrainingSettings
+from mhesa.settings import setting_of
+from mhesa.training.settings import BY_PANEL, RUN, TrainingSettings
 
 SOURCES = setting_of(TrainingSettings, "sources").doc
-BY_PANEL = sorted(settings_of(TrainingSettings), key=lambda setting: PANELS.index(setting.doc.panel))
 
 
 @with_options(*(option(TrainingSettings, setting.name) for setting in BY_PANEL if setting.name != "sources"))

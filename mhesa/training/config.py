@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mhesa.errors import InputError
-from mhesa.settings import settings_of
-from mhesa.training.settings import TrainingSettings
+from mhesa.training.settings import BY_PANEL, TrainingSettings
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
@@ -27,7 +25,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings; write lines such as: dim: 128")
-    types = {setting.name: setting.type for setting in settings_of(TrainingSettings)}
+    types = {setting.name: setting.type for setting in BY_PANEL}
     found = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -55,9 +53,9 @@ def _converted(kind: type, value: Any) -> Any:
 def dump_config(settings: TrainingSettings) -> str:
     """Settings as YAML for `load_config`, by the names of the command line's options."""
     values = {
-        name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(settings).items()
-        if value is not None
+        setting.name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        for setting in BY_PANEL
+        if (value := getattr(settings, setting.name)) is not None
     }
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text

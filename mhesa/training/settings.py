@@ -24,6 +24,7 @@ from mhesa.settings import (
     check_types,
     documented,
     one_of,
+    settings_of,
 )
 from mhesa.training.schedule import SCHEDULES
 
@@ -298,3 +299,7 @@ class TrainingSettings(ModelSizes):
         if not changes.keys().isdisjoint({"steps", "minutes"}):
             changes = {"steps": None, "minutes": None} | changes
         return replace(cls.load(path), **changes)
+
+
+# All settings in the order of `mhesa train --help`.
+BY_PANEL = sorted(settings_of(TrainingSettings), key=lambda setting: PANELS.index(setting.doc.panel))
