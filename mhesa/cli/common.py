@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from mhesa.errors import InputError
 from mhesa.model.config import ModelSizes
@@ -20,6 +19,8 @@ from mhesa.model.loading import load, read_config
 from mhesa.settings import setting_of
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mhesa.inference.session import Reader
 
 errors = Console(stderr=True)
@@ -88,6 +89,8 @@ def write(pieces: Iterable[bytes]) -> None:
 
 def new_table(first: str, *others: str) -> Table:
     """A table: the first column wraps, the others are aligned right."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     table.add_column(first, overflow="fold")
     for name in others:

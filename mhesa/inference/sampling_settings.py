@@ -1,7 +1,5 @@
 """The settings of sampling, without torch: the command line shows them in `--help`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

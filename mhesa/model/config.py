@@ -1,7 +1,5 @@
 """A model's sizes, as Python names them and as `config.json` does; torch is imported to build one."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import asdict, dataclass, fields
@@ -103,7 +101,7 @@ class ModelConfig(ModelSizes):
         return (1 if self.tie_word_embeddings else 2) * self.num_tokens * dim + self.depth * block
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> ModelConfig:
+    def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
         """The sizes in a `config.json`; its other values are ignored.
 
         Raises:
@@ -130,7 +128,7 @@ class ModelConfig(ModelSizes):
         return values | {"bos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id}
 
     @classmethod
-    def of(cls, model: GatedExponentialSmoothingLM) -> ModelConfig:
+    def of(cls, model: "GatedExponentialSmoothingLM") -> "ModelConfig":
         """The configuration of a model, without `eos_token_id`, which a model does not have."""
         block = cast("GatedMHESA", model.layers[0])
         num_tokens, dim = model.token_emb.weight.shape
@@ -146,7 +144,7 @@ class ModelConfig(ModelSizes):
             backend=block.mhesa.backend,
         )
 
-    def build(self) -> GatedExponentialSmoothingLM:
+    def build(self) -> "GatedExponentialSmoothingLM":
         """A new model of these sizes, with random weights."""
         from mhesa.model.lm import GatedExponentialSmoothingLM
 
@@ -157,7 +155,7 @@ class ModelConfig(ModelSizes):
             model.to_logits.weight = model.token_emb.weight
         return model
 
-    def empty(self) -> GatedExponentialSmoothingLM:
+    def empty(self) -> "GatedExponentialSmoothingLM":
         """A model of these sizes on the meta device, for weights to be assigned to."""
         from mhesa.model.meta import meta_device
 

@@ -1,7 +1,5 @@
 """A server's settings, limits and API keys."""
 
-from __future__ import annotations
-
 import ipaddress
 from dataclasses import dataclass, field
 from functools import lru_cache

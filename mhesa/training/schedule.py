@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 LOWEST_RATE = 0.1
-SCHEDULES = ("cosine", "wsd")
 # The last part of the budget, in which `wsd` lets the rate fall.
 DECAY = 0.2
 

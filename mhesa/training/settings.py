@@ -1,7 +1,5 @@
 """The settings of a training run, and the choices made where a setting is automatic."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -10,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from mhesa.atomic_io import write_file
 from mhesa.errors import InputError
 from mhesa.model.config import ModelConfig, ModelSizes
 from mhesa.settings import (
@@ -26,7 +23,6 @@ from mhesa.settings import (
     one_of,
     settings_of,
 )
-from mhesa.training.schedule import SCHEDULES
 
 SETTINGS = "settings.json"
 # The groups of `mhesa train --help`, in their order.
@@ -96,7 +92,7 @@ class TrainingSettings(ModelSizes):
     ] = 3e-3
     schedule: Annotated[
         str,
-        Doc("How the learning rate falls: along a cosine, or (wsd) late.", one_of(*SCHEDULES), TRAINING),
+        Doc("How the learning rate falls: along a cosine, or (wsd) late.", one_of("cosine", "wsd"), TRAINING),
     ] = "cosine"
     warmup: Annotated[
         float, Doc("Fraction of the budget in which the learning rate rises.", FRACTION, TRAINING)
@@ -217,7 +213,7 @@ class TrainingSettings(ModelSizes):
         sizes = {field.name: getattr(self, field.name) for field in fields(ModelSizes)}
         return ModelConfig(num_tokens=vocab_size, eos_token_id=eos_token_id, **sizes)
 
-    def resolve(self) -> TrainingSettings:
+    def resolve(self) -> "TrainingSettings":
         """The same settings with every automatic choice made for this machine.
 
         Raises:
@@ -238,7 +234,7 @@ class TrainingSettings(ModelSizes):
         if self.compile and kind == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
             raise InputError("compile needs a C++ compiler on a CPU; install one or leave it out")
         if self.report_to != "none" and find_spec(self.report_to) is None:
-            raise InputError(f"report_to {self.report_to} needs a package: pip install {self.report_to}")
+            raise InputError(f"report_to {self.report_to} needs it installed: pip install {self.report_to}")
         micro_batches = self.accumulate * processes()
         if (self.batch_size or micro_batches) % micro_batches:
             raise InputError(
@@ -263,11 +259,13 @@ class TrainingSettings(ModelSizes):
 
     def save(self, path: Path, **facts: dict[str, Any]) -> None:
         """Write a JSON file of the settings, with other facts of the run beside them."""
+        from mhesa.atomic_io import write_file
+
         with write_file(path) as file:
             file.write(json.dumps({"settings": asdict(self), **facts}, indent=2).encode() + b"\n")
 
     @classmethod
-    def load(cls, path: Path) -> TrainingSettings:
+    def load(cls, path: Path) -> "TrainingSettings":
         """Read settings that `save` wrote.
 
         Raises:
@@ -287,7 +285,7 @@ class TrainingSettings(ModelSizes):
             raise InputError(f"{path} does not hold the settings of a training run: {error}") from error
 
     @classmethod
-    def resumed(cls, changes: dict[str, Any]) -> TrainingSettings:
+    def resumed(cls, changes: dict[str, Any]) -> "TrainingSettings":
         """The settings of the run in `changes["out"]`, with these changes; steps replace minutes and back.
 
         Raises:
