@@ -162,7 +162,7 @@ def test_what_is_sent_is_what_is_declared(http):
         ("/v1/completions", texts | {"prompt": "a", "logprobs": 2, "echo": True}),
         ("/v1/completions", texts | {"prompt": "a"}),
         ("/v1/chat/completions", chat),
-        ("/v1/chat/completions", {"messages": chat["messages"]}),
+        ("/v1/chat/completions", {"messages": chat["messages"], "max_tokens": 5}),
     ]:
         check("post", path, "application/json", http.post(path, json=body).json())
         for options in ({}, {"include_usage": True, "continuous_usage_stats": True}):
