@@ -75,19 +75,24 @@ class Server:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **settings)
 
-    def metric(self, name: str) -> float:
+    def wait_for(self, name: str, value: float) -> None:
         with self.client() as client:
-            lines = client.get("/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split()[0] == name)
-
-    def wait_for(self, name: str, value: float, seconds: float = 20) -> None:
-        until = time.monotonic() + seconds
-        while (found := self.metric(name)) != value:
-            assert time.monotonic() < until, f"{name} is {found}, not {value}"
-            time.sleep(0.02)
+            wait_for(client, name, value)
 
     def events(self) -> list[dict]:
         return [json.loads(line) for line in self.log.read_text("ascii").splitlines()]
+
+
+def wait_for(client: httpx.Client, name: str, value: float, seconds: float = 20) -> None:
+    """Wait until a metric has a value."""
+    until = time.monotonic() + seconds
+    while True:
+        lines = client.get("/metrics").text.splitlines()
+        found = sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split()[0] == name)
+        if found == value:
+            return
+        assert time.monotonic() < until, f"{name} is {found}, not {value}"
+        time.sleep(0.02)
 
 
 @contextmanager

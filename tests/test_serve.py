@@ -1,5 +1,6 @@
 """The server over real connections: OpenAI's own client, scores, logs and metrics."""
 
+import json
 import math
 
 import numpy as np
@@ -139,6 +140,41 @@ def test_a_model_without_a_template_says_so(tmp_path):
         answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "no_chat_template"
+
+
+# The description
+
+
+def test_what_is_sent_is_what_is_declared(http):
+    jsonschema_rs = pytest.importorskip("jsonschema_rs")
+    api = http.get("/openapi.json").json()
+    for schema in api["components"]["schemas"].values():
+        # A field that is not declared shall be an error.
+        schema.setdefault("additionalProperties", False)
+
+    def check(method, path, kind, value):
+        content = api["paths"][path][method]["responses"]["200"]["content"][kind]
+        jsonschema_rs.validate({**content["schema"], "components": api["components"]}, value)
+
+    texts = {"max_tokens": 5, "n": 2, "seed": 1}
+    chat = texts | {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2}
+    for path, body in [
+        ("/v1/completions", texts | {"prompt": "a", "logprobs": 2, "echo": True}),
+        ("/v1/completions", texts | {"prompt": "a"}),
+        ("/v1/chat/completions", chat),
+        ("/v1/chat/completions", {"messages": chat["messages"], "max_tokens": 5}),
+    ]:
+        check("post", path, "application/json", http.post(path, json=body).json())
+        for options in ({}, {"include_usage": True, "continuous_usage_stats": True}):
+            streamed = http.post(path, json=body | {"stream": True, "stream_options": options}).text
+            *events, done, rest = streamed.split("\n\n")
+            assert (done, rest) == ("data: [DONE]", "")
+            for event in events:
+                check("post", path, "text/event-stream", json.loads(event.removeprefix("data: ")))
+    http.post("/v1/completions", json={"prompt": "x", "session": "declared"})
+    check("post", "/v1/score", "application/json", http.post("/v1/score", json={"input": ["a\nb"]}).json())
+    for path in ("/v1/models", "/v1/sessions", "/health"):
+        check("get", path, "application/json", http.get(path).json())
 
 
 # Scores

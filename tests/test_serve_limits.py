@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import httpx
 import pytest
-from serving import ENDLESS, FOREVER, HEAD, KEYS, raw, running
+from serving import ENDLESS, FOREVER, HEAD, KEYS, in_process, raw, running, wait_for
 
 # Limits of connections
 
@@ -95,16 +95,16 @@ def _quietly(http, body):
         http.post("/v1/completions", json=body)
 
 
-def test_what_takes_too_long_is_ended(folder, tmp_path):
+def test_what_takes_too_long_is_ended(folder):
     limits = {"max_tokens": ENDLESS, "request_seconds": 0.5}
-    with running(folder, tmp_path / "log", limits=limits) as server, server.client() as http:
+    with in_process(folder, limits=limits) as http:
         answer = http.post("/v1/completions", json=FOREVER)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
         streamed = http.post("/v1/completions", json=FOREVER | {"stream": True})
         assert streamed.status_code == 200
         last = streamed.text.strip().split("\n\n")[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
-        server.wait_for("mhesa_texts_active", 0)
+        wait_for(http, "mhesa_texts_active", 0)
 
 
 # Signals and logs

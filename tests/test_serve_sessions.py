@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from serving import ENDLESS, KEYS, running
+from serving import ENDLESS, KEYS, in_process
 
 from mhesa.errors import InputError
 from mhesa.serve.sessions import SessionError, Sessions, StoredSession
@@ -242,10 +242,7 @@ def test_a_session_in_use_is_refused_and_a_disconnect_leaves_it(http, server):
 def test_sessions_survive_a_restart(folder, tmp_path):
     texts = []
     for run in range(2):
-        with (
-            running(folder, tmp_path / "log", sessions=str(tmp_path / "s.sqlite")) as server,
-            server.client() as http,
-        ):
+        with in_process(folder, sessions=tmp_path / "s.sqlite") as http:
             if run == 0:
                 session(http, "kept", "Hello")
                 http.post("/v1/sessions/kept/fork", json={"to": "again"})

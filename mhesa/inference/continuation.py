@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -30,10 +31,11 @@ class StopMatcher:
         if b"" in stops:
             raise InputError("a stop string must not be empty")
         self.stops, self.held, self.stopped = tuple(stops), b"", False
+        self._first_byte = re.compile(b"|".join(re.escape(stop[:1]) for stop in stops))
 
     def feed(self, piece: bytes) -> bytes:
         """Add to the text; returns the bytes that can no longer be part of a stop string."""
-        if not self.stops:
+        if not self.stops or not (self.held or self._first_byte.search(piece)):
             return piece
         text = self.held + piece
         found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
@@ -54,9 +56,13 @@ def partial_stop_length(text: bytes, stops: Sequence[bytes]) -> int:
     >>> partial_stop_length(b"one, tw", [b"two", b"wow"])
     2
     """
-    longest = min(len(text), max(map(len, stops), default=1) - 1)
-    sizes = range(longest, 0, -1)
-    return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in stops)), 0)
+    longest = 0
+    for stop in stops:
+        for size in range(min(len(text), len(stop) - 1), longest, -1):
+            if text.endswith(stop[:size]):
+                longest = size
+                break
+    return longest
 
 
 class Continuation:

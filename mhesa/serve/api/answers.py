@@ -34,8 +34,7 @@ class Answer(ABC):
         service: whose answer it is.
         submission: the jobs that write the texts.
         lease: the session that they continue.
-        logprobs: whether log-probabilities are given.
-        top: how many of the likeliest tokens are given with each.
+        top: how many of the likeliest tokens to give beside each; `None` gives no log-probabilities.
         options: what a stream sends beside the text.
         log_fields: where to put what the log says of the request.
     """
@@ -48,13 +47,12 @@ class Answer(ABC):
         submission: Submission,
         lease: SessionLease | None,
         *,
-        logprobs: bool,
-        top: int,
+        top: int | None,
         options: protocol.StreamOptions,
         log_fields: dict[str, Any],
     ) -> None:
         self.service, self.submission, self.lease = service, submission, lease
-        self.logprobs, self.top, self.options, self.log_fields = logprobs, top, options, log_fields
+        self.top, self.options, self.log_fields = top, options, log_fields
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -68,18 +66,18 @@ class Answer(ABC):
         """The response of a request that is not streamed, once all texts are written."""
 
     @abstractmethod
-    def opening(self, index: int) -> Iterator[BaseModel]:
-        """Events before a text."""
-
-    @abstractmethod
-    def events(
+    def _events(
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
     ) -> Iterator[BaseModel]:
         """Events for a piece of a text."""
 
     @abstractmethod
-    def chunk(self, choices: list[Any]) -> BaseModel:
+    def _chunk(self, choices: list[Any]) -> BaseModel:
         """An event with these choices."""
+
+    def _opening(self, index: int) -> Iterator[BaseModel]:
+        """Events before a text: none."""
+        return iter(())
 
     async def save_session(self) -> None:
         """Store the session, if the request continues one."""
@@ -103,7 +101,7 @@ class Answer(ABC):
     async def stream(self) -> AsyncIterator[BaseModel]:
         """The events of a stream."""
         for index in range(len(self.cursors)):
-            for event in self.opening(index):
+            for event in self._opening(index):
                 yield event
         unfinished = dict(enumerate(cursor for _, cursor in self.cursors))
         while unfinished:
@@ -111,22 +109,22 @@ class Answer(ABC):
             for index, cursor in list(unfinished.items()):
                 text, scores = cursor.read()
                 if text or cursor.finish:
-                    for event in self.events(index, text, scores, cursor.finish):
+                    for event in self._events(index, text, scores, cursor.finish):
                         yield event
                 if cursor.finish:
                     del unfinished[index]
         await self.submission.finish()
         await self.save_session()
         if self.options.include_usage:
-            yield self.chunk([]).model_copy(update={"usage": self.usage()})
+            yield self._chunk([]).model_copy(update={"usage": self.usage()})
 
-    def chunk_fields(self) -> dict[str, Any]:
+    def _chunk_fields(self) -> dict[str, Any]:
         """The fields that all events have."""
         if self.options.continuous_usage_stats:
             return {**self.head, "usage": self.usage()}
         return {**self.head, "usage": None} if self.options.include_usage else self.head
 
-    def token_name(self, token: int) -> str:
+    def _token_name(self, token: int) -> str:
         """A token as text; escaped where its bytes are not whole characters."""
         if token == self.service.tokenizer.eos_token_id:
             return str(self.service.tokenizer.eos_token)
@@ -162,19 +160,13 @@ class CompletionAnswer(Answer):
         ]
         return protocol.Completion(**self.head, object="text_completion", choices=choices, usage=self.usage())
 
-    def opening(self, index: int) -> Iterator[BaseModel]:
-        """None."""
-        return iter(())
-
-    def events(
+    def _events(
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
     ) -> Iterator[BaseModel]:
-        """See `Answer`."""
-        yield self.chunk([self._choice(index, text, scores, finish)])
+        yield self._chunk([self._choice(index, text, scores, finish)])
 
-    def chunk(self, choices: list[Any]) -> protocol.CompletionChunk:
-        """See `Answer`."""
-        return protocol.CompletionChunk(**self.chunk_fields(), object="text_completion", choices=choices)
+    def _chunk(self, choices: list[Any]) -> protocol.CompletionChunk:
+        return protocol.CompletionChunk(**self._chunk_fields(), object="text_completion", choices=choices)
 
     def _choice(
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
@@ -183,7 +175,7 @@ class CompletionAnswer(Answer):
             prompt = self.service.tokenizer.decode_bytes(job.ids[1:])
             text = prompt.decode("utf-8", "replace") + text
             scores = (_prompt_scores(job) if job.score else []) + scores
-        logprobs = self._logprobs(index, scores) if self.logprobs else None
+        logprobs = None if self.top is None else self._logprobs(index, scores)
         return protocol.CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
 
     def _logprobs(self, index: int, scores: list[TokenScore]) -> protocol.CompletionLogprobs:
@@ -195,11 +187,11 @@ class CompletionAnswer(Answer):
             at += sum(byte & 0xC0 != 0x80 for byte in piece)
         self.offsets[index] = at
         likeliest = [
-            {self.token_name(token): value for token, value in [*score.top, (score.token, score.logprob)]}
+            {self._token_name(token): value for token, value in [*score.top, (score.token, score.logprob)]}
             for score in scores
         ]
         return protocol.CompletionLogprobs(
-            tokens=[self.token_name(score.token) for score in scores],
+            tokens=[self._token_name(score.token) for score in scores],
             token_logprobs=[score.logprob for score in scores],
             top_logprobs=likeliest if self.top else None,
             text_offset=offsets,
@@ -228,23 +220,20 @@ class ChatAnswer(Answer):
             **self.head, object="chat.completion", choices=choices, usage=self.usage()
         )
 
-    def opening(self, index: int) -> Iterator[BaseModel]:
-        """The role."""
+    def _opening(self, index: int) -> Iterator[BaseModel]:
         yield self._event(index, protocol.ChatDelta(role="assistant", content=""))
 
-    def events(
+    def _events(
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
     ) -> Iterator[BaseModel]:
-        """See `Answer`."""
         if text:
             yield self._event(index, protocol.ChatDelta(content=text), self._logprobs(scores))
         if finish:
             yield self._event(index, protocol.ChatDelta(), None, finish)
 
-    def chunk(self, choices: list[Any]) -> protocol.ChatCompletionChunk:
-        """See `Answer`."""
+    def _chunk(self, choices: list[Any]) -> protocol.ChatCompletionChunk:
         return protocol.ChatCompletionChunk(
-            **self.chunk_fields(), object="chat.completion.chunk", choices=choices
+            **self._chunk_fields(), object="chat.completion.chunk", choices=choices
         )
 
     def _event(
@@ -255,10 +244,10 @@ class ChatAnswer(Answer):
         finish: FinishReason = None,
     ) -> BaseModel:
         choice = protocol.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
-        return self.chunk([choice])
+        return self._chunk([choice])
 
     def _logprobs(self, scores: list[TokenScore]) -> protocol.ChatLogprobs | None:
-        if not self.logprobs:
+        if self.top is None:
             return None
         content = [
             protocol.ChatScoredToken(
@@ -271,7 +260,7 @@ class ChatAnswer(Answer):
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         piece = self.service.token_bytes[token]
-        return {"token": self.token_name(token), "logprob": logprob, "bytes": list(piece)}
+        return {"token": self._token_name(token), "logprob": logprob, "bytes": list(piece)}
 
 
 class EventStream(Response):

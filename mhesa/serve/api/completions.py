@@ -128,8 +128,7 @@ async def _write(
         service,
         submission,
         lease,
-        logprobs=top is not None,
-        top=top or 0,
+        top=top,
         options=body.stream_options or StreamOptions(),
         log_fields=log_fields(request),
     )
