@@ -7,6 +7,7 @@ streams that close and of importing itself start new interpreters.
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 FORKED = multiprocessing.get_context("forkserver")
 # No import may start a thread or call a kernel: threads do not survive a fork.
 FORKED.set_forkserver_preload(
-    ["mhesa.cli.train", "mhesa.training", "mhesa.inference.decoder", "mhesa.ops.cpu.scan"]
+    ["mhesa.cli.train", "mhesa.training", "mhesa.inference.decoder", "mhesa.serve.http.server"]
 )
 SECONDS = 200
 
@@ -27,20 +28,44 @@ def set_variable(name, value):
 
 def run_command(*arguments, data=b"", text=False):
     """Run `mhesa` with these arguments and standard input: its exit code, and its output as bytes or text."""
+    [done] = _run([dict(os.environ)], arguments, data)
+    if text:
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def run_processes(count, *arguments):
+    """Run `mhesa` in processes that find each other as those of `torchrun` do: the first one's outcome."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} | group for rank in range(count)]
+    variables = [os.environ | {name: str(value) for name, value in rank.items()} for rank in ranks]
+    done = _run(variables, arguments, b"")[0]
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def _run(environments, arguments, data):
+    arguments = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "0").write_bytes(data)
-        settings = list(map(str, arguments)), dict(os.environ), os.getcwd()
-        process = FORKED.Process(target=_main, args=(folder, *settings))
-        process.start()
-        process.join(SECONDS)
-        if process.is_alive():
+        processes = []
+        for index, environment in enumerate(environments):
+            folder = Path(name) / str(index)
+            folder.mkdir()
+            (folder / "0").write_bytes(data)
+            process = FORKED.Process(target=_main, args=(folder, arguments, environment, os.getcwd()))
+            process.start()
+            processes.append((process, folder))
+        done = []
+        for process, folder in processes:
+            process.join(SECONDS)
             process.kill()
             process.join()
-        outputs = [(folder / stream).read_bytes() for stream in "12"]
-    if text:
-        outputs = [output.decode() for output in outputs]
-    return subprocess.CompletedProcess(arguments, process.exitcode, *outputs)
+            outputs = [(folder / stream).read_bytes() for stream in "12"]
+            done.append(subprocess.CompletedProcess(arguments, process.exitcode, *outputs))
+    return done
 
 
 def _main(folder, arguments, environment, directory):

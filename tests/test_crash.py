@@ -5,7 +5,6 @@ Processes are forked from one that has imported everything, and killed for real.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import FORKED
 from safetensors.torch import load_file
 
 from mhesa.data import Source, open_corpus
@@ -26,8 +26,6 @@ from mhesa.tokenizers import Bytes
 from mhesa.training import TrainingSettings
 from mhesa.training.checkpoint import find_damage, newest, steps
 
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["mhesa.training"])
 RANDOM_KILLS = 200
 RANDOM_KILLS_IN_ORDINARY_TESTS = 6
 CALLS_IN_ORDINARY_TESTS = 4
@@ -95,8 +93,10 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(settings):
     """The run that nothing happens to, and how long its process takes."""
-    FORKED.Process(target=int).start()
-    time.sleep(5)
+    # The first process waits until the server has imported everything.
+    first = FORKED.Process(target=int)
+    first.start()
+    first.join()
     began = time.monotonic()
     process = start(settings)
     process.join(100)

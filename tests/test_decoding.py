@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -260,7 +261,8 @@ torch.save(out, sys.argv[2])
     results = []
     for kind in ("paired", "plain"):
         file = tmp_path / kind
-        environment = {"NUMBA_CACHE_DIR": str(tmp_path / f"cache-{kind}"), "PATH": ""}
+        # numba takes both for the same code, so those of the other processor have a cache of their own.
+        environment = os.environ | ({"NUMBA_CACHE_DIR": str(tmp_path)} if kind == "plain" else {})
         subprocess.run([sys.executable, "-c", script, kind, str(file)], check=True, env=environment)
         results.append(torch.load(file, weights_only=True))
     (paired_int8, paired_bf16), (plain_int8, plain_bf16) = results

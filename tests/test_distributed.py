@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run_processes
 from safetensors.torch import load_file
 
 from mhesa.data import Windows
@@ -42,8 +43,8 @@ def one(tmp_path_factory):
     return settings
 
 
-def launch(processes, *arguments):
-    """Run the command in several processes, each on one core."""
+def torchrun(processes, *arguments):
+    """Run the command in several processes, started as users do."""
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
@@ -80,7 +81,7 @@ def two(one, tmp_path_factory):
     """The run of `one` by two processes."""
     out = tmp_path_factory.mktemp("two") / "run"
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    done = launch(2, *one.sources, "--out", out, "--carry-state", *options)
+    done = torchrun(2, *one.sources, "--out", out, "--carry-state", *options)
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stderr
     assert done.stdout.count("held-out text") == 1
@@ -100,7 +101,7 @@ def test_what_two_saved_one_resumes(one, two, tmp_path):
 @pytest.mark.parametrize(("processes", "options"), [(4, []), (2, ["--fsdp"])], ids=["4", "2, sharded"])
 def test_what_two_saved_others_resume(two, tmp_path, processes, options):
     out = back_to_step_10(two, tmp_path / "run")
-    done = launch(processes, "--resume", "--out", out, *options)
+    done = run_processes(processes, "train", "--resume", "--out", out, *options)
     assert done.returncode == 0, done.stderr
     assert_same_curve(out, losses(two))
     weights, expected = (load_file(folder / "model.safetensors") for folder in (out, two))
@@ -154,7 +155,7 @@ def test_no_window_is_read_twice_and_none_is_left_out(monkeypatch, processes, ac
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(one, tmp_path):
-    done = launch(2, *one.sources, "--out", tmp_path / "run", "--batch-size", 3)
-    assert done.returncode != 0
+    done = run_processes(2, "train", *one.sources, "--out", tmp_path / "run", "--batch-size", 3)
+    assert done.returncode == 2
     assert "batch_size 3 cannot be divided into 1 micro-batches for 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -28,7 +28,7 @@ def public(owner):
         if (
             name.startswith("_")
             or getattr(value, "__module__", None) != module
-            or "<locals>" in value.__qualname__
+            or "<locals>" in getattr(value, "__qualname__", "<locals>")
         ):
             continue
         if inspect.isfunction(value):

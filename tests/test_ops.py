@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from combinations import covering
 from gated_state_spaces_pytorch.mhesa import conv1d_fft as original_conv1d_fft
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,11 +98,11 @@ def error(result: Tensor, truth: Tensor) -> float:
 
 
 @BACKEND
-@LAYOUT
-@REVERSE
-@pytest.mark.parametrize("skip", [False, True], ids=["no-skip", "skip"])
-@pytest.mark.parametrize("state", [False, True], ids=["zero", "state"])
-def test_gradients(backend: str, offsets: list[int] | None, reverse: bool, skip: bool, state: bool) -> None:
+@pytest.mark.parametrize(
+    ("packed", "reverse", "skip", "state"), covering(itertools.product([False, True], repeat=4))
+)
+def test_gradients(backend: str, packed: bool, reverse: bool, skip: bool, state: bool) -> None:
+    offsets = [0, 2, 2, 5] if packed else None
     case = Case(
         1 if offsets else 2,
         5 if offsets else 3,
