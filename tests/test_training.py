@@ -17,9 +17,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+import mhesa
 from mhesa.data import Source, Windows, open_corpus
 from mhesa.errors import InputError, TrainingError
 from mhesa.hf import ByteTokenizer, MhesaForCausalLM
+from mhesa.model.loading import saved_name
 from mhesa.training import Stopped, TrainingSettings, train
 from mhesa.training.checkpoint import Progress, newest, save, steps
 from mhesa.training.optimizers import decay_groups
@@ -35,12 +37,13 @@ TINY = {
     "batch_size": 4,
     "precision": "fp32",
 }
+TEXT = "".join(f"line {index} of a text, {index * index}\n" for index in range(3000))
 
 
 @pytest.fixture
 def settings(tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"line {index} of a text, {index * index}\n" for index in range(3000)))
+    text.write_text(TEXT)
     return TrainingSettings(out=str(tmp_path / "run"), sources=(str(text),), steps=3, **TINY)
 
 
@@ -215,6 +218,30 @@ def test_an_older_checkpoint_gives_the_same_run(settings, tmp_path, capsys):
     assert "step-24/optimizer.safetensors is damaged" in said
     assert "step-18/manifest.json is damaged" in said
     assert_same_run(torn, whole, 25)
+
+
+OLD_RUN = Path(__file__).parent / "data" / "run_with_transformers"
+
+
+def test_a_run_of_the_trainer_of_transformers_goes_on(tmp_path, monkeypatch):
+    """A run of 20 steps that transformers' Trainer made, taken up again at step 10."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(OLD_RUN, "run")
+    Path("text.txt").write_text(
+        "".join(f"line {index} of a text, {index * index}\n" for index in range(3000))
+    )
+    run = TrainingSettings.load(Path("run/settings.json"))
+    expected = figures(run)
+    model, _ = mhesa.load("run")
+    finished = weights(run)
+    assert all(torch.equal(finished[saved_name(name)], value) for name, value in model.state_dict().items())
+    train(run, resume=True)
+    for mine, theirs in zip(figures(run), expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    found = weights(run)
+    assert found.keys() == finished.keys()
+    for name, value in finished.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 def flip(path):

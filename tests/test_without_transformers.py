@@ -1,0 +1,125 @@
+"""The core where transformers and accelerate are not installed: importing them fails in every process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mhesa
+import mhesa.hf
+
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("transformers", "accelerate"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+TEXT = "".join(f"{index} bottles of beer on the wall, {index} bottles of beer.\n" for index in range(3000))
+TINY = {"dim": 16, "depth": 2, "heads": 2, "dim-mhesa": 8, "context": 32, "batch-size": 4}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blocked")
+    (folder / "sitecustomize.py").write_text(BLOCKER)
+    paths = [str(folder), os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture(scope="module")
+def command(environment):
+    """Run the command where transformers cannot be imported."""
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "mhesa", *map(str, arguments)],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=200,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe:300"])
+def trained(request, command, tmp_path_factory):
+    """A run of each kind of tokenizer, and the text that it read."""
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "bottles.txt"
+    text.write_text(TEXT)
+    options = [f"--{name}={value}" for name, value in TINY.items()]
+    written = command(
+        *("train", text, "--out", folder / "run", "--steps", 20, "--eval-every", 10),
+        *("--tokenizer", request.param, *options),
+    )
+    assert "held-out text" in written
+    return folder / "run", text
+
+
+def test_transformers_is_not_there(environment):
+    for name in ("transformers", "accelerate"):
+        done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, env=environment)
+        assert b"ModuleNotFoundError" in done.stderr
+
+
+def test_every_command_works(command, trained):
+    run, text = trained
+    assert "dim: 16\n" in command("config", run)
+    assert command("generate", run, "--prompt", "7 bott", "--length", 20, "--seed", 1).startswith("7 bott")
+    assert json.loads(command("eval", run, text, "--json"))["bytes"] == len(TEXT)
+    assert command("score", run, text)
+    command("train", "--resume", "--out", run, "--steps", 22)
+
+
+def test_a_server_completes(environment, trained):
+    run, _ = trained
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mhesa", "serve", str(run), "--port", "0"],
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=environment,
+    )
+    try:
+        url = next(json.loads(line)["url"] for line in process.stderr if '"listening"' in line)
+        body = {"model": run.name, "prompt": "7 bott", "max_tokens": 5, "seed": 1}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 5
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+        assert process.wait(40) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_transformers_reads_what_was_trained_without_it(trained):
+    run, _ = trained
+    plain, tokenizer = mhesa.load(run)
+    model, theirs = (kind.from_pretrained(run) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert type(model) is mhesa.hf.MhesaForCausalLM
+    assert model.config.architectures == ["MhesaForCausalLM"]
+    assert model.config.use_cache is True
+    assert model.generation_config.use_cache is not False
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == theirs.eos_token_id
+    assert (theirs.bos_token_id, theirs.pad_token_id) == (tokenizer.eos_token_id,) * 2
+    assert theirs.padding_side == "left"
+    text = "7 bottles of beer, naïvely"
+    ids = tokenizer.encode_bytes(text.encode()).tolist()
+    assert theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids) == text
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor([ids])).logits, plain(torch.tensor([ids])))
