@@ -18,7 +18,7 @@ from mhesa.ops.cpu.compiling import compiled
 from mhesa.ops.cpu.memory import empty_hugepages
 from mhesa.ops.cpu.scan_tiles import LANES, WIDTH
 from mhesa.ops.cpu.threads import available, parallel
-from mhesa.ops.registration import Gradients, make_scan
+from mhesa.ops.registration import Gradients
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A block of channels has at least this many: shorter pieces of rows are read slowly.
@@ -310,6 +310,3 @@ def _readable(tensor: Tensor, *, merged: bool) -> Tensor:
     # The gradient of a sum is one number, broadcast.
     narrow = tensor[: 1 if by_batch == 0 else None, : 1 if by_row == 0 else None]
     return narrow.contiguous().expand(tensor.shape)
-
-
-scan = make_scan("numba", forward, backward)
