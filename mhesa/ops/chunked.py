@@ -47,7 +47,11 @@ def scan(
     # Powers in fp32 would lose three digits by the end of a chunk. Apple's GPUs have no fp64.
     precise = decay if x.device.type == "mps" else decay.double()
     if decay.ndim == 1:
-        weights = alpha[:, None, None] if alpha.ndim == 1 else alpha.permute(2, 1, 0).repeat_interleave(head_dim, dim=2)
+        weights = (
+            alpha[:, None, None]
+            if alpha.ndim == 1
+            else alpha.permute(2, 1, 0).repeat_interleave(head_dim, dim=2)
+        )
         columns = weights * wide.permute(2, 1, 0, 3).flatten(2)
         h = _smooth(columns, precise, state.permute(1, 0, 2).reshape(heads, 1, -1))
         h = h.unflatten(2, (batch, head_dim)).permute(2, 1, 0, 3)

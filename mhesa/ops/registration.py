@@ -37,7 +37,6 @@ ScanBackward = Callable[
 ]
 
 
-
 class FixedKernels(NamedTuple):
     """The kernels of a backend for rates `(heads,)`."""
 

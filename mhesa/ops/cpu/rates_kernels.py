@@ -122,12 +122,8 @@ def forward(args):
             rows, t = chunk.end - chunk.begin, chunk.end - 1 if args.reverse else chunk.begin
             x_t = offset(x, chunk.batch * args.x_batch + t * args.x_row + head * x_head)
             out_t = offset(out, (chunk.batch * args.length + t) * channels + start)
-            alpha_t = offset(
-                alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head * alpha_head
-            )
-            decay_t = offset(
-                decay, chunk.batch * args.decay_batch + t * args.decay_row + head * decay_head
-            )
+            alpha_t = offset(alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head * alpha_head)
+            decay_t = offset(decay, chunk.batch * args.decay_batch + t * args.decay_row + head * decay_head)
             turns = offset(args.turns, (chunk.sequence * blocks + block) * LINE)
             state = offset(args.final, chunk.sequence * channels + start)
             if relay:
@@ -187,12 +183,8 @@ def backward(args):
             x_t = offset(x, chunk.batch * args.x_batch + t * args.x_row + head * x_head)
             dy_t = offset(dy, chunk.batch * args.dy_batch + t * args.dy_row + head * dy_head)
             out_t = offset(out, (chunk.batch * args.length + t) * channels + start)
-            alpha_t = offset(
-                alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head * alpha_head
-            )
-            decay_t = offset(
-                decay, chunk.batch * args.decay_batch + t * args.decay_row + head * decay_head
-            )
+            alpha_t = offset(alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head * alpha_head)
+            decay_t = offset(decay, chunk.batch * args.decay_batch + t * args.decay_row + head * decay_head)
             rate_t = (chunk.batch * args.length + t) * heads + head
             turns = offset(args.turns, (chunk.sequence * blocks + block) * LINE)
             p = offset(args.dinitial, chunk.sequence * channels + start)

@@ -151,7 +151,20 @@ def _backward_tile(
 def _forward_walk(writes):
     @jit
     def walk(
-        x, x_head, alpha, alpha_head, decay, decay_head, before, after, out, skip, skips, past, heads, head_dim
+        x,
+        x_head,
+        alpha,
+        alpha_head,
+        decay,
+        decay_head,
+        before,
+        after,
+        out,
+        skip,
+        skips,
+        past,
+        heads,
+        head_dim,
     ):
         for head in range(heads):
             a, d, x_0, at = alpha[head * alpha_head], decay[head * decay_head], head * x_head, head * head_dim
