@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +16,16 @@ from mhesa.ops.cpu.atomics import LINE
 from mhesa.ops.cpu.compiling import compiled
 from mhesa.ops.cpu.memory import empty_hugepages
 from mhesa.ops.cpu.rates_tiles import HALF, LANES
-from mhesa.ops.cpu.scan import (
-    NARROWEST,
-    PARALLEL,
-    RUNNERS,
-    STREAMED,
-    _readable,
+from mhesa.ops.cpu.sequences import (
+    MIN_BLOCK,
+    MIN_PARALLEL,
+    NONTEMPORAL_BYTES,
+    RELAY_THREADS,
+    Sequences,
+    check_dtype,
+    count_pieces,
+    find_sequences,
+    readable,
 )
 from mhesa.ops.cpu.threads import available, parallel
 from mhesa.ops.registration import Gradients
@@ -49,7 +52,7 @@ def forward(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(y, final_state, states)`, as `mhesa.ops.registration.StepKernels` says; `states` `(chunks, channels)`."""
+    """`(y, final_state, states)` as `StepKernels` describes them; states `(chunks, channels)`."""
     y = empty_hugepages(x.shape, x.dtype)
     call = _Call(x, alpha, decay, skip, cu_seqlens, reverse)
     return y, *_scan(call, initial_state, y)
@@ -115,14 +118,14 @@ class _Call:
         cu_seqlens: Tensor | None,
         reverse: bool,
     ) -> None:
+        check_dtype(x.dtype)
         batch, length, self.heads, self.head_dim = x.shape
         self.channels, self.bytes, self.stored = self.heads * self.head_dim, x.nbytes, x.dtype
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.threads = 1 if x.numel() < PARALLEL else available()
+        self.threads = 1 if x.numel() < MIN_PARALLEL else available()
         self.empty = x.numel() == 0
         self.chunk_rows = min(max(CHUNK_VALUES // max(self.channels, 1), MIN_ROWS), MAX_ROWS)
-        offsets = None if cu_seqlens is None else cu_seqlens.to(torch.int64).numpy().tobytes()
-        self.cut = _cut(batch, length, offsets, self.chunk_rows, reverse)
+        self.cut: _Cut = find_sequences(batch, length, cu_seqlens).cut(_cut, self.chunk_rows, reverse)
         self.shape = (len(self.cut.first_chunk) - 1, self.heads, self.head_dim)
         self.kept: list[Tensor] = []
         self.args = kernels.Arguments(
@@ -151,7 +154,7 @@ class _Call:
 
     def rows(self, tensor: Tensor) -> tuple[int, int, int, int]:
         """The address of a `(batch, length, heads, head_dim)` tensor, and its first three strides."""
-        tensor = _readable(tensor.to(self.stored), merged=False)
+        tensor = readable(tensor.to(self.stored), min_head_dim=0)
         return self.keep(tensor), *tensor.stride()[:3]
 
     def rates(self, tensor: Tensor) -> tuple[int, int, int, int]:
@@ -160,14 +163,14 @@ class _Call:
         return self.keep(tensor), *tensor.stride()
 
     def run(self, kernel: Callable[..., None], buffer: int, *, tensors: int) -> None:
-        """Run a kernel that reads and writes `tensors` as large as x, with `buffer` values for each thread."""
+        """Run a kernel over `tensors` tensors as large as x, with memory for `buffer` values a thread."""
         args, threads, sequences = self.args, self.threads, self.shape[0]
         relay = sequences % threads != 0 and sequences < 4 * threads
         args.relay, args.blocks = relay, 1
         if relay:
             pieces = math.ceil(len(self.cut.chunks) / sequences)
-            blocks = math.ceil(threads / (min(RUNNERS, pieces) * sequences))
-            args.blocks = max(1, min(blocks, self.heads, self.channels // NARROWEST))
+            blocks = math.ceil(threads / (min(RELAY_THREADS, pieces) * sequences))
+            args.blocks = max(1, min(blocks, self.heads, self.channels // MIN_BLOCK))
         turns = torch.zeros(sequences * args.blocks, LINE, dtype=torch.int64)
         memory = torch.empty(threads, buffer, dtype=self.dtype)
         args.turns, args.buffer, args.buffer_size = turns.data_ptr(), memory.data_ptr(), buffer
@@ -175,31 +178,19 @@ class _Call:
         args.tasks = len(self.cut.chunks) if relay else sequences
         # Non-temporal stores need vectors that are whole and aligned.
         aligned = self.head_dim % LANES == 0 or self.head_dim == HALF
-        args.nontemporal = aligned and tensors * self.bytes > STREAMED
+        args.nontemporal = aligned and tensors * self.bytes > NONTEMPORAL_BYTES
         parallel(compiled(kernel, self.stored, kernels.Arguments), args.address, threads)
 
 
-# All layers of a model are given the same offsets, forward and backward.
-@lru_cache(maxsize=8)
-def _cut(batch: int, length: int, cu_seqlens: bytes | None, rows: int, reverse: bool) -> _Cut:
-    """Cut sequences, all of one length or packed by their offsets, into chunks of `rows` rows."""
-    if cu_seqlens is None:
-        of = np.arange(batch)
-        begin, end = np.zeros_like(of), np.full_like(of, length)
-    else:
-        offsets = np.frombuffer(cu_seqlens, dtype=np.int64)
-        # They address memory, and compiled graphs have not checked them.
-        if offsets[0] != 0 or offsets[-1] != length or (offsets[1:] < offsets[:-1]).any():
-            raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, not {offsets.tolist()}")
-        of, begin, end = np.zeros(len(offsets) - 1, dtype=np.int64), offsets[:-1], offsets[1:]
-    pieces = np.maximum(-(-(end - begin) // rows), 1)
-    first_chunk = np.concatenate([[0], pieces.cumsum()])
-    sequence = np.repeat(np.arange(len(pieces)), pieces)
-    piece = np.arange(len(sequence)) - first_chunk[sequence]
-    begin, end = begin[sequence], end[sequence]
+def _cut(sequences: Sequences, rows: int, reverse: bool) -> _Cut:
+    """Cut sequences into chunks of `rows` rows, the first of each where the scan begins."""
+    pieces = np.maximum(-(-(sequences.end - sequences.begin) // rows), 1)
+    sequence, piece = count_pieces(pieces)
+    begin, end = sequences.begin[sequence], sequences.end[sequence]
     chunks = np.zeros(len(sequence), dtype=kernels.Chunk)
-    chunks["sequence"], chunks["batch"] = sequence, of[sequence]
+    chunks["sequence"], chunks["batch"] = sequence, sequences.batch[sequence]
     chunks["begin"] = np.maximum(end - (piece + 1) * rows, begin) if reverse else begin + piece * rows
     chunks["end"] = end - piece * rows if reverse else np.minimum(begin + (piece + 1) * rows, end)
     chunks["earlier"], chunks["later"] = piece, pieces[sequence] - 1 - piece
+    first_chunk = np.concatenate([[0], pieces.cumsum()])
     return _Cut(chunks, first_chunk, np.lexsort((sequence, piece)))

@@ -27,7 +27,8 @@ from __future__ import annotations
 from mhesa.ops.cpu.arguments import ACCUMULATION, INT64, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, fence, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import exists, jit, member, offset
-from mhesa.ops.cpu.rates_tiles import advance_row, backward_row, carry_row, prefetch_row, write_row
+from mhesa.ops.cpu.rates_tiles import advance_row, backward_row, carry_row, write_row
+from mhesa.ops.cpu.scan_tiles import prefetch
 
 Chunk = struct(
     "Chunk",
@@ -127,8 +128,7 @@ def forward(args):
             turns = offset(args.turns, (chunk.sequence * blocks + block) * LINE)
             state = offset(args.final, chunk.sequence * channels + start)
             if relay:
-                for row in range(rows):
-                    prefetch_row(offset(x_t, row * x_step), width)
+                prefetch(x_t, x_step, rows, width)
                 wait(turns, chunk.earlier)
             if chunk.earlier == 0:
                 if exists(args.initial):
@@ -186,11 +186,12 @@ def backward(args):
             alpha_t = offset(alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head * alpha_head)
             decay_t = offset(decay, chunk.batch * args.decay_batch + t * args.decay_row + head * decay_head)
             rate_t = (chunk.batch * args.length + t) * heads + head
+            dalpha_t, ddecay_t = offset(args.dalpha, rate_t), offset(args.ddecay, rate_t)
             turns = offset(args.turns, (chunk.sequence * blocks + block) * LINE)
             p = offset(args.dinitial, chunk.sequence * channels + start)
             _copy(before, offset(args.states, i * channels + start), width)
             for row in range(rows):
-                prefetch_row(offset(dy_t, row * dy_step), width)
+                prefetch(offset(dy_t, row * dy_step), 0, 1, width)
                 if row + 1 < rows:
                     advance_row(
                         offset(x_t, row * x_step), x_head, offset(alpha_t, row * alpha_step), alpha_head,
@@ -216,9 +217,10 @@ def backward(args):
             for row in range(rows - 1, -1, -1):
                 backward_row(
                     offset(x_t, row * x_step), x_head, offset(dy_t, row * dy_step), dy_head,
-                    offset(alpha_t, row * alpha_step), alpha_head, offset(decay_t, row * decay_step), decay_head,
+                    offset(alpha_t, row * alpha_step), alpha_head,
+                    offset(decay_t, row * decay_step), decay_head,
                     offset(before, row * width), p, offset(out_t, row * out_step), skip, dskip,
-                    offset(args.dalpha, rate_t + row * rate_step), offset(args.ddecay, rate_t + row * rate_step),
+                    offset(dalpha_t, row * rate_step), offset(ddecay_t, row * rate_step),
                     skips, nontemporal, n, head_dim,
                 )  # fmt: skip
     fence()

@@ -197,7 +197,8 @@ write_row, _advance_row = _forward_walk(1), _forward_walk(0)
 def advance_row(x, x_head, alpha, alpha_head, decay, decay_head, before, after, heads, head_dim):
     """The state after a row, and nothing else."""
     _advance_row(
-        x, x_head, alpha, alpha_head, decay, decay_head, before, after, x, before, False, False, heads, head_dim
+        x, x_head, alpha, alpha_head, decay, decay_head, before, after, x, before, False, False,
+        heads, head_dim,
     )  # fmt: skip
 
 
@@ -248,27 +249,3 @@ def backward_row(
             x_0, dy_0, at = x_0 + 1, dy_0 + 1, at + 1
             by_alpha, by_decay = by_alpha + sums[0], by_decay + sums[1]
         dalpha[head], ddecay[head] = by_alpha, by_decay
-
-
-@intrinsic
-def _prefetch_line(context: Any, x: Any, index: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        Emitter(builder, x.dtype, 1).prefetch(args[0], args[1], locality=2)
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64), codegen
-
-
-@intrinsic
-def _per_line(context: Any, x: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return I64(64 // Emitter(builder, x.dtype, 1).bytes)
-
-    return types.int64(x), codegen
-
-
-@jit
-def prefetch_row(x, n):
-    """Bring `n` channels of a row into the L2 cache."""
-    for i in range(0, n, _per_line(x)):
-        _prefetch_line(x, i)
