@@ -430,7 +430,7 @@ def backward(
                     h = tl.where(firsts[k], values[k], tl.fma(d[k], h, values[k]))
 
             for k in tl.static_range(ROWS - 1, -1, -1):
-                    at = position + k
+                at = position + k
                 row = length - 1 - at if REVERSE else at
                 inside = at < length
                 g = inputs[k] + p if k == ROWS - 1 else tl.fma(d[k + 1], g, inputs[k])
