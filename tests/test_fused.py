@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mhesa.ops import exponential_smoothing, reference
-from mhesa.ops.cpu import scan as kernels
+from mhesa.ops.cpu import backend as cpu
 
 OFFSETS = pytest.mark.parametrize("offsets", [None, [0, 2, 2, 5]], ids=["batch", "packed"])
 
@@ -113,7 +113,7 @@ def test_mapping_over_offsets_is_refused() -> None:
     x, alpha, decay, *_ = (tensor.detach() for tensor in arguments(batch=1))
     offsets = torch.tensor([[0, 2, 5], [0, 1, 5]])
     with pytest.raises(ValueError, match="cu_seqlens cannot be mapped over"):
-        torch.vmap(lambda c: kernels.scan(x, alpha, decay, None, None, c, False)[0])(offsets)
+        torch.vmap(lambda c: cpu.scan(x, alpha, decay, None, None, c, False)[0])(offsets)
 
 
 def test_forward_mode_is_refused() -> None:
@@ -216,7 +216,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 def test_only_the_final_state_or_only_the_output() -> None:
     tensors = arguments()
     for used in (0, 1):
-        outputs = kernels.scan(*tensors, None, False)
+        outputs = cpu.scan(*tensors, None, False)
         truths = reference.scan(*tensors, None, False)
         ours = torch.autograd.grad(outputs[used].sum(), tensors)
         true = torch.autograd.grad(truths[used].sum(), tensors, materialize_grads=True)

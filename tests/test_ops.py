@@ -373,7 +373,7 @@ def test_the_first_backend_that_serves_is_the_default() -> None:
     [
         ({"x": torch.zeros(2, 3, 4)}, r"x must be \(batch, length, heads, head_dim\), not \(2, 3, 4\)"),
         ({"x": torch.zeros(1, 4, 2, 3, dtype=torch.int64)}, "x must be floating-point"),
-        ({"alpha": torch.zeros(3)}, r"alpha must be \(2,\) for 2 heads, not \(3,\)"),
+        ({"alpha": torch.zeros(3)}, r"alpha must be \(2,\) or \(1, 4, 2\) for this x, not \(3,\)"),
         ({"decay": torch.zeros(2, 1)}, r"decay must be \(2,\)"),
         ({"skip": torch.zeros(2)}, r"skip must be \(2, 3\)"),
         ({"initial_state": torch.zeros(2, 2, 3)}, r"initial_state must be \(1, 2, 3\)"),

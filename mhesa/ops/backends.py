@@ -4,8 +4,9 @@ A backend is a module of this package with one function,
 
     scan(x, alpha, decay, skip, initial_state, cu_seqlens, reverse) -> (y, final_state)
 
-over inputs that `exponential_smoothing` has checked: `alpha`, `decay`, `skip` and `initial_state` have
-the accumulation type (fp32, or fp64 for fp64 `x`). A module is imported at its first use, so that
+over inputs that `exponential_smoothing` has checked: `alpha` and `decay` are `(heads,)` or
+`(batch, length, heads)`, each by itself; they, `skip` and `initial_state` have the accumulation type (fp32,
+or fp64 for fp64 `x`). A module is imported at its first use, so that
 `import mhesa` is fast and needs no optional package.
 """
 
@@ -26,24 +27,33 @@ Scan = Callable[
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend's module, the device types it runs on (empty: any), and the optional package it needs."""
+    """A backend's module, and what it needs.
+
+    Args:
+        module: where its `scan` is.
+        devices: the device types it runs on; empty: any.
+        package: the optional package it needs.
+        fixed_rates: whether it can only scan at fixed rates, `(heads,)`.
+    """
 
     module: str
     devices: frozenset[str] = frozenset()
     package: str | None = None
+    fixed_rates: bool = False
 
-    def serves(self, device: torch.device) -> bool:
-        """Whether it can scan tensors on `device` on this machine."""
+    def serves(self, device: torch.device, *, fixed_rates: bool = True) -> bool:
+        """Whether it can scan tensors on `device` on this machine, at fixed rates or those of every step."""
         on_device = not self.devices or device.type in self.devices
-        return on_device and (self.package is None or find_spec(self.package) is not None)
+        installed = self.package is None or find_spec(self.package) is not None
+        return on_device and installed and (fixed_rates or not self.fixed_rates)
 
 
 # In order of preference: the first that serves is the default.
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend("mhesa.ops.triton.scan", frozenset({"cuda", "xpu"}), "triton"),
-    "numba": Backend("mhesa.ops.cpu.scan", frozenset({"cpu"}), "numba"),
+    "triton": Backend("mhesa.ops.triton.backend", frozenset({"cuda", "xpu"}), "triton"),
+    "numba": Backend("mhesa.ops.cpu.backend", frozenset({"cpu"}), "numba"),
     "chunked": Backend("mhesa.ops.chunked"),
-    "fft": Backend("mhesa.ops.fft"),
+    "fft": Backend("mhesa.ops.fft", fixed_rates=True),
     "reference": Backend("mhesa.ops.reference"),
 }
 
@@ -54,17 +64,30 @@ def check_backend(name: str | None) -> None:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
 
 
-def resolve(name: str | None, device: torch.device) -> Scan:
-    """The scan function of the named backend, or of the best one for `device` if `name` is `None`."""
+def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True) -> Scan:
+    """The scan function of the named backend, or of the best one if `name` is `None`.
+
+    Args:
+        name: a backend, or `None`.
+        device: that of the tensors.
+        fixed_rates: whether both rates are `(heads,)`.
+
+    Raises:
+        ValueError: the named backend is unknown or cannot serve; the message names those that can.
+    """
     check_backend(name)
     for known in BACKENDS if name is None else (name,):
-        if BACKENDS[known].serves(device):
+        if BACKENDS[known].serves(device, fixed_rates=fixed_rates):
             module = BACKENDS[known].module
             break
     else:
-        serving = [known for known, backend in BACKENDS.items() if backend.serves(device)]
+        serving = [
+            known for known, backend in BACKENDS.items() if backend.serves(device, fixed_rates=fixed_rates)
+        ]
+        rates = "" if fixed_rates else " with rates of every step"
         raise ValueError(
-            f"backend {name!r} cannot serve a {device.type} tensor here; these can: {', '.join(serving)}"
+            f"backend {name!r} cannot serve a {device.type} tensor{rates} here; "
+            f"these can: {', '.join(serving)}"
         )
     _load(module)
     return _SCANS[module]

@@ -28,14 +28,18 @@ def per_sequence(scan: DenseScan) -> Scan:
     ) -> tuple[Tensor, Tensor]:
         if cu_seqlens is None:
             return scan(x, alpha, decay, skip, initial_state, reverse)
-        pieces = x.split(cu_seqlens.diff().tolist(), dim=1)
+        lengths = cu_seqlens.diff().tolist()
+        pieces = x.split(lengths, dim=1)
         if not pieces:
             return x.clone(), alpha.new_empty(0, *x.shape[2:])
         states = [None] * len(pieces) if initial_state is None else initial_state.split(1)
+        alphas, decays = (
+            [rate] * len(pieces) if rate.ndim == 1 else rate.split(lengths, dim=1) for rate in (alpha, decay)
+        )
         outputs, finals = zip(
             *(
-                scan(piece, alpha, decay, skip, state, reverse)
-                for piece, state in zip(pieces, states, strict=True)
+                scan(piece, a, d, skip, state, reverse)
+                for piece, a, d, state in zip(pieces, alphas, decays, states, strict=True)
             ),
             strict=True,
         )

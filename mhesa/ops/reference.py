@@ -18,13 +18,16 @@ def scan(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `mhesa.ops.exponential_smoothing`."""
-    batch, _, heads, head_dim = x.shape
-    alpha, decay = alpha[:, None], decay[:, None]
+    batch, length, heads, head_dim = x.shape
     wide = x.to(alpha.dtype)
     state = alpha.new_zeros(batch, heads, head_dim) if initial_state is None else initial_state
+    alphas, decays = (
+        [rate[:, None]] * length if rate.ndim == 1 else rate[..., None].unbind(1) for rate in (alpha, decay)
+    )
+    steps = list(zip(wide.unbind(1), alphas, decays, strict=True))
     outputs = []
-    for value in reversed(wide.unbind(1)) if reverse else wide.unbind(1):
-        state = decay * state + alpha * value
+    for value, a, d in reversed(steps) if reverse else steps:
+        state = d * state + a * value
         outputs.append(state if skip is None else state + skip * value)
     if not outputs:
         return x.clone(), state.clone()

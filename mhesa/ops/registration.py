@@ -8,6 +8,11 @@
   that derivatives of any order exist. Forward-mode differentiation raises.
 - `EagerSmoothing` calls the kernels directly, in plain eager mode (no compiler, transform or dispatch mode):
   the dispatcher costs as much as copying a megabyte.
+
+`alpha` and `decay` are `(heads,)` or `(batch, length, heads)`, each by itself. A backend brings one pair of
+kernels for fixed rates, both `(heads,)`, and one for rates of every step; for the latter a fixed rate is
+broadcast, and its gradient summed. Those kernels also return states from which the backward pass can start
+again; only `EagerSmoothing` keeps them, elsewhere the backward pass computes them anew.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
@@ -30,21 +36,37 @@ ScanBackward = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool], Gradients
 ]
 
-# Forward and backward of each backend, by its name.
-_KERNELS: dict[str, tuple[Scan, ScanBackward]] = {}
+
+class FixedKernels(NamedTuple):
+    """The kernels of a backend for rates `(heads,)`."""
+
+    forward: Scan
+    """`(x, alpha, decay, skip, initial_state, cu_seqlens, reverse) -> (y, final_state)`."""
+
+    backward: ScanBackward
+    """`(dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse) ->
+    (dx, dalpha, ddecay, dskip, dinitial)`; `dskip` is ignored where `skip` is `None`."""
 
 
-def make_scan(name: str, forward: Scan, backward: ScanBackward) -> Scan:
-    """Register two kernels as `mhesa::<name>_forward` and `mhesa::<name>_backward`.
+class StepKernels(NamedTuple):
+    """The kernels of a backend for rates `(batch, length, heads)`."""
 
-    Args:
-        name: the backend.
-        forward: `(x, alpha, decay, skip, initial_state, cu_seqlens, reverse) -> (y, final_state)`.
-        backward: `(dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse) ->
-            (dx, dalpha, ddecay, dskip, dinitial)`; `dskip` is ignored where `skip` is `None`.
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """As for fixed rates, and it also returns states for `backward`, in a shape of its own."""
 
-    Both take and return plain tensors. `x`, `dy`, `y`, `dx` are `(batch, length, heads, head_dim)` in the
-    type of `x`, inputs in any layout; all others have the accumulation type. No output may share memory
+    backward: Callable[..., Gradients]
+    """As for fixed rates, with one more argument: the states that `forward` returned, or `None`."""
+
+
+# The kernels of each backend, by its name.
+_KERNELS: dict[str, tuple[FixedKernels, StepKernels]] = {}
+
+
+def make_scan(name: str, fixed: FixedKernels, steps: StepKernels) -> Scan:
+    """Register a backend's kernels as `mhesa::<name>_forward` and `mhesa::<name>_backward`.
+
+    All kernels take and return plain tensors. `x`, `dy`, `y`, `dx` are `(batch, length, heads, head_dim)` in
+    the type of `x`, inputs in any layout; all others have the accumulation type. No output may share memory
     with an input.
 
     Returns:
@@ -61,7 +83,7 @@ def make_scan(name: str, forward: Scan, backward: ScanBackward) -> Scan:
         cu_seqlens: Tensor | None,
         reverse: bool,
     ) -> tuple[Tensor, Tensor]:
-        return forward(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+        return _forward(name, x, alpha, decay, skip, initial_state, cu_seqlens, reverse)[:2]
 
     def raw_backward(
         dy: Tensor,
@@ -74,15 +96,15 @@ def make_scan(name: str, forward: Scan, backward: ScanBackward) -> Scan:
         cu_seqlens: Tensor | None,
         reverse: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        dx, dalpha, ddecay, dskip, dinitial = backward(
-            dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse
+        dx, dalpha, ddecay, dskip, dinitial = _backward(
+            name, dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse
         )
         return dx, dalpha, ddecay, _no_skip(alpha) if skip is None else dskip, dinitial
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         Smoothing.setup_context(ctx, (name, *inputs), output)
 
-    _KERNELS[name] = forward, backward
+    _KERNELS[name] = fixed, steps
     forward_op = custom_op(f"mhesa::{name}_forward", raw_forward, mutates_args=())
     backward_op = custom_op(f"mhesa::{name}_backward", raw_backward, mutates_args=())
     forward_op.register_fake(_fake_forward)
@@ -96,23 +118,78 @@ def make_scan(name: str, forward: Scan, backward: ScanBackward) -> Scan:
     return partial(_smoothing, name)
 
 
+def _forward(
+    name: str,
+    x: Tensor,
+    alpha: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(y, final_state, states)` by a backend's kernels; `states` is `None` at fixed rates."""
+    fixed, steps = _KERNELS[name]
+    if alpha.ndim == decay.ndim == 1:
+        return *fixed.forward(x, alpha, decay, skip, initial_state, cu_seqlens, reverse), None
+    alpha, decay = alpha.expand(x.shape[:3]), decay.expand(x.shape[:3])
+    return steps.forward(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+
+
+def _backward(
+    name: str,
+    dy: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    decay: Tensor,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    states: Tensor | None = None,
+) -> Gradients:
+    """The gradients by a backend's kernels."""
+    fixed, steps = _KERNELS[name]
+    if alpha.ndim == decay.ndim == 1:
+        return fixed.backward(dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+    rates = alpha.expand(x.shape[:3]), decay.expand(x.shape[:3])
+    dx, dalpha, ddecay, dskip, dinitial = steps.backward(
+        dy, dfinal, x, *rates, skip, initial_state, cu_seqlens, reverse, states
+    )
+    return dx, _sum_steps(dalpha, alpha), _sum_steps(ddecay, decay), dskip, dinitial
+
+
+def _sum_steps(gradient: Tensor, rate: Tensor) -> Tensor:
+    """The gradient `(batch, length, heads)` summed to the shape of `rate`, in an order that never varies."""
+    if rate.ndim == 3:
+        return gradient
+    if gradient.device.type == "cpu":  # where torch's order depends on the number of threads
+        total = torch.from_numpy(gradient.numpy().sum((0, 1), dtype=np.float64))
+    else:
+        total = gradient.sum((0, 1), dtype=torch.float64)
+    return total.to(gradient.dtype)
+
+
 class EagerSmoothing(Function):
     """The scan by direct calls of the kernels, `(name, x, .., reverse) -> (y, final_state)`."""
 
     @staticmethod
     def forward(ctx: Any, name: str, *args: Any) -> Any:
         """Call the kernel."""
-        Smoothing.setup_context(ctx, (name, *args), None)
-        return _KERNELS[name][0](*args)
+        y, final_state, states = _forward(name, *args)
+        ctx.name, *tensors, ctx.reverse = name, *args
+        ctx.save_for_backward(*tensors, states)
+        return y, final_state
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         """Call the kernel, or the differentiable gradient if it is to be differentiated."""
         if torch.is_grad_enabled() or not is_plain_eager(dy, dfinal):
             return Smoothing.backward(ctx, dy, dfinal)
-        saved = ctx.saved_tensors
-        gradients = _KERNELS[ctx.name][1](*(dy, dfinal, *saved, ctx.reverse))
-        return _for_inputs(gradients, *saved[:-1])
+        *tensors, states = ctx.saved_tensors
+        gradients = _backward(ctx.name, dy, dfinal, *tensors, ctx.reverse, states)
+        return _for_inputs(gradients, *tensors[:-1])
 
 
 class Smoothing(Function):
@@ -142,7 +219,7 @@ class Smoothing(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient, itself differentiable."""
-        x, alpha, decay, skip, initial_state, cu_seqlens = ctx.saved_tensors
+        x, alpha, decay, skip, initial_state, cu_seqlens = ctx.saved_tensors[:6]
         gradients = _apply(
             SmoothingGradient,
             (ctx.name, dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, ctx.reverse),
@@ -152,8 +229,8 @@ class Smoothing(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         """Turn the mapped dimension into more heads."""
-        outputs = _apply(Smoothing, _fold(info.batch_size, in_dims, args, (2, 0, 0, 0, 1)))
-        return _unfold(info.batch_size, outputs, (2, 1))
+        outputs = _apply(Smoothing, _fold(info.batch_size, in_dims, args, (1, 0, 0, 1, 1)))
+        return _unfold(info.batch_size, outputs, (1, 1))
 
 
 class SmoothingGradient(Function):
@@ -204,8 +281,8 @@ class SmoothingGradient(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         """Turn the mapped dimension into more heads."""
-        folded = _fold(info.batch_size, in_dims, args, (2, 1, 2, 0, 0, 0, 1))
-        return _unfold(info.batch_size, _apply(SmoothingGradient, folded), (2, 0, 0, 0, 1))
+        folded = _fold(info.batch_size, in_dims, args, (1, 1, 1, 0, 0, 1, 1))
+        return _unfold(info.batch_size, _apply(SmoothingGradient, folded), (1, 0, 0, 1, 1))
 
 
 class _Positional(inspect.Signature):
@@ -250,7 +327,7 @@ def _smoothing(
         return _apply(Smoothing, (name, *args))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _apply(EagerSmoothing, (name, *args))
-    return _KERNELS[name][0](*args)
+    return _forward(name, *args)[:2]
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
@@ -304,7 +381,7 @@ def _fake_backward(
     return (
         x.new_empty(x.shape),
         alpha.new_empty(alpha.shape),
-        alpha.new_empty(alpha.shape),
+        decay.new_empty(decay.shape),
         dskip,
         alpha.new_empty(dfinal.shape),
     )
@@ -334,13 +411,13 @@ def _gradients(
     later, dinitial = scan(dwide, decay, decay, None, dfinal, cu_seqlens, not reverse)
     g = dwide + _before(later, dfinal, cu_seqlens, not reverse)
     start = torch.zeros_like(dfinal) if initial_state is None else initial_state
-    dx = alpha[:, None] * g
+    dx = alpha[..., None] * g
     dskip = _no_skip(alpha)
     if skip is not None:
         dx = dx + skip * dwide
         dskip = (dwide * wide).sum((0, 1))
-    dalpha = (g * wide).sum((0, 1, 3))
-    ddecay = (g * _before(h, start, cu_seqlens, reverse)).sum((0, 1, 3))
+    dalpha = (g * wide).sum((0, 1, 3) if alpha.ndim == 1 else 3)
+    ddecay = (g * _before(h, start, cu_seqlens, reverse)).sum((0, 1, 3) if decay.ndim == 1 else 3)
     return dx.to(x.dtype), dalpha, ddecay, dskip, dinitial
 
 
@@ -360,24 +437,26 @@ def _before(h: Tensor, start: Tensor, cu_seqlens: Tensor | None, reverse: bool) 
 
 
 def _fold(
-    size: int, in_dims: Sequence[int | None], args: Sequence[Any], heads_at: Sequence[int]
+    size: int, in_dims: Sequence[int | None], args: Sequence[Any], behind: Sequence[int]
 ) -> tuple[Any, ...]:
-    """Turn a mapped dimension of `size` into more heads, at dimension `heads_at` of each tensor in `args`.
+    """Turn a mapped dimension of `size` into more heads.
 
-    `args` is the backend's name, the tensors, `cu_seqlens` and `reverse`.
+    `args` is the backend's name, the tensors, `cu_seqlens` and `reverse`; `behind` says how many dimensions
+    each tensor has behind its heads.
     """
     _, *in_dims, offsets_dim, _ = in_dims
     name, *tensors, cu_seqlens, reverse = args
     if offsets_dim is not None:
         raise ValueError("cu_seqlens cannot be mapped over: make one call per packing")
     folded = [
-        None if tensor is None else _with_heads(tensor, dim, size, at)
-        for tensor, dim, at in zip(tensors, in_dims, heads_at, strict=True)
+        None if tensor is None else _with_heads(tensor, dim, size, last)
+        for tensor, dim, last in zip(tensors, in_dims, behind, strict=True)
     ]
     return (name, *folded, cu_seqlens, reverse)
 
 
-def _with_heads(tensor: Tensor, dim: int | None, size: int, at: int) -> Tensor:
+def _with_heads(tensor: Tensor, dim: int | None, size: int, behind: int) -> Tensor:
+    at = tensor.ndim - (dim is not None) - 1 - behind
     if dim is None:
         tensor = tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
     else:
@@ -385,8 +464,10 @@ def _with_heads(tensor: Tensor, dim: int | None, size: int, at: int) -> Tensor:
     return tensor.flatten(at, at + 1)
 
 
-def _unfold(size: int, outputs: Sequence[Tensor], heads_at: Sequence[int]) -> tuple[Any, Any]:
+def _unfold(size: int, outputs: Sequence[Tensor], behind: Sequence[int]) -> tuple[Any, Any]:
     """The outputs with the mapped dimension split off the heads again, and its position in each."""
+    # The gradient of an absent skip has one empty dimension.
+    heads_at = [max(output.ndim - 1 - last, 0) for output, last in zip(outputs, behind, strict=True)]
     split = tuple(
         output.unflatten(at, (size, output.shape[at] // size))
         for output, at in zip(outputs, heads_at, strict=True)

@@ -52,11 +52,11 @@ def exponential_smoothing(
     return_final_state: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Smooth every channel of `x` over time, each head at its own rates.
+    r"""Smooth every channel of `x` over time, each head at its own rates, fixed or those of every step.
 
     .. code-block:: text
 
-        h[t] = decay * h[t-1] + alpha * x[t]        h[-1] = initial_state, or zero
+        h[t] = decay[t] * h[t-1] + alpha[t] * x[t]        h[-1] = initial_state, or zero
         y[t] = h[t] + skip * x[t]
 
     Differentiable in `x`, `alpha`, `decay`, `skip` and `initial_state`. Sums accumulate in fp32 (fp64
@@ -64,8 +64,9 @@ def exponential_smoothing(
 
     Args:
         x: `(batch, length, heads, head_dim)`, any floating-point type.
-        alpha: `(heads,)`, the weight of a new value.
-        decay: `(heads,)`, the factor on the state at each step; in `[0, 1]` for a stable scan.
+        alpha: the weight of a new value: `(heads,)`, or `(batch, length, heads)` for one of every step.
+        decay: the factor on the state: `(heads,)` or `(batch, length, heads)`, whatever the shape of `alpha`;
+            in `[0, 1]` for a stable scan.
         skip: `(heads, head_dim)`, a weight on `x` itself, added to the output; no such term if omitted.
         initial_state: `(batch, heads, head_dim)`, or `(sequences, heads, head_dim)` with `cu_seqlens`.
         cu_seqlens: `(sequences + 1,)` integers, the offsets of sequences packed one after another
@@ -75,14 +76,14 @@ def exponential_smoothing(
         return_final_state: also return the state after the last step, shaped as `initial_state`, in
             fp32 (fp64 for fp64 `x`).
         backend: `"triton"`, `"numba"`, `"chunked"`, `"fft"` or `"reference"`; `None` takes the fastest
-            that can serve `x`.
+            that can serve `x`. `"fft"` takes fixed rates only.
 
     Returns:
         `y`, of the shape and type of `x`, or `(y, final_state)`.
 
     Raises:
         ValueError: shapes that do not fit, offsets that do not cover `x`, or a backend that is unknown
-            or cannot serve `x`.
+            or cannot serve these inputs.
 
     The recurrence is the exponential smoothing attention of ETSformer (https://arxiv.org/abs/2202.01381)
     with a damping factor in the decay, computed in time linear in the length.
@@ -90,9 +91,15 @@ def exponential_smoothing(
     >>> x = torch.ones(1, 4, 1, 1)
     >>> exponential_smoothing(x, torch.tensor([0.5]), torch.tensor([0.5])).flatten().tolist()
     [0.5, 0.75, 0.875, 0.9375]
+
+    A decay of zero at one step makes the state forget all that came before:
+
+    >>> decay = torch.tensor([1.0, 1.0, 0.0, 1.0]).reshape(1, 4, 1)
+    >>> exponential_smoothing(x, torch.ones(1), decay).flatten().tolist()
+    [1.0, 2.0, 1.0, 2.0]
     """
     _check_shapes(x, alpha, decay, skip, initial_state, cu_seqlens)
-    scan = resolve(backend, x.device)
+    scan = resolve(backend, x.device, fixed_rates=alpha.ndim == decay.ndim == 1)
     dtype = accumulation_dtype(x.dtype)
     y, final_state = scan(
         x,
@@ -113,7 +120,7 @@ def exponential_smoothing_step(
 
     Args:
         x: `(batch, heads, head_dim)`.
-        alpha, decay: `(heads,)`.
+        alpha, decay: `(heads,)` or `(batch, heads)`, each by itself.
         state: `(batch, heads, head_dim)`, from the step before; not changed in place.
         skip: `(heads, head_dim)`.
 
@@ -134,7 +141,7 @@ def exponential_smoothing_step(
         raise ValueError(f"state must be {tuple(x.shape)} as x is, not {tuple(state.shape)}")
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
-    state = decay.to(dtype)[:, None] * state.to(dtype) + alpha.to(dtype)[:, None] * wide
+    state = decay.to(dtype)[..., None] * state.to(dtype) + alpha.to(dtype)[..., None] * wide
     y = state if skip is None else state + skip.to(dtype) * wide
     return y.to(x.dtype), state
 
@@ -172,10 +179,11 @@ def _check_shapes(
 def _check_parameters(x: Tensor, alpha: Tensor, decay: Tensor, skip: Tensor | None) -> None:
     if not x.is_floating_point():
         raise ValueError(f"x must be floating-point, not {x.dtype}")
-    heads, head_dim = x.shape[-2:]
+    *steps, heads, head_dim = x.shape
     for name, value in (("alpha", alpha), ("decay", decay)):
-        if value.shape != (heads,):
-            raise ValueError(f"{name} must be ({heads},) for {heads} heads, not {tuple(value.shape)}")
+        if value.shape not in ((heads,), (*steps, heads)):
+            wanted = f"({heads},) or {(*steps, heads)}"
+            raise ValueError(f"{name} must be {wanted} for this x, not {tuple(value.shape)}")
     if skip is not None and skip.shape != (heads, head_dim):
         raise ValueError(f"skip must be {(heads, head_dim)} for this x, not {tuple(skip.shape)}")
 

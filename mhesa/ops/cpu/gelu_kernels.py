@@ -19,7 +19,7 @@ from mhesa.ops.cpu.arguments import STORED, struct
 from mhesa.ops.cpu.atomics import fence, fetch_add
 from mhesa.ops.cpu.compiling import compiled, exists, intrinsic, member, types
 from mhesa.ops.cpu.memory import empty_hugepages
-from mhesa.ops.cpu.scan import MIN_PARALLEL, NONTEMPORAL_BYTES
+from mhesa.ops.cpu.sequences import MIN_PARALLEL, NONTEMPORAL_BYTES
 from mhesa.ops.cpu.simd import FLOAT, I32, Emitter, specialized
 from mhesa.ops.cpu.threads import available, parallel
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,19 +16,22 @@ from mhesa.ops.cpu.atomics import LINE
 from mhesa.ops.cpu.compiling import compiled
 from mhesa.ops.cpu.memory import empty_hugepages
 from mhesa.ops.cpu.scan_tiles import LANES, WIDTH
+from mhesa.ops.cpu.sequences import (
+    MIN_BLOCK,
+    MIN_PARALLEL,
+    NONTEMPORAL_BYTES,
+    RELAY_THREADS,
+    Sequences,
+    check_dtype,
+    count_pieces,
+    find_sequences,
+    readable,
+)
 from mhesa.ops.cpu.threads import available, parallel
-from mhesa.ops.registration import Gradients, make_scan
+from mhesa.ops.registration import Gradients
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# A block of channels has at least this many: shorter pieces of rows are read slowly.
-MIN_BLOCK = 32
 # Gradients that sum over sequences do so in at most this many fixed groups, added in order.
 GROUPS = 16
-# Below this many elements, use one thread: waking a second takes longer than the scan.
-MIN_PARALLEL = 1 << 14
-# Above this many bytes read and written, use non-temporal stores: lines that are about to be overwritten are
-# not read first. Operators that read the result next were never slower for it.
-NONTEMPORAL_BYTES = 1 << 23
 # Long sequences of narrow rows are cut into at most `MAX_CHUNKS` chunks of at least `CHUNK_ROWS` rows.
 CHUNK_ROWS = 1024 * kernels.SPANS
 MAX_CHUNKS = 64
@@ -39,10 +41,6 @@ RELAY_BYTES = 1 << 22
 # A relay's chunks have at least this many rows, or more if rows are narrow: this many values, which are still
 # in the L2 cache when they are read again.
 RELAY_ROWS, RELAY_VALUES = 64, 1 << 15
-# Threads that one relay keeps busy: the state, which one thread has at a time, is a third of the work.
-RELAY_THREADS = 3
-
-Integers = npt.NDArray[np.int64]
 Structs = npt.NDArray[np.void]
 
 
@@ -52,20 +50,6 @@ class _Chunks(NamedTuple):
     table: Structs
     spans: int
     address: int
-
-
-class _Sequences:
-    """Where each sequence lies: its index in the batch, its first row, and the row after its last."""
-
-    def __init__(self, batch: Integers, begin: Integers, end: Integers) -> None:
-        self.batch, self.begin, self.end = batch, begin, end
-        self._chunks: dict[tuple[Any, ...], _Chunks] = {}
-
-    def chunks(self, cut: Callable[..., _Chunks], *how: object) -> _Chunks:
-        """What `cut(self, *how)` returns, computed once."""
-        if (cut, how) not in self._chunks:
-            self._chunks[cut, how] = cut(self, *how)
-        return self._chunks[cut, how]
 
 
 def forward(
@@ -141,15 +125,13 @@ class _Call:
         cu_seqlens: Tensor | None,
         reverse: bool,
     ) -> None:
-        if x.dtype not in DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise ValueError(f"backend 'numba' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
+        check_dtype(x.dtype)
         batch, length, self.heads, self.head_dim = x.shape
         self.channels, self.reverse = self.heads * self.head_dim, reverse
         self.bytes, self.stored = x.nbytes, x.dtype
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.threads = 1 if x.numel() < MIN_PARALLEL else available()
-        self.sequences = _dense(batch, length) if cu_seqlens is None else _packed(cu_seqlens, length)
+        self.sequences = find_sequences(batch, length, cu_seqlens)
         self.states = (len(self.sequences.batch), self.heads, self.head_dim)
         # Blocks of channels; 0: as the number of threads wants it.
         self.blocks, self.contiguous_heads = 0, True
@@ -164,7 +146,7 @@ class _Call:
             skip=self.parameter(skip),
             initial=self.parameter(initial_state),
         )
-        self.set_chunks(self.sequences.chunks(_spans, self.channels, reverse))
+        self.set_chunks(self.sequences.cut(_spans, self.channels, reverse))
 
     def set_chunks(self, chunks: _Chunks) -> None:
         """Choose the chunks that the kernels work through."""
@@ -178,7 +160,7 @@ class _Call:
         if even or not self.contiguous_heads or self.channels < kernels.NARROW or self.bytes < RELAY_BYTES:
             return False
         rows = max(RELAY_ROWS, RELAY_VALUES // self.channels)
-        self.set_chunks(self.sequences.chunks(_relay, rows, self.reverse))
+        self.set_chunks(self.sequences.cut(_relay, rows, self.reverse))
         relays = math.ceil(self.threads / (RELAY_THREADS * sequences))
         self.blocks = min(max(math.ceil(self.channels / WIDTH), relays), self.channels // MIN_BLOCK)
         self.args.turns = self.keep(torch.zeros(sequences * self.blocks, LINE, dtype=torch.int64))
@@ -201,7 +183,7 @@ class _Call:
         """The address of a `(batch, length, heads, head_dim)` tensor, and its first three strides."""
         if tensor.dtype != self.stored:
             tensor = tensor.to(self.stored)
-        tensor = _readable(tensor, merged=self.chunks.spans > 0)
+        tensor = readable(tensor, min_head_dim=math.inf if self.chunks.spans else LANES)
         by_batch, by_row, by_head, _ = tensor.stride()
         by_head = by_head if self.heads > 1 else self.head_dim
         self.contiguous_heads = self.contiguous_heads and by_head == self.head_dim
@@ -223,33 +205,13 @@ class _Call:
         parallel(compiled(kernel, self.stored, kernels.Arguments), args.address, threads)
 
 
-@lru_cache(maxsize=64)
-def _dense(batch: int, length: int) -> _Sequences:
-    sequences = np.arange(batch)
-    return _Sequences(sequences, np.zeros_like(sequences), np.full_like(sequences, length))
-
-
-def _packed(cu_seqlens: Tensor, length: int) -> _Sequences:
-    return _offsets(cu_seqlens.to(torch.int64).numpy().tobytes(), length)
-
-
-# All layers of a model are given the same offsets, forward and backward.
-@lru_cache(maxsize=1)
-def _offsets(cu_seqlens: bytes, length: int) -> _Sequences:
-    """Sequences by their offsets, which address memory and which compiled graphs have not checked."""
-    offsets = np.frombuffer(cu_seqlens, dtype=np.int64)
-    if offsets[0] != 0 or offsets[-1] != length or (offsets[1:] < offsets[:-1]).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, not {offsets.tolist()}")
-    return _Sequences(np.zeros(len(offsets) - 1, dtype=np.int64), offsets[:-1], offsets[1:])
-
-
-def _spans(sequences: _Sequences, channels: int, reverse: bool) -> _Chunks:
+def _spans(sequences: Sequences, channels: int, reverse: bool) -> _Chunks:
     """Whole sequences, or if they are long and their rows narrow, chunks of spans."""
     length = sequences.end - sequences.begin
     # By its own length and width alone: the result of a sequence must not depend on others.
     cut = length >= (kernels.SPANS * kernels.ROWS_PER_SUM if channels < kernels.NARROW else math.inf)
     pieces = np.where(cut, np.clip(length // CHUNK_ROWS, 1, MAX_CHUNKS), 1)
-    sequence, piece = _pieces(pieces)
+    sequence, piece = count_pieces(pieces)
     cut, of, begin, length = cut[sequence], pieces[sequence], sequences.begin[sequence], length[sequence]
     return _chunks(
         int(cut.sum()) * kernels.SPANS,
@@ -263,10 +225,10 @@ def _spans(sequences: _Sequences, channels: int, reverse: bool) -> _Chunks:
     )
 
 
-def _relay(sequences: _Sequences, rows: int, reverse: bool) -> _Chunks:
+def _relay(sequences: Sequences, rows: int, reverse: bool) -> _Chunks:
     """Chunks of `rows` rows: the first of every sequence in the direction of the scan, then the second ..."""
     pieces = np.maximum(-(-(sequences.end - sequences.begin) // rows), 1)
-    sequence, piece = _pieces(pieces)
+    sequence, piece = count_pieces(pieces)
     order = np.lexsort((sequence, piece))
     sequence, piece = sequence[order], piece[order]
     begin, end = sequences.begin[sequence], sequences.end[sequence]
@@ -282,34 +244,8 @@ def _relay(sequences: _Sequences, rows: int, reverse: bool) -> _Chunks:
     )
 
 
-def _pieces(counts: Integers) -> tuple[Integers, Integers]:
-    """For `counts` pieces of each sequence, in order: whose piece it is, and its index within that."""
-    sequence = np.repeat(np.arange(len(counts)), counts)
-    return sequence, np.arange(len(sequence)) - np.repeat(counts.cumsum() - counts, counts)
-
-
 def _chunks(spans: int, **fields: npt.NDArray[Any]) -> _Chunks:
     table = np.zeros(len(fields["sequence"]), dtype=kernels.Chunk)
     for name, values in fields.items():
         table[name] = values
     return _Chunks(table, spans, table.ctypes.data)
-
-
-def _readable(tensor: Tensor, *, merged: bool) -> Tensor:
-    """The tensor itself if its heads are contiguous, else a copy; broadcast dimensions stay so.
-
-    With `merged` all heads of a row must be contiguous, one after another.
-    """
-    heads, head_dim = tensor.shape[2:]
-    by_batch, by_row, by_head, by_channel = tensor.stride()
-    contiguous_heads = heads == 1 or by_head == head_dim
-    if tensor.numel() == 0:
-        return tensor
-    if (head_dim == 1 or by_channel == 1) and (contiguous_heads or (head_dim >= LANES and not merged)):
-        return tensor
-    # The gradient of a sum is one number, broadcast.
-    narrow = tensor[: 1 if by_batch == 0 else None, : 1 if by_row == 0 else None]
-    return narrow.contiguous().expand(tensor.shape)
-
-
-scan = make_scan("numba", forward, backward)

@@ -498,17 +498,17 @@ def chain(
     second = state
     if initial is not None and sequence_of is None:
         state += tl.load(initial + batch * channels + channel, mask=valid, other=0.0)
-    following = _load_ends(carries, channel, channels, tiles, AHEAD)
+    following = _load_ends(carries, channels, channel, channels, tiles, AHEAD)
     if PAIR:
-        second_following = _load_ends(carries + plane, channel, channels, tiles, AHEAD)
+        second_following = _load_ends(carries + plane, channels, channel, channels, tiles, AHEAD)
     for tile in range(0, tiles, AHEAD):
         left = tiles - tile
         ahead = carries + AHEAD * channels
         ends = following
-        following = _load_ends(ahead, channel, channels, left - AHEAD, AHEAD)
+        following = _load_ends(ahead, channels, channel, channels, left - AHEAD, AHEAD)
         if PAIR:
             second_ends = second_following
-            second_following = _load_ends(ahead + plane, channel, channels, left - AHEAD, AHEAD)
+            second_following = _load_ends(ahead + plane, channels, channel, channels, left - AHEAD, AHEAD)
         for k in tl.static_range(AHEAD):
             entering = carries + k * channels
             mask = channel < tl.where(left > k, channels, 0)
@@ -531,10 +531,10 @@ def chain(
 
 
 @triton.jit
-def _load_ends(carries, channel, channels, left, AHEAD: tl.constexpr):
-    """The next `AHEAD` end states, tensors `(1, BLOCK)`, zero beyond the `left` that there are."""
+def _load_ends(carries, step, channel, channels, left, AHEAD: tl.constexpr):
+    """The next `AHEAD` end states, `step` apart: tensors `(1, BLOCK)`, zero beyond the `left` last."""
     ends = ()
     for k in tl.static_range(AHEAD):
         mask = channel < tl.where(left > k, channels, 0)
-        ends = ends + (tl.load(carries + k * channels, mask=mask, other=0.0),)
+        ends = ends + (tl.load(carries + k * step, mask=mask, other=0.0),)
     return ends
