@@ -36,7 +36,7 @@ def main() -> None:
     table(settings_of(Settings))
     print(
         "\n### Limits\n\nFields of `mhesa.serve.settings.Limits`: the most that one request may have. "
-        "`mhesa serve` sets `tokens` by `--max-tokens` and `seconds` by `--timeout`."
+        "`mhesa serve` sets `max_tokens` by `--max-tokens` and `request_seconds` by `--timeout`."
     )
     table(settings_of(Limits))
 
