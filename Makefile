@@ -7,7 +7,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 OLDEST_TESTS := package layers model gelu decoding sampling session evaluation data hf_configuration \
-	hf_generation hf_modeling hf_tokenization hf_vocabulary cli serve serve_page
+	hf_generation hf_modeling hf_tokenization vocabulary cli serve serve_page
 
 .PHONY: demo test test-oldest coverage torture dist clean
 

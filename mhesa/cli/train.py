@@ -54,6 +54,7 @@ def train(
         torchrun --nproc-per-node 2 -m mhesa train book.txt --out runs/two
     """
     from mhesa.ops.cpu.memory import keep_memory
+    from mhesa.ops.devices import resolve_device
     from mhesa.training import Stopped
     from mhesa.training import train as run
     from mhesa.training.config import load_config
@@ -68,7 +69,8 @@ def train(
         raise InputError("give --resume or --overwrite, not both")
     chosen = TrainingSettings.resumed(given) if resume else TrainingSettings(**given)
     console = Console(stderr=True)
-    keep_memory()
+    if resolve_device(chosen.device) == "cpu":
+        keep_memory()
     try:
         summary = run(chosen, resume=resume, overwrite=overwrite, console=console)
     except Stopped as stopped:

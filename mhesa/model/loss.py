@@ -35,17 +35,14 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
 
 
 def _chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """`next_token_loss` of `(tokens, dim)` and `(tokens,)`; before torch 2.13 all logits are in memory."""
+    """`next_token_loss` of `(tokens, dim)` and `(tokens,)`, a few tokens at a time."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    accumulated = accumulation_dtype(hidden.dtype)
     with torch.autocast(device, enabled=False):
-        if not hasattr(F, "linear_cross_entropy"):
-            return F.cross_entropy((hidden @ weight.T).to(accumulated), labels)
         # Its own mean adds up in the type of `hidden`, and a sum of thousands in bf16 is a fifth too small.
         losses = F.linear_cross_entropy(
             hidden, weight, labels, reduction="none", options=nn.LinearCrossEntropyOptions()
         )
-    return losses.to(accumulated).sum() / (labels != IGNORED_LABEL).sum()
+    return losses.to(accumulation_dtype(hidden.dtype)).sum() / (labels != IGNORED_LABEL).sum()

@@ -14,6 +14,11 @@ def best_device() -> str:
     return accelerator.type if accelerator else "cpu"
 
 
+def resolve_device(name: str) -> str:
+    """The best device here for `auto`; any other name as it is."""
+    return best_device() if name == "auto" else name
+
+
 def check_device(name: str) -> None:
     """Raise `InputError` unless `name` is a torch device of this machine."""
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on as if it had never stopped, whole or not there."""
+"""Checkpoints: all that a run needs to be resumed, in folders that are complete or not there."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Parts = dict[str, dict[str, Tensor]]
 
 @dataclass
 class Progress:
-    """How far a run is, as far as weights and optimizer do not say it.
+    """How far a run is: all of its state that is not a tensor.
 
     Args:
         step: optimizer steps done.
-        seconds: how long they have taken.
+        seconds: time spent on them.
         losses: of the steps since the last row of metrics, in nats per token.
-        best_step: where the held-out text was predicted best.
-        best_bits_per_byte: how well that was.
-        evaluations_since_best: how often it was worse since.
+        best_step: the step of the best evaluation.
+        best_bits_per_byte: its result.
+        evaluations_since_best: evaluations since then, none of them better.
     """
 
     step: int = 0
@@ -50,11 +50,11 @@ def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:
     Args:
         folder: where the run's checkpoints are.
         progress: how far the run is.
-        parts: tensors by name, by the name of the file they go to.
+        parts: the tensors of each file, by the file's name without its ending, and their names.
         keep: how many checkpoints to keep.
 
     Raises:
-        TrainingError: it cannot be written; those that are there stay as they are.
+        TrainingError: the checkpoint cannot be written; the others stay as they are.
     """
     path = folder / f"{PREFIX}{progress.step}"
     try:
@@ -83,7 +83,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _rotate(folder: Path, progress: Progress, keep: int) -> None:
-    """Delete the oldest checkpoints; what lies ahead of this step is damaged and not counted."""
+    """Delete the oldest checkpoints. Those after this step are damaged, and do not count."""
     done = [step for step in steps(folder) if step <= progress.step]
     for step in done[keep:]:
         if step != progress.best_step:
@@ -91,7 +91,7 @@ def _rotate(folder: Path, progress: Progress, keep: int) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that there are checkpoints of, the newest first."""
+    """The steps of the checkpoints in a folder, the newest first."""
     if not folder.is_dir():
         return []
     names = [path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*")]
@@ -99,7 +99,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those passed over."""
+    """The newest complete checkpoint, and what is wrong with those after it."""
     passed_over: list[str] = []
     for step in steps(folder):
         path = folder / f"{PREFIX}{step}"
@@ -111,7 +111,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, `None` if it is whole: every byte is read."""
+    """What is wrong with a checkpoint, `None` if nothing is. Reads every byte."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
         for name, expected in files.items():
@@ -138,7 +138,7 @@ def load_progress(path: Path) -> Progress:
 
 
 def load_part(path: Path, name: str) -> dict[str, Tensor]:
-    """Tensors that `save` wrote; none if it wrote no such part.
+    """The tensors of one file of a checkpoint, by name; none if there is no such file.
 
     Raises:
         InputError: the file holds something else.

@@ -1,4 +1,4 @@
-"""What a run's folder holds, and what may be done with one that is there already."""
+"""A run's folder: its files, and the checks before it is written to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
-# What a row of metrics has if it is a complete run's last.
+# In the last row of metrics of a complete run.
 COMPLETE = "complete"
 MODEL_FILES = (
     "config.json",
@@ -33,7 +33,7 @@ MODEL_FILES = (
     "tokenizer.json",
 )
 RUN_FILES = (SETTINGS, METRICS, CURVE, CHECKPOINTS, TENSORBOARD, *MODEL_FILES)
-# What a resumed run may change; the rest would make it another run.
+# Settings that a resumed run may change; with others changed it would be another run.
 CHANGEABLE = frozenset(
     {
         *("out", "steps", "minutes", "device", "backend", "save_every", "keep", "eval_every", "patience"),
@@ -58,8 +58,8 @@ def checkpoint_to_resume(
     """The newest whole checkpoint of the run in `settings.out`.
 
     Args:
-        settings: what the run is to go on with.
-        on_damage: told of each checkpoint that is passed over.
+        settings: of the resumed run.
+        on_damage: called with what is wrong with each checkpoint that is not used.
 
     Raises:
         InputError: there is no run, it has other settings, it is complete, or no checkpoint is whole.
@@ -97,7 +97,7 @@ def check_same_corpus(folder: Path, sha256: str) -> None:
 
 
 def prepare(folder: Path, settings: TrainingSettings, facts: dict[str, Any], done: int | None) -> None:
-    """Make the folder ready: empty for a new run, as it was after step `done` for a resumed one."""
+    """Clear the folder for a new run, or take a resumed run's metrics back to step `done`."""
     try:
         if done is None:
             _clear(folder)
@@ -119,7 +119,7 @@ def _clear(folder: Path) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, up to one that was cut off when a process died."""
+    """The rows of a run's `metrics.jsonl`, up to one that was cut off when a process was killed."""
     rows = []
     for line in (folder / METRICS).read_text().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""What a run would take at least, against what the machine has: better said at once than found out."""
+"""An estimate of the memory that a run needs, to refuse at once what cannot fit."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ BYTES_A_PARAMETER = 16
 
 
 def check_memory(settings: TrainingSettings, vocab_size: int) -> None:
-    """Raise `InputError` for a model or a batch that cannot fit, by what they take at the very least."""
-    there = _memory(settings.device)
-    if there is None:
+    """Raise `InputError` if the least memory that the model and a batch can need is more than there is."""
+    available = _memory(settings.device)
+    if available is None:
         return
     parameters = settings.model_config(vocab_size).parameters
     model = BYTES_A_PARAMETER * parameters // (processes() if settings.fsdp else 1)
-    if model > there:
+    if model > available:
         raise InputError(
             f"a model of {parameters:,} parameters takes {_gigabytes(model)} to train and {settings.device} "
-            f"has {_gigabytes(there)}; make dim, depth or dim_mhesa smaller"
+            f"has {_gigabytes(available)}; make dim, depth or dim_mhesa smaller"
         )
     batch = _activations(settings)
-    if model + batch > there:
+    if model + batch > available:
         raise InputError(
             f"{settings.windows_a_step:,} windows of {settings.context:,} tokens take "
-            f"{_gigabytes(batch)} and {settings.device} has {_gigabytes(there)}; make batch_size or context "
+            f"{_gigabytes(batch)} and {settings.device} has {_gigabytes(available)}; make batch_size or context "
             "smaller, or accumulate larger"
         )
 
 
 def _activations(settings: TrainingSettings) -> int:
-    """Bytes that a micro-batch leaves for the backward pass, in 2 bytes an element at the least."""
+    """The least bytes that a micro-batch keeps for the backward pass, at 2 bytes an element."""
     hidden = int(settings.dim_expansion_factor * settings.dim)
     width = settings.dim if settings.recompute else settings.dim + 2 * hidden + 2 * settings.dim_mhesa
     tokens = settings.windows_a_step * settings.context // (settings.accumulate * processes())
@@ -44,7 +44,7 @@ def _activations(settings: TrainingSettings) -> int:
 
 
 def _memory(device: str) -> int | None:
-    """Bytes of memory that a device has in all, `None` if it does not say."""
+    """The memory of a device in bytes, `None` if it is not known."""
     kind = torch.device(device).type
     if kind == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)

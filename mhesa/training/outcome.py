@@ -1,4 +1,4 @@
-"""What comes of a run: its model saved, measured beside compressors, and let write."""
+"""The result of a run: its score, the compressors it is compared with, and a sample."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLE_TOKENS = 300
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run comes to."""
+    """The result of a run."""
 
     folder: Path
     steps: int
@@ -34,7 +34,7 @@ class Summary:
 
     @property
     def files(self) -> list[str]:
-        """Names of what the run has put into the folder."""
+        """The names of the run's files in its folder."""
         return [name for name in RUN_FILES if (self.folder / name).exists()]
 
 
@@ -50,14 +50,14 @@ def first_bytes(documents: Iterable[Document], size: int) -> list[Document]:
 
 
 def compress(documents: Iterable[Document]) -> dict[str, float]:
-    """Bits per byte of documents, one behind the other, by compressors that everybody has."""
+    """Bits per byte that common compressors need for the concatenated documents."""
     data = b"".join(document.data for document in documents)
     sizes = {"xz -9": len(lzma.compress(data, preset=9)), "gzip -9": len(gzip.compress(data, 9))}
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
 def write_sample(model: GatedExponentialSmoothingLM, tokenizer: Tokenizer, seed: int) -> bytes:
-    """What a model writes of its own accord."""
+    """A text that the model writes without a prompt."""
     start = torch.tensor([tokenizer.eos_token_id])
     tokens = stream(model, start, max_new_tokens=SAMPLE_TOKENS, sampling=Sampling(temperature=0.8), seed=seed)
     return tokenizer.decode_bytes(list(tokens))

@@ -14,8 +14,8 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, float], p
     """Draw bits per byte over training, with horizontal lines to compare with.
 
     Args:
-        rows: those of `metrics.jsonl`, evaluations among them; nothing is drawn of none.
-        levels: bits per byte by label: of held-out text, of compressors.
+        rows: of `metrics.jsonl`, with evaluations; without rows nothing is drawn.
+        levels: the heights of the lines in bits per byte, by label.
         path: the PNG to write.
     """
     evaluations = [row for row in rows if "sample" in row]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a run: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressDisplay:
-    """Shows how far a run is, its loss and its speed.
-
-    Use it as a context; each part of a run opens a bar of its own.
-    """
+    """A context that shows how far a run is, its loss and its speed; each part of the run has its own bar."""
 
     def __init__(self, console: Console, budget: Budget) -> None:
         self.console = console
@@ -52,22 +49,22 @@ class ProgressDisplay:
         self._progress.stop()
 
     def open(self, description: str, total: float) -> None:
-        """Start a bar of its own for the next part of the run."""
+        """Start the bar of the next part of the run."""
         self._task = self._progress.add_task(description, total=total, figures="")
 
     def close(self) -> None:
-        """End the present bar, full."""
+        """Remove the current bar."""
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
 
     def advance(self, amount: float) -> None:
-        """Move the present bar on."""
+        """Advance the current bar."""
         if self._task is not None:
             self._progress.advance(self._task, amount)
 
     def show(self, row: Row) -> None:
-        """Show a row of figures: in the bar, or as a line where there is no terminal; a sample as it is."""
+        """Show a row of figures, in the bar or as a line, or an evaluation with its sample."""
         if "sample" in row:
             self._show_evaluation(row)
             return

@@ -22,7 +22,7 @@ from mhesa.inference.evaluation import evaluate
 from mhesa.model.config import ModelConfig
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.model.loading import load_tokenizer, plain_name, save
-from mhesa.ops.devices import best_device
+from mhesa.ops.devices import resolve_device
 from mhesa.tokenizers import Bytes, TextTokenizer, open_tokenizer, train_bpe
 from mhesa.training import checkpoint
 from mhesa.training.batches import Batches
@@ -98,7 +98,7 @@ def train(
         TrainingError: the loss became NaN or infinite, or a checkpoint could not be written.
         Stopped: SIGINT or SIGTERM came; the folder holds a model and a checkpoint of the last step.
     """
-    join_processes(best_device() if settings.device == "auto" else settings.device)
+    join_processes(resolve_device(settings.device))
     settings = settings.resolve()
     console = console if console is not None and rank() == 0 else Console(quiet=True)
     run = begin(settings, resume, overwrite, console)

@@ -1,4 +1,4 @@
-"""The budget of a run, the learning rate that follows it, and the signals that end it."""
+"""The budget of a run, the learning rate that follows it, and signals that end the run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from types import FrameType
 from typing import Any
 
 LOWEST_RATE = 0.1
-# The last part of the budget, in which `wsd` lets the rate fall.
+# `wsd` lowers the rate over this last fraction of the budget.
 DECAY = 0.2
 
 
 def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> float:
-    """The learning rate over its peak when `spent` of the budget, 0 to 1, is used up.
+    """The learning rate as a fraction of its peak, when the fraction `spent` of the budget is used.
 
-    A line up over `warmup`, then down to `LOWEST_RATE`: along half a cosine, or with `wsd` (warm-up,
-    stable, decay; https://arxiv.org/abs/2404.06395) on a line over the last `DECAY` of the budget.
+    It rises linearly over the fraction `warmup`, then falls to `LOWEST_RATE`: along half a cosine, or with
+    `wsd` (warm-up, stable, decay; https://arxiv.org/abs/2404.06395) linearly over the last `DECAY`.
 
     >>> [round(learning_rate(spent, 0.1), 2) for spent in (0.05, 0.1, 0.55, 1.0)]
     [0.5, 1.0, 0.55, 0.1]
@@ -26,7 +26,7 @@ def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> floa
     [0.5, 1.0, 1.0, 0.55, 0.1]
     """
     if spent < warmup:
-        # Not from zero, or the first step would be lost.
+        # Not from zero: the first step would change nothing.
         return max(spent / warmup, 0.01)
     if schedule == "wsd":
         begin = max(1 - DECAY, warmup)
@@ -37,10 +37,10 @@ def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> floa
 
 
 class Budget:
-    """So many steps or so much time, counted over every run of a resumed training.
+    """A number of steps or minutes, counted over all parts of a run that was stopped and resumed.
 
-    The clock stands between two calls of `set`, so that all that is decided within a step, in every
-    process, is decided by the same time.
+    `seconds` changes only with `set`, so that all decisions within a step, in every process, use the same
+    time.
     """
 
     def __init__(self, steps: int | None, minutes: float | None) -> None:
@@ -50,20 +50,20 @@ class Budget:
         self._started = 0.0
 
     def start(self, seconds: float) -> None:
-        """Let the clock go on from `seconds`."""
+        """Start the clock at `seconds`."""
         self.seconds = seconds
         self._started = time.monotonic() - seconds
 
     def now(self) -> float:
-        """How long training has taken, this moment included."""
+        """Seconds of training until now."""
         return time.monotonic() - self._started
 
     def set(self, seconds: float) -> None:
-        """Move the clock on."""
+        """Set the time that decisions use."""
         self.seconds = seconds
 
     def spent(self, step: int) -> float:
-        """The part of the budget that is used up before `step`."""
+        """The fraction of the budget that is used before `step`."""
         if self.steps is not None:
             return step / self.steps
         assert self.minutes is not None
@@ -71,9 +71,9 @@ class Budget:
 
 
 class StopOnSignal:
-    """Takes note of Ctrl-C or SIGTERM, so that a step can be finished and saved; a second one stops at once.
+    """A context that records SIGINT or SIGTERM, so that a step can be finished and saved.
 
-    Use it as a context.
+    A second signal has its usual effect.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class StopOnSignal:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        # Only a program's main thread may.
+        # Python allows this in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)

@@ -222,10 +222,10 @@ class TrainingSettings(ModelSizes):
         """
         import torch
 
-        from mhesa.ops.devices import best_device, check_serves, computes_in_bf16
+        from mhesa.ops.devices import check_serves, computes_in_bf16, resolve_device
         from mhesa.training.distributed import processes
 
-        device = best_device() if self.device == "auto" else self.device
+        device = resolve_device(self.device)
         kind = torch.device(device).type
         precision = self.precision
         if precision == "auto":
