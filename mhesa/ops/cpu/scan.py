@@ -93,7 +93,7 @@ def backward(
     args, groups = call.args, min(call.chunk_count, GROUPS)
     dx = empty_hugepages(x.shape, x.dtype)
     dinitial = torch.empty(call.states, dtype=call.dtype)
-    dalpha, ddecay = (torch.empty(call.heads, dtype=call.dtype) for _ in range(2))
+    dalpha, ddecay = torch.empty(call.heads, dtype=call.dtype), torch.empty(call.heads, dtype=call.dtype)
     dskip = torch.empty(x.shape[2:], dtype=call.dtype)
     args.x, args.x_batch, args.x_row, args.x_head = call.rows(x)
     args.dy, args.dy_batch, args.dy_row, args.dy_head = call.rows(dy)
@@ -105,7 +105,7 @@ def backward(
         args.carries, args.slopes = (
             call.keep(torch.empty(call.chunks.spans, call.channels, dtype=call.dtype)) for _ in range(2)
         )
-        call.run(kernels.backward_ends, call.chunk_count)
+        call.run(kernels.ends, call.chunk_count)
         call.run(kernels.chain, 1, threads=1)
     call.run(kernels.backward, groups, traffic=3)
     call.run(kernels.reduce, groups, threads=1)

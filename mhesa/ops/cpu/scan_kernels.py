@@ -202,10 +202,11 @@ def forward(args):
                                 x_i = offset(x_i, head * (args.x_head - head_dim))
                                 count = min(n - i, head_dim - within)
                             at = offset(row, span * n + i)
+                            tile = (x_i, x_step, out_i, out_step, at, skips, nontemporal)
                             if stride == ROWS:
-                                forward_rows(x_i, x_step, out_i, out_step, at, skips, nontemporal, count)
+                                forward_rows(x_step, count, tile)
                             else:
-                                forward_row(x_i, x_step, out_i, out_step, at, skips, nontemporal, count)
+                                forward_row(x_step, count, tile)
                             i += count
                     step += stride
                 if chunk.last:
@@ -251,24 +252,27 @@ def relay(args):
         step = 0
         while step < rows:
             stride = ROWS if rows - step >= ROWS else 1
+            tile = (offset(x_0, step * x_step), x_step, row)
             if stride == ROWS:
-                ends_rows(offset(x_0, step * x_step), x_step, row, n)
+                ends_rows(x_step, n, tile)
             else:
-                ends_row(offset(x_0, step * x_step), x_step, row, n)
+                ends_row(x_step, n, tile)
             step += stride
         _copy(offset(final, state), offset(row, ROW_P), n)
         _copy(offset(row, ROW_P), offset(row, ROW_R), n)
         signal(turns)
         for step in range(rows):
             x_t, out_t = offset(x_0, step * x_step), offset(out_0, step * out_step)
-            forward_row(x_t, x_step, out_t, out_step, row, skips, nontemporal, n)
+            forward_row(x_step, n, (x_t, x_step, out_t, out_step, row, skips, nontemporal))
     fence()
 
 
 def ends(args):
-    """Scan every span from zero; its end goes to `carries`."""
-    row = stack_array(args.x, SCRATCH)
-    x_step = -args.x_row if args.reverse else args.x_row
+    """Scan every span from zero, x forward or dy backward; the ends go to `carries` and backward `slopes`."""
+    row, backward = stack_array(args.x, SCRATCH), exists(args.slopes)
+    source = args.dy if backward else args.x
+    by_batch, by_row = (args.dy_batch, args.dy_row) if backward else (args.x_batch, args.x_row)
+    row_step = -by_row if args.reverse else by_row
     n = args.heads * args.head_dim
     _load_rates(args, row, 0, n)
     while True:
@@ -276,50 +280,28 @@ def ends(args):
         if index >= args.chunk_count:
             break
         chunk = offset(args.chunks, index)
-        if chunk.slot >= 0:
-            _fill(offset(row, ROW_P), 0, SPANS * n)
-            rows, longer = (chunk.end - chunk.begin) // SPANS, (chunk.end - chunk.begin) % SPANS
-            steps, step = rows + (1 if longer else 0), 0
-            while step < steps:
-                stride = ROWS if rows - step >= ROWS else 1
-                for span in range(SPANS if step < rows else longer):
-                    t = _row_of(args, chunk, rows, longer, span, step)
-                    x_t = offset(args.x, chunk.batch * args.x_batch + t * args.x_row)
-                    if stride == ROWS:
-                        ends_rows(x_t, x_step, offset(row, span * n), n)
-                    else:
-                        ends_row(x_t, x_step, offset(row, span * n), n)
-                step += stride
-            _copy(offset(args.carries, chunk.slot * n), offset(row, ROW_P), SPANS * n)
-
-
-def backward_ends(args):
-    """Carry gradients back over every span from zero; ends of `p` and `r` go to `carries` and `slopes`."""
-    row = stack_array(args.x, SCRATCH)
-    dy_step = -args.dy_row if args.reverse else args.dy_row
-    n = args.heads * args.head_dim
-    _load_rates(args, row, 0, n)
-    while True:
-        index = fetch_add(member(args, "next_task"))
-        if index >= args.chunk_count:
-            break
-        chunk = offset(args.chunks, index)
-        if chunk.slot >= 0:
-            _fill(offset(row, ROW_P), 0, SPANS * n)
-            _fill(offset(row, ROW_R), 0, SPANS * n)
-            rows, longer = (chunk.end - chunk.begin) // SPANS, (chunk.end - chunk.begin) % SPANS
-            steps, step = rows + (1 if longer else 0), 0
-            while step < steps:
-                stride = ROWS if rows - step >= ROWS else 1
-                for span in range(SPANS if step < rows else longer):
-                    t = _row_of(args, chunk, rows, longer, span, step)
-                    dy_t = offset(args.dy, chunk.batch * args.dy_batch + t * args.dy_row)
-                    if stride == ROWS:
-                        backward_ends_rows(dy_t, dy_step, offset(row, span * n), n)
-                    else:
-                        backward_ends_row(dy_t, dy_step, offset(row, span * n), n)
-                step += stride
-            _copy(offset(args.carries, chunk.slot * n), offset(row, ROW_P), SPANS * n)
+        if chunk.slot < 0:
+            continue
+        _fill(offset(row, ROW_P), 0, SPANS * n)
+        _fill(offset(row, ROW_R), 0, SPANS * n)
+        rows, longer = (chunk.end - chunk.begin) // SPANS, (chunk.end - chunk.begin) % SPANS
+        steps, step = rows + (1 if longer else 0), 0
+        while step < steps:
+            stride = ROWS if rows - step >= ROWS else 1
+            for span in range(SPANS if step < rows else longer):
+                t = _row_of(args, chunk, rows, longer, span, step)
+                tile = (offset(source, chunk.batch * by_batch + t * by_row), row_step, offset(row, span * n))
+                if backward and stride == ROWS:
+                    backward_ends_rows(row_step, n, tile)
+                elif backward:
+                    backward_ends_row(row_step, n, tile)
+                elif stride == ROWS:
+                    ends_rows(row_step, n, tile)
+                else:
+                    ends_row(row_step, n, tile)
+            step += stride
+        _copy(offset(args.carries, chunk.slot * n), offset(row, ROW_P), SPANS * n)
+        if backward:
             _copy(offset(args.slopes, chunk.slot * n), offset(row, ROW_R), SPANS * n)
 
 
@@ -429,14 +411,11 @@ def backward(args):
                                 dy_i = offset(dy_i, head * (args.dy_head - head_dim))
                                 count = min(n - i, head_dim - within)
                             at = offset(row, span * n + i)
+                            tile = (x_i, x_step, dy_i, dy_step, out_i, out_step, at, skips, nontemporal)
                             if stride == ROWS:
-                                backward_rows(
-                                    x_i, x_step, dy_i, dy_step, out_i, out_step, at, skips, nontemporal, count
-                                )
+                                backward_rows(out_step, count, tile)
                             else:
-                                backward_row(
-                                    x_i, x_step, dy_i, dy_step, out_i, out_step, at, skips, nontemporal, count
-                                )
+                                backward_row(out_step, count, tile)
                             i += count
                     step += stride
                     if step % ROWS_PER_SUM < stride or step == steps:

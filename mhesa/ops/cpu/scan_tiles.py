@@ -145,97 +145,77 @@ def _backward_ends_tile(context: Any, dy: Any, dy_step: Any, scratch: Any, lanes
     return types.void(dy, types.int64, scratch, lanes, rows), codegen
 
 
-# Each function walks along `n` channels in tiles of `LANES`, then of `HALF`, then one by one. The number of
-# rows is a constant when the instructions are written, so there is a function for each. Backward in time,
-# tiles are taken from the last to the first: prefetching in hardware expects one direction.
-
-
 @jit
-def _tile(i, n, step):
-    """The first channel of the `i`-th tile; a negative `step` runs from the last to the first."""
+def _tile_start(i, n, step):
+    """The first channel of the `i`-th tile; tiles run backward if rows do: prefetching needs it."""
     return (n // LANES - 1 - i if step < 0 else i) * LANES
 
 
-def _forward_walk(rows):
+def _walk(make_tile, rows):
+    """A function `walk(step, n, args)` over `n` channels in tiles of `LANES`, of `HALF`, then of one.
+
+    `make_tile(lanes, rows)` returns what it calls, `tile(i, args)` for the channels from `i` on: both numbers
+    must be constants when the instructions are written.
+    """
+    wide, half, single = (make_tile(lanes, rows) for lanes in (LANES, HALF, 1))
+
     @jit
-    def walk(x, x_step, out, out_step, row, skips, nontemporal, n):
+    def walk(step, n, args):
         for tile in range(n // LANES):
-            i = _tile(tile, n, x_step)
-            x_i, out_i, row_i = offset(x, i), offset(out, i), offset(row, i)
-            _forward_tile(x_i, x_step, out_i, out_step, row_i, skips, nontemporal, 1, LANES, rows)
+            wide(_tile_start(tile, n, step), args)
         i = n // LANES * LANES
         if n - i >= HALF:
-            x_i, out_i, row_i = offset(x, i), offset(out, i), offset(row, i)
-            _forward_tile(x_i, x_step, out_i, out_step, row_i, skips, nontemporal, 1, HALF, rows)
+            half(i, args)
             i += HALF
         while i < n:
-            x_i, out_i, row_i = offset(x, i), offset(out, i), offset(row, i)
-            _forward_tile(x_i, x_step, out_i, out_step, row_i, skips, nontemporal, 1, 1, rows)
+            single(i, args)
             i += 1
 
     return walk
 
 
-def _ends_walk(rows):
+def _forward(lanes, rows):
     @jit
-    def walk(x, x_step, row, n):
-        for tile in range(n // LANES):
-            i = _tile(tile, n, x_step)
-            _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, LANES, rows)
-        i = n // LANES * LANES
-        if n - i >= HALF:
-            _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, HALF, rows)
-            i += HALF
-        while i < n:
-            _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, 1, rows)
-            i += 1
+    def tile(i, args):
+        x, x_step, out, out_step, row, skips, nontemporal = args
+        x_i, out_i, row_i = offset(x, i), offset(out, i), offset(row, i)
+        _forward_tile(x_i, x_step, out_i, out_step, row_i, skips, nontemporal, 1, lanes, rows)
 
-    return walk
+    return tile
 
 
-def _backward_ends_walk(rows):
+def _ends(lanes, rows):
     @jit
-    def walk(dy, dy_step, row, n):
-        for tile in range(n // LANES):
-            i = _tile(tile, n, dy_step)
-            _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), LANES, rows)
-        i = n // LANES * LANES
-        if n - i >= HALF:
-            _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), HALF, rows)
-            i += HALF
-        while i < n:
-            _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), 1, rows)
-            i += 1
+    def tile(i, args):
+        x, x_step, row = args
+        _forward_tile(offset(x, i), x_step, x, 0, offset(row, i), False, False, 0, lanes, rows)
 
-    return walk
+    return tile
 
 
-def _backward_walk(rows):
+def _backward(lanes, rows):
     @jit
-    def walk(x, x_step, dy, dy_step, out, out_step, row, skips, nontemporal, n):
-        for tile in range(n // LANES):
-            i = _tile(tile, n, out_step)
-            x_i, dy_i, out_i, row_i = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-            _backward_tile(
-                x_i, x_step, dy_i, dy_step, out_i, out_step, row_i, skips, nontemporal, LANES, rows
-            )
-        i = n // LANES * LANES
-        if n - i >= HALF:
-            x_i, dy_i, out_i, row_i = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, row_i, skips, nontemporal, HALF, rows)
-            i += HALF
-        while i < n:
-            x_i, dy_i, out_i, row_i = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
-            _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, row_i, skips, nontemporal, 1, rows)
-            i += 1
+    def tile(i, args):
+        x, x_step, dy, dy_step, out, out_step, row, skips, nontemporal = args
+        x_i, dy_i, out_i, row_i = offset(x, i), offset(dy, i), offset(out, i), offset(row, i)
+        _backward_tile(x_i, x_step, dy_i, dy_step, out_i, out_step, row_i, skips, nontemporal, lanes, rows)
 
-    return walk
+    return tile
 
 
-forward_row, forward_rows = _forward_walk(1), _forward_walk(ROWS)
-ends_row, ends_rows = _ends_walk(1), _ends_walk(ROWS)
-backward_row, backward_rows = _backward_walk(1), _backward_walk(ROWS)
-backward_ends_row, backward_ends_rows = _backward_ends_walk(1), _backward_ends_walk(ROWS)
+def _backward_ends(lanes, rows):
+    @jit
+    def tile(i, args):
+        dy, dy_step, row = args
+        _backward_ends_tile(offset(dy, i), dy_step, offset(row, i), lanes, rows)
+
+    return tile
+
+
+forward_row, forward_rows = _walk(_forward, 1), _walk(_forward, ROWS)
+ends_row, ends_rows = _walk(_ends, 1), _walk(_ends, ROWS)
+backward_row, backward_rows = _walk(_backward, 1), _walk(_backward, ROWS)
+backward_ends_row, backward_ends_rows = _walk(_backward_ends, 1), _walk(_backward_ends, ROWS)
 
 
 @intrinsic
