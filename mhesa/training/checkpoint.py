@@ -138,7 +138,7 @@ def load_progress(path: Path) -> Progress:
 
 
 def load_part(path: Path, name: str) -> dict[str, Tensor]:
-    """Tensors that `save` wrote; none if it wrote no such part.
+    """Tensors of any shape, by name, that `save` wrote; none if it wrote no such part.
 
     Raises:
         InputError: the file holds something else.
