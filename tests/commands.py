@@ -18,7 +18,7 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     ["mhesa.cli.train", "mhesa.training", "mhesa.inference.decoder", "mhesa.serve.http.server"]
 )
-SECONDS = 200
+SECONDS = 500
 
 
 def set_variable(name, value):

@@ -62,7 +62,7 @@ def finish(settings):
         # All steps are done, and only the measuring is not: there is nothing to resume.
         return True
     process = start(settings, resume=there is not None)
-    process.join(100)
+    process.join()
     assert process.exitcode == 0
     return True
 
@@ -99,7 +99,7 @@ def whole(settings):
     first.join()
     began = time.monotonic()
     process = start(settings)
-    process.join(100)
+    process.join()
     assert process.exitcode == 0
     return Path(settings.out) / "checkpoints" / "step-38", time.monotonic() - began
 
@@ -122,7 +122,7 @@ def kill_one(settings, whole, tmp_path, moment):
     process = start(run)
     process.join(moment * seconds)
     process.kill()
-    process.join(100)
+    process.join()
     finish(run)
     assert_same_end(run.out, path)
     shutil.rmtree(run.out)

@@ -14,8 +14,8 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(mhesa.__path__, "mhesa.")
     if not module.name.rpartition(".")[2].startswith("_")
 )
-# `(batch, length)`, `(heads,)`, `(2 * depth, ..., dim)`; or words where no shape is fixed.
-SHAPE = re.compile(r"\(\s*[\w*.][^()]*,[^()]*\)|\bscalars?\b|\bany shape\b|\bshape of\b")
+# `(batch, length)`, `(heads,)`, `(2 * depth, ..., dim)`; words where no shape is fixed; or what else says it.
+SHAPE = re.compile(r"\(\s*[\w*.][^()]*,[^()]*\)|\bscalars?\b|\bany shape\b|\b(See|as) `mhesa\.")
 
 
 def public(owner):
@@ -39,8 +39,8 @@ def public(owner):
 
 
 def takes_tensors(function):
-    annotations = getattr(function, "__annotations__", {})
-    return any(re.search(r"\bTensor\b", str(annotation)) for annotation in annotations.values())
+    annotations = getattr(function, "__annotations__", {}).items()
+    return any(re.search(r"\bTensor\b", str(kind)) for name, kind in annotations if not name.startswith("_"))
 
 
 @pytest.mark.parametrize("name", MODULES)

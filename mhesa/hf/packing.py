@@ -40,7 +40,7 @@ def offsets(
 
 
 def without_first_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Labels that ignore the first token of each packed sequence, which nothing predicts."""
+    """Labels `(batch, length)` that ignore the first token of each packed sequence: nothing predicts it."""
     if cu_seqlens is None:
         return labels
     starts = cu_seqlens[cu_seqlens < labels.shape[1]].long()

@@ -112,7 +112,9 @@ def write(decoder: Decoder, ids: Tensor, text: Continuation, state: Tensor) -> I
     """Write a text behind a prompt; gives every token as it is drawn, with the one that ends the text.
 
     Args:
-        decoder, ids, state: see `stream`.
+        decoder: the model.
+        ids: the prompt, `(length,)`.
+        state: see `stream`.
         text: what to write.
     """
     prompt = _not_empty(ids)

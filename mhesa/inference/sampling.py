@@ -95,7 +95,7 @@ class TokenSampler:
             self._note(token).bias = bias
 
     def observe(self, ids: Tensor | Iterable[int]) -> None:
-        """Note tokens that the sequence has, for the repetition penalty."""
+        """Note tokens that the sequence has, `(tokens,)`, for the repetition penalty."""
         if self.sampling.repetition_penalty != 1:
             for token in ids.unique().tolist() if isinstance(ids, Tensor) else ids:
                 self._note(token).seen = 1

@@ -56,7 +56,7 @@ class _Gelu(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor | None) -> Tensor:
-        """Call the kernel; the backward pass needs the inputs alone."""
+        """Call the kernel, for any shape; the backward pass needs the inputs alone."""
         ctx.save_for_backward(x, gate)
         return _forward(x, gate)
 

@@ -331,7 +331,7 @@ def _smoothing(
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
-    """Whether there is no compiler, transform, tracer, dispatch mode, dual level or tensor subclass."""
+    """Whether tensors of any shape meet no compiler, transform, tracer, mode, dual level or subclass."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

@@ -72,7 +72,7 @@ class TextTokenizer:
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray | Tensor) -> bytes:
-        """The bytes of `ids`; special tokens give none.
+        """The bytes of `ids`, `(tokens,)`; special tokens give none.
 
         Raises:
             ValueError: an id that no token has.

@@ -120,6 +120,6 @@ class CarriedStates:
         return gather(torch.stack(self.ends)).permute(2, 1, 0, 3, 4).flatten(1, 3).contiguous()
 
     def load(self, states: Tensor, accumulate: int) -> None:
-        """Take this process's share of what `gathered` gave; their number may have been another then."""
+        """Take this process's share of `states`, `(depth, windows, width)`, which any number gathered."""
         shares = states.unflatten(1, (accumulate, processes(), -1))[:, :, rank()]
         self.ends = list(shares.to(self.device).unbind(1))

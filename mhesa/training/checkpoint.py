@@ -138,7 +138,7 @@ def load_progress(path: Path) -> Progress:
 
 
 def load_part(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint, by name; none if there is no such file.
+    """The tensors, of any shape, of one file of a checkpoint by name; none if there is no such file.
 
     Raises:
         InputError: the file holds something else.

@@ -140,7 +140,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded. All processes must call this."""
+    """All of a tensor of any shape that may be sharded. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -57,7 +57,7 @@ class Figures:
         """Move the losses into `progress`, as means over all processes.
 
         Args:
-            norm: of the last gradient.
+            norm: of the last gradient, a scalar.
 
         Raises:
             TrainingError: a loss or the gradient is NaN or infinite.
@@ -69,7 +69,7 @@ class Figures:
         self._check([float(norm)], "gradient")
 
     def write_step(self, learning_rate: float, norm: Tensor) -> None:
-        """Write the figures of the steps since the last such row."""
+        """Write the figures of the steps since the last such row; `norm` of the gradient is a scalar."""
         self.settle(norm)
         progress = self.progress
         loss = sum(progress.losses) / len(progress.losses)

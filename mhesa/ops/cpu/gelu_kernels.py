@@ -51,7 +51,7 @@ EXP2 = tuple(math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1))
 
 
 def forward(x: Tensor, gate: Tensor | None) -> Tensor:
-    """`gate * GELU(x)`, for contiguous tensors of one shape and one type, fp32 or narrower."""
+    """`gate * GELU(x)`, for contiguous tensors of any shape and type up to fp32, the same for both."""
     y = empty_hugepages(x.shape, x.dtype)
     _run(x=x, gate=gate, out=y)
     return y

@@ -24,7 +24,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def empty_hugepages(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """`torch.empty` in huge pages, if the system has them and the tensor spans any.
+    """`torch.empty`, of any shape, in huge pages, if the system has them and the tensor spans any.
 
     >>> empty_hugepages(torch.Size([2, 3]), torch.float32).shape
     torch.Size([2, 3])
