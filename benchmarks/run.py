@@ -12,7 +12,7 @@ from rich.console import Console
 from mhesa.errors import InputError
 from mhesa.training import TrainingSettings, train
 
-# The gradient is clipped for the optimizer, but has a row of its own.
+# Clipping counts as the optimizer's, but has a row of its own.
 ARITHMETIC = ("forward", "backward", "clipping", "optimizer")
 REST = "the loop itself"
 
@@ -50,8 +50,8 @@ def bench_run(settings: TrainingSettings, *, console: Console | None = None) -> 
         console: where progress is shown.
 
     Returns:
-        The parts, the last of which is the remainder, and the run as a whole. Shares are of the seconds that
-        count towards the run's budget.
+        The parts, the last of which is the remainder, and the run as a whole. Shares are of the time from the
+        first step's windows to the end of the last checkpoint.
 
     Raises:
         InputError: the run is not on a CPU.
@@ -59,18 +59,19 @@ def bench_run(settings: TrainingSettings, *, console: Console | None = None) -> 
     if settings.resolve().device != "cpu":
         raise InputError("only a run on a CPU can be timed part by part; give it --device cpu")
     seconds: dict[str, float] = {}
+    moments: list[float] = []
 
     @contextmanager
-    def stopwatch(name: str) -> Iterator[None]:
-        began = time.perf_counter()
+    def timed(name: str) -> Iterator[None]:
+        moments.append(time.perf_counter())
         yield
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+        moments.append(time.perf_counter())
+        seconds[name] = seconds.get(name, 0.0) + moments[-1] - moments[-2]
 
-    summary = train(settings, console=console, phase=stopwatch)
-    seconds[REST] = summary.seconds - sum(seconds.values())
-    parts = [
-        Part(name, spent, 1e3 * spent / summary.steps, spent / summary.seconds)
-        for name, spent in seconds.items()
-    ]
+    summary = train(settings, console=console, phase=timed)
+    # The run's own clock ends before its last row, evaluation and checkpoint, so it is not the total.
+    total = moments[-1] - moments[0]
+    seconds[REST] = total - sum(seconds.values())
+    parts = [Part(name, spent, 1e3 * spent / summary.steps, spent / total) for name, spent in seconds.items()]
     outside = sum(part.share for part in parts if part.name not in ARITHMETIC)
-    return parts, Outcome(summary.steps, summary.seconds, outside, summary.score.loss)
+    return parts, Outcome(summary.steps, total, outside, summary.score.loss)
