@@ -8,10 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from mhesa.errors import InputError
 
 CHUNK = 1 << 20
 PARTIAL = ".partial"
@@ -19,7 +22,16 @@ PARTIAL = ".partial"
 
 @contextmanager
 def write_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file that appears at `path` if the context ends without an exception."""
+    """Write a file that appears at `path` if the context ends without an exception.
+
+    If `path` is a link, the file that it points to is replaced.
+
+    Raises:
+        InputError: `path` exists and is not a file.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a folder, a device or a pipe; give a file")
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with partial.open("wb") as file:
@@ -56,6 +68,25 @@ def write_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         remove(partial)
         raise
+
+
+def check_output(output: Path | int, inputs: Iterable[Path | int]) -> None:
+    """Make sure that a file to be written is none of those to be read.
+
+    Args:
+        output: a path or the descriptor of an open file.
+        inputs: likewise.
+
+    Raises:
+        InputError: it is one: it would be destroyed, or read without end.
+    """
+    try:
+        written = os.stat(output)
+    except OSError:
+        return
+    if stat.S_ISREG(written.st_mode) and any(os.path.samestat(written, os.stat(one)) for one in inputs):
+        name = "standard output" if isinstance(output, int) else output
+        raise InputError(f"{name} goes to a file that is to be read; write to another")
 
 
 def sync(path: Path) -> None:

@@ -714,9 +714,9 @@ def test_token_files_are_not_kept_in_memory(tmp_path):
 
 WITHOUT_HOME = """
 import os
+os.setresuid(54321, 0, 0)
 from mhesa.data.cache import cache_folder
 from mhesa.errors import InputError
-os.setuid(54321)
 try:
     print(cache_folder())
 except InputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -39,6 +40,9 @@ def main() -> None:
     if sys.stdout is None:
         # Standard output was closed: discard what is printed, and keep file descriptor 1 taken.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open for the whole run
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # In an encoding other than UTF-8, escape what it lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except InputError as error:

@@ -17,6 +17,7 @@ from mhesa.errors import InputError
 from mhesa.model.config import ModelSizes
 from mhesa.model.loading import load, read_config
 from mhesa.settings import setting_of
+from mhesa.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +37,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")]
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder of a trained model.", callback=_check_folder)
+]
+TextField = Annotated[
+    str, typer.Option(metavar="NAME", help=setting_of(TrainingSettings, "text_field").doc.text)
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or xpu.")]
 Backend = Annotated[str | None, typer.Option(help=setting_of(ModelSizes, "backend").doc.text)]

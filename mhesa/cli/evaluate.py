@@ -13,6 +13,7 @@ from mhesa.cli.common import (
     Folder,
     Precision,
     Quantize,
+    TextField,
     new_table,
     progress,
     read_model,
@@ -28,6 +29,7 @@ def evaluate(
             metavar="SOURCE...", help="Text files, folders, glob patterns, or - for standard input."
         ),
     ],
+    text_field: TextField = "text",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures of all files together as JSON.")
     ] = False,
@@ -53,7 +55,7 @@ def evaluate(
     from mhesa.inference.evaluation import Score
     from mhesa.inference.evaluation import evaluate as score
 
-    documents = read_sources(sources)
+    documents = read_sources(sources, text_field)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     with progress("measuring", sum(len(document.data) for document in documents)) as advance:
         scores = [score(reader.decoder, reader.tokenizer, [document], advance) for document in documents]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mhesa.atomic_io import check_output
 from mhesa.cli.common import (
     Backend,
     Device,
@@ -77,6 +78,8 @@ def generate(
         raise InputError("a stop text must not be empty")
     if session is not None and not os.access(session.parent, os.W_OK):
         raise InputError(f"cannot write {session}: its folder is missing or read-only")
+    if prompt == "-":
+        check_output(1, [0])
     drawing = Sampling(**sampling)
     TokenSampler(drawing, seed)  # refuses a bad seed before anything is written
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)

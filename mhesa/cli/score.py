@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mhesa.atomic_io import check_output
 from mhesa.cli.common import (
     Backend,
     Device,
     Folder,
     Precision,
     Quantize,
+    TextField,
     errors,
     interruptible,
     progress,
@@ -50,6 +52,7 @@ def score(
         Path | None,
         typer.Option(metavar="FILE", help="Write an HTML page of the text, coloured by surprisal."),
     ] = None,
+    text_field: TextField = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print each score as a line of JSON.")] = False,
     precision: Precision = None,
     quantize: Quantize = None,
@@ -60,6 +63,9 @@ def score(
 
     Surprisal is in bits: -log2 of the probability that the model gave the text. Memory does not grow with the
     text. Columns: bits, bits per byte, file and line, the text.
+
+    Bits of a token that spans lines are shared out by its bytes. With a vocabulary that has such tokens, a
+    line of standard input is scored when the next one begins; with bytes, as soon as it ends.
 
     Examples:
 
@@ -77,7 +83,11 @@ def score(
         raise InputError(f"--by must be {', '.join(BY)}, not {by}")
     if top is not None and top < 1:
         raise InputError(f"--top must be at least 1, not {top}")
-    files = [file for source in sources or ["-"] for file in _find(source)]
+    files = _find(sources or ["-"])
+    inputs = [file.path if file else 0 for file in files]
+    check_output(1, inputs)
+    if heatmap:
+        check_output(heatmap, inputs)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     with ExitStack() as stack:
         stack.enter_context(interruptible())
@@ -87,7 +97,7 @@ def score(
         advance = stack.enter_context(progress("scoring", total, hidden=hidden))
         rows = (
             row
-            for name, chunks in _documents(files, advance)
+            for name, chunks in _documents(files, text_field, advance)
             for row in BY[by](name, _scored(reader, name, chunks, page))
         )
         shown = rows if top is None else most_surprising(_until_interrupted(rows), top)
@@ -96,15 +106,19 @@ def score(
                 _print(row, as_json)
 
 
-def _find(source: str) -> list[File | None]:
-    """The files of a source; `None` stands for standard input, which is scored while it is read."""
+def _find(sources: list[str]) -> list[File | None]:
+    """The files of sources, each once; `None` stands for standard input, which is scored while it is read."""
     from mhesa.data import find_files
 
-    return [None] if source == "-" else [*find_files([source])]
+    found: dict[object, File | None] = {}
+    for source in sources:
+        for file in [None] if source == "-" else find_files([source]):
+            found.setdefault(file and file.identity(), file)
+    return list(found.values())
 
 
 def _documents(
-    files: list[File | None], advance: Callable[[int], object]
+    files: list[File | None], text_field: str, advance: Callable[[int], object]
 ) -> Iterator[tuple[str, Iterator[bytes]]]:
     """The documents of some files: the name and the chunks of bytes of each."""
     from mhesa.data import standard_input
@@ -113,7 +127,7 @@ def _documents(
         if file is None:
             yield "-", standard_input()
         else:
-            yield from file.documents(on_read=advance)
+            yield from file.documents(text_field, advance)
 
 
 @contextmanager
@@ -121,7 +135,7 @@ def _page(path: Path) -> Iterator[Heatmap]:
     from mhesa.inference.heatmap import Heatmap
 
     try:
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield Heatmap(file)
     except OSError as error:
         if error.filename is None or Path(error.filename) != path:

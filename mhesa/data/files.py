@@ -62,7 +62,11 @@ class File:
         """Bytes on the disk."""
         return self.path.stat().st_size
 
-    def version(self) -> tuple[int, ...]:
+    def identity(self) -> tuple[int, int]:
+        """What all names of the file have in common: device and inode."""
+        return self.version()[:2]
+
+    def version(self) -> tuple[int, int, int, int, int]:
         """Numbers that differ after a change of the file: device, inode, size and times.
 
         A change within a tick of the system's clock, a few milliseconds, can leave them as they were.

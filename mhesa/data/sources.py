@@ -46,7 +46,7 @@ def find_files(sources: Sequence[str]) -> list[File]:
     found: dict[tuple[int, int], File] = {}
     for source in sources:
         for file in _expand(source):
-            found.setdefault(_identity(file.path), file)
+            found.setdefault(file.identity(), file)
     return list(found.values())
 
 

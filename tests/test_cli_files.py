@@ -1,0 +1,201 @@
+"""Commands and the files they read and write: encodings, outputs that are inputs, runs below their text."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from serving import save_model
+
+import mhesa
+from mhesa import cli
+from mhesa.errors import InputError
+
+COMMAND = [sys.executable, "-m", "mhesa"]
+LINES = b"".join(b"line %d of some\n" % n for n in range(400))
+SIZES = ("--dim", 8, "--depth", 1, "--heads", 1, "--dim-mhesa", 8, "--context", 16, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def fails(run, *arguments, **options):
+    code, out, err = run(*arguments, **options)
+    assert (code, out) == (2, b"")
+    assert b"Traceback" not in err
+    return err.decode()
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "texts" / "text.txt"
+    path.parent.mkdir()
+    path.write_bytes(LINES)
+    return path
+
+
+# Outputs that are inputs
+
+
+@pytest.mark.parametrize(
+    ("source", "spelling"),
+    [
+        ("file", "itself"),
+        ("folder", "a link"),
+        ("pattern", "a hard link"),
+        ("file", "dots"),
+        ("standard input", "a link"),
+    ],
+)
+def test_a_page_does_not_replace_a_source(run, folder, text, source, spelling):
+    page = {
+        "itself": text,
+        "a link": text.parent / ".link",
+        "a hard link": text.parent / ".hard",
+        "dots": text.parent / ".." / text.parent.name / text.name,
+    }[spelling]
+    if spelling == "a link":
+        page.symlink_to(text)
+    if spelling == "a hard link":
+        os.link(text, page)
+    named = {"file": text, "folder": text.parent, "pattern": text.parent / "*.txt"}
+    if source == "standard input":
+        done = subprocess.run(
+            [*COMMAND, "score", folder, "--heatmap", page], stdin=text.open(), capture_output=True
+        )
+        assert (done.returncode, done.stdout) == (2, b"")
+        err = done.stderr.decode()
+    else:
+        err = fails(run, "score", folder, named[source], "--heatmap", page)
+    assert f"{page} goes to a file that is to be read; write to another" in err
+    assert text.read_bytes() == LINES
+
+
+@pytest.mark.parametrize("command", ["score", "generate"])
+def test_standard_output_is_not_read_without_end(folder, text, command):
+    arguments = {"score": [text.parent], "generate": ["--prompt", "-", "--length", "1"]}[command]
+    done = subprocess.run(
+        [*COMMAND, command, folder, *arguments],
+        stdin=text.open(),
+        stdout=text.open("ab"),
+        stderr=subprocess.PIPE,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert b"standard output goes to a file that is to be read" in done.stderr
+    assert text.read_bytes() == LINES
+
+
+def test_a_session_replaces_files_alone(tmp_path, folder):
+    session = mhesa.Session(mhesa.Reader(*mhesa.load(folder)))
+    session.feed("text")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/null"):
+        before = os.lstat(path)
+        with pytest.raises(InputError, match=r"is a folder, a device or a pipe; give a file"):
+            session.save(path)
+        assert (os.lstat(path).st_mode, os.lstat(path).st_ino) == (before.st_mode, before.st_ino)
+    (tmp_path / "link").symlink_to("target")
+    session.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert mhesa.Session.load(tmp_path / "target", session.reader).position == session.position
+
+
+def test_a_file_under_two_names_is_scored_once(run, folder, text):
+    (text.parent / "link").symlink_to(text.name)
+    code, out, _ = run("score", folder, text, text.parent / "link", text.parent, "--by", "document", "--json")
+    assert code == 0
+    assert len(out.splitlines()) == 1
+
+
+# Rows
+
+
+@pytest.mark.parametrize("command", ["eval", "score"])
+def test_the_text_of_rows_may_have_any_field(run, folder, tmp_path, command):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": body}) + "\n" for body in ("one\n", "two\n")))
+    code, out, _ = run(command, folder, rows, "--text-field", "body", "--json")
+    assert code == 0
+    results = [json.loads(line) for line in out.splitlines()]
+    assert sum(result["bytes"] for result in results) == 8
+    assert "has no field text; its fields are body: name one with --text-field" in fails(
+        run, command, folder, rows
+    )
+
+
+# Encodings
+
+
+def printed(monkeypatch, encoding, *arguments):
+    """What a command prints where standard output has an encoding."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["mhesa", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    stdout.flush()
+    assert caught.value.code == 0
+    return stdout.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_output_is_escaped_where_its_encoding_lacks_characters(monkeypatch, folder, tmp_path, encoding):
+    path = tmp_path / "größe 漢\udcff.txt"
+    path.write_text("Größe 漢字\n" * 3, encoding="utf-8")
+    prompt = ["--prompt", "Größe 漢", "--length", "20", "--seed", "1"]
+    size = {"ascii": "Gr\\xf6\\xdfe", "latin-1": "Größe"}[encoding]
+    assert printed(monkeypatch, encoding, "generate", folder, *prompt).startswith(f"{size} \\u6f22")
+    for arguments in ([], ["--json"], ["--top", "1", "--heatmap", tmp_path / "page.html"]):
+        assert f"{size} \\u6f22\\u5b57" in printed(monkeypatch, encoding, "score", folder, path, *arguments)
+    assert "\\udcff.txt" in printed(monkeypatch, encoding, "eval", folder, tmp_path / "gr*", path)
+    assert "Größe 漢字" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_output_is_escaped_in_the_plainest_locale(folder):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    arguments = ["generate", folder, "--prompt", "Größe 漢", "--length", "1", "--seed", "1"]
+    done = subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"Gr\\xf6\\xdfe \\u6f22")
+
+
+# Runs below their own text
+
+
+def test_a_run_below_its_text_is_resumed_and_the_next_one_begins(run, tmp_path):
+    (tmp_path / "a.txt").write_bytes(LINES * 8)
+    for out in (tmp_path / "one", tmp_path / "two", tmp_path):
+        code, _, err = run("train", tmp_path, "--out", out, "--steps", 2, *SIZES)
+        assert code == 0, err.decode()
+        code, _, err = run("train", "--resume", "--out", out, "--steps", 3)
+        assert code == 0, err.decode()
+    corpora = [
+        json.loads((out / "settings.json").read_text())["corpus"]
+        for out in (tmp_path / "one", tmp_path / "two", tmp_path)
+    ]
+    assert corpora[0] == corpora[1] == corpora[2]
+
+
+WITHOUT_HOME = """
+import os, sys
+# A user without a name, who may read what Python is made of.
+os.setresuid(54321, 0, 0)
+from mhesa import cli
+cli.main()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becomes a user without a name")
+def test_a_user_without_home_and_name_can_train(tmp_path):
+    (tmp_path / "a.txt").write_bytes(LINES * 8)
+    hidden = ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    arguments = ["train", tmp_path, "--out", tmp_path / "run", "--steps", 1, *SIZES]
+    command = [sys.executable, "-c", WITHOUT_HOME, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
