@@ -30,8 +30,8 @@ def check_memory(settings: TrainingSettings, vocab_size: int) -> None:
     if model + batch > available:
         raise InputError(
             f"{settings.windows_a_step:,} windows of {settings.context:,} tokens take "
-            f"{_gigabytes(batch)} and {settings.device} has {_gigabytes(available)}; make batch_size or context "
-            "smaller, or accumulate larger"
+            f"{_gigabytes(batch)} and {settings.device} has {_gigabytes(available)}; make batch_size or "
+            "context smaller, or accumulate larger"
         )
 
 
