@@ -187,9 +187,21 @@ class EagerSmoothing(Function):
         """Call the kernel, or the differentiable gradient if it is to be differentiated."""
         if torch.is_grad_enabled() or not is_plain_eager(dy, dfinal):
             return Smoothing.backward(ctx, dy, dfinal)
-        *tensors, states = ctx.saved_tensors
-        gradients = _backward(ctx.name, dy, dfinal, *tensors, ctx.reverse, states)
-        return _for_inputs(gradients, *tensors[:-1])
+        x, alpha, decay, skip, initial_state, cu_seqlens, states = ctx.saved_tensors
+        gradients = _backward(
+            ctx.name,
+            dy,
+            dfinal,
+            x,
+            alpha,
+            decay,
+            skip,
+            initial_state,
+            cu_seqlens,
+            ctx.reverse,
+            states,
+        )
+        return _for_inputs(gradients, x, alpha, decay, skip, initial_state)
 
 
 class Smoothing(Function):

@@ -89,10 +89,11 @@ def backward(
     if states is None:
         _, states = _scan(call, initial_state, None)
     dx = empty_hugepages(x.shape, x.dtype)
-    dalpha, ddecay = (torch.zeros(x.shape[:3], dtype=call.dtype) for _ in range(2))
     dskip = torch.zeros(x.shape[2:], dtype=call.dtype)
     if call.empty:
+        dalpha, ddecay = (torch.zeros(x.shape[:3], dtype=call.dtype) for _ in range(2))
         return dx, dalpha, ddecay, dskip, dfinal.clone()
+    dalpha, ddecay = (torch.empty(x.shape[:3], dtype=call.dtype) for _ in range(2))
     dinitial, args = torch.empty(call.shape, dtype=call.dtype), call.args
     args.dy, args.dy_batch, args.dy_row, args.dy_head = call.rows(dy)
     args.out, args.dfinal, args.dinitial = dx.data_ptr(), call.parameter(dfinal), dinitial.data_ptr()
@@ -140,8 +141,8 @@ class _Call:
         )
         args = self.args
         args.x, args.x_batch, args.x_row, args.x_head = self.rows(x)
-        args.alpha, args.alpha_batch, args.alpha_row, args.alpha_head = self.rates(alpha)
-        args.decay, args.decay_batch, args.decay_row, args.decay_head = self.rates(decay)
+        args.alpha, args.alpha_batch, args.alpha_row = self.rates(alpha)
+        args.decay, args.decay_batch, args.decay_row = self.rates(decay)
 
     def keep(self, tensor: Tensor) -> int:
         """The address of a tensor, which is kept."""
@@ -155,12 +156,14 @@ class _Call:
     def rows(self, tensor: Tensor) -> tuple[int, int, int, int]:
         """The address of a `(batch, length, heads, head_dim)` tensor, and its first three strides."""
         tensor = readable(tensor.to(self.stored), min_head_dim=0)
-        return self.keep(tensor), *tensor.stride()[:3]
+        by_batch, by_row, by_head, _ = tensor.stride()
+        return self.keep(tensor), by_batch, by_row, by_head
 
-    def rates(self, tensor: Tensor) -> tuple[int, int, int, int]:
-        """The address of `(batch, length, heads)` rates, and their strides."""
-        tensor = tensor.to(self.dtype)
-        return self.keep(tensor), *tensor.stride()
+    def rates(self, tensor: Tensor) -> tuple[int, int, int]:
+        """The address of `(batch, length, heads)` rates, and their first two strides."""
+        tensor = readable(tensor.to(self.dtype)[:, :, None], min_head_dim=0)
+        by_batch, by_row, _, _ = tensor.stride()
+        return self.keep(tensor), by_batch, by_row
 
     def run(self, kernel: Callable[..., None], buffer: int, *, tensors: int) -> None:
         """Run a kernel over `tensors` tensors as large as x, with memory for `buffer` values a thread."""
@@ -178,6 +181,7 @@ class _Call:
         args.tasks = len(self.cut.chunks) if relay else sequences
         # Non-temporal stores need vectors that are whole and aligned.
         aligned = self.head_dim % LANES == 0 or self.head_dim == HALF
+        aligned = aligned and self.channels * self.stored.itemsize % 64 == 0
         args.nontemporal = aligned and tensors * self.bytes > NONTEMPORAL_BYTES
         parallel(compiled(kernel, self.stored, kernels.Arguments), args.address, threads)
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 from mhesa.ops.cpu.arguments import ACCUMULATION, INT64, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, fence, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import exists, jit, member, offset
-from mhesa.ops.cpu.rates_tiles import advance_row, backward_row, carry_row, write_row
+from mhesa.ops.cpu.rates_tiles import GROUP, advance_row, backward_row, carry_row, write_row
 from mhesa.ops.cpu.scan_tiles import prefetch
 
 Chunk = struct(
@@ -61,14 +61,12 @@ Arguments = struct(
     dy_row="int64",
     dy_head="int64",
     out=STORED,  # y, or dx; without it, `forward` computes the states only
-    alpha=ACCUMULATION,
+    alpha=ACCUMULATION,  # of each step, a step's heads contiguous
     alpha_batch="int64",
     alpha_row="int64",
-    alpha_head="int64",
     decay=ACCUMULATION,
     decay_batch="int64",
     decay_row="int64",
-    decay_head="int64",
     skip=ACCUMULATION,
     initial=ACCUMULATION,
     final=ACCUMULATION,
@@ -98,14 +96,21 @@ def _copy(to, source, n):
         to[i] = source[i]
 
 
+@jit
+def _first_head(block, blocks, heads, head_dim):
+    """Where a block of heads begins: between two tiles of several heads, which results must not depend on."""
+    together = GROUP // head_dim if head_dim in (8, 16, 32) and head_dim <= GROUP else 1
+    tiles = (heads + together - 1) // together
+    return min(block * tiles // blocks * together, heads)
+
+
 def forward(args):
     """Scan one task after another, until none is left."""
     heads, head_dim, blocks, relay = args.heads, args.head_dim, args.blocks, args.relay
     channels, sign = heads * head_dim, -1 if args.reverse else 1
     x, out, alpha, decay = args.x, args.out, args.alpha, args.decay
     skips, nontemporal = exists(args.skip), args.nontemporal != 0
-    x_head, alpha_head, decay_head = args.x_head, args.alpha_head, args.decay_head
-    x_step, out_step = sign * args.x_row, sign * channels
+    x_head, x_step, out_step = args.x_head, sign * args.x_row, sign * channels
     alpha_step, decay_step = sign * args.alpha_row, sign * args.decay_row
     handed = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
     while True:
@@ -113,8 +118,8 @@ def forward(args):
         if task >= args.tasks * blocks:
             break
         index, block = task // blocks, task % blocks
-        head = block * heads // blocks
-        n, start = (block + 1) * heads // blocks - head, head * head_dim
+        head = _first_head(block, blocks, heads, head_dim)
+        n, start = _first_head(block + 1, blocks, heads, head_dim) - head, head * head_dim
         width, skip = n * head_dim, offset(args.skip, start)
         low = args.order[index] if relay else args.first_chunk[index]
         high = low + 1 if relay else args.first_chunk[index + 1]
@@ -123,8 +128,8 @@ def forward(args):
             rows, t = chunk.end - chunk.begin, chunk.end - 1 if args.reverse else chunk.begin
             x_t = offset(x, chunk.batch * args.x_batch + t * args.x_row + head * x_head)
             out_t = offset(out, (chunk.batch * args.length + t) * channels + start)
-            alpha_t = offset(alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head * alpha_head)
-            decay_t = offset(decay, chunk.batch * args.decay_batch + t * args.decay_row + head * decay_head)
+            alpha_t = offset(alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head)
+            decay_t = offset(decay, chunk.batch * args.decay_batch + t * args.decay_row + head)
             turns = offset(args.turns, (chunk.sequence * blocks + block) * LINE)
             state = offset(args.final, chunk.sequence * channels + start)
             if relay:
@@ -140,8 +145,8 @@ def forward(args):
                 _copy(handed, state, width)
                 for row in range(rows):
                     advance_row(
-                        offset(x_t, row * x_step), x_head, offset(alpha_t, row * alpha_step), alpha_head,
-                        offset(decay_t, row * decay_step), decay_head, state, state, n, head_dim,
+                        offset(x_t, row * x_step), x_head, offset(alpha_t, row * alpha_step),
+                        offset(decay_t, row * decay_step), state, state, n, head_dim,
                     )  # fmt: skip
                 state = handed
             if relay:
@@ -149,8 +154,8 @@ def forward(args):
             if exists(out):
                 for row in range(rows):
                     write_row(
-                        offset(x_t, row * x_step), x_head, offset(alpha_t, row * alpha_step), alpha_head,
-                        offset(decay_t, row * decay_step), decay_head, state, state,
+                        offset(x_t, row * x_step), x_head, offset(alpha_t, row * alpha_step),
+                        offset(decay_t, row * decay_step), state, state,
                         offset(out_t, row * out_step), skip, skips, nontemporal, n, head_dim,
                     )  # fmt: skip
     fence()
@@ -162,7 +167,7 @@ def backward(args):
     channels, sign = heads * head_dim, -1 if args.reverse else 1
     x, dy, out, alpha, decay = args.x, args.dy, args.out, args.alpha, args.decay
     skips, nontemporal = exists(args.skip), args.nontemporal != 0
-    x_head, dy_head, alpha_head, decay_head = args.x_head, args.dy_head, args.alpha_head, args.decay_head
+    x_head, dy_head = args.x_head, args.dy_head
     x_step, dy_step, out_step = sign * args.x_row, sign * args.dy_row, sign * channels
     alpha_step, decay_step, rate_step = sign * args.alpha_row, sign * args.decay_row, sign * heads
     handed = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
@@ -172,8 +177,8 @@ def backward(args):
         if task >= args.tasks * blocks:
             break
         index, block = task // blocks, task % blocks
-        head = block * heads // blocks
-        n, start = (block + 1) * heads // blocks - head, head * head_dim
+        head = _first_head(block, blocks, heads, head_dim)
+        n, start = _first_head(block + 1, blocks, heads, head_dim) - head, head * head_dim
         width, skip = n * head_dim, offset(args.skip, start)
         low = args.order[args.tasks - 1 - index] if relay else args.first_chunk[index]
         high = low + 1 if relay else args.first_chunk[index + 1]
@@ -183,8 +188,8 @@ def backward(args):
             x_t = offset(x, chunk.batch * args.x_batch + t * args.x_row + head * x_head)
             dy_t = offset(dy, chunk.batch * args.dy_batch + t * args.dy_row + head * dy_head)
             out_t = offset(out, (chunk.batch * args.length + t) * channels + start)
-            alpha_t = offset(alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head * alpha_head)
-            decay_t = offset(decay, chunk.batch * args.decay_batch + t * args.decay_row + head * decay_head)
+            alpha_t = offset(alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head)
+            decay_t = offset(decay, chunk.batch * args.decay_batch + t * args.decay_row + head)
             rate_t = (chunk.batch * args.length + t) * heads + head
             dalpha_t, ddecay_t = offset(args.dalpha, rate_t), offset(args.ddecay, rate_t)
             turns = offset(args.turns, (chunk.sequence * blocks + block) * LINE)
@@ -194,8 +199,8 @@ def backward(args):
                 prefetch(offset(dy_t, row * dy_step), 0, 1, width)
                 if row + 1 < rows:
                     advance_row(
-                        offset(x_t, row * x_step), x_head, offset(alpha_t, row * alpha_step), alpha_head,
-                        offset(decay_t, row * decay_step), decay_head, offset(before, row * width),
+                        offset(x_t, row * x_step), x_head, offset(alpha_t, row * alpha_step),
+                        offset(decay_t, row * decay_step), offset(before, row * width),
                         offset(before, (row + 1) * width), n, head_dim,
                     )  # fmt: skip
             if relay:
@@ -206,7 +211,7 @@ def backward(args):
                 _copy(handed, p, width)
                 for row in range(rows - 1, -1, -1):
                     carry_row(
-                        offset(dy_t, row * dy_step), dy_head, offset(decay_t, row * decay_step), decay_head,
+                        offset(dy_t, row * dy_step), dy_head, offset(decay_t, row * decay_step),
                         p, n, head_dim,
                     )  # fmt: skip
                 p = handed
@@ -217,8 +222,8 @@ def backward(args):
             for row in range(rows - 1, -1, -1):
                 backward_row(
                     offset(x_t, row * x_step), x_head, offset(dy_t, row * dy_step), dy_head,
-                    offset(alpha_t, row * alpha_step), alpha_head,
-                    offset(decay_t, row * decay_step), decay_head,
+                    offset(alpha_t, row * alpha_step),
+                    offset(decay_t, row * decay_step),
                     offset(before, row * width), p, offset(out_t, row * out_step), skip, dskip,
                     offset(dalpha_t, row * rate_step), offset(ddecay_t, row * rate_step),
                     skips, nontemporal, n, head_dim,

@@ -18,8 +18,9 @@ BLOCK = 32
 SPANS_LOG = 5
 """Spans per tile, as a logarithm to base 2."""
 
-ROWS_LOG = {2: 2, 4: 2, 8: 1}
-"""Rows per span, as a logarithm to base 2, by the bytes of a value: as many as fit into registers."""
+ROWS_LOG = {2: 1, 4: 2, 8: 1}
+"""Rows per span, as a logarithm to base 2, by the bytes of a value: as many as fit into registers. A
+thread loads 16 bytes at a time, so it holds more of two-byte values. With packing there are half as many."""
 
 CHAIN_BLOCK = 32
 """Channels per program of the chain kernel."""
@@ -37,10 +38,10 @@ class _Plan(NamedTuple):
     constants: dict[str, int | bool]
 
 
-def _plan(x: Tensor, reverse: bool) -> _Plan:
+def _plan(x: Tensor, packed: bool, reverse: bool) -> _Plan:
     launching.check_dtype(x.dtype)
     batch, length, heads, head_dim = x.shape
-    rows_log = ROWS_LOG[x.element_size()]
+    rows_log = max(ROWS_LOG[x.element_size()] - packed, 0)
     tiles = triton.cdiv(length, 1 << (rows_log + SPANS_LOG))
     dims = min(triton.next_power_of_2(head_dim), BLOCK)
     parts = triton.cdiv(head_dim, dims)
@@ -103,7 +104,7 @@ def _scan(
     if x.numel() == 0:
         return final_state, alpha.new_empty(0)
 
-    plan = _plan(x, reverse)
+    plan = _plan(x, cu_seqlens is not None, reverse)
     channels = heads * head_dim
     sequence_of = launching.sequence_of(cu_seqlens, x)
     states = alpha.new_empty(batch, plan.tiles, channels)
@@ -166,7 +167,7 @@ def backward(
 
     x, dy, dfinal = launching.strided(x), launching.strided(dy), dfinal.contiguous()
     skip, initial_state = launching.dense(skip), launching.dense(initial_state)
-    plan = _plan(x, reverse)
+    plan = _plan(x, cu_seqlens is not None, reverse)
     channels = heads * head_dim
     sequence_of = launching.sequence_of(cu_seqlens, x)
     dinitial = torch.empty_like(dfinal) if cu_seqlens is None else dfinal.clone()
@@ -247,7 +248,7 @@ def _launch_chain(
         channels,
         tiles,
         BLOCK=CHAIN_BLOCK,
-        TILE=1 << (plan.constants["ROWS_LOG"] + SPANS_LOG),
+        TILE=1 << (plan.constants["ROWS_LOG"] + plan.constants["SPANS_LOG"]),
         AHEAD=launching.AHEAD,
         BACKWARD=backward,
         num_warps=1,
