@@ -779,8 +779,8 @@ def test_streams_go_on_where_they_stopped(length, context, rows, seed):
     before = torch.zeros(rows, 1)
     for step in range(2 * windows.per_pass):
         ids = windows.read(windows.starts(step))
-        assert windows.begins(step) == (step % windows.per_pass == 0)
-        if not windows.begins(step):
+        assert windows.is_stream_start(step) == (step % windows.per_pass == 0)
+        if not windows.is_stream_start(step):
             assert torch.equal(ids[:, 0], before[:, -1])
         before = ids
         seen += ids[:, :-1].flatten().tolist() if step < windows.per_pass else []

@@ -20,12 +20,10 @@ from mhesa.errors import InputError
 
 # What `mhesa train` writes into its folder. Such a folder below a source adds none of these to the text.
 RUN_SETTINGS = "settings.json"
-RUN_FILES = frozenset(
-    {
-        *(RUN_SETTINGS, "metrics.jsonl", "loss.png", "checkpoints"),
-        *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"),
-    }
+RUN_FILES = (
+    *(RUN_SETTINGS, "metrics.jsonl", "loss.png", "checkpoints", "tensorboard"),
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"),
 )
 
 

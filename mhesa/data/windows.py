@@ -1,4 +1,4 @@
-"""Windows: which tokens a step reads, as a function of the step alone."""
+"""Windows: the tokens that a training step reads, which depend on the step and the seed alone."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class Ids(Protocol):
     """Token ids that can be sliced: an array, or a file of them."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of ids."""
 
     def __getitem__(self, place: slice) -> np.ndarray:
-        """Some of them."""
+        """Some of the ids, as an array."""
 
 
 class Windows:
-    """Where the windows of each step begin, in an order that step and seed alone decide.
+    """The windows of each step. They depend on step and seed alone, so a resumed run asks for the next step.
 
-    A stopped run goes on by asking for the next step. Every pass over the corpus has an offset and an
-    order of its own; a window gives `context` tokens to read and as many to predict.
+    A window is `context` tokens to read and the one behind each to predict. Windows do not overlap within a
+    pass over the corpus. Every pass has its own random offset and, without streams, its own random order.
 
     Args:
-        tokens: `(tokens,)` ids.
+        tokens: ids, `(tokens,)`.
         context: tokens a window.
         rows: windows a step.
-        seed: what offsets and orders are drawn from.
-        streams: whether row `i` of a step goes on where row `i` of the step before stopped, for states
-            that are carried; otherwise windows come in random order.
+        seed: of the offsets and orders.
+        streams: whether row `i` of a step follows row `i` of the step before in the text, so that states
+            can be carried.
 
     Raises:
         InputError: fewer tokens than one window, or than one for each stream.
@@ -59,52 +59,53 @@ class Windows:
         self.seed = seed
         self.streams = streams
         fit = (len(tokens) - 1) // context
-        # One window less than fits leaves room for the offset.
+        # One window fewer than fit, which leaves room for the offset.
         self.per_pass = max(fit // rows - 1, 1) if streams else max(fit - 1, 1)
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def starts(self, step: int) -> np.ndarray:
-        """Where the windows of a step begin, `(rows,)`."""
+        """The first token of each window of a step, `(rows,)`."""
         if self.streams:
-            nth, index = divmod(step, self.per_pass)
+            pass_, index = divmod(step, self.per_pass)
             spread = self.per_pass * self.context * np.arange(self.rows)
-            return self._offset(nth, self.rows * self.per_pass) + spread + self.context * index
+            return self._offset(pass_, self.rows * self.per_pass) + spread + self.context * index
         places = (divmod(step * self.rows + row, self.per_pass) for row in range(self.rows))
-        return np.array([self._order(nth)[index] for nth, index in places])
+        return np.array([self._order(pass_)[index] for pass_, index in places])
 
-    def begins(self, step: int) -> bool:
-        """Whether the streams start anew with this step, so that no state goes into it."""
+    def is_stream_start(self, step: int) -> bool:
+        """Whether no state is carried into this step: a pass begins with it, or there are no streams."""
         return not self.streams or step % self.per_pass == 0
 
     def read(self, starts: Sequence[int] | np.ndarray) -> Tensor:
-        """The windows that begin there, each with the token behind it: `(windows, context + 1)`."""
+        """The windows at `starts`, each with the token behind it, int64 `(windows, context + 1)`."""
         ids = [self.tokens[start : start + self.context + 1] for start in starts]
         return torch.from_numpy(np.stack(ids))
 
-    def _draw_order(self, nth: int) -> np.ndarray:
-        # Offsets and orders are drawn from generators of their own, so that neither moves the other.
-        order = np.random.default_rng((self.seed, nth, 1)).permutation(self.per_pass)
-        return self._offset(nth, self.per_pass) + self.context * order
+    def _draw_order(self, pass_: int) -> np.ndarray:
+        # Offsets and orders have separate generators, so that neither depends on how much the other draws.
+        order = np.random.default_rng((self.seed, pass_, 1)).permutation(self.per_pass)
+        return self._offset(pass_, self.per_pass) + self.context * order
 
-    def _offset(self, nth: int, windows: int) -> int:
+    def _offset(self, pass_: int, windows: int) -> int:
         room = len(self.tokens) - 1 - windows * self.context
-        return int(np.random.default_rng((self.seed, nth, 0)).integers(room + 1))
+        return int(np.random.default_rng((self.seed, pass_, 0)).integers(room + 1))
 
 
 def pack(ids: Tensor, eos_token_id: int) -> tuple[Tensor, Tensor]:
-    """Windows end to end, parted where a window or a document begins, so that no state goes across.
+    """Join windows into one row, and say where windows and documents begin, to keep their states apart.
 
     Args:
         ids: `(windows, context)`.
         eos_token_id: the token that a document begins with.
 
     Returns:
-        Packed ids `(1, windows * context)`, and offsets `(sequences + 1,)`.
+        The ids in one row, `(1, windows * context)`, and where each sequence begins, and the last one ends,
+        `(sequences + 1,)`.
 
     >>> pack(torch.tensor([[5, 6, 9, 7], [9, 1, 2, 3]]), eos_token_id=9)
     (tensor([[5, 6, 9, 7, 9, 1, 2, 3]]), tensor([0, 2, 4, 8]))
     """
-    begins = ids == eos_token_id
-    begins[:, 0] = True
-    offsets = begins.flatten().nonzero()[:, 0]
+    is_start = ids == eos_token_id
+    is_start[:, 0] = True
+    offsets = is_start.flatten().nonzero()[:, 0]
     return ids.reshape(1, -1), torch.cat([offsets, offsets.new_tensor([ids.numel()])])

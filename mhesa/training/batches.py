@@ -59,7 +59,7 @@ class Batches:
         """The micro-batches of a step, a function of the step alone."""
         shares = self.windows.starts(step).reshape(self.accumulate, processes(), -1)
         return [
-            self._micro_batch(self.windows.read(starts), self.windows.begins(step))
+            self._micro_batch(self.windows.read(starts), self.windows.is_stream_start(step))
             for starts in shares[:, rank()]
         ]
 

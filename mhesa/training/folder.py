@@ -14,6 +14,7 @@ import torch
 
 import mhesa
 from mhesa.atomic_io import write_file
+from mhesa.data.sources import RUN_FILES
 from mhesa.errors import InputError
 from mhesa.training import checkpoint
 from mhesa.training.schedule import Budget
@@ -25,14 +26,6 @@ CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 # In the last row of metrics of a complete run.
 COMPLETE = "complete"
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer_config.json",
-    "tokenizer.json",
-)
-RUN_FILES = (SETTINGS, METRICS, CURVE, CHECKPOINTS, TENSORBOARD, *MODEL_FILES)
 # Settings that a resumed run may change; with others changed it would be another run.
 CHANGEABLE = frozenset(
     {

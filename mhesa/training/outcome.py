@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from mhesa.data import Document
+from mhesa.data.sources import RUN_FILES
 from mhesa.inference.evaluation import Score
 from mhesa.inference.generation import stream
 from mhesa.inference.sampling import Sampling
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.tokenizers.protocol import Tokenizer
-from mhesa.training.folder import RUN_FILES
+from mhesa.tokenizers.stream import character_start
 
 SAMPLE_TOKENS = 300
 
@@ -44,7 +45,7 @@ def first_bytes(documents: Iterable[Document], size: int) -> list[Document]:
     for document in documents:
         if size <= 0:
             break
-        chosen.append(replace(document, data=document.data[:size]))
+        chosen.append(replace(document, data=document.data[: character_start(document.data, size)]))
         size -= len(document.data)
     return chosen
 

@@ -14,9 +14,8 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch.profiler import record_function
 
-from mhesa.atomic_io import write_folder
 from mhesa.data import Corpus, Source, Windows, open_corpus
-from mhesa.data.cache import cache_folder, lock
+from mhesa.data.cache import cached_folder
 from mhesa.errors import InputError, TrainingError
 from mhesa.inference.evaluation import evaluate
 from mhesa.model.config import ModelConfig
@@ -284,13 +283,10 @@ def make_tokenizer(settings: TrainingSettings, source: Source) -> Bytes | TextTo
         return Bytes()
     if size is None:
         return open_tokenizer(settings.tokenizer)
-    name = f"{source.sha256[:32]}-{size}"
-    folder = cache_folder() / "vocabularies" / name
-    with lock(name):
-        if not folder.exists():
-            with write_folder(folder) as partial:
-                train_bpe(source.training_text(), size).save_pretrained(partial)
-    return open_tokenizer(folder)
+    name = f"vocabularies/{source.sha256[:32]}-{size}"
+    return open_tokenizer(
+        cached_folder(name, lambda folder: train_bpe(source.training_text(), size).save_pretrained(folder))
+    )
 
 
 def _announce(
