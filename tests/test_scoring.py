@@ -12,8 +12,10 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import running
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+import mhesa
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.data import Document
 from mhesa.hf import ByteTokenizer
@@ -228,6 +230,24 @@ def test_a_token_that_spans_lines_is_shared_out_by_bytes(line_spanning):
         place += size
     lines = list(by_line("t", score(line_spanning, [data])))
     np.testing.assert_allclose([line.bits for line in lines], expected, rtol=1e-5)
+
+
+def test_the_server_shares_tokens_out_as_score_does(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = byte_level()
+    model = GatedExponentialSmoothingLM(
+        num_tokens=len(tokenizer), dim=16, depth=2, heads=2, dim_mhesa=8
+    ).eval()
+    mhesa.save(model, tokenizer, tmp_path / "model")
+    data = "return\n\n\n    if x:\n  é"
+    expected = list(by_line("t", score(Reader(model, tokenizer), [data.encode()])))
+    with running(tmp_path / "model", tmp_path / "log") as server, server.client() as client:
+        [answer] = client.post("/v1/score", json={"input": data, "by": "line"}).json()["data"]
+        [whole] = client.post("/v1/score", json={"input": data, "by": "text"}).json()["data"]
+    assert [item["text"] for item in answer["items"]] == data.splitlines(keepends=True)
+    bits = [line.bits for line in expected]
+    np.testing.assert_allclose([item["bits"] for item in answer["items"]], bits, atol=1e-4)
+    assert [item["bits"] for item in whole["items"]] == [pytest.approx(sum(bits), abs=1e-4)]
 
 
 def test_a_line_that_is_too_long_to_hold_is_one_line(reader):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from starlette.requests import Request
 
+from mhesa.inference.scoring import share_by_line
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import check_limit, invalid
 from mhesa.serve.api.service import Service, log_fields, prepend, queue_of
@@ -45,16 +46,18 @@ async def score(service: Service, request: Request, body: protocol.ScoreRequest)
 def _scored_text(service: Service, index: int, job: Job, by: str) -> protocol.ScoredText:
     bits = np.concatenate([np.empty(0), *(part.numpy() for part in job.logprobs)]) / -math.log(2)
     pieces = [service.token_bytes[token] for token in job.ids[1:].tolist()]
-    items = []
-    text, start = b"", 0
-    for end, piece in enumerate(pieces, 1):
-        text += piece
-        if by == "token" or end == len(pieces) or (by == "line" and piece.endswith(b"\n")):
-            surprisal = float(bits[start:end].sum())
-            shown = text.decode("utf-8", "replace")
-            items.append(protocol.ScoredItem(text=shown, bytes=len(text), bits=surprisal))
-            text, start = b"", end
-    size, total = sum(map(len, pieces)), float(bits.sum())
+    sizes = np.array([len(piece) for piece in pieces])
+    if by == "token":
+        parts = list(zip(pieces, bits.tolist(), strict=True))
+    elif by == "line":
+        parts = share_by_line(b"".join(pieces), bits, sizes)
+    else:
+        parts = [(b"".join(pieces), float(bits.sum()))] if pieces else []
+    items = [
+        protocol.ScoredItem(text=text.decode("utf-8", "replace"), bytes=len(text), bits=cost)
+        for text, cost in parts
+    ]
+    size, total = int(sizes.sum()), float(bits.sum())
     return protocol.ScoredText(
         index=index, bytes=size, bits=total, bits_per_byte=total / size if size else None, items=items
     )
