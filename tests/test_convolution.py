@@ -20,7 +20,9 @@ def test_it_is_a_filter(batch, length, dim, taps, seed):
     x, weight = torch.randn(batch, length, dim), torch.randn(taps, dim)
     y, state = causal_convolution(x.double(), weight.double())
     for channel in range(dim):
-        expected = lfilter(weight[:, channel].double().numpy(), [1.0], x[..., channel].double().numpy(), axis=1)
+        expected = lfilter(
+            weight[:, channel].double().numpy(), [1.0], x[..., channel].double().numpy(), axis=1
+        )
         np.testing.assert_allclose(y[..., channel], expected.reshape(batch, length), atol=1e-12)
     padded = F.pad(x, (0, 0, taps - 1, 0)).double()
     torch.testing.assert_close(state, padded[:, length:], rtol=0, atol=0)

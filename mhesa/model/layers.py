@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhesa.ops import exponential_smoothing, exponential_smoothing_step
 from mhesa.ops.backends import check_backend
+from mhesa.ops.convolution import causal_convolution, causal_convolution_step
 from mhesa.ops.gelu import gelu
 from mhesa.ops.smoothing import accumulation_dtype
 from mhesa.settings import check_divisible, check_sizes
+
+# Where the rates of an adaptive block begin: the longest time constant in steps, and the logit of the damping
+# factor (0.9975).
+SLOWEST, DAMPING = 300, 6.0
 
 
 class MHESA(nn.Module):
@@ -45,10 +52,18 @@ class MHESA(nn.Module):
         self.dampen_factors = nn.Parameter(torch.randn(heads))
         self.param_D = nn.Parameter(torch.randn(dim))
 
-    def gates(self) -> tuple[Tensor, Tensor]:
-        """The smoothing factors and the decays, `(heads,)` each, in fp32 (fp64 for an fp64 layer)."""
+    def rates(self, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The smoothing factors and the decays, in fp32 (fp64 for an fp64 layer).
+
+        Args:
+            shift: `(..., heads)`, added to the logits of the smoothing factors; none if omitted.
+
+        Returns:
+            `alpha` and `decay`, shaped as `shift`; `(heads,)` each without it.
+        """
         dtype = accumulation_dtype(self.alphas.dtype)
-        alpha = self.alphas.to(dtype).sigmoid()
+        logits = self.alphas.to(dtype)
+        alpha = (logits if shift is None else logits + shift.to(dtype)).sigmoid()
         return alpha, (1 - alpha) * self.dampen_factors.to(dtype).sigmoid()
 
     def forward(
@@ -58,6 +73,7 @@ class MHESA(nn.Module):
         initial_state: Tensor | None = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Smooth `x`.
 
@@ -67,8 +83,9 @@ class MHESA(nn.Module):
             return_state: also return the state after the last step, `(batch, dim)` in fp32.
             cu_seqlens: offsets of packed sequences, see `mhesa.ops.exponential_smoothing`; states are
                 then `(sequences, dim)`.
+            shift: `(batch, length, heads)`, see `rates`: rates of every step.
         """
-        alpha, decay = self.gates()
+        alpha, decay = self.rates(shift)
         y, state = exponential_smoothing(
             self._by_head(self.norm(x)),
             alpha,
@@ -82,9 +99,9 @@ class MHESA(nn.Module):
         )
         return (y.flatten(-2), state.flatten(-2)) if return_state else y.flatten(-2)
 
-    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: `x` and `state` of `(batch, dim)` to the output and the new state."""
-        alpha, decay = self.gates()
+    def step(self, x: Tensor, state: Tensor, *, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step: `x` and `state` `(batch, dim)`, `shift` `(batch, heads)`, to output and new state."""
+        alpha, decay = self.rates(shift)
         y, state = exponential_smoothing_step(
             self._by_head(self.norm(x)), alpha, decay, self._by_head(state), skip=self._by_head(self.param_D)
         )
@@ -94,26 +111,67 @@ class MHESA(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
 
+class CausalConv(nn.Module):
+    """A short causal depthwise convolution that begins as the identity.
+
+    Args:
+        dim: channels.
+        size: how many values, the current one included, each output is made of.
+
+    >>> layer = CausalConv(dim=8, size=4)
+    >>> layer(torch.randn(1, 5, 8))[0].shape
+    torch.Size([1, 5, 8])
+    """
+
+    def __init__(self, *, dim: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make it the identity."""
+        with torch.no_grad():
+            self.weight.zero_()[0] = 1
+
+    def forward(
+        self, x: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`x` of `(batch, length, dim)` to output and state; see `mhesa.ops.convolution`."""
+        return causal_convolution(x, self.weight, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: `x` of `(batch, dim)` and `state` of `(batch, size - 1, dim)` to output and new state."""
+        return causal_convolution_step(x, self.weight, state)
+
+
 class GatedMHESA(nn.Module):
     """The gated block: smoothing takes the place of attention, a gate that of the feed-forward layer.
 
     .. code-block:: text
 
-        y = LayerNorm(x)
-        u = GELU(W_u y)                                   int(dim * dim_expansion_factor) wide
-        v = GELU(W_v y)                                   dim_mhesa wide
+        z = LayerNorm(x)
+        z[t] = sum over j of c[j] * z[t - j]              where conv_size > 0
+        u = GELU(W_u z)                                   int(dim * dim_expansion_factor) wide
+        v = GELU(W_v z)                                   dim_mhesa wide
+        alpha = sigmoid(alphas + W_alpha z)               where adaptive; sigmoid(alphas) otherwise
         out = W_o((W_g MHESA(v)) * u) + b_o + x
 
     The block of gated state spaces (https://arxiv.org/abs/2206.13947, pseudocode 3.2) with its state
-    space replaced by `MHESA`.
+    space replaced by `MHESA`. Adaptive-rate exponential smoothing is Trigg and Leach's
+    (https://doi.org/10.1057/jors.1967.5); with `W_alpha = 0` it is the original.
 
     Args:
         dim: width of the block's input and output.
         heads: smoothing rates; `dim_mhesa` must be divisible by it.
         dim_mhesa: width of the smoothed values, and of the state.
         dim_expansion_factor: width of the gate, as a multiple of `dim`.
+        adaptive: let the smoothing factors follow the input, one for each head and step.
+        conv_size: taps of a short causal convolution of the block's normalised input; 0 for none.
         dropout: probability, in training, of dropping an element of the gated product or the output.
         backend: implementation of the operator, `None` for the best one.
+
+    The block's state is one vector: `dim_mhesa` smoothed values, and `(conv_size - 1) * dim` values of the
+    convolution behind them.
 
     >>> block = GatedMHESA(dim=16, heads=2, dim_mhesa=8)
     >>> block(torch.randn(1, 5, 16)).shape
@@ -127,6 +185,8 @@ class GatedMHESA(nn.Module):
         heads: int = 8,
         dim_mhesa: int = 512,
         dim_expansion_factor: float = 4,
+        adaptive: bool = False,
+        conv_size: int = 0,
         dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
@@ -135,6 +195,10 @@ class GatedMHESA(nn.Module):
         check_sizes(dim=dim, heads=heads, dim_mhesa=dim_mhesa)
         check_sizes(**{"dim_expansion_factor * dim": dim_hidden})
         check_divisible("dim_mhesa", dim_mhesa, heads)
+        if conv_size < 0:
+            raise ValueError(f"conv_size must be 0 or more, not {conv_size}")
+        self.dim_mhesa = dim_mhesa
+        self.state_size = dim_mhesa + max(conv_size - 1, 0) * dim
         self.norm = nn.LayerNorm(dim)
         # `nn.Sequential` gives the weights their names in checkpoints.
         self.to_u = nn.Sequential(nn.Linear(dim, dim_hidden, bias=False))
@@ -143,6 +207,18 @@ class GatedMHESA(nn.Module):
         self.to_gate = nn.Linear(dim_mhesa, dim_hidden, bias=False)
         self.to_out = nn.Linear(dim_hidden, dim)
         self.dropout = nn.Dropout(dropout)
+        self.conv = CausalConv(dim=dim, size=conv_size) if conv_size else None
+        self.to_alpha = nn.Linear(dim, heads, bias=False) if adaptive else None
+        if adaptive:
+            self.reset_rates()
+
+    def reset_rates(self) -> None:
+        """Space the time constants of the heads evenly in their logarithm, from 1 to 300 steps."""
+        heads = self.mhesa.heads
+        steps = torch.logspace(0, math.log10(SLOWEST), heads, dtype=torch.float64)
+        with torch.no_grad():
+            self.mhesa.alphas.copy_(torch.logit(-torch.expm1(-1 / steps)))
+            self.mhesa.dampen_factors.fill_(DAMPING)
 
     def forward(
         self,
@@ -152,16 +228,39 @@ class GatedMHESA(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run the block over `x` of `(batch, length, dim)`; states are `(batch, dim_mhesa)`."""
-        y = self.norm(x)
-        v = gelu(self.to_v(y), backend=self.mhesa.backend)
-        smoothed, state = self.mhesa(v, initial_state=initial_state, return_state=True, cu_seqlens=cu_seqlens)
-        gated = self.dropout(gelu(self.to_u(y), self.to_gate(smoothed), backend=self.mhesa.backend))
+        """Run the block over `x` of `(batch, length, dim)`; states are `(batch, state_size)`."""
+        smoothing, tail = self._split(initial_state)
+        z = self.norm(x)
+        if self.conv is not None:
+            z, tail = self.conv(z, initial_state=tail, cu_seqlens=cu_seqlens)
+        v = gelu(self.to_v(z), backend=self.mhesa.backend)
+        shift = None if self.to_alpha is None else self.to_alpha(z)
+        smoothed, smoothing = self.mhesa(
+            v, initial_state=smoothing, return_state=True, cu_seqlens=cu_seqlens, shift=shift
+        )
+        gated = self.dropout(gelu(self.to_u(z), self.to_gate(smoothed), backend=self.mhesa.backend))
         out = self.dropout(self.to_out(gated)) + x
-        return (out, state) if return_state else out
+        return (out, self._join(smoothing, tail)) if return_state else out
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: `x` of `(batch, dim)`, `state` of `(batch, dim_mhesa)` to output and new state."""
-        y = self.norm(x)
-        smoothed, state = self.mhesa.step(F.gelu(self.to_v(y)), state)
-        return self.to_out(self.to_gate(smoothed) * F.gelu(self.to_u(y))) + x, state
+        """One step: `x` of `(batch, dim)`, `state` of `(batch, state_size)` to output and new state."""
+        smoothing, tail = self._split(state)
+        assert smoothing is not None
+        z = self.norm(x)
+        if self.conv is not None:
+            assert tail is not None
+            z, tail = self.conv.step(z, tail)
+        shift = None if self.to_alpha is None else self.to_alpha(z)
+        smoothed, smoothing = self.mhesa.step(F.gelu(self.to_v(z)), smoothing, shift=shift)
+        out = self.to_out(self.to_gate(smoothed) * F.gelu(self.to_u(z))) + x
+        return out, self._join(smoothing, tail)
+
+    def _split(self, state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """A state as `(batch, dim_mhesa)` of the smoothing and `(batch, taps, dim)` of the convolution."""
+        if state is None or self.conv is None:
+            return state, None
+        size, dim = self.conv.weight.shape
+        return state[:, : self.dim_mhesa], state[:, self.dim_mhesa :].unflatten(-1, (size - 1, dim))
+
+    def _join(self, smoothing: Tensor, tail: Tensor | None) -> Tensor:
+        return smoothing if tail is None else torch.cat([smoothing, tail.flatten(-2)], dim=-1)

@@ -23,14 +23,15 @@ class GatedExponentialSmoothingLM(nn.Module):
     and results are those of `gated-state-spaces-pytorch` 0.1.0, and a checkpoint of either loads in the
     other.
 
-    All that the model remembers is one tensor, `(depth, batch, dim_mhesa)` in fp32: given back and
-    passed in, it continues a sequence exactly where it stopped.
+    All that the model remembers is one tensor, `(depth, batch, state_size)` in fp32: given back and
+    passed in, it continues a sequence exactly where it stopped. `state_size` is `dim_mhesa`, and
+    `(conv_size - 1) * dim` more with a convolution.
 
     Args:
         num_tokens: size of the vocabulary.
         dim: width of the embedding and of the residual stream.
         depth: blocks.
-        heads, dim_mhesa, dim_expansion_factor, dropout, backend: see `GatedMHESA`.
+        heads, dim_mhesa, dim_expansion_factor, adaptive, conv_size, dropout, backend: see `GatedMHESA`.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=256, dim=16, depth=2, heads=2, dim_mhesa=8)
     >>> ids = torch.randint(256, (1, 10))
@@ -50,6 +51,8 @@ class GatedExponentialSmoothingLM(nn.Module):
         heads: int = 8,
         dim_mhesa: int = 512,
         dim_expansion_factor: float = 4,
+        adaptive: bool = False,
+        conv_size: int = 0,
         dropout: float = 0.0,
         backend: str | None = None,
     ) -> None:
@@ -66,12 +69,15 @@ class GatedExponentialSmoothingLM(nn.Module):
                 heads=heads,
                 dim_mhesa=dim_mhesa,
                 dim_expansion_factor=dim_expansion_factor,
+                adaptive=adaptive,
+                conv_size=conv_size,
                 dropout=dropout,
                 backend=backend,
             )
             for _ in range(depth)
         )
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
+        self.state_size = cast(GatedMHESA, self.layers[0]).state_size
 
     def forward(
         self,
@@ -87,10 +93,10 @@ class GatedExponentialSmoothingLM(nn.Module):
         Args:
             x: token ids, `(batch, length)`.
             labels: `(batch, length)`, aligned with `x` and not shifted; -100 is ignored.
-            state: `(depth, batch, dim_mhesa)`, from the stretch before; zeros if omitted.
+            state: `(depth, batch, state_size)`, from the stretch before; zeros if omitted.
             return_state: also return the state after the last token.
             cu_seqlens: offsets of sequences packed into a batch of 1, `(sequences + 1,)`; states are then
-                `(depth, sequences, dim_mhesa)`.
+                `(depth, sequences, state_size)`.
 
         Returns:
             Logits `(batch, length, num_tokens)`, or the mean cross-entropy in nats; with `return_state`,
@@ -110,7 +116,7 @@ class GatedExponentialSmoothingLM(nn.Module):
 
         Args:
             x: token ids, `(batch,)`.
-            state: `(depth, batch, dim_mhesa)`; it is not changed.
+            state: `(depth, batch, state_size)`; it is not changed.
 
         Returns:
             Logits `(batch, num_tokens)` and the new state.
@@ -124,18 +130,18 @@ class GatedExponentialSmoothingLM(nn.Module):
         return self.to_logits(hidden), torch.stack(states)
 
     def initial_state(self, batch: int) -> Tensor:
-        """The state before any token: zeros of `(depth, batch, dim_mhesa)`, fp32 (fp64 if the model is)."""
+        """The state before any token: zeros of `(depth, batch, state_size)`, fp32 (fp64 if the model is)."""
         weight = self.to_logits.weight
         return torch.zeros(
             len(self.layers),
             batch,
-            self.dim_mhesa,
+            self.state_size,
             dtype=accumulation_dtype(weight.dtype),
             device=weight.device,
         )
 
     def _check_state(self, state: Tensor) -> None:
-        depth, width = len(self.layers), self.dim_mhesa
+        depth, width = len(self.layers), self.state_size
         if state.ndim != 3 or state.shape[0] != depth or state.shape[2] != width:
             raise ValueError(f"state must be ({depth}, batch, {width}), not {tuple(state.shape)}")
 
@@ -149,7 +155,7 @@ def run_blocks(
 ) -> tuple[Tensor, list[Tensor]]:
     """Pass `x` of `(batch, length, dim)` through `GatedMHESA` blocks.
 
-    Returns the output and each block's final state, `(batch, dim_mhesa)`. What enters a block is appended
+    Returns the output and each block's final state, `(batch, state_size)`. What enters a block is appended
     to `trace`.
     """
     states = []

@@ -111,7 +111,7 @@ class NativeEngine:
     def _block_stages(self, index: int, block: GatedMHESA) -> Iterator[Struct]:
         mhesa, norm = block.mhesa, block.norm
         inner, hidden = block.to_gate.in_features, block.to_out.in_features
-        alpha, decay = (gate.float().repeat_interleave(inner // mhesa.heads) for gate in mhesa.gates())
+        alpha, decay = (gate.float().repeat_interleave(inner // mhesa.heads) for gate in mhesa.rates())
         yield self._rows(
             kernel.NORMALISE,
             self.x,
