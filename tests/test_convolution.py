@@ -1,5 +1,7 @@
 """The short convolution against torch's and against scipy's."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ def test_packed_sequences_are_apart(lengths, taps):
     initial = torch.randn(len(lengths), taps - 1, 3)
     offsets = torch.tensor([0, *np.cumsum(lengths)])
     y, final = causal_convolution(x, weight, initial_state=initial, cu_seqlens=offsets)
-    for index, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for index, (begin, end) in enumerate(itertools.pairwise(offsets)):
         alone, state = causal_convolution(x[:, begin:end], weight, initial_state=initial[index : index + 1])
         torch.testing.assert_close(y[:, begin:end], alone)
         torch.testing.assert_close(final[index : index + 1], state)
