@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
+from mhesa.ops.backends import BACKENDS
+from mhesa.ops.registration import is_plain_eager
 from mhesa.ops.smoothing import accumulation_dtype
 
 
@@ -50,11 +55,11 @@ def causal_convolution(
     elif initial_state.shape != shape:
         raise ValueError(f"initial_state must be {shape} for this x, not {tuple(initial_state.shape)}")
     wide, weight, initial_state = x.to(dtype), weight.to(dtype), initial_state.to(dtype)
-    if cu_seqlens is None:
-        y, state = _convolve(torch.cat([initial_state, wide], dim=1), weight)
+    if _served_natively(wide, weight, initial_state):
+        y: Tensor = _native(wide, weight, initial_state, cu_seqlens)
     else:
-        y, state = _convolve_packed(wide, weight, initial_state, cu_seqlens)
-    return y.to(x.dtype), state
+        y = _convolve(wide, weight, initial_state, cu_seqlens)
+    return y.to(x.dtype), _last_values(wide, initial_state, cu_seqlens)
 
 
 def causal_convolution_step(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,31 +77,88 @@ def causal_convolution_step(x: Tensor, weight: Tensor, state: Tensor) -> tuple[T
     return y[:, 0], state
 
 
-def _convolve(extended: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The convolution of `(batch, taps - 1 + length, dim)`, whose first `taps - 1` rows are the state."""
+def _convolve(x: Tensor, weight: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The convolution in plain torch: the state in front of each sequence, then shifted sums."""
     tail = len(weight) - 1
-    length = extended.shape[1] - tail
-    y = weight[0] * extended[:, tail:]
+    if cu_seqlens is None:
+        extended, length = torch.cat([initial_state, x], dim=1), x.shape[1]
+        shifted = [extended[:, tail - tap : tail - tap + length] for tap in range(tail + 1)]
+    else:
+        rows, states = _extended_rows(x, tail, cu_seqlens)
+        extended = x.new_zeros(x.shape[1] + states.numel(), x.shape[2])
+        extended = extended.index_copy(0, states.flatten(), initial_state.flatten(0, 1))
+        extended = extended.index_copy(0, rows, x[0])
+        shifted = [extended[rows - tap][None] for tap in range(tail + 1)]
+    y = weight[0] * shifted[0]
     for tap in range(1, tail + 1):
-        y = y + weight[tap] * extended[:, tail - tap : tail - tap + length]
-    return y, extended[:, length:]
+        y = y + weight[tap] * shifted[tap]
+    return y
 
 
-def _convolve_packed(
-    x: Tensor, weight: Tensor, initial_state: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Likewise for packed sequences: each gets its state in front, and rows are taken from where they are."""
-    tail, length = len(weight) - 1, x.shape[1]
-    rows, sequences = torch.arange(length, device=x.device), torch.arange(len(initial_state), device=x.device)
-    # In the extended rows, sequence s begins `tail * s` rows later, and its values behind its state.
+def _extended_rows(x: Tensor, tail: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rows and states of packed sequences are once each sequence has its state in front.
+
+    Returns `(length,)` for the rows and `(sequences, tail)` for the states.
+    """
+    rows = torch.arange(x.shape[1], device=x.device)
     sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
-    rows = rows + tail * (sequence + 1)
-    before = torch.arange(tail, device=x.device)
-    first = (cu_seqlens[:-1] + tail * sequences)[:, None] + before
-    last = (cu_seqlens[1:] + tail * sequences)[:, None] + before
-    extended = x.new_zeros(length + tail * len(sequences), x.shape[2])
-    extended = extended.index_copy(0, rows, x[0]).index_copy(0, first.flatten(), initial_state.flatten(0, 1))
-    y = weight[0] * x[0]
-    for tap in range(1, tail + 1):
-        y = y + weight[tap] * extended[rows - tap]
-    return y[None], extended[last]
+    starts = cu_seqlens[:-1] + tail * torch.arange(len(cu_seqlens) - 1, device=x.device)
+    return rows + tail * (sequence + 1), starts[:, None] + torch.arange(tail, device=x.device)
+
+
+def _last_values(x: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last values of each sequence, with those of the initial state where it is shorter."""
+    tail = initial_state.shape[1]
+    if cu_seqlens is None:
+        return torch.cat([initial_state, x[:, -tail:] if tail else x[:, :0]], dim=1)[:, -tail or None :]
+    before = torch.arange(-tail, 0, device=x.device)
+    rows = cu_seqlens[1:, None] + before
+    # Counted from the sequence's first row; below zero it is the state's, from its end.
+    within = rows - cu_seqlens[:-1, None]
+    sequence = torch.arange(len(initial_state), device=x.device)[:, None]
+    state = initial_state[sequence, (within + tail).clamp(0, max(tail - 1, 0))] if tail else initial_state
+    found = x[0, rows.clamp(min=0)] if x.shape[1] else torch.zeros_like(state)
+    return torch.where(within[..., None] >= 0, found, state)
+
+
+def _served_natively(*tensors: Tensor) -> bool:
+    return (
+        is_plain_eager(*tensors)
+        # The kernel leaves out the gradient of the initial state.
+        and not (torch.is_grad_enabled() and tensors[-1].requires_grad)
+        and all(BACKENDS["numba"].serves(tensor.device) for tensor in tensors)
+    )
+
+
+class _Convolution(Function):
+    """The convolution by its kernels on CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Call the kernel."""
+        from mhesa.ops.cpu import convolution_kernels
+
+        ctx.save_for_backward(x, weight, state, cu_seqlens)
+        return convolution_kernels.forward(
+            x.contiguous(), weight.contiguous(), state.contiguous(), cu_seqlens
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Call the kernel, unless the gradient is to be differentiated in turn."""
+        x, weight, state, cu_seqlens = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain_eager(dy):
+            with torch.enable_grad():
+                y = _convolve(x, weight, state, cu_seqlens)
+            wanted = [tensor for tensor in (x, weight) if tensor.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            return *(next(found) if t.requires_grad else None for t in (x, weight)), None, None
+        from mhesa.ops.cpu import convolution_kernels
+
+        dx, dweight = convolution_kernels.backward(
+            dy.contiguous(), x.contiguous(), weight.contiguous(), state.contiguous(), cu_seqlens
+        )
+        return dx, dweight, None, None
+
+
+_native: Any = _Convolution.apply

@@ -1,0 +1,153 @@
+"""The short convolution on CPU: one pass over memory forward, one backward.
+
+Rows of all sequences are cut into pieces, the tasks. With `x[-1], x[-2], ...` from the initial state,
+
+    y[t] = sum over j of weight[j] * x[t - j]
+    dx[t] = sum over j of weight[j] * dy[t + j];  dweight[j] = sum over t of dy[t] * x[t - j]
+"""
+
+# Kernels are numba's language: types are found when they are compiled.
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhesa.ops.cpu.arguments import ACCUMULATION, Pointer, struct
+from mhesa.ops.cpu.atomics import fence, fetch_add
+from mhesa.ops.cpu.compiling import compiled, jit, member, offset
+from mhesa.ops.cpu.memory import empty_hugepages
+from mhesa.ops.cpu.threads import available, parallel
+
+# Rows of a piece: few enough for sums in fp32, many enough that starting one costs nothing.
+PIECE = 256
+# Calls of fewer values are done before a second thread has woken.
+PARALLEL = 1 << 14
+
+# Rows `begin` to `end` of a sequence that lies in rows `first` to `last`.
+Piece = struct("Piece", begin="int64", end="int64", first="int64", last="int64", sequence="int64")
+Arguments = struct(
+    "ConvolutionArguments",
+    next_piece="int64",
+    count="int64",
+    dim="int64",
+    taps="int64",
+    pieces=Pointer(Piece),
+    x=ACCUMULATION,
+    weight=ACCUMULATION,
+    state=ACCUMULATION,
+    dy=ACCUMULATION,
+    out=ACCUMULATION,
+    dweights=ACCUMULATION,
+)
+
+
+def forward(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """`y` for contiguous tensors of one type, fp32 or fp64; see `mhesa.ops.convolution`."""
+    y = empty_hugepages(x.shape, x.dtype)
+    _run(_forward, x, weight, cu_seqlens, x=x, weight=weight, state=state, out=y)
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`(dx, dweight)`, likewise."""
+    dx = empty_hugepages(x.shape, x.dtype)
+    dweights = x.new_empty(len(_pieces(x, cu_seqlens)), *weight.shape)
+    tensors = {"x": x, "weight": weight, "state": state, "dy": dy, "out": dx, "dweights": dweights}
+    _run(_backward, x, weight, cu_seqlens, **tensors)
+    return dx, dweights.sum(0, dtype=torch.float64).to(weight.dtype)
+
+
+def _run(kernel: Any, like: Tensor, weights: Tensor, cu_seqlens: Tensor | None, **tensors: Tensor) -> None:
+    pieces = _pieces(like, cu_seqlens)
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    taps, dim = weights.shape
+    arguments = Arguments(count=len(pieces), dim=dim, taps=taps, pieces=pieces.ctypes.data, **addresses)
+    threads = 1 if like.numel() < PARALLEL else available()
+    parallel(compiled(kernel, like.dtype, Arguments), arguments.address, threads)
+
+
+def _pieces(x: Tensor, cu_seqlens: Tensor | None) -> np.ndarray:
+    """The table of pieces, a `Piece` a row."""
+    if cu_seqlens is None:
+        return _dense_pieces(x.shape[0], x.shape[1])
+    return _cut(np.asarray(cu_seqlens, dtype=np.int64))
+
+
+@lru_cache
+def _dense_pieces(batch: int, length: int) -> np.ndarray:
+    return _cut(np.arange(batch + 1, dtype=np.int64) * length)
+
+
+def _cut(offsets: np.ndarray) -> np.ndarray:
+    first, last = offsets[:-1], offsets[1:]
+    counts = -(-(last - first) // PIECE)
+    sequence = np.repeat(np.arange(len(first)), counts)
+    index = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = first[sequence] + index * PIECE
+    end = np.minimum(begin + PIECE, last[sequence])
+    return np.ascontiguousarray(np.stack([begin, end, first[sequence], last[sequence], sequence], axis=1))
+
+
+@jit
+def _row_before(args, piece, row, tap):
+    """The row `tap` steps before `row`, from the initial state where the sequence has none."""
+    source = row - tap
+    if source >= piece.first:
+        return offset(args.x, source * args.dim)
+    tail = args.taps - 1
+    return offset(args.state, ((piece.sequence + 1) * tail + source - piece.first) * args.dim)
+
+
+@jit
+def _add_products(out, a, b, count):
+    for i in range(count):
+        out[i] += a[i] * b[i]
+
+
+@jit
+def _clear(out, count):
+    for i in range(count):
+        out[i] = 0
+
+
+def _forward(args):
+    dim = args.dim
+    while True:
+        index = fetch_add(member(args, "next_piece"))
+        if index >= args.count:
+            break
+        piece = offset(args.pieces, index)
+        for row in range(piece.begin, piece.end):
+            out = offset(args.out, row * dim)
+            _clear(out, dim)
+            for tap in range(args.taps):
+                _add_products(out, offset(args.weight, tap * dim), _row_before(args, piece, row, tap), dim)
+    fence()
+
+
+def _backward(args):
+    dim = args.dim
+    while True:
+        index = fetch_add(member(args, "next_piece"))
+        if index >= args.count:
+            break
+        piece = offset(args.pieces, index)
+        dweight = offset(args.dweights, index * args.taps * dim)
+        _clear(dweight, args.taps * dim)
+        for row in range(piece.begin, piece.end):
+            out, dy = offset(args.out, row * dim), offset(args.dy, row * dim)
+            _clear(out, dim)
+            for tap in range(args.taps):
+                _add_products(offset(dweight, tap * dim), dy, _row_before(args, piece, row, tap), dim)
+                if row + tap < piece.last:
+                    weight = offset(args.weight, tap * dim)
+                    _add_products(out, weight, offset(args.dy, (row + tap) * dim), dim)
+    fence()
