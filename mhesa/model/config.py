@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from mhesa.errors import InputError
 from mhesa.settings import (
+    AT_LEAST_0,
     AT_LEAST_1,
     FINITE,
     FRACTION,
@@ -47,11 +48,6 @@ class ModelSizes:
         str | None, Doc("Implementation of the operator; the best one if omitted.", panel="Machine")
     ] = None
 
-    def block_arguments(self) -> dict[str, Any]:
-        """The arguments of each `GatedMHESA` block."""
-        names = {field.name for field in fields(ModelSizes)} - {"depth"}
-        return {name: getattr(self, name) for name in names}
-
 
 @documented
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +65,12 @@ class ModelConfig(ModelSizes):
     num_tokens: Annotated[
         int, Doc("Size of the vocabulary; by default the 256 bytes and an end of text.", AT_LEAST_1)
     ] = 257
+    adaptive: Annotated[bool, Doc("Smoothing factors that follow the input, one for each head and step.")] = (
+        False
+    )
+    conv_size: Annotated[
+        int, Doc("Taps of a short causal convolution of each block's input; 0 for none.", AT_LEAST_0)
+    ] = 0
     tie_word_embeddings: Annotated[bool, Doc("Share the embedding's weights with the head.")] = False
     eos_token_id: Annotated[
         int | list[int] | None, Doc("The token that ends a text, for transformers' generate to stop at.")
@@ -87,6 +89,11 @@ class ModelConfig(ModelSizes):
             except ValueError as error:
                 raise InputError(str(error)) from None
 
+    def block_arguments(self) -> dict[str, Any]:
+        """The arguments of each `GatedMHESA` block."""
+        names = {field.name for field in fields(ModelSizes)} - {"depth"} | {"adaptive", "conv_size"}
+        return {name: getattr(self, name) for name in names}
+
     @property
     def dim_hidden(self) -> int:
         """The width of a block's gate."""
@@ -97,7 +104,8 @@ class ModelConfig(ModelSizes):
         """How many parameters the model has."""
         dim, inner, hidden = self.dim, self.dim_mhesa, self.dim_hidden
         block = 2 * dim + dim * hidden + dim * inner + 3 * inner + 2 * self.heads
-        block += inner * hidden + hidden * dim + dim
+        block += inner * hidden + hidden * dim + dim + self.conv_size * dim
+        block += self.heads * dim if self.adaptive else 0
         return (1 if self.tie_word_embeddings else 2) * self.num_tokens * dim + self.depth * block
 
     @classmethod
@@ -139,6 +147,8 @@ class ModelConfig(ModelSizes):
             heads=block.mhesa.heads,
             dim_mhesa=model.dim_mhesa,
             dim_expansion_factor=_expansion_factor(block.to_gate.out_features, dim),
+            adaptive=block.to_alpha is not None,
+            conv_size=0 if block.conv is None else len(block.conv.weight),
             dropout=block.dropout.p,
             tie_word_embeddings=model.to_logits.weight is model.token_emb.weight,
             backend=block.mhesa.backend,
