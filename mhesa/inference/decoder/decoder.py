@@ -26,7 +26,7 @@ class Engine(Protocol):
         Args:
             ids: tokens of all sequences, one sequence after the other, int64 `(rows,)`.
             offsets: where each sequence starts and the last ends, int64 `(sequences + 1,)`.
-            state: `(depth, sequences, dim_mhesa)`, changed in place.
+            state: `(depth, sequences, state_size)`, changed in place.
             all_logits: return logits of every row, not only of each sequence's last.
 
         Returns:
@@ -85,7 +85,7 @@ class Decoder:
         self._step_offsets = torch.arange(max_batch + 1)
 
     def initial_state(self, batch: int) -> Tensor:
-        """The state before any token, `(depth, batch, dim_mhesa)` of zeros."""
+        """The state before any token, `(depth, batch, state_size)` of zeros."""
         return torch.zeros(self._depth, batch, self._width, dtype=self._state_type, device=self.device)
 
     def step(self, ids: Tensor, state: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Decoder:
 
         Args:
             ids: int64, `(batch,)`.
-            state: `(depth, batch, dim_mhesa)`, changed in place; it may be a slice of a larger tensor.
+            state: `(depth, batch, state_size)`, changed in place; it may be a slice of a larger tensor.
 
         Returns:
             Logits of the next token, `(batch, num_tokens)`.
@@ -133,7 +133,7 @@ class Decoder:
 
         Args:
             ids: int64 `(length,)`.
-            state: `(depth, 1, dim_mhesa)`, changed in place.
+            state: `(depth, 1, state_size)`, changed in place.
 
         Returns:
             Logits, `(length, num_tokens)`.
@@ -150,7 +150,7 @@ class Decoder:
         shape = (self._depth, batch, self._width)
         if state.shape != shape or state.dtype != self._state_type or state.stride(2) != 1:
             raise ValueError(
-                f"state must be {self._state_type} of {shape} with dim_mhesa innermost, "
+                f"state must be {self._state_type} of {shape} with state_size innermost, "
                 f"not {state.dtype} of {tuple(state.shape)}"
             )
         if not 1 <= batch <= self.max_batch:

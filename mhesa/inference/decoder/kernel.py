@@ -9,6 +9,9 @@ The stages of a layer:
 
     normalise x | u, v = GELU(W_u x), GELU(W_v x) | smooth v | u = u * W_g v | pack u | x = x + W_o u + b
 
+A convolution follows the normalisation in the same stage. The logits of rates that follow the input are
+further outputs of the product that makes u and v.
+
 The table of stages is data, written by `mhesa.inference.decoder.native`.
 
 The arithmetic of a row does not depend on other rows: results are the same bit for bit alone, in a batch, or
@@ -31,8 +34,9 @@ from mhesa.ops.cpu.compiling import cgutils, intrinsic, jit, offset, types
 from mhesa.ops.cpu.gelu_kernels import gelu
 from mhesa.ops.cpu.simd import I32
 
-# What a stage does. PACK writes rows of fp32 in the type that weights are multiplied with.
-EMBED, NORMALISE, SMOOTH, PACK, MULTIPLY = range(5)
+# What a stage does. CONVOLVE normalises first. PACK writes rows of fp32 in the type that weights are
+# multiplied with.
+EMBED, NORMALISE, CONVOLVE, SMOOTH, PACK, MULTIPLY = range(6)
 # What a product does with its sums: write them, their GELU, or multiply or add them to what is there.
 WRITE, GELU, GATE, ADD = range(4)
 
@@ -48,14 +52,20 @@ Stage = struct(
     row_stride="int64",
     weight=FLOAT32,  # of the embedding or the normalisation
     bias=FLOAT32,
-    alpha=FLOAT32,
-    decay=FLOAT32,
+    alpha=FLOAT32,  # one a channel; of an adaptive layer the logits, one a head
+    decay=FLOAT32,  # one a channel; of an adaptive layer the damping factors, one a head
     skip=FLOAT32,
+    rate_logits=FLOAT32,  # of an adaptive layer, in the rows of u and v
+    heads="int64",
+    conv=FLOAT32,  # the convolution's weights, if there is one
+    taps="int64",
+    tail="int64",  # where the convolution's part of a state begins
     operand=OPERAND,  # packed rows to multiply, and their stride
     operand_stride="int64",
     matrix=STORED,
     matrix_scales=FLOAT32,  # one an output, for int8
     panels="int64",
+    gelu_panels="int64",  # with GELU, later panels are written as they are
     out=FLOAT32,
     out_stride="int64",
 )
@@ -80,6 +90,7 @@ Arguments = struct(
     operand=OPERAND,  # memory for packed rows
     operand_stride="int64",
     scales=FLOAT32,  # one a packed row, for int8
+    rates=FLOAT32,  # memory for alpha and decay of the channels of a row, for each sequence
 )
 
 # Rows of a batch that a task multiplies by a panel, in whole tiles.
@@ -139,6 +150,34 @@ def _smooth(v, alpha, decay, skip, state, n):  # type: ignore[no-untyped-def]
         h = np.float32(0) if abs(h) < SMALLEST_NORMAL else h
         state[i] = h
         v[i] = h + skip[i] * v[i]
+
+
+@fast
+def _convolve(x, weight, tail, taps, n):  # type: ignore[no-untyped-def]
+    """Convolve a row in place; `tail` holds the `taps - 1` rows before it, oldest first."""
+    for i in range(n):
+        value = x[i]
+        total = weight[i] * value
+        for tap in range(1, taps):
+            total += weight[tap * n + i] * tail[(taps - 1 - tap) * n + i]
+        for row in range(taps - 2):
+            tail[row * n + i] = tail[(row + 1) * n + i]
+        if taps > 1:
+            tail[(taps - 2) * n + i] = value
+        x[i] = total
+
+
+@fast
+def _spread_rates(stage, row, rates):  # type: ignore[no-untyped-def]
+    """Write alpha and decay of every channel of a row, from the logits of its heads."""
+    n, channels = stage.columns, stage.columns // stage.heads
+    logits = offset(stage.rate_logits, row * stage.row_stride)
+    for head in range(stage.heads):
+        alpha = np.float32(1) / (np.float32(1) + np.float32(math.exp(-(stage.alpha[head] + logits[head]))))
+        decay = (np.float32(1) - alpha) * stage.decay[head]
+        for i in range(head * channels, (head + 1) * channels):
+            rates[i] = alpha
+            rates[n + i] = decay
 
 
 @jit
@@ -258,6 +297,18 @@ def _normalise_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _convolve_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
+    n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride + stage.tail)
+    for sequence in range(low, high):
+        tail = offset(states, sequence * args.sequence_stride)
+        for row in range(args.offsets[sequence], args.offsets[sequence + 1]):
+            normal = offset(args.uv, row * args.uv_stride)
+            _normalise(offset(stage.rows, row * stage.row_stride), stage.weight, stage.bias, normal, n)
+            _convolve(normal, stage.conv, tail, stage.taps, n)
+            _pack_row(args, stage, normal, row)
+
+
+@jit
 def _smooth_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride)
     for sequence in range(low, high):
@@ -265,7 +316,12 @@ def _smooth_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
         for row in range(args.offsets[sequence], args.offsets[sequence + 1]):
             v = offset(stage.rows, row * stage.row_stride)
             _normalise(v, stage.weight, stage.bias, v, n)
-            _smooth(v, stage.alpha, stage.decay, stage.skip, state, n)
+            if stage.heads:
+                rates = offset(args.rates, sequence * 2 * n)
+                _spread_rates(stage, row, rates)
+                _smooth(v, rates, offset(rates, n), stage.skip, state, n)
+            else:
+                _smooth(v, stage.alpha, stage.decay, stage.skip, state, n)
             _pack_row(args, stage, v, row)
 
 
@@ -288,13 +344,14 @@ def _multiply_rows(args, stage, rows, totals, low, high):  # type: ignore[no-unt
         bias, out = offset(stage.bias, first_output), offset(stage.out, first_output)
         matrix_scales = offset(stage.matrix_scales, first_output)
         last = min((block + 1) * ROWS_PER_TASK, rows)
+        epilogue = stage.epilogue if panel < stage.gelu_panels or stage.epilogue != GELU else WRITE
         for first in range(block * ROWS_PER_TASK, last, TILE):
             count = min(TILE, last - first)
             _products(weights, offset(stage.operand, first * stride), stride, totals, columns, count)
             for i in range(count):
                 row = first + i
                 out_i, sums = offset(out, row * stage.out_stride), offset(totals, i * PANEL)
-                _finish(stage.epilogue, sums, scales[row], matrix_scales, out_i, bias)
+                _finish(epilogue, sums, scales[row], matrix_scales, out_i, bias)
 
 
 @jit
@@ -303,6 +360,8 @@ def _work(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
         _embed(args, stage, low, high)
     elif stage.kind == NORMALISE:
         _normalise_rows(args, stage, low, high)
+    elif stage.kind == CONVOLVE:
+        _convolve_rows(args, stage, low, high)
     elif stage.kind == SMOOTH:
         _smooth_rows(args, stage, low, high)
     elif stage.kind == PACK:
@@ -323,7 +382,7 @@ def run(args):  # type: ignore[no-untyped-def]
         stage = offset(args.stages, index)
         rows = outputs if stage.outputs_only else args.rows
         units = rows
-        if stage.kind == SMOOTH:
+        if stage.kind == SMOOTH or stage.kind == CONVOLVE:
             units = args.sequences
         elif stage.kind == MULTIPLY:
             units = stage.panels * ((rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK)

@@ -53,10 +53,12 @@ class NativeEngine:
         inner, hidden = blocks[0].to_gate.in_features, blocks[0].to_out.in_features
         self.kept: list[Tensor] = []
         self.multiplications_per_row = 0
-        u_size = padded(hidden, PANEL)
+        u_size, v_size = padded(hidden, PANEL), padded(inner, PANEL)
         self.x = torch.zeros(rows, padded(self.dim, PANEL))
-        self.uv = torch.zeros(rows, max(u_size + padded(inner, PANEL), self.dim))
-        self.v = self.uv[:, u_size:]
+        heads = blocks[0].mhesa.heads if blocks[0].to_alpha is not None else 0
+        self.uv = torch.zeros(rows, max(u_size + v_size + padded(heads, PANEL), self.dim))
+        self.v, self.rate_logits = self.uv[:, u_size:], self.uv[:, u_size + v_size :]
+        self.rates = torch.zeros(max_batch, 2, inner)
         widest = padded(max(self.dim, inner, hidden), PADDING)
         stored = torch.int16 if weights == torch.int8 else weights
         self.operand = torch.zeros(rows, widest, dtype=stored)
@@ -75,6 +77,7 @@ class NativeEngine:
             operand=self.operand.data_ptr(),
             operand_stride=self.operand.stride(0),
             scales=self.scales.data_ptr(),
+            rates=self.rates.data_ptr(),
         )
         self.function = compiled(kernel.run, weights, kernel.Arguments)
 
@@ -111,16 +114,26 @@ class NativeEngine:
     def _block_stages(self, index: int, block: GatedMHESA) -> Iterator[Struct]:
         mhesa, norm = block.mhesa, block.norm
         inner, hidden = block.to_gate.in_features, block.to_out.in_features
-        alpha, decay = (gate.float().repeat_interleave(inner // mhesa.heads) for gate in mhesa.rates())
-        yield self._rows(
-            kernel.NORMALISE,
-            self.x,
-            self.dim,
-            weight=self._vector(norm.weight),
-            bias=self._vector(norm.bias),
-        )
-        to_u, to_v = (cast(Any, part)[0].weight for part in (block.to_u, block.to_v))
-        yield self._product(kernel.GELU, [to_u, to_v], self.operand, self.uv)
+        norm_weights = {"weight": self._vector(norm.weight), "bias": self._vector(norm.bias)}
+        if block.conv is None:
+            yield self._rows(kernel.NORMALISE, self.x, self.dim, **norm_weights)
+        else:
+            conv, taps = self._vector(block.conv.weight), len(block.conv.weight)
+            yield self._rows(
+                kernel.CONVOLVE,
+                self.x,
+                self.dim,
+                **norm_weights,
+                layer=index,
+                conv=conv,
+                taps=taps,
+                tail=inner,
+            )
+        matrices = [cast(Any, part)[0].weight for part in (block.to_u, block.to_v)]
+        gelu_panels = sum(padded(len(matrix), PANEL) // PANEL for matrix in matrices)
+        if block.to_alpha is not None:
+            matrices.append(block.to_alpha.weight)
+        yield self._product(kernel.GELU, matrices, self.operand, self.uv, gelu_panels=gelu_panels)
         yield self._rows(
             kernel.SMOOTH,
             self.v,
@@ -128,9 +141,8 @@ class NativeEngine:
             layer=index,
             weight=self._vector(mhesa.norm.weight),
             bias=self._vector(mhesa.norm.bias),
-            alpha=self._vector(alpha),
-            decay=self._vector(decay),
             skip=self._vector(mhesa.param_D),
+            **self._rates(block),
         )
         yield self._product(kernel.GATE, [block.to_gate.weight], self.operand, self.uv)
         gated = self.uv
@@ -139,6 +151,20 @@ class NativeEngine:
             gated = self.operand
         bias = self._vector(block.to_out.bias, padded(self.dim, PANEL))
         yield self._product(kernel.ADD, [block.to_out.weight], gated, self.x, bias=bias)
+
+    def _rates(self, block: GatedMHESA) -> dict[str, int]:
+        """What the smoothing stage needs to know of a block's rates."""
+        mhesa = block.mhesa
+        if block.to_alpha is None:
+            channels = block.to_gate.in_features // mhesa.heads
+            alpha, decay = (rate.float().repeat_interleave(channels) for rate in mhesa.rates())
+            return {"alpha": self._vector(alpha), "decay": self._vector(decay)}
+        return {
+            "alpha": self._vector(mhesa.alphas),
+            "decay": self._vector(mhesa.dampen_factors.float().sigmoid()),
+            "heads": mhesa.heads,
+            "rate_logits": self.rate_logits.data_ptr(),
+        }
 
     def _rows(self, kind: int, rows: Tensor, columns: int, **fields: int) -> Struct:
         """A stage that reads rows of fp32."""
