@@ -18,7 +18,7 @@ from mhesa.data import Source, Windows, open_corpus
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.devices import computes_in_bf16
 from mhesa.tokenizers import Bytes
-from mhesa.training.optimizers import Muon
+from mhesa.training.muon import Muon
 from mhesa.training.schedule import learning_rate
 
 CONTEXTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

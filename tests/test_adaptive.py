@@ -4,8 +4,14 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from mhesa import GatedExponentialSmoothingLM, GatedMHESA
+import mhesa
+from mhesa import Decoder, GatedExponentialSmoothingLM, GatedMHESA, Reader, Session
+from mhesa.errors import InputError
+from mhesa.hf import MhesaConfig, MhesaForCausalLM
+from mhesa.model.config import ModelConfig
+from mhesa.tokenizers import Bytes
 
 SIZES = {"num_tokens": 20, "dim": 12, "depth": 2, "heads": 4, "dim_mhesa": 8}
 FORMS = [(True, 0), (False, 3), (True, 4), (True, 1)]
@@ -102,3 +108,80 @@ def test_every_parameter_learns(adaptive, conv_size):
 def test_a_convolution_of_negative_size_is_refused():
     with pytest.raises(ValueError, match="conv_size must be 0 or more"):
         GatedMHESA(dim=12, heads=4, dim_mhesa=8, conv_size=-1)
+
+
+@pytest.mark.parametrize(("adaptive", "conv_size"), FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_step_is_the_models(adaptive, conv_size, dtype):
+    model, ids = make(adaptive, conv_size, dtype), torch.randint(20, (3, 17))
+    exact = make(adaptive, conv_size)
+    exact.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
+    whole, final = exact(ids, return_state=True)
+    decoder, state = Decoder(model, max_batch=3), model.initial_state(3)
+    decoder.prefill(ids[:, :5], state)
+    logits = torch.stack([decoder.step(ids[:, t], state) for t in range(5, 17)], dim=1)
+    limit = 2e-5 if dtype == torch.float32 else 3e-2
+    scale = whole.std()
+    assert (logits - whole[:, 5:]).abs().max() < limit * scale * 5
+    assert (state - final).abs().max() < limit * final.std() * 5
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_results_are_the_same_bit_for_bit_in_a_batch_and_in_one_stretch(quantize):
+    model, ids = make(True, 4, torch.float32), torch.randint(20, (5, 40))
+    decoder = Decoder(model, max_batch=5, quantize=quantize)
+    together = decoder.initial_state(5)
+    logits = [decoder.step(ids[:, t], together) for t in range(40)]
+    for row in range(5):
+        alone = decoder.initial_state(1)
+        stretch = decoder.predict(ids[row], alone)
+        assert torch.equal(stretch, torch.stack([step[row] for step in logits]))
+        assert torch.equal(alone, together[:, row : row + 1])
+
+
+def test_a_session_forks_saves_and_goes_on(tmp_path):
+    model = GatedExponentialSmoothingLM(**SIZES | {"num_tokens": 257}, adaptive=True, conv_size=4)
+    reader = Reader(model, Bytes())
+    session = Session(reader)
+    session.feed("the tail of a convolution ")
+    fork = session.fork()
+    session.save(tmp_path / "text.session")
+    again = Session.load(tmp_path / "text.session", reader)
+    scores = session.score("is part of the state")
+    assert (scores == fork.score("is part of the state")).all()
+    assert (scores == again.score("is part of the state")).all()
+    other = Reader(GatedExponentialSmoothingLM(**SIZES | {"num_tokens": 257}), Bytes())
+    with pytest.raises(InputError):
+        Session.load(tmp_path / "text.session", other)
+
+
+def test_transformers_initial_values_are_the_models():
+    config = ModelConfig(num_tokens=20, dim=12, depth=1, heads=4, dim_mhesa=8, adaptive=True, conv_size=4)
+    plain = config.build()
+    behind = MhesaForCausalLM(MhesaConfig(**config.to_json())).to_plain()
+    assert plain.state_dict().keys() == behind.state_dict().keys()
+    for name in ("conv.weight", "mhesa.alphas", "mhesa.dampen_factors"):
+        name = f"layers.0.{name}"
+        assert torch.equal(plain.state_dict()[name], behind.state_dict()[name]), name
+    assert ModelConfig.of(behind) == ModelConfig.of(plain)
+
+
+def test_a_saved_model_is_the_same_behind_transformers(tmp_path):
+    model, ids = make(True, 4, torch.float32), torch.randint(20, (2, 15))
+    mhesa.save(model.eval(), Bytes(), tmp_path)
+    again, _ = mhesa.load(tmp_path)
+    assert torch.equal(again(ids), model(ids))
+    behind = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(behind(ids).logits, model(ids))
+    # Padding to the left changes nothing, the convolution included.
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids], dim=1)
+    mask = torch.cat([torch.zeros(2, 3), torch.ones(2, 15)], dim=1).long()
+    torch.testing.assert_close(behind(padded, attention_mask=mask).logits[:, 3:], model(ids))
+    first = behind(ids[:, :9], use_cache=True)
+    rest = behind(ids[:, 9:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(rest, model(ids)[:, 9:])
+    beams = behind.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0)
+    uncached = behind.generate(
+        ids, max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0, use_cache=False
+    )
+    assert torch.equal(beams, uncached)

@@ -60,7 +60,7 @@ def test_the_schedule_has_no_jumps():
 
 def test_only_matrices_decay():
     model = nn.ModuleDict({"linear": nn.Linear(2, 2), "norm": nn.LayerNorm(2), "emb": nn.Embedding(3, 2)})
-    decayed, plain = decay_groups(model, 0.1)
+    decayed, plain = decay_groups(list(model.parameters()), 0.1)
     assert [decayed["weight_decay"], plain["weight_decay"]] == [0.1, 0.0]
     assert decayed["params"] == [model["linear"].weight, model["emb"].weight]
     assert plain["params"] == [model["linear"].bias, model["norm"].weight, model["norm"].bias]

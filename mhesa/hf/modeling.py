@@ -24,7 +24,7 @@ from mhesa.hf.cache import MhesaCache, MhesaCacheLayer, check_cache
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.packing import offsets, real_tokens, unpack, without_first_tokens
 from mhesa.model.config import ModelConfig
-from mhesa.model.layers import MHESA, GatedMHESA
+from mhesa.model.layers import MHESA, CausalConv, GatedMHESA, identity_taps, spread_rates
 from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
 from mhesa.model.loading import KEPT_IN_FP32
 from mhesa.model.loss import LARGE_VOCABULARY, next_token_loss
@@ -52,8 +52,13 @@ class MhesaPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, MHESA):
-            for parameter in (module.alphas, module.dampen_factors, module.param_D):
-                init.normal_(parameter)
+            init.normal_(module.param_D)
+        elif isinstance(module, CausalConv):
+            init.copy_(module.weight, identity_taps(*module.weight.shape))
+        elif isinstance(module, GatedMHESA):
+            spread = None if module.to_alpha is None else spread_rates(module.mhesa.heads)
+            for index, parameter in enumerate(module.mhesa.rate_parameters()):
+                init.normal_(parameter) if spread is None else init.copy_(parameter, spread[index])
 
 
 class MhesaModel(MhesaPreTrainedModel):

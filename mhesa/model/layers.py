@@ -52,6 +52,10 @@ class MHESA(nn.Module):
         self.dampen_factors = nn.Parameter(torch.randn(heads))
         self.param_D = nn.Parameter(torch.randn(dim))
 
+    def rate_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The logits of the smoothing factors and of the damping factors, `(heads,)` each."""
+        return self.alphas, self.dampen_factors
+
     def rates(self, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The smoothing factors and the decays, in fp32 (fp64 for an fp64 layer).
 
@@ -111,6 +115,20 @@ class MHESA(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
 
+def spread_rates(heads: int) -> tuple[Tensor, Tensor]:
+    """Initial values of an adaptive block's `rate_parameters`, `(heads,)` each.
+
+    The time constants of the heads are spread evenly in their logarithm, from 1 to 300 steps.
+    """
+    steps = torch.logspace(0, math.log10(SLOWEST), heads, dtype=torch.float64)
+    return torch.logit(-torch.expm1(-1 / steps)).float(), torch.full((heads,), DAMPING)
+
+
+def identity_taps(size: int, dim: int) -> Tensor:
+    """The weights, `(size, dim)`, of a convolution that changes nothing."""
+    return torch.eye(size)[:, :1].repeat(1, dim)
+
+
 class CausalConv(nn.Module):
     """A short causal depthwise convolution that begins as the identity.
 
@@ -125,13 +143,7 @@ class CausalConv(nn.Module):
 
     def __init__(self, *, dim: int, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Make it the identity."""
-        with torch.no_grad():
-            self.weight.zero_()[0] = 1
+        self.weight = nn.Parameter(identity_taps(size, dim))
 
     def forward(
         self, x: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -210,15 +222,9 @@ class GatedMHESA(nn.Module):
         self.conv = CausalConv(dim=dim, size=conv_size) if conv_size else None
         self.to_alpha = nn.Linear(dim, heads, bias=False) if adaptive else None
         if adaptive:
-            self.reset_rates()
-
-    def reset_rates(self) -> None:
-        """Space the time constants of the heads evenly in their logarithm, from 1 to 300 steps."""
-        heads = self.mhesa.heads
-        steps = torch.logspace(0, math.log10(SLOWEST), heads, dtype=torch.float64)
-        with torch.no_grad():
-            self.mhesa.alphas.copy_(torch.logit(-torch.expm1(-1 / steps)))
-            self.mhesa.dampen_factors.fill_(DAMPING)
+            with torch.no_grad():
+                for parameter, value in zip(self.mhesa.rate_parameters(), spread_rates(heads), strict=True):
+                    parameter.copy_(value)
 
     def forward(
         self,

@@ -155,9 +155,9 @@ def model_state(model: nn.Module) -> StateDict:
     return get_model_state_dict(model, options=_GATHERED)
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> StateDict:
-    """What the optimizer keeps of each parameter, by its name; otherwise as `model_state`."""
-    state: Any = get_optimizer_state_dict(model, optimizer, options=_GATHERED)
+def optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> StateDict:
+    """What the optimizers keep of each parameter, by its name; otherwise as `model_state`."""
+    state: Any = get_optimizer_state_dict(model, optimizers, options=_GATHERED)
     return dict(state.get("state", {}))
 
 
@@ -166,7 +166,7 @@ def load_model_state(model: nn.Module, state: StateDict) -> None:
     set_model_state_dict(model, state, options=_WHOLE)
 
 
-def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: StateDict) -> None:
-    """Put whole tensors, the same in every process, into an optimizer; its settings stay as they are."""
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_WHOLE)
+def load_optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer], state: StateDict) -> None:
+    """Put whole tensors, the same in every process, into optimizers; their settings stay as they are."""
+    groups = get_optimizer_state_dict(model, optimizers)["param_groups"]
+    set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=_WHOLE)

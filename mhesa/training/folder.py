@@ -30,7 +30,7 @@ COMPLETE = "complete"
 CHANGEABLE = frozenset(
     {
         *("out", "steps", "minutes", "device", "backend", "save_every", "keep", "eval_every", "patience"),
-        *("report_to", "lr", "clip", "accumulate", "compile", "recompute", "fsdp"),
+        *("report_to", "lr", "muon_lr", "clip", "accumulate", "compile", "recompute", "fsdp"),
     }
 )
 

@@ -9,7 +9,7 @@ that was stopped therefore goes on, bit for bit, as if it had not been.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from mhesa.training.distributed import (
 )
 from mhesa.training.figures import Evaluation, Figures, Row
 from mhesa.training.folder import CHECKPOINTS, METRICS
-from mhesa.training.optimizers import make_optimizer
+from mhesa.training.optimizers import make_optimizers
 from mhesa.training.schedule import Budget, StopOnSignal, learning_rate
 from mhesa.training.settings import TrainingSettings
 
@@ -88,13 +88,13 @@ def train_model(
     forward = distribute(model, settings.device, fsdp=settings.fsdp)
     if settings.compile:
         forward.compile()
-    optimizer = make_optimizer(model, settings.weight_decay)
+    optimizers = make_optimizers(model, settings)
     parameters = list(model.parameters())
     states = None
     if settings.carry_state:
-        states = CarriedStates(settings.depth, settings.dim_mhesa, settings.device)
+        states = CarriedStates(settings.depth, model.state_size, settings.device)
     if start is not None:
-        _restore(start, model, optimizer, states, settings.accumulate)
+        _restore(start, model, optimizers, states, settings.accumulate)
     progress = Progress() if start is None else checkpoint.load_progress(start)
     figures = Figures(settings, progress, bytes_a_token, on_row)
     budget.start(progress.seconds)
@@ -104,9 +104,10 @@ def train_model(
         step = progress.step
 
         # 1. The learning rate follows the budget.
-        rate = settings.lr * learning_rate(budget.spent(step), settings.warmup, settings.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = learning_rate(budget.spent(step), settings.warmup, settings.schedule)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["peak_lr"]
 
         # 2. This process's windows, as micro-batches.
         with phase("windows"):
@@ -140,8 +141,9 @@ def train_model(
 
         # 5. The optimizer
         with phase("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
 
         with phase("bookkeeping"):
             # 6. All processes go by the slowest clock, and by a signal that any of them received.
@@ -152,7 +154,7 @@ def train_model(
 
             # 7. A row of figures
             if progress.step % STEPS_BETWEEN_ROWS == 0 or done:
-                figures.write_step(rate, norm)
+                figures.write_step(rate * settings.lr, norm)
 
             # 8. Evaluation on text held out
             is_best = False
@@ -165,7 +167,7 @@ def train_model(
             wanted = is_best and settings.patience is not None
             if progress.step % settings.save_every == 0 or wanted or done:
                 figures.settle(norm)
-                _save(settings, progress, model, optimizer, states)
+                _save(settings, progress, model, optimizers, states)
 
         if done:
             return progress, int(signal)
@@ -180,7 +182,7 @@ def _save(
     settings: TrainingSettings,
     progress: Progress,
     model: GatedExponentialSmoothingLM,
-    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
     states: CarriedStates | None,
 ) -> None:
     """Write a checkpoint. All processes gather its tensors, and the first one writes them."""
@@ -188,7 +190,7 @@ def _save(
         "model": {saved_name(name): weight for name, weight in model_state(model).items()},
         "optimizer": {
             f"{saved_name(name)}:{key}": value
-            for name, values in optimizer_state(model, optimizer).items()
+            for name, values in optimizer_state(model, optimizers).items()
             for key, value in values.items()
         },
     }
@@ -204,7 +206,7 @@ def _save(
 def _restore(
     path: Path,
     model: GatedExponentialSmoothingLM,
-    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
     states: CarriedStates | None,
     accumulate: int,
 ) -> None:
@@ -213,7 +215,7 @@ def _restore(
     for place, value in checkpoint.load_part(path, "optimizer").items():
         name, _, key = place.rpartition(":")
         state.setdefault(plain_name(name), {})[key] = value
-    load_optimizer_state(model, optimizer, state)
+    load_optimizer_state(model, optimizers, state)
     weights = checkpoint.load_part(path, "model")
     load_model_state(model, {plain_name(name): weight for name, weight in weights.items()})
     if states is not None:

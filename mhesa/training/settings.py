@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +34,8 @@ LARGEST_VOCABULARY = 1_000_000
 # in the same time; a CPU that computes in fp32 is slower and takes a quarter.
 TOKENS_A_STEP = {"bf16": 4096, "fp32": 1024}
 TOKENS_A_STEP_ON_ACCELERATORS = 65536
+# What runs did whose settings do not say it yet.
+BEFORE_ADAPTIVE = {"smoothing": "fixed", "optimizer": "adamw"}
 
 
 @documented
@@ -60,6 +62,26 @@ class TrainingSettings(ModelSizes):
     steps: Annotated[int | None, Doc("Optimizer steps to train for.", AT_LEAST_1, RUN)] = None
     minutes: Annotated[
         float | None, Doc("Minutes to train for; 3 if neither steps nor minutes is given.", POSITIVE, RUN)
+    ] = None
+    heads: Annotated[int, Doc("Smoothing rates of a block; must divide dim_mhesa.", AT_LEAST_1, MODEL)] = (
+        field(default=32, kw_only=True)
+    )
+    smoothing: Annotated[
+        str,
+        Doc(
+            "adaptive lets the smoothing factors follow the text; fixed is the original model.",
+            one_of("adaptive", "fixed"),
+            MODEL,
+        ),
+    ] = "adaptive"
+    conv: Annotated[
+        int | None,
+        Doc(
+            "Taps of a short causal convolution of each block's input, 0 for none; if omitted, 4 with "
+            "adaptive smoothing and 0 with fixed.",
+            AT_LEAST_0,
+            MODEL,
+        ),
     ] = None
     context: Annotated[
         int, Doc("Tokens in a training window.", Range("at least 2", lambda value: value >= 2), TRAINING)
@@ -88,8 +110,17 @@ class TrainingSettings(ModelSizes):
         ),
     ] = False
     lr: Annotated[
-        float, Doc("Peak learning rate; it warms up first and falls to a tenth.", POSITIVE, TRAINING)
+        float, Doc("Peak learning rate of AdamW; it warms up first and falls to a tenth.", POSITIVE, TRAINING)
     ] = 3e-3
+    optimizer: Annotated[
+        str,
+        Doc(
+            "muon for the matrices of the blocks and AdamW for the rest, or adamw alone.",
+            one_of("muon", "adamw"),
+            TRAINING,
+        ),
+    ] = "muon"
+    muon_lr: Annotated[float, Doc("Peak learning rate of Muon.", POSITIVE, TRAINING)] = 0.02
     schedule: Annotated[
         str,
         Doc("How the learning rate falls: along a cosine, or (wsd) late.", one_of("cosine", "wsd"), TRAINING),
@@ -211,7 +242,15 @@ class TrainingSettings(ModelSizes):
     def model_config(self, vocab_size: int, eos_token_id: int | None = None) -> ModelConfig:
         """The configuration of the model to train."""
         sizes = {field.name: getattr(self, field.name) for field in fields(ModelSizes)}
-        return ModelConfig(num_tokens=vocab_size, eos_token_id=eos_token_id, **sizes)
+        adaptive = self.smoothing == "adaptive"
+        conv_size = (4 if adaptive else 0) if self.conv is None else self.conv
+        return ModelConfig(
+            num_tokens=vocab_size,
+            eos_token_id=eos_token_id,
+            adaptive=adaptive,
+            conv_size=conv_size,
+            **sizes,
+        )
 
     def resolve(self) -> "TrainingSettings":
         """The same settings with every automatic choice made for this machine.
@@ -276,7 +315,7 @@ class TrainingSettings(ModelSizes):
             unknown = set(values) - {field.name for field in fields(cls)}
             if unknown:
                 raise InputError(f"{path} holds unknown settings: {', '.join(sorted(unknown))}")
-            return cls(**{**values, "sources": tuple(values["sources"])})
+            return cls(**{**BEFORE_ADAPTIVE, **values, "sources": tuple(values["sources"])})
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{path.parent} holds no training run: it has no {path.name}") from error
         except (TypeError, KeyError) as error:
