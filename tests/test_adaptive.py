@@ -17,9 +17,9 @@ SIZES = {"num_tokens": 20, "dim": 12, "depth": 2, "heads": 4, "dim_mhesa": 8}
 FORMS = [(True, 0), (False, 3), (True, 4), (True, 1)]
 
 
-def make(adaptive, conv_size, dtype=torch.float64):
+def make(adaptive, conv_size, dtype=torch.float64, **sizes):
     torch.manual_seed(0)
-    model = GatedExponentialSmoothingLM(**SIZES, adaptive=adaptive, conv_size=conv_size).to(dtype)
+    model = GatedExponentialSmoothingLM(**SIZES | sizes, adaptive=adaptive, conv_size=conv_size).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "conv" in name:
@@ -167,7 +167,7 @@ def test_transformers_initial_values_are_the_models():
 
 
 def test_a_saved_model_is_the_same_behind_transformers(tmp_path):
-    model, ids = make(True, 4, torch.float32), torch.randint(20, (2, 15))
+    model, ids = make(True, 4, torch.float32, num_tokens=257), torch.randint(20, (2, 15))
     mhesa.save(model.eval(), Bytes(), tmp_path)
     again, _ = mhesa.load(tmp_path)
     assert torch.equal(again(ids), model(ids))
