@@ -20,7 +20,10 @@ from mhesa.training import TrainingSettings
 
 # No field has its default.
 SIZES = {"dim": 20, "depth": 3, "heads": 2, "dim_mhesa": 12, "dim_expansion_factor": 1.5, "dropout": 0.25}
-CONFIG = ModelConfig(**SIZES, backend="chunked", num_tokens=50, tie_word_embeddings=True, eos_token_id=7)
+FORM = {"adaptive": True, "conv_size": 3}
+CONFIG = ModelConfig(
+    **SIZES, **FORM, backend="chunked", num_tokens=50, tie_word_embeddings=True, eos_token_id=7
+)
 
 
 def test_no_field_is_left_out():
@@ -44,7 +47,7 @@ def test_the_same_seed_builds_the_same_model():
     torch.manual_seed(0)
     built = replace(CONFIG, tie_word_embeddings=False).build()
     torch.manual_seed(0)
-    direct = GatedExponentialSmoothingLM(num_tokens=50, **SIZES)
+    direct = GatedExponentialSmoothingLM(num_tokens=50, **SIZES, **FORM)
     expected = direct.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in built.state_dict().items())
 
@@ -70,12 +73,12 @@ def test_every_size_is_a_field_for_transformers_and_a_training_setting():
         assert f"\n        {JSON_NAMES.get(field.name, field.name)}: " in MhesaConfig.__doc__ or (
             field.name == "eos_token_id"
         )
-    settings = TrainingSettings(out="run", **SIZES, backend="chunked")
+    settings = TrainingSettings(out="run", **SIZES, smoothing="adaptive", conv=3, backend="chunked")
     assert settings.model_config(50, 7) == replace(CONFIG, tie_word_embeddings=False)
 
 
 def test_blocks_and_models_take_every_size():
-    names = {field.name for field in fields(ModelSizes)}
+    names = {field.name for field in fields(ModelSizes)} | set(FORM)
     assert names - {"depth"} == set(inspect.signature(GatedMHESA).parameters)
     assert names | {"num_tokens"} == set(inspect.signature(GatedExponentialSmoothingLM).parameters)
 
