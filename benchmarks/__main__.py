@@ -52,12 +52,14 @@ def ops(
         python -m benchmarks ops --shape 16x2048x8x64
     """
     from benchmarks.lengths import bench_lengths
-    from benchmarks.ops import DTYPES, SHAPES, Case, bench_ops
+    from benchmarks.ops import DTYPES, EVERY_STEP_SHAPES, SHAPES, Case, bench_ops
     from mhesa.ops.devices import check_device
 
     check_device(device)
     shapes = SHAPES if shape is None else [_shape(shape)]
     cases = [Case(shape, dtype) for dtype in DTYPES for shape in shapes]
+    every_step = EVERY_STEP_SHAPES if shape is None else shapes
+    cases += [Case(shape, dtype, every_step=True) for dtype in DTYPES for shape in every_step]
     tables: dict[str, list[Any]] = {"operators": []}
     with progress("timing", 2 * (rounds + 1) * (len(cases) + (shape is None))) as advance:
         for rows in bench_ops(cases, rounds=rounds, device=device, on_round=lambda: advance(1)):

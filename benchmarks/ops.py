@@ -25,10 +25,11 @@ Operator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One shape `(batch, length, heads, head_dim)` in one type."""
+    """One shape `(batch, length, heads, head_dim)` in one type, at fixed rates or those of every step."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
+    every_step: bool = False
 
     @property
     def shape_text(self) -> str:
@@ -66,6 +67,7 @@ class Row:
 
 
 SHAPES = [(4, 1024, 8, 64), (4, 4096, 8, 64), (1, 65536, 8, 64), (1, 1048576, 1, 8)]
+EVERY_STEP_SHAPES = [(4, 4096, 32, 16), (1, 65536, 32, 16)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -97,7 +99,10 @@ def bench_ops(
 def _rows(case: Case, rounds: int, device: str, on_round: Callable[[], object]) -> list[Row]:
     operands = inputs(case, device)
     dy = torch.randn_like(operands[0])
-    few = [operands[0].detach()[:1, :WARMUP_STEPS].clone().requires_grad_(), *operands[1:]]
+    few = [
+        value.detach()[:1, :WARMUP_STEPS].clone().requires_grad_() if value.ndim > 2 else value
+        for value in operands
+    ]
     contestants = list(_contestants(case, device))
     # `chunked` shares no code with the native kernels and is fast enough in fp64 for a million steps.
     exact = [value.detach().double().requires_grad_() for value in operands]
@@ -136,15 +141,17 @@ def _row(case: Case, timed: str, name: str, seconds: dict[str, float], error: fl
 
 
 def inputs(case: Case, device: str) -> list[Tensor]:
-    """x of the case's shape, alpha and decay `(heads,)`, skip `(heads, head_dim)`.
+    """x of the case's shape, alpha and decay `(heads,)` or `(batch, length, heads)`, skip `(heads, head_dim)`.
 
     The time constants are from 3 to 10,000 steps.
     """
     generator = torch.Generator().manual_seed(0)
-    _, _, heads, head_dim = case.shape
+    *steps, heads, head_dim = case.shape
     x = torch.randn(case.shape, generator=generator).to(case.dtype)
-    alpha = torch.rand(heads, generator=generator)
+    alpha = torch.rand((*steps, heads) if case.every_step else (heads,), generator=generator)
     decay = 1 - torch.logspace(-0.5, -4, heads)
+    if case.every_step:
+        decay = decay ** (2 * torch.rand((*steps, heads), generator=generator))
     skip = torch.randn(heads, head_dim, generator=generator)
     return [value.to(device).requires_grad_() for value in (x, alpha, decay, skip)]
 
@@ -189,8 +196,11 @@ def prepare(
 def _contestants(case: Case, device: str) -> Iterator[Contestant]:
     for name, backend in BACKENDS.items():
         # `reference` is a Python loop: too slow for a million steps.
-        if name != "reference" and backend.serves(torch.device(device)):
-            yield Contestant(name, with_backend(name))
+        if name != "reference" and backend.serves(torch.device(device), fixed_rates=not case.every_step):
+            label = f"{name}, rates of every step" if case.every_step else name
+            yield Contestant(label, with_backend(name))
+    if case.every_step:
+        return
     if not case.narrow and installed("gated_state_spaces_pytorch", "the original's FFT"):
         yield Contestant("the original's FFT", _original)
     if not case.narrow and device == "cpu" and installed("scipy", "scipy lfilter"):

@@ -23,7 +23,11 @@ from benchmarks.train import Sizes, bench_train
 from mhesa.errors import InputError
 from mhesa.training import TrainingSettings
 
-SMALL = [Case((2, 64, 2, 8), torch.float32), Case((1, 65, 4, 4), torch.bfloat16)]
+SMALL = [
+    Case((2, 64, 2, 8), torch.float32),
+    Case((1, 65, 4, 4), torch.bfloat16),
+    Case((2, 64, 4, 8), torch.float32, every_step=True),
+]
 
 
 def test_every_operator_has_its_rows():
