@@ -11,7 +11,8 @@ import torch
 from serving import ENDLESS, KEYS, in_process
 
 from mhesa.errors import InputError
-from mhesa.serve.sessions import SessionError, Sessions, StoredSession
+from mhesa.inference.session import SessionState
+from mhesa.serve.sessions import SessionError, Sessions
 
 SHAPE = (3, 1, 5)
 
@@ -37,7 +38,7 @@ def store(tmp_path):
 
 
 def some(position=7):
-    return StoredSession(torch.randn(SHAPE), 65, position)
+    return SessionState(torch.randn(SHAPE), 65, position)
 
 
 @pytest.mark.parametrize("path", [None, "file"])
@@ -56,7 +57,7 @@ def test_sessions_survive_a_killed_process(store, tmp_path):
     code = (
         "import os, sys, torch; from pathlib import Path; from mhesa.serve.sessions import *\n"
         f"s = Sessions(Path(sys.argv[1]), model='model', shape={SHAPE})\n"
-        f"for i in range(50): s.save('me', str(i), StoredSession(torch.full({SHAPE}, float(i)), i, i))\n"
+        f"for i in range(50): s.save('me', str(i), SessionState(torch.full({SHAPE}, float(i)), i, i))\n"
         "os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=120).returncode == -9

@@ -24,15 +24,13 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba.extending import overload
 
 from mhesa.inference.decoder.matmul import PADDING, PANEL, TILE, multiply
 from mhesa.ops.cpu.arguments import FLOAT32, INT64, OPERAND, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, fetch_add, signal, wait
-from mhesa.ops.cpu.compiling import cgutils, intrinsic, jit, offset, types
+from mhesa.ops.cpu.compiling import jit, offset, stack_array, types
 from mhesa.ops.cpu.gelu_kernels import gelu
-from mhesa.ops.cpu.simd import I32
 
 # What a stage does. CONVOLVE normalises first. PACK writes rows of fp32 in the type that weights are
 # multiplied with.
@@ -95,6 +93,8 @@ Arguments = struct(
 
 # Rows of a batch that a task multiplies by a panel, in whole tiles.
 ROWS_PER_TASK = 8 * TILE
+# The sums of a tile: each of its rows with all outputs of a panel.
+TILE_SUMS = TILE * PANEL
 # Tasks of a stage for each thread: with more of them, threads wait less for the last.
 TASKS_PER_THREAD = 4
 SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -105,28 +105,6 @@ EPSILON = np.float32(1e-5)
 
 # Sums may be taken in any order and fused with products, which vectors need.
 fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
-
-
-@intrinsic
-def _totals(context: Any, weights: Any) -> Any:
-    """Memory on the stack for a tile of sums."""
-    total = types.int32 if weights.dtype == types.int8 else types.float32
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        memory = ir.ArrayType(context.get_value_type(total), TILE * PANEL)
-        return builder.gep(cgutils.alloca_once(builder, memory), [I32(0), I32(0)])
-
-    return types.CPointer(total)(weights), codegen
-
-
-@intrinsic
-def _bits(context: Any, value: Any) -> Any:
-    """The bits of an fp32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], I32)
-
-    return types.uint32(types.float32), codegen
 
 
 @fast
@@ -207,7 +185,7 @@ def _pack_float32(row, operand, scales, index, largest, n):  # type: ignore[no-u
 
 def _pack_bfloat16(row, operand, scales, index, largest, n):  # type: ignore[no-untyped-def]
     for i in range(n):
-        bits = _bits(row[i])
+        bits = np.float32(row[i]).view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         # Rounding could carry the bits of a NaN over into an infinity.
         operand[i] = np.uint32(0x7FC0) if row[i] != row[i] else rounded
@@ -237,22 +215,6 @@ def _sum_for(total, i, scale, weight_scales):  # type: ignore[no-untyped-def]
     if total.dtype == types.float32:
         return lambda total, i, scale, weight_scales: total[i]
     return lambda total, i, scale, weight_scales: np.float32(total[i]) * (scale * weight_scales[i])
-
-
-@jit
-def _products(panel, x, x_stride, totals, columns, rows):  # type: ignore[no-untyped-def]
-    if rows == TILE:
-        multiply(panel, x, x_stride, totals, columns, 6)
-    elif rows == 1:
-        multiply(panel, x, x_stride, totals, columns, 1)
-    elif rows == 2:
-        multiply(panel, x, x_stride, totals, columns, 2)
-    elif rows == 3:
-        multiply(panel, x, x_stride, totals, columns, 3)
-    elif rows == 4:
-        multiply(panel, x, x_stride, totals, columns, 4)
-    else:
-        multiply(panel, x, x_stride, totals, columns, 5)
 
 
 @fast
@@ -347,7 +309,7 @@ def _multiply_rows(args, stage, rows, totals, low, high):  # type: ignore[no-unt
         epilogue = stage.epilogue if panel < stage.gelu_panels or stage.epilogue != GELU else WRITE
         for first in range(block * ROWS_PER_TASK, last, TILE):
             count = min(TILE, last - first)
-            _products(weights, offset(stage.operand, first * stride), stride, totals, columns, count)
+            multiply(weights, offset(stage.operand, first * stride), stride, totals, columns, count)
             for i in range(count):
                 row = first + i
                 out_i, sums = offset(out, row * stage.out_stride), offset(totals, i * PANEL)
@@ -372,7 +334,7 @@ def _work(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
 
 def run(args):  # type: ignore[no-untyped-def]
     """Take part in running the rows through all stages: states are changed in place, logits are written."""
-    totals = _totals(args.stages.matrix)
+    totals = stack_array(args.stages.matrix, TILE_SUMS)
     for row in range(args.rows):
         if args.ids[row] < 0 or args.ids[row] >= args.num_tokens:
             args.refused = 1

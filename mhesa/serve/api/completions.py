@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -178,8 +179,7 @@ def _render(service: Service, body: ChatRequest) -> np.ndarray:
 
 
 def _sampling(service: Service, body: GenerationRequest) -> Sampling:
-    names = {"temperature", "top_p", "top_k", "min_p"}
-    names |= {"repetition_penalty", "frequency_penalty", "presence_penalty"}
+    names = {field.name for field in fields(Sampling)} - {"logit_bias"}
     biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
     check_limit(len(biases), "logit_bias tokens", service.settings.limits.logit_biases)
     service.check_token(max(biases, default=0), "logit_bias")

@@ -1,4 +1,4 @@
-"""A request's jobs while they are worked on."""
+"""A request's jobs, from the queue to their end."""
 
 from __future__ import annotations
 
@@ -20,11 +20,6 @@ class Submission:
 
     `close` must be called in any case: it cancels what is not finished.
 
-    Args:
-        service: who works on them.
-        request: where a disconnect shows.
-        jobs: what to do.
-
     Raises:
         APIError: the queue is full, or the server is shutting down.
     """
@@ -42,7 +37,7 @@ class Submission:
         self._timer = loop.call_later(service.settings.limits.request_seconds, self._expire)
 
     async def progress(self) -> None:
-        """Wait until there is news of a job.
+        """Wait until a job has progress to report.
 
         Raises:
             APIError: a job failed, or the request took too long.
