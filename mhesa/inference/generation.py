@@ -124,7 +124,7 @@ def write(
     for text, prompt in zip(texts, prompts, strict=True):
         text.sampler.observe(prompt)
     slots = Slots(decoder, states)
-    over = slots.add(texts, states, decoder.prefill(prompts, states))
+    ended = slots.add(texts, states, decoder.prefill(prompts, states))
     while True:
         for text in slots.texts:
             if text.error is not None:
@@ -132,11 +132,11 @@ def write(
         for text in slots.texts:
             assert text.last is not None
             yield text, text.last
-        if len(over) == len(slots.texts):
+        if len(ended) == len(slots.texts):
             return
-        for slot in over:
+        for slot in ended:
             slots.remove(slot)
-        over = slots.step()
+        ended = slots.step()
 
 
 def _decoder(model: GatedExponentialSmoothingLM | Decoder, batch: int) -> Decoder:

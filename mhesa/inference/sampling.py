@@ -90,7 +90,7 @@ class TokenSampler:
             presence_penalty=given.presence_penalty,
             random=secrets.randbits(64) if seed is None else seed % (1 << 64),
         )
-        # The notes, and the index of each token's.
+        # Notes on tokens, and the index of each token's note.
         self._notes, self._indices = (Note * 8)(), dict[int, int]()
         for token, bias in given.logit_bias.items():
             self._note(token).bias = bias

@@ -121,8 +121,8 @@ class Session:
     def feed_ids(self, ids: Tensor) -> None:
         """Read some tokens, int64 `(tokens,)`."""
         if len(ids):
-            self.reader.decoder.prefill(self._behind(ids)[None], self._memory.state)
-            self._move(ids)
+            self.reader.decoder.prefill(self._inputs(ids)[None], self._memory.state)
+            self._advance(ids)
 
     def score(self, text: str | bytes) -> np.ndarray:
         """Read some text and measure the surprisal of each of its tokens.
@@ -136,8 +136,8 @@ class Session:
         """Read tokens, int64 `(tokens,)`, and measure the surprisal of each; see `score`."""
         if not len(ids):
             return np.zeros(0, dtype=np.float32)
-        bits = surprisals(self.reader.decoder, self._behind(ids), ids, self._memory.state)
-        self._move(ids)
+        bits = surprisals(self.reader.decoder, self._inputs(ids), ids, self._memory.state)
+        self._advance(ids)
         return bits
 
     def generate(
@@ -244,11 +244,11 @@ class Session:
         data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
         return torch.from_numpy(self.reader.tokenizer.encode_bytes(data).astype("int64"))
 
-    def _behind(self, ids: Tensor) -> Tensor:
+    def _inputs(self, ids: Tensor) -> Tensor:
         """The tokens whose predictions are for `ids`: the last one, and all of `ids` but the last."""
         return torch.cat([torch.tensor([self._memory.token]), ids[:-1]])
 
-    def _move(self, ids: Tensor) -> None:
+    def _advance(self, ids: Tensor) -> None:
         self._memory.token = int(ids[-1])
         self._memory.position += len(ids)
 

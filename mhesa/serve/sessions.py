@@ -15,10 +15,11 @@ import torch
 
 from mhesa.errors import InputError
 from mhesa.inference.session import SessionState
+from mhesa.serve.settings import Limits
 
 # SQLite's application_id and user_version of our files.
 APPLICATION_ID, VERSION = 0x6D686573, 1
-# Memory for pages of the file.
+# SQLite's page cache.
 CACHE_KIB = 16 * 1024
 SCHEMA = """
 CREATE TABLE sessions (
@@ -60,8 +61,7 @@ class Sessions:
         path: the database's file; `None` keeps it in memory.
         model: the fingerprint of the model that is served.
         shape: the shape of a state, `(depth, 1, dim_mhesa)`.
-        most: the largest number of sessions of one client.
-        idle_seconds: the time after which an unused session is deleted.
+        limits: the number of a client's sessions, and the time after which an unused one is deleted.
         clock: gives the time in seconds since 1970.
 
     Raises:
@@ -74,12 +74,10 @@ class Sessions:
         *,
         model: str,
         shape: tuple[int, ...],
-        most: int = 100_000,
-        idle_seconds: float = 7 * 24 * 3600,
+        limits: Limits,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.model, self.shape, self.most = model, shape, most
-        self.idle_seconds, self.clock = idle_seconds, clock
+        self.model, self.shape, self.limits, self.clock = model, shape, limits, clock
         self._lock = threading.Lock()
         try:
             self._database = sqlite3.connect(
@@ -198,7 +196,7 @@ class Sessions:
         return self._one("SELECT count(*), ifnull(sum(length(state)), 0) FROM sessions", ()) or (0, 0)
 
     def _oldest(self) -> float:
-        return self.clock() - self.idle_seconds
+        return self.clock() - self.limits.idle_seconds
 
     def _one(self, query: str, values: tuple[object, ...]) -> tuple | None:  # type: ignore[type-arg]
         with self._lock:
@@ -210,7 +208,7 @@ class Sessions:
         with self._lock:
             rows = self._database.execute(query, (*values, limit)).fetchall()
         return [
-            SessionRecord(name, position, size, created, used, used + self.idle_seconds)
+            SessionRecord(name, position, size, created, used, used + self.limits.idle_seconds)
             for name, position, size, created, used in rows
         ]
 
@@ -221,5 +219,5 @@ class Sessions:
         if run(f"SELECT 1 {where}", (client, name)).fetchone():
             return
         (count,) = run("SELECT count(*) FROM sessions WHERE client = ?", (client,)).fetchone()
-        if count >= self.most:
+        if count >= self.limits.sessions:
             raise SessionError(429, f"there are {count} sessions already; delete some")

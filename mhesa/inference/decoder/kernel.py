@@ -35,7 +35,7 @@ from mhesa.ops.cpu.gelu_kernels import gelu
 # What a stage does. CONVOLVE normalises first. PACK writes rows of fp32 in the type that weights are
 # multiplied with.
 EMBED, NORMALISE, CONVOLVE, SMOOTH, PACK, MULTIPLY = range(6)
-# What a product does with its sums: write them, their GELU, or multiply or add them to what is there.
+# What a product does with its sums: write them, write their GELU, multiply its output by them, or add them.
 WRITE, GELU, GATE, ADD = range(4)
 
 Stage = struct(
@@ -160,7 +160,7 @@ def _spread_rates(stage, row, rates):  # type: ignore[no-untyped-def]
 
 @jit
 def _pad(operand, n):  # type: ignore[no-untyped-def]
-    # An earlier row may have left a NaN there, and the weights' zeros times NaN are NaN.
+    # An earlier row may have left NaN there, which times a weight of zero is NaN.
     for i in range(n, (n + PADDING - 1) // PADDING * PADDING):
         operand[i] = 0
 
@@ -187,7 +187,7 @@ def _pack_bfloat16(row, operand, scales, index, largest, n):  # type: ignore[no-
     for i in range(n):
         bits = np.float32(row[i]).view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        # Rounding could carry the bits of a NaN over into an infinity.
+        # Rounding could turn a NaN into an infinity.
         operand[i] = np.uint32(0x7FC0) if row[i] != row[i] else rounded
     _pad(operand, n)
 
@@ -196,7 +196,7 @@ def _pack_int16(row, operand, scales, index, largest, n):  # type: ignore[no-unt
     peak, zero = np.float32(0), np.float32(0)
     for i in range(n):
         peak = max(peak, abs(row[i]))
-        # A comparison ignores NaN; this sum is zero unless a value is NaN or infinite, NaN then.
+        # `max` ignores NaN; this sum becomes NaN if a value is NaN or infinite, and is zero otherwise.
         zero += row[i] * np.float32(0)
     scales[index] = peak / np.float32(largest) + zero
     scale = np.float32(largest) / peak if peak > SMALLEST_NORMAL else np.float32(0)
@@ -252,7 +252,7 @@ def _pack_row(args, stage, values, row):  # type: ignore[no-untyped-def]
 def _normalise_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
     for row in range(low, high):
         x = offset(stage.rows, row * stage.row_stride)
-        # The row of u and v is not written yet, and has room for this.
+        # The memory for u and v is not in use yet: the normalised row fits there.
         normal = offset(args.uv, row * args.uv_stride)
         _normalise(x, stage.weight, stage.bias, normal, stage.columns)
         _pack_row(args, stage, normal, row)

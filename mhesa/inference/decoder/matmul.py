@@ -184,12 +184,12 @@ _PRODUCTS: dict[Any, Any] = {types.float32: _Float32, types.uint16: _Bfloat16, t
 
 
 @intrinsic
-def multiply(context: Any, weights: Any, x: Any, x_row: Any, out: Any, columns: Any, rows: Any) -> Any:
-    """Write the products of a panel with up to 6 rows of `x`, `x_row` apart, to `out`, `(rows, 64)`."""
+def multiply(context: Any, weights: Any, x: Any, x_stride: Any, out: Any, columns: Any, rows: Any) -> Any:
+    """Write the products of a panel with up to 6 rows of `x`, `x_stride` apart, to `out`, `(rows, 64)`."""
     product, vectors = _PRODUCTS[weights.dtype], PANEL // LANES
 
     def write(builder: Any, args: Any, count: int) -> None:
-        panel, x_0, x_step, out_0, n, _ = args
+        panel, x_0, x_stride, out_0, n, _ = args
         pair, vector = product.pair, product.total
         # Columns per iteration: with few rows an iteration is short, and its overhead counts.
         unrolled = {1: 8, 2: 4, 3: 4}.get(count, 2)
@@ -197,7 +197,7 @@ def multiply(context: Any, weights: Any, x: Any, x_row: Any, out: Any, columns: 
         for sums in totals:
             for total in sums:
                 builder.store(ir.Constant(vector, [0] * LANES), total)
-        x_rows = [builder.gep(x_0, [builder.mul(x_step, I64(row))]) for row in range(count)]
+        x_rows = [builder.gep(x_0, [builder.mul(x_stride, I64(row))]) for row in range(count)]
         steps = builder.udiv(n, I64(pair))
         with cgutils.for_range_slice(builder, I64(0), steps, I64(unrolled), I64) as (first, _):
             for ahead in range(unrolled):

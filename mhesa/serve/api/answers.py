@@ -17,7 +17,6 @@ from mhesa.inference.logprobs import TokenScore
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import APIError, ClientGone
 from mhesa.serve.api.lease import SessionLease
-from mhesa.serve.api.service import Service
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
 from mhesa.serve.sessions import SessionError
@@ -29,12 +28,10 @@ class Answer(ABC):
     `close` must be called in any case.
 
     Args:
-        service: the model being served.
         submission: the jobs that write the texts.
         lease: the session that they continue.
         top: how many of the likeliest tokens to give beside each; `None` gives no log-probabilities.
         options: what a stream sends beside the text.
-        log_fields: receives what the log says of the request.
 
     Attributes:
         prefix: of the answer's id.
@@ -50,20 +47,19 @@ class Answer(ABC):
 
     def __init__(
         self,
-        service: Service,
         submission: Submission,
         lease: SessionLease | None,
         *,
         top: int | None,
         options: protocol.StreamOptions,
-        log_fields: dict[str, Any],
     ) -> None:
-        self.service, self.submission, self.lease = service, submission, lease
-        self.top, self.options, self.log_fields = top, options, log_fields
+        self.submission, self.lease, self.top, self.options = submission, lease, top, options
+        self.service = submission.service
+        self.log_fields: dict[str, Any] = submission.request.state.log_fields
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": service.settings.name,
+            "model": self.service.settings.name,
         }
         # The texts in the order of the answer, each with its job.
         self.cursors = [(job, TextCursor(text)) for job in submission.jobs for text in job.texts]

@@ -14,9 +14,6 @@ TYPES = {
     404: "not_found_error",
     409: "conflict_error",
     429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-    504: "server_error",
 }
 
 
@@ -50,7 +47,7 @@ class APIError(Exception):
 
     def body(self) -> ErrorBody:
         """The answer's body."""
-        kind = TYPES.get(self.status, "invalid_request_error")
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         param = None if self.param is None else _printable(self.param)
         detail = ErrorDetail(message=_printable(self.message), type=kind, param=param, code=self.code)
         return ErrorBody(error=detail)

@@ -45,13 +45,11 @@ class Service:
         self.created = int(time.time())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.token_bytes = token_bytes(tokenizer, model.token_emb.num_embeddings)
-        limits = settings.limits
         self.sessions = Sessions(
             settings.sessions,
             model=fingerprint(model),
             shape=tuple(model.initial_state(1).shape),
-            most=limits.sessions,
-            idle_seconds=limits.idle_seconds,
+            limits=settings.limits,
         )
         self.engine = DecodeThread(
             Decoder(model, max_batch=settings.slots, quantize=quantize, single_thread_small_calls=True),
@@ -134,21 +132,7 @@ def prepend(token: int, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([np.array([token], ids.dtype), ids])
 
 
-# What `mhesa.serve.http.guard` records of a request:
-
-
-def client_of(request: Request) -> str:
-    """The name of the client whose API key came with the request; empty without keys."""
-    name: str = request.scope["state"]["client"]
-    return name
-
-
 def queue_of(request: Request) -> str:
     """Who takes turns in the queue: the client, or without keys its address."""
-    return client_of(request) or (request.client.host if request.client else "")
-
-
-def log_fields(request: Request) -> dict[str, Any]:
-    """Further fields of the request's line in the log."""
-    fields: dict[str, Any] = request.scope["state"]["log_fields"]
-    return fields
+    name: str = request.state.client
+    return name or (request.client.host if request.client else "")

@@ -25,8 +25,7 @@ class Submission:
     """
 
     def __init__(self, service: Service, request: Request, jobs: Sequence[Job]) -> None:
-        self.service, self.jobs = service, jobs
-        self._request = request
+        self.service, self.request, self.jobs = service, request, jobs
         self._event = asyncio.Event()
         self._gone = self._late = False
         for job in jobs:
@@ -81,7 +80,7 @@ class Submission:
                 raise APIError(500, "the model failed on this request", code="model_failure") from job.error
 
     async def _watch_client(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
+        while (await self.request.receive())["type"] != "http.disconnect":
             pass
         self._gone = True
         self._event.set()

@@ -97,7 +97,7 @@ class FairQueue(Generic[Item]):
         return next(iter(self._queues.values()))[0]
 
     def pop(self) -> Item:
-        """Take the item whose turn it is; its client goes behind the others."""
+        """Take the item whose turn it is; its client's next turn comes after the other clients'."""
         client, queue = next(iter(self._queues.items()))
         item = queue.popleft()
         del self._queues[client]

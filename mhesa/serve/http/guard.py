@@ -50,8 +50,9 @@ class Guard:
             return
         started = time.perf_counter()
         request_id = uuid.uuid4().hex
-        state: MutableMapping[str, Any] = scope.setdefault("state", {})
+        # What routes see as `request.state`: the client's name, and what they add to the line in the log.
         fields: dict[str, Any] = {}
+        state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["log_fields"] = fields
         status = 0
 
