@@ -16,7 +16,11 @@ from transformers import (
 )
 
 from mhesa.errors import InputError
-from mhesa.inference.sampling import BatchSampler, Sampling, TokenSampler, draw
+from mhesa.inference.sampling import BatchSampler, Sampling, TokenSampler
+
+
+def draw(logits, samplers):
+    return BatchSampler(logits.shape[1], samplers).draw(logits)
 
 
 def processed(sampling, logits, seen):

@@ -11,7 +11,9 @@ import torch
 from serving import ENDLESS, KEYS, in_process
 
 from mhesa.errors import InputError
-from mhesa.serve.sessions import SessionError, Sessions, StoredSession
+from mhesa.inference.session import SessionState
+from mhesa.serve.sessions import SessionError, Sessions
+from mhesa.serve.settings import Limits
 
 SHAPE = (3, 1, 5)
 
@@ -28,7 +30,7 @@ def store(tmp_path):
     opened = []
 
     def open_store(path=tmp_path / "sessions.sqlite", model="model", **settings):
-        opened.append(Sessions(path, model=model, shape=SHAPE, **settings))
+        opened.append(Sessions(path, model=model, shape=SHAPE, **{"limits": Limits()} | settings))
         return opened[-1]
 
     yield open_store
@@ -37,7 +39,7 @@ def store(tmp_path):
 
 
 def some(position=7):
-    return StoredSession(torch.randn(SHAPE), 65, position)
+    return SessionState(torch.randn(SHAPE), 65, position)
 
 
 @pytest.mark.parametrize("path", [None, "file"])
@@ -55,8 +57,8 @@ def test_sessions_survive_a_killed_process(store, tmp_path):
     path = tmp_path / "sessions.sqlite"
     code = (
         "import os, sys, torch; from pathlib import Path; from mhesa.serve.sessions import *\n"
-        f"s = Sessions(Path(sys.argv[1]), model='model', shape={SHAPE})\n"
-        f"for i in range(50): s.save('me', str(i), StoredSession(torch.full({SHAPE}, float(i)), i, i))\n"
+        f"s = Sessions(Path(sys.argv[1]), model='model', shape={SHAPE}, limits=Limits())\n"
+        f"for i in range(50): s.save('me', str(i), SessionState(torch.full({SHAPE}, float(i)), i, i))\n"
         "os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=120).returncode == -9
@@ -97,7 +99,7 @@ def test_lists_are_of_one_client_and_in_pages(store):
 
 def test_sessions_expire(store):
     clock = Clock()
-    sessions = store(idle_seconds=100, clock=clock)
+    sessions = store(limits=Limits(idle_seconds=100), clock=clock)
     sessions.save("me", "old", some())
     clock.now += 60
     sessions.save("me", "new", some())
@@ -110,7 +112,7 @@ def test_sessions_expire(store):
 
 
 def test_a_client_has_so_many_sessions(store):
-    sessions = store(most=2)
+    sessions = store(limits=Limits(sessions=2))
     for name in "aba":
         sessions.save("me", name, some())
     for grow in (lambda: sessions.save("me", "c", some()), lambda: sessions.fork("me", "a", "c")):

@@ -34,7 +34,7 @@ def reader():
 
 
 def ended_at(session):
-    return session._place.state.clone(), session._place.token, session.position
+    return session._memory.state.clone(), session._memory.token, session.position
 
 
 def same(first, second):
@@ -108,7 +108,7 @@ def test_an_end_of_text_ends_and_another_text_begins(reader):
     session = Session(Reader(model, ByteTokenizer()))
     session.feed("a")
     assert session.generate(max_new_tokens=5, sampling=Sampling(temperature=0)) == ""
-    assert (session.position, session._place.token) == (2, 256)
+    assert (session.position, session._memory.token) == (2, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

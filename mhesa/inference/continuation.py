@@ -1,4 +1,4 @@
-"""A text as it is written: tokens become bytes, stop strings end it, a cursor reads whole characters."""
+"""A text while it is generated: tokens become bytes, stop strings end it, a cursor reads whole characters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Literal
 from mhesa.errors import InputError
 from mhesa.inference.logprobs import TokenScore
 from mhesa.inference.sampling import TokenSampler
+
+FinishReason = Literal["stop", "length"]
 
 
 class StopMatcher:
@@ -56,31 +58,26 @@ def partial_stop_length(text: bytes, stops: Sequence[bytes]) -> int:
     >>> partial_stop_length(b"one, tw", [b"two", b"wow"])
     2
     """
-    longest = 0
-    for stop in stops:
-        for size in range(min(len(text), len(stop) - 1), longest, -1):
-            if text.endswith(stop[:size]):
-                longest = size
-                break
-    return longest
+    lengths = ((stop, size) for stop in stops for size in range(1, min(len(text) + 1, len(stop))))
+    return max((size for stop, size in lengths if text.endswith(stop[:size])), default=0)
 
 
 class Continuation:
-    """A text that is written behind a prompt.
+    """A text that continues a prompt.
 
-    One thread writes it; another may read it by a `TextCursor` meanwhile.
+    One thread writes it; another may read it through a `TextCursor` at the same time.
 
     Args:
         sampler: draws the tokens.
-        limit: tokens at most.
+        limit: the largest number of tokens.
         end: the token that ends the text; it is not part of it.
         decode: gives the bytes of a token; `None` keeps no text.
         stops: the text ends before the first of these.
-        top: how many of the likeliest tokens to note beside each; `None` notes no log-probabilities.
+        top: how many of the likeliest tokens to record beside each; `None` records no log-probabilities.
 
     Attributes:
         pieces, scores: bytes and scored tokens that no cursor has read yet.
-        size: bytes of the text so far, with those that may turn out to begin a stop string.
+        size: bytes of the text so far, including those held back by a possible stop string.
         count: tokens of the text so far.
         last: the token drawn last.
         finish: why the text has ended; `None` as long as it goes on.
@@ -108,7 +105,7 @@ class Continuation:
         self.scores: deque[TokenScore] = deque()
         self.size = self.count = 0
         self.last: int | None = None
-        self.finish: Literal["stop", "length"] | None = None if limit > 0 else "length"
+        self.finish: FinishReason | None = None if limit > 0 else "length"
         self.error: FloatingPointError | None = None
         self._decode, self._matcher = decode, StopMatcher(stops)
 
@@ -118,7 +115,7 @@ class Continuation:
         return self.count + (self.last is not None and self.last == self.end)
 
     def take(self, token: int) -> None:
-        """Add a token that was drawn; -1 if it could not be."""
+        """Add a token that was drawn; -1 says that none could be drawn."""
         if token < 0:
             self.error = FloatingPointError("the model's logits are not numbers; its weights may be broken")
             return
@@ -136,22 +133,21 @@ class Continuation:
         elif self.count >= self.limit:
             self._finish("length")
 
-    def _finish(self, why: Literal["stop", "length"]) -> None:
-        # Last of all, because a cursor that sees it looks for no more text.
+    def _finish(self, why: FinishReason) -> None:
+        # Set last: a cursor that sees `finish` reads no further.
         self.pieces.append(self._matcher.flush())
         self.finish = why
 
 
 class TextCursor:
-    """Reads a continuation as it grows, in whole characters; what it has read is not kept.
+    """Reads a continuation as it grows, in whole characters.
 
-    Args:
-        text: what to read; it can have one cursor.
+    What it has read is not kept: a continuation can have one cursor only.
     """
 
     def __init__(self, text: Continuation) -> None:
         self.text = text
-        self.finish: Literal["stop", "length"] | None = None
+        self.finish: FinishReason | None = None
         self._seen = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 

@@ -58,13 +58,8 @@ class Score:
 
     def as_dict(self) -> dict[str, float]:
         """The figures by the names they have in JSON."""
-        return {
-            "loss": self.loss,
-            "bits_per_byte": self.bits_per_byte,
-            "perplexity": self.perplexity,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-        }
+        names = ("loss", "bits_per_byte", "perplexity", "tokens", "bytes")
+        return {name: getattr(self, name) for name in names}
 
 
 def surprisals(decoder: Decoder, inputs: Tensor, targets: Tensor, state: Tensor) -> np.ndarray:

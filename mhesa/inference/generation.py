@@ -65,16 +65,16 @@ def generate(
             TokenSampler(sampling, one),
             max_new_tokens,
             end=eos_token_id,
-            decode=decode_bytes and _decode_one(decode_bytes),
+            decode=decode_bytes and (lambda token: decode_bytes([token])),
             stops=stop,
         )
         for one in _seeds(seed, len(prompts))
     ]
     new: dict[Continuation, list[int]] = {text: [] for text in texts}
-    for first in range(0, len(prompts) if max_new_tokens > 0 else 0, decoder.max_batch):
+    for first in range(0, len(prompts), decoder.max_batch):
         batch = slice(first, first + decoder.max_batch)
         states = decoder.initial_state(len(prompts[batch]))
-        for text, token in _write(decoder, prompts[batch], texts[batch], states):
+        for text, token in write(decoder, prompts[batch], texts[batch], states):
             if token != eos_token_id:
                 new[text].append(token)
     return [torch.tensor(tokens, dtype=torch.int64) for tokens in new.values()]
@@ -105,31 +105,26 @@ def stream(
     decoder = _decoder(model, 1)
     text = Continuation(TokenSampler(sampling, seed), max_new_tokens, end=eos_token_id)
     state = decoder.initial_state(1) if state is None else state
-    return (token for token in write(decoder, ids, text, state) if token != eos_token_id)
+    return (token for _, token in write(decoder, [_not_empty(ids)], [text], state) if token != eos_token_id)
 
 
-def write(decoder: Decoder, ids: Tensor, text: Continuation, state: Tensor) -> Iterator[int]:
-    """Write a text behind a prompt; gives every token as it is drawn, with the one that ends the text.
+def write(
+    decoder: Decoder, prompts: list[Tensor], texts: list[Continuation], states: Tensor
+) -> Iterator[tuple[Continuation, int]]:
+    """Write texts behind their prompts; gives each token, also one that ends a text, with its text.
 
     Args:
         decoder: the model.
-        ids: the prompt, `(length,)`.
-        state: see `stream`.
-        text: what to write.
+        prompts: one for each text, `(length,)`.
+        texts: what to write; all have the same limit.
+        states: `(depth, texts, dim_mhesa)`; see `stream`.
     """
-    prompt = _not_empty(ids)
-    if text.finish is None:
-        yield from (token for _, token in _write(decoder, [prompt], [text], state))
-
-
-def _write(
-    decoder: Decoder, prompts: list[Tensor], texts: list[Continuation], states: Tensor
-) -> Iterator[tuple[Continuation, int]]:
-    """Write texts to their ends; gives each token with its text."""
+    if texts[0].finish is not None:
+        return
     for text, prompt in zip(texts, prompts, strict=True):
         text.sampler.observe(prompt)
     slots = Slots(decoder, states)
-    over = slots.add(texts, states, decoder.prefill(prompts, states))
+    ended = slots.add(texts, states, decoder.prefill(prompts, states))
     while True:
         for text in slots.texts:
             if text.error is not None:
@@ -137,15 +132,11 @@ def _write(
         for text in slots.texts:
             assert text.last is not None
             yield text, text.last
-        if len(over) == len(slots.texts):
+        if len(ended) == len(slots.texts):
             return
-        for slot in over:
+        for slot in ended:
             slots.remove(slot)
-        over = slots.step()
-
-
-def _decode_one(decode_bytes: Callable[[list[int]], bytes]) -> Callable[[int], bytes]:
-    return lambda token: decode_bytes([token])
+        ended = slots.step()
 
 
 def _decoder(model: GatedExponentialSmoothingLM | Decoder, batch: int) -> Decoder:

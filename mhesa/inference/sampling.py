@@ -16,12 +16,12 @@ from mhesa.inference.sampling_settings import Sampling
 from mhesa.ops.cpu.arguments import FLOAT64, INT64, STORED, Pointer, Struct, struct
 from mhesa.ops.cpu.threads import available, parallel
 
-__all__ = ["BatchSampler", "Sampling", "TokenSampler", "draw"]
+__all__ = ["BatchSampler", "Sampling", "TokenSampler"]
 
 Note = struct(
     "Note",
     token="int64",
-    seen="int64",  # whether the sequence has it, for the repetition penalty
+    seen="int64",  # whether the token is in the sequence, for the repetition penalty
     count="int64",  # how often it was drawn
     bias="float64",
 )
@@ -69,7 +69,8 @@ class TokenSampler:
     Raises:
         InputError: a negative seed.
 
-    >>> draw(torch.tensor([[0.0, 2.0, 1.0]]), [TokenSampler(Sampling(temperature=0))])
+    >>> sampler = BatchSampler(3, [TokenSampler(Sampling(temperature=0))])
+    >>> sampler.draw(torch.tensor([[0.0, 2.0, 1.0]]))
     [1]
     """
 
@@ -89,13 +90,13 @@ class TokenSampler:
             presence_penalty=given.presence_penalty,
             random=secrets.randbits(64) if seed is None else seed % (1 << 64),
         )
-        # The notes, and the index of each token's.
+        # Notes on tokens, and the index of each token's note.
         self._notes, self._indices = (Note * 8)(), dict[int, int]()
         for token, bias in given.logit_bias.items():
             self._note(token).bias = bias
 
     def observe(self, ids: Tensor | Iterable[int]) -> None:
-        """Note tokens that the sequence has, `(tokens,)`, for the repetition penalty."""
+        """Note the sequence's earlier tokens, `(tokens,)`, for the repetition penalty."""
         if self.sampling.repetition_penalty != 1:
             for token in ids.unique().tolist() if isinstance(ids, Tensor) else ids:
                 self._note(token).seen = 1
@@ -122,12 +123,12 @@ class TokenSampler:
 
 
 class BatchSampler:
-    """The samplers of the rows of a batch, which may change, ready to draw for all rows at once.
+    """Draws for all rows of a batch at once; rows may be added and removed.
 
     Args:
         num_tokens: the size of the vocabulary.
-        samplers: one for each row.
-        max_rows: the largest number of rows; that of `samplers` if omitted.
+        samplers: the samplers of the first rows.
+        max_rows: the largest number of rows; as many as `samplers` if omitted.
 
     Raises:
         InputError: a sampler has noted tokens outside the vocabulary.
@@ -205,16 +206,3 @@ def _native_draw(dtype: torch.dtype) -> int:
     from mhesa.ops.cpu.compiling import compiled
 
     return compiled(sampling_kernel.draw, dtype, Arguments)
-
-
-def draw(logits: Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
-    """Draw one token for each sequence; to draw repeatedly, keep a `BatchSampler`.
-
-    Args:
-        logits: `(batch, num_tokens)`, on any device.
-        samplers: one for each row; each moves on by one draw.
-
-    Returns:
-        A token for each row; -1 for a row whose logits are NaN or infinite.
-    """
-    return BatchSampler(logits.shape[1], samplers).draw(logits)

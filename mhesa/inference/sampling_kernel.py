@@ -108,7 +108,7 @@ def _likeliest(weights, order, n, k, p, total):  # type: ignore[no-untyped-def]
         total = kept_total
     running = 0.0
     for i in range(k):
-        # A token is dropped if those before it reach p by themselves; the likeliest is kept.
+        # A token is dropped if likelier ones reach p already; the likeliest is always kept.
         if i and running >= p * total and p < 1:
             return i
         if k == n:

@@ -6,10 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from mhesa.errors import InputError
-from mhesa.settings import AT_LEAST_0, Doc, Range, check_ranges, documented
-
-ABOVE_0 = Range("above 0", lambda value: 0 < value < math.inf)
-A_NUMBER = Range("a number", math.isfinite)
+from mhesa.settings import AT_LEAST_0, FINITE, POSITIVE, Doc, Range, check_ranges, documented
 
 
 @documented
@@ -49,14 +46,14 @@ class Sampling:
         Doc(
             "Above 1, tokens that the text already has become less likely: divides their positive logits and "
             "multiplies negative ones.",
-            ABOVE_0,
+            POSITIVE,
         ),
     ] = 1.0
     frequency_penalty: Annotated[
-        float, Doc("Subtracted from a token's logit for every time that it was drawn.", A_NUMBER)
+        float, Doc("Subtracted from a token's logit for every time that it was drawn.", FINITE)
     ] = 0.0
     presence_penalty: Annotated[
-        float, Doc("Subtracted from the logits of tokens that were drawn before.", A_NUMBER)
+        float, Doc("Subtracted from the logits of tokens that were drawn before.", FINITE)
     ] = 0.0
     logit_bias: Annotated[Mapping[int, float], Doc("Added to the logits of these token ids.")] = field(
         default_factory=dict

@@ -13,7 +13,7 @@ import torch
 from mhesa.inference.session import Reader, Session
 from mhesa.tokenizers.stream import Block, character_start, encode_stream
 
-# The beginning of a scored text that is kept to be shown.
+# How much of the beginning of a line or document is kept to be shown.
 SHOWN_BYTES = 1 << 10
 
 
@@ -44,6 +44,8 @@ class Scored:
 
     def as_dict(self) -> dict[str, str | int | float]:
         """The values under the names that they have in JSON."""
+        # Without a part of a character at the end of a text that was cut.
+        end = character_start(self.text, len(self.text) - 1) if self.size > len(self.text) else None
         return {
             "source": self.source,
             "number": self.number,
@@ -51,7 +53,7 @@ class Scored:
             "bits": round(self.bits, 4),
             "bytes": self.size,
             "bits_per_byte": round(self.bits_per_byte, 4),
-            "text": _shown(self),
+            "text": self.text[:end].decode("utf-8", "replace"),
         }
 
 
@@ -153,12 +155,6 @@ def by_document(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
             shown += block.text[: SHOWN_BYTES - len(shown)]
         bits += batch.bits.sum(dtype=np.float64).item()
     yield Scored(name, 1, 0, bits, size, shown)
-
-
-def _shown(scored: Scored) -> str:
-    """The first bytes as text, without a part of a character at their end."""
-    end = character_start(scored.text, len(scored.text) - 1) if scored.size > len(scored.text) else None
-    return scored.text[:end].decode("utf-8", "replace")
 
 
 BY = {"line": by_line, "token": by_token, "document": by_document}

@@ -1,11 +1,11 @@
-"""A session: a model in the middle of a text; small enough to copy, to save, and to come back to."""
+"""A session: a model's state in the middle of a text, small enough to copy and to save."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -45,9 +45,8 @@ class Reader:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of every token, none for an id that the tokenizer lacks."""
-        count = max(self.decoder.num_tokens, len(self.tokenizer))
-        return [_token_bytes(self.tokenizer, index) for index in range(count)]
+        """The bytes of every token; see the function `token_bytes`."""
+        return token_bytes(self.tokenizer, max(self.decoder.num_tokens, len(self.tokenizer)))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -55,16 +54,21 @@ class Reader:
         return fingerprint(self.model)
 
 
-def _token_bytes(tokenizer: Tokenizer, index: int) -> bytes:
-    try:
-        return tokenizer.decode_bytes([index])
-    except ValueError:
-        return b""
+def token_bytes(tokenizer: Tokenizer, count: int) -> list[bytes]:
+    """The bytes of the first `count` tokens, none for an id that the tokenizer lacks."""
+
+    def decode(token: int) -> bytes:
+        try:
+            return tokenizer.decode_bytes([token])
+        except ValueError:
+            return b""
+
+    return [decode(token) for token in range(count)]
 
 
 @dataclass
-class _Place:
-    """Where in its text a session is.
+class SessionState:
+    """All that a session remembers.
 
     Args:
         state: `(depth, 1, dim_mhesa)`, behind all tokens but the last.
@@ -80,7 +84,7 @@ class _Place:
 class Session:
     """Reads, writes and scores one text, piece by piece.
 
-    It remembers one tensor and one token: a few kilobytes, however long the text is.
+    It keeps one tensor and one token: a few kilobytes, however long the text is.
 
     Args:
         reader: the model and its tokenizer.
@@ -97,18 +101,18 @@ class Session:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        # A text starts behind an end-of-text token.
-        self._place = _Place(reader.decoder.initial_state(1), reader.tokenizer.eos_token_id, 0)
+        # Every text follows an end-of-text token.
+        self._memory = SessionState(reader.decoder.initial_state(1), reader.tokenizer.eos_token_id, 0)
 
     @property
     def position(self) -> int:
         """How many tokens the text has so far."""
-        return self._place.position
+        return self._memory.position
 
     @property
     def state_bytes(self) -> int:
         """The size of the state in bytes."""
-        return self._place.state.nbytes
+        return self._memory.state.nbytes
 
     def feed(self, text: str | bytes) -> None:
         """Read some text."""
@@ -117,8 +121,8 @@ class Session:
     def feed_ids(self, ids: Tensor) -> None:
         """Read some tokens, int64 `(tokens,)`."""
         if len(ids):
-            self.reader.decoder.prefill(self._behind(ids)[None], self._place.state)
-            self._move(ids)
+            self.reader.decoder.prefill(self._inputs(ids)[None], self._memory.state)
+            self._advance(ids)
 
     def score(self, text: str | bytes) -> np.ndarray:
         """Read some text and measure the surprisal of each of its tokens.
@@ -132,8 +136,8 @@ class Session:
         """Read tokens, int64 `(tokens,)`, and measure the surprisal of each; see `score`."""
         if not len(ids):
             return np.zeros(0, dtype=np.float32)
-        bits = surprisals(self.reader.decoder, self._behind(ids), ids, self._place.state)
-        self._move(ids)
+        bits = surprisals(self.reader.decoder, self._inputs(ids), ids, self._memory.state)
+        self._advance(ids)
         return bits
 
     def generate(
@@ -167,7 +171,7 @@ class Session:
             seed: makes the text repeatable.
             stop: the text ends before the first of these strings.
         """
-        tokenizer, place = self.reader.tokenizer, self._place
+        tokenizer, memory = self.reader.tokenizer, self._memory
         text = Continuation(
             TokenSampler(sampling, seed),
             max_new_tokens,
@@ -176,17 +180,16 @@ class Session:
             stops=[string.encode("utf-8", "surrogateescape") for string in stop],
         )
         cursor = TextCursor(text)
-        for token in write(self.reader.decoder, torch.tensor([place.token]), text, place.state):
-            place.token = token
-            place.position += 1
+        for _, token in write(self.reader.decoder, [torch.tensor([memory.token])], [text], memory.state):
+            memory.token = token
+            memory.position += 1
             if new := cursor.read()[0]:
                 yield new
 
     def fork(self) -> Session:
-        """A copy of the session; the two go on independently. Keep one to come back to this place."""
+        """A copy of the session; the two go on independently."""
         other = Session(self.reader)
-        place = self._place
-        other._place = _Place(place.state.clone(), place.token, place.position)
+        other._memory = replace(self._memory, state=self._memory.state.clone())
         return other
 
     def save(self, path: str | Path) -> None:
@@ -195,15 +198,18 @@ class Session:
         Raises:
             InputError: the file cannot be written.
         """
-        place = self._place
+        memory = self._memory
         details = {
             "format": FORMAT,
             "fingerprint": self.reader.fingerprint,
-            "token": str(place.token),
-            "position": str(place.position),
+            "token": str(memory.token),
+            "position": str(memory.position),
         }
-        data = save({"state": place.state[:, 0].cpu().contiguous()}, metadata=details)
-        _replace(Path(path), data)
+        try:
+            with write_file(Path(path)) as file:
+                file.write(save({"state": memory.state[:, 0].cpu().contiguous()}, metadata=details))
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | Path, reader: Reader) -> Session:
@@ -222,30 +228,29 @@ class Session:
             raise InputError(f"{path} is no saved session")
         if details.get("fingerprint") != reader.fingerprint:
             raise InputError(f"{path} is a session with another model; load the one it was saved with")
-        place = session._place
         try:
             token, position = int(details["token"]), int(details["position"])
         except (KeyError, ValueError) as error:
             raise InputError(f"{path} is damaged: token or position is missing") from error
-        mine = place.state[:, 0]
+        mine = session._memory.state[:, 0]
         whole = state.shape == mine.shape and state.dtype == mine.dtype and state.isfinite().all()
         if not whole or not 0 <= token < reader.decoder.num_tokens or position < 0:
             raise InputError(f"{path} is damaged: its contents do not fit the model")
-        place.state[:, 0] = state
-        place.token, place.position = token, position
+        mine.copy_(state)
+        session._memory.token, session._memory.position = token, position
         return session
 
     def _ids(self, text: str | bytes) -> Tensor:
         data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
         return torch.from_numpy(self.reader.tokenizer.encode_bytes(data).astype("int64"))
 
-    def _behind(self, ids: Tensor) -> Tensor:
+    def _inputs(self, ids: Tensor) -> Tensor:
         """The tokens whose predictions are for `ids`: the last one, and all of `ids` but the last."""
-        return torch.cat([torch.tensor([self._place.token]), ids[:-1]])
+        return torch.cat([torch.tensor([self._memory.token]), ids[:-1]])
 
-    def _move(self, ids: Tensor) -> None:
-        self._place.token = int(ids[-1])
-        self._place.position += len(ids)
+    def _advance(self, ids: Tensor) -> None:
+        self._memory.token = int(ids[-1])
+        self._memory.position += len(ids)
 
 
 def fingerprint(model: GatedExponentialSmoothingLM) -> str:
@@ -258,15 +263,6 @@ def fingerprint(model: GatedExponentialSmoothingLM) -> str:
         digest.update(json.dumps([name, list(weight.shape)]).encode())
         digest.update(weight.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole, or leave the one that is there."""
-    try:
-        with write_file(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _read(path: Path) -> tuple[Tensor, dict[str, str]]:

@@ -56,7 +56,7 @@ class Slots:
         if slot != last:
             self.states[:, slot] = self.states[:, last]
             self.texts[slot] = text
-        # Whoever reads a free slot by mistake gets NaN, which is noticed.
+        # Reading a free slot by mistake then fails: its logits are not numbers.
         self.states[:, last] = math.nan
         self._sampler.take_out(slot)
 
@@ -81,17 +81,17 @@ class Slots:
             first: the first of these slots.
 
         Returns:
-            The slots of texts that have ended or failed, in falling order: they can be removed in it.
+            The slots of texts that have ended or failed, the highest first: in this order they can be removed.
         """
         tokens = self._sampler.draw(logits, first)
         texts = self.texts[first : first + len(tokens)]
         _note_scores(logits, texts, tokens)
-        over = []
+        ended = []
         for slot, (text, token) in enumerate(zip(texts, tokens, strict=True), first):
             text.take(token)
             if text.finish is not None or text.error is not None:
-                over.append(slot)
-        return over[::-1]
+                ended.append(slot)
+        return ended[::-1]
 
 
 def _note_scores(logits: Tensor, texts: list[Continuation], tokens: list[int]) -> None:

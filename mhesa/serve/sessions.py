@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mhesa.errors import InputError
+from mhesa.inference.session import SessionState
+from mhesa.serve.settings import Limits
 
 # SQLite's application_id and user_version of our files.
 APPLICATION_ID, VERSION = 0x6D686573, 1
-# Memory for pages of the file.
+# SQLite's page cache.
 CACHE_KIB = 16 * 1024
 SCHEMA = """
 CREATE TABLE sessions (
@@ -36,21 +37,6 @@ class SessionError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-@dataclass(frozen=True)
-class StoredSession:
-    """A session.
-
-    Args:
-        state: `(depth, 1, dim_mhesa)`, behind all tokens but the last.
-        token: the last token, which the model has not read yet.
-        position: how many tokens the text has.
-    """
-
-    state: Tensor
-    token: int
-    position: int
 
 
 @dataclass(frozen=True)
@@ -73,14 +59,13 @@ class Sessions:
 
     Args:
         path: the database's file; `None` keeps it in memory.
-        model: the fingerprint of the model that the sessions are with.
-        shape: of a state, `(depth, 1, dim_mhesa)`.
-        most: sessions of one client.
-        idle_seconds: after which a session that nobody used is deleted.
+        model: the fingerprint of the model that is served.
+        shape: the shape of a state, `(depth, 1, dim_mhesa)`.
+        limits: the number of a client's sessions, and the time after which an unused one is deleted.
         clock: gives the time in seconds since 1970.
 
     Raises:
-        InputError: the file is of something else, or cannot be written.
+        InputError: the file is not one of ours, or cannot be written.
     """
 
     def __init__(
@@ -89,12 +74,10 @@ class Sessions:
         *,
         model: str,
         shape: tuple[int, ...],
-        most: int = 100_000,
-        idle_seconds: float = 7 * 24 * 3600,
+        limits: Limits,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.model, self.shape, self.most = model, shape, most
-        self.idle_seconds, self.clock = idle_seconds, clock
+        self.model, self.shape, self.limits, self.clock = model, shape, limits, clock
         self._lock = threading.Lock()
         try:
             self._database = sqlite3.connect(
@@ -108,10 +91,8 @@ class Sessions:
         run = self._database.execute
         run(f"PRAGMA cache_size = -{CACHE_KIB}")
         run("BEGIN IMMEDIATE")
-        (application,), (version,) = (
-            run("PRAGMA application_id").fetchone(),
-            run("PRAGMA user_version").fetchone(),
-        )
+        (application,) = run("PRAGMA application_id").fetchone()
+        (version,) = run("PRAGMA user_version").fetchone()
         (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
         if not tables:
             for statement in SCHEMA.split(";"):
@@ -121,7 +102,7 @@ class Sessions:
         elif (application, version) != (APPLICATION_ID, VERSION):
             raise sqlite3.DatabaseError("it is a database of something else")
         run("COMMIT")
-        # The file is ours: from here on it may be changed.
+        # Only now is it certain that the file is ours and may be changed.
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = NORMAL")
 
@@ -130,7 +111,7 @@ class Sessions:
         with self._lock:
             self._database.close()
 
-    def load(self, client: str, name: str) -> StoredSession | None:
+    def load(self, client: str, name: str) -> SessionState | None:
         """A client's session; `None` if there is none of that name.
 
         Raises:
@@ -151,9 +132,9 @@ class Sessions:
         values = np.frombuffer(data, dtype="<f4") if whole else np.array([math.nan])
         if not np.isfinite(values).all():
             raise SessionError(409, f"session {name} is damaged; delete it")
-        return StoredSession(torch.from_numpy(values.copy()).view(self.shape), token, position)
+        return SessionState(torch.from_numpy(values.copy()).view(self.shape), token, position)
 
-    def save(self, client: str, name: str, stored: StoredSession) -> None:
+    def save(self, client: str, name: str, stored: SessionState) -> None:
         """Store a session; it replaces one of the same name.
 
         Raises:
@@ -164,18 +145,10 @@ class Sessions:
         with self._lock:
             self._make_room(client, name)
             self._database.execute(
-                "INSERT INTO sessions VALUES (:client, :name, :model, :position, :token, :state, :now, :now)"
-                " ON CONFLICT DO UPDATE SET model = :model, position = :position, token = :token,"
-                " state = :state, used = :now",
-                {
-                    "client": client,
-                    "name": name,
-                    "model": self.model,
-                    "position": stored.position,
-                    "token": stored.token,
-                    "state": data,
-                    "now": now,
-                },
+                "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET model ="
+                " excluded.model, position = excluded.position, token = excluded.token,"
+                " state = excluded.state, used = excluded.used",
+                (client, name, self.model, stored.position, stored.token, data, now, now),
             )
 
     def fork(self, client: str, name: str, new: str) -> None:
@@ -200,15 +173,12 @@ class Sessions:
 
     def delete(self, client: str, name: str) -> bool:
         """Delete a session; returns whether there was one."""
+        query = "DELETE FROM sessions WHERE client = ? AND name = ?"
         with self._lock:
-            return bool(
-                self._database.execute(
-                    "DELETE FROM sessions WHERE client = ? AND name = ?", (client, name)
-                ).rowcount
-            )
+            return self._database.execute(query, (client, name)).rowcount > 0
 
     def page(self, client: str, after: str = "", limit: int = 100) -> list[SessionRecord]:
-        """A client's sessions in the order of their names, those behind `after`."""
+        """A client's sessions whose names come after `after`, in the order of their names."""
         return self._listed("client = ? AND name > ? AND used > ?", (client, after, self._oldest()), limit)
 
     def get(self, client: str, name: str) -> SessionRecord | None:
@@ -217,7 +187,7 @@ class Sessions:
         return rows[0] if rows else None
 
     def expire(self) -> int:
-        """Delete sessions that nobody used for too long; returns how many."""
+        """Delete sessions that were not used for `idle_seconds`; returns how many."""
         with self._lock:
             return self._database.execute("DELETE FROM sessions WHERE used <= ?", (self._oldest(),)).rowcount
 
@@ -226,7 +196,7 @@ class Sessions:
         return self._one("SELECT count(*), ifnull(sum(length(state)), 0) FROM sessions", ()) or (0, 0)
 
     def _oldest(self) -> float:
-        return self.clock() - self.idle_seconds
+        return self.clock() - self.limits.idle_seconds
 
     def _one(self, query: str, values: tuple[object, ...]) -> tuple | None:  # type: ignore[type-arg]
         with self._lock:
@@ -238,17 +208,16 @@ class Sessions:
         with self._lock:
             rows = self._database.execute(query, (*values, limit)).fetchall()
         return [
-            SessionRecord(name, position, size, created, used, used + self.idle_seconds)
+            SessionRecord(name, position, size, created, used, used + self.limits.idle_seconds)
             for name, position, size, created, used in rows
         ]
 
     def _make_room(self, client: str, name: str) -> None:
-        run = self._database.execute
-        run(
-            "DELETE FROM sessions WHERE client = ? AND name = ? AND used <= ?", (client, name, self._oldest())
-        )
-        if run("SELECT 1 FROM sessions WHERE client = ? AND name = ?", (client, name)).fetchone():
+        """Delete a session of this name that has expired; raise `SessionError` if a new one is too many."""
+        run, where = self._database.execute, "FROM sessions WHERE client = ? AND name = ?"
+        run(f"DELETE {where} AND used <= ?", (client, name, self._oldest()))
+        if run(f"SELECT 1 {where}", (client, name)).fetchone():
             return
         (count,) = run("SELECT count(*) FROM sessions WHERE client = ?", (client,)).fetchone()
-        if count >= self.most:
+        if count >= self.limits.sessions:
             raise SessionError(429, f"there are {count} sessions already; delete some")

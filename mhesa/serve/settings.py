@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 from mhesa.errors import InputError
-from mhesa.settings import Doc, documented
+from mhesa.settings import AT_LEAST_1, Doc, Range, check_ranges, documented
+
+PORTS = Range("0 to 65535", range(1 << 16).__contains__)
+NOT_NEGATIVE = Range("at least 0", lambda value: value >= 0)
 
 
 @documented
@@ -18,7 +21,7 @@ class Limits:
     body_bytes: Annotated[int, Doc("Bytes of a request's body.")] = 1 << 20
     head_bytes: Annotated[int, Doc("Bytes of a request's line and headers.")] = 1 << 14
     prompt_tokens: Annotated[int, Doc("Tokens of all prompts of a request.")] = 1 << 20
-    max_tokens: Annotated[int, Doc("Maximum number of tokens to write for one text.")] = 4096
+    max_tokens: Annotated[int, Doc("Maximum number of tokens to write for one text.", AT_LEAST_1)] = 4096
     texts: Annotated[int, Doc("Texts of a request: its prompts times n.")] = 128
     stop_strings: Annotated[int, Doc("Stop strings of a request.")] = 16
     stop_bytes: Annotated[int, Doc("Bytes of a stop string.")] = 256
@@ -48,27 +51,20 @@ class Settings:
     host: Annotated[str, Doc("Address to listen on; one that other machines can reach needs --keys.")] = (
         "127.0.0.1"
     )
-    port: Annotated[int, Doc("Port to listen on; 0 takes a free one.")] = 8000
+    port: Annotated[int, Doc("Port to listen on; 0 takes a free one.", PORTS)] = 8000
     keys: Annotated[
         dict[str, str], Doc("API keys by the names of clients; without any, all of this machine may connect.")
     ] = field(default_factory=dict)
     sessions: Annotated[
         Path | None, Doc("SQLite file that keeps sessions; if omitted, they are in memory.", metavar="FILE")
     ] = None
-    slots: Annotated[int, Doc("Texts to write at the same time.")] = 1024
-    queue: Annotated[int, Doc("Texts that may wait for a slot.")] = 1024
+    slots: Annotated[int, Doc("Texts to write at the same time.", AT_LEAST_1)] = 1024
+    queue: Annotated[int, Doc("Texts that may wait for a slot.", NOT_NEGATIVE)] = 1024
     limits: Annotated[Limits, Doc("The limits of a request, see `Limits`.")] = Limits()
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("slots", self.slots, 1),
-            ("queue", self.queue, 0),
-            ("max_tokens", self.limits.max_tokens, 1),
-        ):
-            if value < least:
-                raise InputError(f"{name} must be at least {least}, not {value}")
-        if not 0 <= self.port < 1 << 16:
-            raise InputError(f"port must be 0 to 65535, not {self.port}")
+        check_ranges(self)
+        check_ranges(self.limits)
         if not 0 < self.limits.request_seconds < float("inf"):
             raise InputError(f"timeout must be a positive number, not {self.limits.request_seconds}")
         if not self.keys and not is_loopback(self.host):

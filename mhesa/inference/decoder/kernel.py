@@ -24,20 +24,18 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba.extending import overload
 
 from mhesa.inference.decoder.matmul import PADDING, PANEL, TILE, multiply
 from mhesa.ops.cpu.arguments import FLOAT32, INT64, OPERAND, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, fetch_add, signal, wait
-from mhesa.ops.cpu.compiling import cgutils, intrinsic, jit, offset, types
+from mhesa.ops.cpu.compiling import jit, offset, stack_array, types
 from mhesa.ops.cpu.gelu_kernels import gelu
-from mhesa.ops.cpu.simd import I32
 
 # What a stage does. CONVOLVE normalises first. PACK writes rows of fp32 in the type that weights are
 # multiplied with.
 EMBED, NORMALISE, CONVOLVE, SMOOTH, PACK, MULTIPLY = range(6)
-# What a product does with its sums: write them, their GELU, or multiply or add them to what is there.
+# What a product does with its sums: write them, write their GELU, multiply its output by them, or add them.
 WRITE, GELU, GATE, ADD = range(4)
 
 Stage = struct(
@@ -95,6 +93,8 @@ Arguments = struct(
 
 # Rows of a batch that a task multiplies by a panel, in whole tiles.
 ROWS_PER_TASK = 8 * TILE
+# The sums of a tile: each of its rows with all outputs of a panel.
+TILE_SUMS = TILE * PANEL
 # Tasks of a stage for each thread: with more of them, threads wait less for the last.
 TASKS_PER_THREAD = 4
 SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -105,28 +105,6 @@ EPSILON = np.float32(1e-5)
 
 # Sums may be taken in any order and fused with products, which vectors need.
 fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
-
-
-@intrinsic
-def _totals(context: Any, weights: Any) -> Any:
-    """Memory on the stack for a tile of sums."""
-    total = types.int32 if weights.dtype == types.int8 else types.float32
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        memory = ir.ArrayType(context.get_value_type(total), TILE * PANEL)
-        return builder.gep(cgutils.alloca_once(builder, memory), [I32(0), I32(0)])
-
-    return types.CPointer(total)(weights), codegen
-
-
-@intrinsic
-def _bits(context: Any, value: Any) -> Any:
-    """The bits of an fp32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], I32)
-
-    return types.uint32(types.float32), codegen
 
 
 @fast
@@ -182,7 +160,7 @@ def _spread_rates(stage, row, rates):  # type: ignore[no-untyped-def]
 
 @jit
 def _pad(operand, n):  # type: ignore[no-untyped-def]
-    # An earlier row may have left a NaN there, and the weights' zeros times NaN are NaN.
+    # An earlier row may have left NaN there, which times a weight of zero is NaN.
     for i in range(n, (n + PADDING - 1) // PADDING * PADDING):
         operand[i] = 0
 
@@ -207,9 +185,9 @@ def _pack_float32(row, operand, scales, index, largest, n):  # type: ignore[no-u
 
 def _pack_bfloat16(row, operand, scales, index, largest, n):  # type: ignore[no-untyped-def]
     for i in range(n):
-        bits = _bits(row[i])
+        bits = np.float32(row[i]).view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        # Rounding could carry the bits of a NaN over into an infinity.
+        # Rounding could turn a NaN into an infinity.
         operand[i] = np.uint32(0x7FC0) if row[i] != row[i] else rounded
     _pad(operand, n)
 
@@ -218,7 +196,7 @@ def _pack_int16(row, operand, scales, index, largest, n):  # type: ignore[no-unt
     peak, zero = np.float32(0), np.float32(0)
     for i in range(n):
         peak = max(peak, abs(row[i]))
-        # A comparison ignores NaN; this sum is zero unless a value is NaN or infinite, NaN then.
+        # `max` ignores NaN; this sum becomes NaN if a value is NaN or infinite, and is zero otherwise.
         zero += row[i] * np.float32(0)
     scales[index] = peak / np.float32(largest) + zero
     scale = np.float32(largest) / peak if peak > SMALLEST_NORMAL else np.float32(0)
@@ -237,22 +215,6 @@ def _sum_for(total, i, scale, weight_scales):  # type: ignore[no-untyped-def]
     if total.dtype == types.float32:
         return lambda total, i, scale, weight_scales: total[i]
     return lambda total, i, scale, weight_scales: np.float32(total[i]) * (scale * weight_scales[i])
-
-
-@jit
-def _products(panel, x, x_stride, totals, columns, rows):  # type: ignore[no-untyped-def]
-    if rows == TILE:
-        multiply(panel, x, x_stride, totals, columns, 6)
-    elif rows == 1:
-        multiply(panel, x, x_stride, totals, columns, 1)
-    elif rows == 2:
-        multiply(panel, x, x_stride, totals, columns, 2)
-    elif rows == 3:
-        multiply(panel, x, x_stride, totals, columns, 3)
-    elif rows == 4:
-        multiply(panel, x, x_stride, totals, columns, 4)
-    else:
-        multiply(panel, x, x_stride, totals, columns, 5)
 
 
 @fast
@@ -290,7 +252,7 @@ def _pack_row(args, stage, values, row):  # type: ignore[no-untyped-def]
 def _normalise_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
     for row in range(low, high):
         x = offset(stage.rows, row * stage.row_stride)
-        # The row of u and v is not written yet, and has room for this.
+        # The memory for u and v is not in use yet: the normalised row fits there.
         normal = offset(args.uv, row * args.uv_stride)
         _normalise(x, stage.weight, stage.bias, normal, stage.columns)
         _pack_row(args, stage, normal, row)
@@ -347,7 +309,7 @@ def _multiply_rows(args, stage, rows, totals, low, high):  # type: ignore[no-unt
         epilogue = stage.epilogue if panel < stage.gelu_panels or stage.epilogue != GELU else WRITE
         for first in range(block * ROWS_PER_TASK, last, TILE):
             count = min(TILE, last - first)
-            _products(weights, offset(stage.operand, first * stride), stride, totals, columns, count)
+            multiply(weights, offset(stage.operand, first * stride), stride, totals, columns, count)
             for i in range(count):
                 row = first + i
                 out_i, sums = offset(out, row * stage.out_stride), offset(totals, i * PANEL)
@@ -372,7 +334,7 @@ def _work(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
 
 def run(args):  # type: ignore[no-untyped-def]
     """Take part in running the rows through all stages: states are changed in place, logits are written."""
-    totals = _totals(args.stages.matrix)
+    totals = stack_array(args.stages.matrix, TILE_SUMS)
     for row in range(args.rows):
         if args.ids[row] < 0 or args.ids[row] >= args.num_tokens:
             args.refused = 1

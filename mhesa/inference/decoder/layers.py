@@ -9,11 +9,7 @@ from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
 
 
 class LayersEngine:
-    """Runs the model as it is.
-
-    Args:
-        model: the language model; its weights are used, not copied.
-    """
+    """Runs the model as it is; its weights are not copied."""
 
     # Enough to keep a GPU busy.
     rows = 4096
@@ -24,7 +20,9 @@ class LayersEngine:
     @torch.inference_mode()
     def run(self, ids: Tensor, offsets: Tensor, state: Tensor, all_logits: bool) -> Tensor:
         """See `mhesa.inference.decoder.decoder.Engine`."""
-        self._check(ids)
+        size = self.model.token_emb.num_embeddings
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise IndexError(f"token ids must be 0 to {size - 1}")
         device = self.model.to_logits.weight.device
         if len(ids) == len(offsets) - 1:
             return self._step(ids.to(device), state)
@@ -39,11 +37,6 @@ class LayersEngine:
         logits, after = self.model.step(ids, state)
         state.copy_(after)
         return logits
-
-    def _check(self, ids: Tensor) -> None:
-        size = self.model.token_emb.num_embeddings
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            raise IndexError(f"token ids must be 0 to {size - 1}")
 
 
 class GraphEngine(LayersEngine):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
 from mhesa.ops.cpu.memory import empty_hugepages
+from mhesa.ops.cpu.simd import FLOAT, I8, I16, I32, I64
 
 # Outputs of a panel: four vectors, so that a single row has enough sums to hide the latency of an addition.
 PANEL = 64
@@ -34,8 +35,7 @@ TILE = 6
 # Columns are padded with zeros to a multiple of this: unrolled loops then have no remainder.
 PADDING = 16
 
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_FLOATS, _INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, LANES)
+_FLOATS, _INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(I32, LANES)
 
 
 def padded(size: int, multiple: int) -> int:
@@ -92,7 +92,7 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]
 
 
 _PAIRS_OF_BF16 = ir.VectorType(_BFloat(), 2 * LANES)
-_PAIRS_OF_I16 = ir.VectorType(_I16, 2 * LANES)
+_PAIRS_OF_I16 = ir.VectorType(I16, 2 * LANES)
 
 
 @cache
@@ -103,7 +103,7 @@ def _processor_has(feature: str) -> bool:
 def _splat(builder: Any, value: Any, vector: Any) -> Any:
     """A vector with `value` in every lane."""
     undefined = ir.Constant(vector, ir.Undefined)
-    first = builder.insert_element(undefined, value, _I32(0))
+    first = builder.insert_element(undefined, value, I32(0))
     return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, [0] * LANES))
 
 
@@ -143,7 +143,7 @@ class _Bfloat16:
 
     @staticmethod
     def values(builder: Any, pointer: Any) -> Any:
-        pair = builder.load(builder.bitcast(pointer, _I32.as_pointer()), align=2)
+        pair = builder.load(builder.bitcast(pointer, I32.as_pointer()), align=2)
         return _splat(builder, pair, _INTEGERS)
 
     @staticmethod
@@ -164,7 +164,7 @@ class _Int8:
 
     @staticmethod
     def weights(builder: Any, pointer: Any) -> Any:
-        bytes_ = builder.load(builder.bitcast(pointer, ir.VectorType(_I8, 2 * LANES).as_pointer()), align=32)
+        bytes_ = builder.load(builder.bitcast(pointer, ir.VectorType(I8, 2 * LANES).as_pointer()), align=32)
         return builder.bitcast(builder.sext(bytes_, _PAIRS_OF_I16), _INTEGERS)
 
     values = _Bfloat16.values
@@ -184,41 +184,43 @@ _PRODUCTS: dict[Any, Any] = {types.float32: _Float32, types.uint16: _Bfloat16, t
 
 
 @intrinsic
-def multiply(context: Any, weights: Any, x: Any, x_row: Any, out: Any, columns: Any, rows: Any) -> Any:
-    """Write the products of a panel with `rows` rows of `x`, `x_row` apart, to `out`, `(rows, 64)`."""
-    if not isinstance(rows, types.IntegerLiteral):
-        return None
-    count, product = rows.literal_value, _PRODUCTS[weights.dtype]
-    vectors = PANEL // LANES
-    # Columns per iteration: with few rows an iteration is short, and its overhead counts.
-    unrolled = {1: 8, 2: 4, 3: 4}.get(count, 2)
+def multiply(context: Any, weights: Any, x: Any, x_stride: Any, out: Any, columns: Any, rows: Any) -> Any:
+    """Write the products of a panel with up to 6 rows of `x`, `x_stride` apart, to `out`, `(rows, 64)`."""
+    product, vectors = _PRODUCTS[weights.dtype], PANEL // LANES
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        panel, x_0, x_step, out_0, n, _ = args
+    def write(builder: Any, args: Any, count: int) -> None:
+        panel, x_0, x_stride, out_0, n, _ = args
         pair, vector = product.pair, product.total
+        # Columns per iteration: with few rows an iteration is short, and its overhead counts.
+        unrolled = {1: 8, 2: 4, 3: 4}.get(count, 2)
         totals = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in range(count)]
         for sums in totals:
             for total in sums:
                 builder.store(ir.Constant(vector, [0] * LANES), total)
-        x_rows = [builder.gep(x_0, [builder.mul(x_step, _I64(row))]) for row in range(count)]
-        steps = builder.udiv(n, _I64(pair))
-        with cgutils.for_range_slice(builder, _I64(0), steps, _I64(unrolled), _I64) as (first, _):
+        x_rows = [builder.gep(x_0, [builder.mul(x_stride, I64(row))]) for row in range(count)]
+        steps = builder.udiv(n, I64(pair))
+        with cgutils.for_range_slice(builder, I64(0), steps, I64(unrolled), I64) as (first, _):
             for ahead in range(unrolled):
-                step = builder.add(first, _I64(ahead))
-                column = builder.gep(panel, [builder.mul(step, _I64(PANEL * pair))])
+                step = builder.add(first, I64(ahead))
+                column = builder.gep(panel, [builder.mul(step, I64(PANEL * pair))])
                 loaded = [
-                    product.weights(builder, builder.gep(column, [_I64(v * LANES * pair)]))
+                    product.weights(builder, builder.gep(column, [I64(v * LANES * pair)]))
                     for v in range(vectors)
                 ]
                 for x_i, sums in zip(x_rows, totals, strict=True):
-                    value = product.values(builder, builder.gep(x_i, [builder.mul(step, _I64(pair))]))
+                    value = product.values(builder, builder.gep(x_i, [builder.mul(step, I64(pair))]))
                     for weight, total in zip(loaded, sums, strict=True):
                         builder.store(product.add(builder, builder.load(total), weight, value), total)
         for row, sums in enumerate(totals):
             for v, total in enumerate(sums):
-                place = builder.gep(out_0, [_I64(row * PANEL + v * LANES)])
+                place = builder.gep(out_0, [I64(row * PANEL + v * LANES)])
                 value = builder.bitcast(builder.load(total), vector)
                 builder.store(value, builder.bitcast(place, vector.as_pointer()), align=4)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for count in range(1, TILE + 1):
+            with builder.if_then(builder.icmp_signed("==", args[-1], I64(count))):
+                write(builder, args, count)
         return context.get_dummy_value()
 
-    return types.void(weights, x, types.int64, out, types.int64, rows), codegen
+    return types.void(weights, x, types.int64, out, types.int64, types.int64), codegen

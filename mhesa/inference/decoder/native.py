@@ -30,11 +30,7 @@ MIN_PARALLEL_SPARING_CORES = 1 << 21
 class NativeEngine:
     """A model's weights as the kernel reads them, and the memory it works in.
 
-    Args:
-        model: the language model; its weights are copied.
-        weights: `torch.float32`, `torch.bfloat16` or `torch.int8`.
-        max_batch: the largest number of sequences in a call.
-        single_thread_small_calls: run calls of less than a few milliseconds on one thread.
+    Arguments are those of `Decoder`; weights are stored as `torch.float32`, `torch.bfloat16` or `torch.int8`.
     """
 
     @torch.no_grad()
@@ -51,7 +47,7 @@ class NativeEngine:
         self.num_tokens, self.dim = model.token_emb.weight.shape
         blocks = [cast(GatedMHESA, block) for block in model.layers]
         inner, hidden = blocks[0].to_gate.in_features, blocks[0].to_out.in_features
-        self.kept: list[Tensor] = []
+        self.kept_alive: list[Tensor] = []
         self.multiplications_per_row = 0
         u_size, v_size = padded(hidden, PANEL), padded(inner, PANEL)
         self.x = torch.zeros(rows, padded(self.dim, PANEL))
@@ -189,7 +185,7 @@ class NativeEngine:
         else:
             matrices = tuple(weight.detach().to(self.weights) for weight in weights)
         panels = torch.cat([pack(matrix) for matrix in matrices])
-        self.kept.append(panels)
+        self.kept_alive.append(panels)
         self.multiplications_per_row += panels.numel()
         return kernel.Stage(
             kind=kernel.MULTIPLY,
@@ -210,5 +206,5 @@ class NativeEngine:
         copy = vector.detach().float().contiguous().clone()
         if size:
             copy = torch.nn.functional.pad(copy, (0, size - len(copy)))
-        self.kept.append(copy)
+        self.kept_alive.append(copy)
         return copy.data_ptr()

@@ -47,8 +47,8 @@ def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def accumulation(stored: Any) -> Any:
-    """The type that values stored as `stored` are computed in."""
-    return types.float64 if stored == types.float64 else types.float32
+    """The type that values stored as `stored` are summed in."""
+    return {types.float64: types.float64, types.int8: types.int32}.get(stored, types.float32)
 
 
 def operand(weights: Any) -> Any:

@@ -6,78 +6,87 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mhesa.inference.continuation import TextCursor
+from mhesa.inference.continuation import FinishReason, TextCursor
 from mhesa.inference.logprobs import TokenScore
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import APIError, ClientGone
 from mhesa.serve.api.lease import SessionLease
-from mhesa.serve.api.service import Service
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
 from mhesa.serve.sessions import SessionError
 
-FinishReason = Literal["stop", "length"] | None
-
 
 class Answer(ABC):
-    """Makes a response, or the events of a stream, of the texts of a request.
+    """Turns the texts of a request into a response, or into the events of a stream.
 
     `close` must be called in any case.
 
     Args:
-        service: whose answer it is.
         submission: the jobs that write the texts.
         lease: the session that they continue.
         top: how many of the likeliest tokens to give beside each; `None` gives no log-probabilities.
         options: what a stream sends beside the text.
-        log_fields: where to put what the log says of the request.
+
+    Attributes:
+        prefix: of the answer's id.
+        response, response_object: the form of a whole answer, and its field `object`.
+        chunk, chunk_object: likewise of an event.
     """
 
     prefix: str
+    response: type[BaseModel]
+    response_object: str
+    chunk: type[BaseModel]
+    chunk_object: str
 
     def __init__(
         self,
-        service: Service,
         submission: Submission,
         lease: SessionLease | None,
         *,
         top: int | None,
         options: protocol.StreamOptions,
-        log_fields: dict[str, Any],
     ) -> None:
-        self.service, self.submission, self.lease = service, submission, lease
-        self.top, self.options, self.log_fields = top, options, log_fields
+        self.submission, self.lease, self.top, self.options = submission, lease, top, options
+        self.service = submission.service
+        self.log_fields: dict[str, Any] = submission.request.state.log_fields
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": service.settings.name,
+            "model": self.service.settings.name,
         }
-        # Each text in the order of the answer, with the job that it belongs to.
+        # The texts in the order of the answer, each with its job.
         self.cursors = [(job, TextCursor(text)) for job in submission.jobs for text in job.texts]
 
     @abstractmethod
-    def whole(self) -> BaseModel:
-        """The response of a request that is not streamed, once all texts are written."""
+    def _choice(
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+    ) -> BaseModel:
+        """A whole text in the form of the response."""
 
     @abstractmethod
     def _events(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
     ) -> Iterator[BaseModel]:
         """Events for a piece of a text."""
-
-    @abstractmethod
-    def _chunk(self, choices: list[Any]) -> BaseModel:
-        """An event with these choices."""
 
     def _opening(self, index: int) -> Iterator[BaseModel]:
         """Events before a text: none."""
         return iter(())
+
+    def whole(self) -> BaseModel:
+        """The response of a request that is not streamed, once all texts are written."""
+        choices = [
+            self._choice(index, *cursor.read(), cursor.finish)
+            for index, (_, cursor) in enumerate(self.cursors)
+        ]
+        return self.response(**self.head, object=self.response_object, choices=choices, usage=self.usage())
 
     async def save_session(self) -> None:
         """Store the session, if the request continues one."""
@@ -116,13 +125,16 @@ class Answer(ABC):
         await self.submission.finish()
         await self.save_session()
         if self.options.include_usage:
-            yield self._chunk([]).model_copy(update={"usage": self.usage()})
+            yield self._chunk().model_copy(update={"usage": self.usage()})
 
-    def _chunk_fields(self) -> dict[str, Any]:
-        """The fields that all events have."""
+    def _chunk(self, *choices: BaseModel) -> BaseModel:
+        """An event with these choices."""
+        fields = dict(self.head)
         if self.options.continuous_usage_stats:
-            return {**self.head, "usage": self.usage()}
-        return {**self.head, "usage": None} if self.options.include_usage else self.head
+            fields["usage"] = self.usage()
+        elif self.options.include_usage:
+            fields["usage"] = None
+        return self.chunk(**fields, object=self.chunk_object, choices=list(choices))
 
     def _token_name(self, token: int) -> str:
         """A token as text; escaped where its bytes are not whole characters."""
@@ -144,32 +156,23 @@ class CompletionAnswer(Answer):
     """
 
     prefix = "cmpl"
+    response, response_object = protocol.Completion, "text_completion"
+    chunk, chunk_object = protocol.CompletionChunk, "text_completion"
 
     def __init__(self, *args: Any, echo: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The prompts that are still to be put before their texts.
+        # The jobs whose prompts are still to be put before their texts.
         self.echoes: dict[int, Job] = dict(enumerate(job for job, _ in self.cursors)) if echo else {}
         # The length of each text so far, in characters.
         self.offsets = [0] * len(self.cursors)
 
-    def whole(self) -> protocol.Completion:
-        """See `Answer`."""
-        choices = [
-            self._choice(index, *cursor.read(), cursor.finish)
-            for index, (_, cursor) in enumerate(self.cursors)
-        ]
-        return protocol.Completion(**self.head, object="text_completion", choices=choices, usage=self.usage())
-
     def _events(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
     ) -> Iterator[BaseModel]:
-        yield self._chunk([self._choice(index, text, scores, finish)])
-
-    def _chunk(self, choices: list[Any]) -> protocol.CompletionChunk:
-        return protocol.CompletionChunk(**self._chunk_fields(), object="text_completion", choices=choices)
+        yield self._chunk(self._choice(index, text, scores, finish))
 
     def _choice(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
     ) -> protocol.CompletionChoice:
         if job := self.echoes.pop(index, None):
             prompt = self.service.tokenizer.decode_bytes(job.ids[1:])
@@ -202,49 +205,37 @@ class ChatAnswer(Answer):
     """OpenAI's `chat.completion`."""
 
     prefix = "chatcmpl"
+    response, response_object = protocol.ChatCompletion, "chat.completion"
+    chunk, chunk_object = protocol.ChatCompletionChunk, "chat.completion.chunk"
 
-    def whole(self) -> protocol.ChatCompletion:
-        """See `Answer`."""
-        choices = []
-        for index, (_, cursor) in enumerate(self.cursors):
-            text, scores = cursor.read()
-            choices.append(
-                protocol.ChatChoice(
-                    index=index,
-                    message=protocol.ChatMessage(role="assistant", content=text, refusal=None),
-                    logprobs=self._logprobs(scores),
-                    finish_reason=cursor.finish,
-                )
-            )
-        return protocol.ChatCompletion(
-            **self.head, object="chat.completion", choices=choices, usage=self.usage()
+    def _choice(
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+    ) -> protocol.ChatChoice:
+        message = protocol.ChatMessage(role="assistant", content=text, refusal=None)
+        return protocol.ChatChoice(
+            index=index, message=message, logprobs=self._logprobs(scores), finish_reason=finish
         )
 
     def _opening(self, index: int) -> Iterator[BaseModel]:
         yield self._event(index, protocol.ChatDelta(role="assistant", content=""))
 
     def _events(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
     ) -> Iterator[BaseModel]:
         if text:
             yield self._event(index, protocol.ChatDelta(content=text), self._logprobs(scores))
         if finish:
             yield self._event(index, protocol.ChatDelta(), None, finish)
 
-    def _chunk(self, choices: list[Any]) -> protocol.ChatCompletionChunk:
-        return protocol.ChatCompletionChunk(
-            **self._chunk_fields(), object="chat.completion.chunk", choices=choices
-        )
-
     def _event(
         self,
         index: int,
         delta: protocol.ChatDelta,
         logprobs: protocol.ChatLogprobs | None = None,
-        finish: FinishReason = None,
+        finish: FinishReason | None = None,
     ) -> BaseModel:
         choice = protocol.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
-        return self._chunk([choice])
+        return self._chunk(choice)
 
     def _logprobs(self, scores: list[TokenScore]) -> protocol.ChatLogprobs | None:
         if self.top is None:
@@ -264,11 +255,7 @@ class ChatAnswer(Answer):
 
 
 class EventStream(Response):
-    """Sends an answer as server-sent events, in OpenAI's form; an error becomes an event too.
-
-    Args:
-        answer: what to send; it is closed at the end.
-    """
+    """Sends an answer as server-sent events, in OpenAI's form, and closes it; an error is an event too."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -285,7 +272,7 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in self.answer.stream():
-                # ASCII: some clients take U+2028 and the like for the ends of lines.
+                # ASCII, because some clients end a line at U+2028 and similar characters.
                 await send_event(event.model_dump_json(exclude_unset=True, ensure_ascii=True))
             await send_event("[DONE]", more=False)
         except ClientGone:

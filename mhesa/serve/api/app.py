@@ -18,7 +18,7 @@ from mhesa.serve.api.errors import APIError, ClientGone, validation_error
 from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.page import page
 from mhesa.serve.api.scores import score
-from mhesa.serve.api.service import Service, client_of
+from mhesa.serve.api.service import Service
 from mhesa.serve.sessions import SessionError, SessionRecord
 
 STATUSES = {
@@ -180,14 +180,14 @@ def _add_sessions(app: FastAPI, service: Service) -> None:
         limit: Annotated[int, Query(ge=1, le=1000, description="How many at most.")] = 100,
     ) -> protocol.SessionList:
         """Your sessions, by name."""
-        found = await run_in_disk_thread(sessions.page, client_of(request), after, limit + 1)
+        found = await run_in_disk_thread(sessions.page, request.state.client, after, limit + 1)
         data = [_session_info(session) for session in found[:limit]]
         return protocol.SessionList(object="list", data=data, has_more=len(found) > limit)
 
     @app.get("/v1/sessions/{name}")
     async def get_session(request: Request, name: SessionPath) -> protocol.SessionInfo:
         """What is known of a session."""
-        found = await run_in_disk_thread(sessions.get, client_of(request), name)
+        found = await run_in_disk_thread(sessions.get, request.state.client, name)
         if found is None:
             raise SessionError(404, f"there is no session {name}")
         return _session_info(found)
@@ -197,17 +197,17 @@ def _add_sessions(app: FastAPI, service: Service) -> None:
         request: Request, name: SessionPath, body: protocol.ForkRequest
     ) -> protocol.SessionInfo:
         """Copy a session under a new name."""
-        await run_in_disk_thread(sessions.fork, client_of(request), name, body.to)
-        found = await run_in_disk_thread(sessions.get, client_of(request), body.to)
+        await run_in_disk_thread(sessions.fork, request.state.client, name, body.to)
+        found = await run_in_disk_thread(sessions.get, request.state.client, body.to)
         assert found is not None
         return _session_info(found)
 
     @app.delete("/v1/sessions/{name}")
     async def delete_session(request: Request, name: SessionPath) -> protocol.Deleted:
         """Delete a session."""
-        lease = SessionLease(service, client_of(request), name)
+        lease = SessionLease(service, request.state.client, name)
         try:
-            if not await run_in_disk_thread(sessions.delete, client_of(request), name):
+            if not await run_in_disk_thread(sessions.delete, request.state.client, name):
                 raise SessionError(404, f"there is no session {name}")
         finally:
             lease.release()

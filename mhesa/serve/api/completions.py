@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from mhesa.serve.api.answers import Answer, ChatAnswer, CompletionAnswer, EventS
 from mhesa.serve.api.errors import check_limit, invalid
 from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
-from mhesa.serve.api.service import Service, client_of, log_fields, prepend, queue_of, utf8
+from mhesa.serve.api.service import Service, prepend, queue_of, utf8
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
 
@@ -71,7 +72,7 @@ async def _write(
     prompts: list[np.ndarray],
     limit: int,
     top: int | None,
-    form: Callable[..., Answer],
+    answer_type: Callable[..., Answer],
     score: bool = False,
 ) -> BaseModel | Response:
     limits, n = service.settings.limits, body.n or 1
@@ -83,7 +84,7 @@ async def _write(
         raise invalid("stream_options is for streams only", "stream_options")
     if body.session and texts != 1:
         raise invalid("a session takes one prompt and n=1", "session")
-    lease = SessionLease(service, client_of(request), body.session) if body.session else None
+    lease = SessionLease(service, request.state.client, body.session) if body.session else None
     try:
         if lease is not None:
             await lease.load()
@@ -124,14 +125,7 @@ async def _write(
         if lease is not None:
             lease.release()
         raise
-    answer = form(
-        service,
-        submission,
-        lease,
-        top=top,
-        options=body.stream_options or StreamOptions(),
-        log_fields=log_fields(request),
-    )
+    answer = answer_type(submission, lease, top=top, options=body.stream_options or StreamOptions())
     if body.stream:
         return EventStream(answer)
     try:
@@ -178,8 +172,7 @@ def _render(service: Service, body: ChatRequest) -> np.ndarray:
 
 
 def _sampling(service: Service, body: GenerationRequest) -> Sampling:
-    names = {"temperature", "top_p", "top_k", "min_p"}
-    names |= {"repetition_penalty", "frequency_penalty", "presence_penalty"}
+    names = {field.name for field in fields(Sampling)} - {"logit_bias"}
     biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
     check_limit(len(biases), "logit_bias tokens", service.settings.limits.logit_biases)
     service.check_token(max(biases, default=0), "logit_bias")

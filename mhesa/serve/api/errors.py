@@ -14,9 +14,6 @@ TYPES = {
     404: "not_found_error",
     409: "conflict_error",
     429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-    504: "server_error",
 }
 
 
@@ -28,10 +25,10 @@ class APIError(Exception):
     """An answer that is an error.
 
     Args:
-        status: HTTP's status code.
-        message: one sentence for a person.
+        status: the HTTP status.
+        message: one sentence for people.
         param: the parameter at fault.
-        code: a word for a program.
+        code: one word for programs.
         headers: further headers of the answer.
     """
 
@@ -50,7 +47,7 @@ class APIError(Exception):
 
     def body(self) -> ErrorBody:
         """The answer's body."""
-        kind = TYPES.get(self.status, "invalid_request_error")
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         param = None if self.param is None else _printable(self.param)
         detail = ErrorDetail(message=_printable(self.message), type=kind, param=param, code=self.code)
         return ErrorBody(error=detail)
@@ -71,21 +68,15 @@ def invalid(message: str, param: str | None, code: str = "invalid_value") -> API
     return APIError(400, message, param=param, code=code)
 
 
-def busy(message: str) -> APIError:
-    """The error for a full queue."""
-    return APIError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
-
-
 def stopping() -> APIError:
     """The error while the server shuts down."""
     return APIError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
 
 
-def check_limit(value: int, what: str, most: int) -> int:
-    """Return the value; raise `APIError` if it is above this server's limit."""
+def check_limit(value: int, what: str, most: int) -> None:
+    """Raise `APIError` if a value is above this server's limit."""
     if value > most:
         raise invalid(f"{what}: at most {most:,}, not {value:,}", what.split()[0], "limit_exceeded")
-    return value
 
 
 def validation_error(errors: Sequence[Any]) -> APIError:

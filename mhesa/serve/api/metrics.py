@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,11 +18,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class Metrics:
-    """A server's figures.
-
-    Args:
-        engine, sessions: asked for theirs whenever somebody asks for these.
-    """
+    """A server's figures; those of the decode thread and of the sessions are read when they are asked for."""
 
     def __init__(self, engine: DecodeThread, sessions: Sessions) -> None:
         self._engine, self._sessions = engine, sessions
@@ -30,24 +27,17 @@ class Metrics:
         self.requests = Counter(
             "mhesa_requests", "Requests answered.", ["route", "status"], registry=self.registry
         )
-        self.seconds = Histogram(
-            "mhesa_request_seconds",
-            "From a request to the end of its answer.",
-            ["route"],
-            buckets=BUCKETS,
-            registry=self.registry,
+        histogram = partial(Histogram, buckets=BUCKETS, registry=self.registry)
+        self.seconds = histogram(
+            "mhesa_request_seconds", "From a request to the end of its answer.", ["route"]
         )
-        self.first_token = Histogram(
-            "mhesa_time_to_first_token_seconds",
-            "From a request to its first token.",
-            buckets=BUCKETS,
-            registry=self.registry,
+        self.first_token = histogram(
+            "mhesa_time_to_first_token_seconds", "From a request to its first token."
         )
-        self.per_token = Histogram(
+        self.per_token = histogram(
             "mhesa_time_per_token_seconds",
             "Mean time from a text's token to its next.",
             buckets=TOKEN_BUCKETS,
-            registry=self.registry,
         )
 
     def text(self) -> bytes:
@@ -55,7 +45,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def describe(self) -> list[Metric]:
-        """Nothing, so that the registry does not call `collect` before there is anything."""
+        """Nothing: without this method the registry would call `collect` at once."""
         return []
 
     def collect(self) -> Iterator[Metric]:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, field_validator
 
+from mhesa.inference.continuation import FinishReason
+
 SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SessionName = Annotated[str, StringConstraints(pattern=SESSION_NAME)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -18,7 +20,7 @@ Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 class RequestBody(BaseModel):
     """A request's body; an unknown field is an error."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    model_config = ConfigDict(extra="forbid")
 
 
 class StreamOptions(RequestBody):
@@ -113,7 +115,9 @@ class ChatRequest(GenerationRequest):
     max_tokens: int | None = Field(
         None, ge=1, le=1 << 31, description="As many as the server allows if omitted."
     )
-    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 31, description="The same.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=1 << 31, description="A newer name of max_tokens."
+    )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1 << 31)
     response_format: TextFormat | None = None
@@ -164,6 +168,15 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class TextObject(BaseModel):
+    """What responses and events with texts have in common."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+
 class CompletionLogprobs(BaseModel):
     """Log-probabilities in nats, token by token."""
 
@@ -179,16 +192,13 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
-class CompletionChunk(BaseModel):
+class CompletionChunk(TextObject):
     """An event of a stream: pieces of texts, or at the end the counts of tokens alone."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -234,16 +244,13 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(TextObject):
     """The next turn of a conversation."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -261,16 +268,13 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
-class ChatCompletionChunk(BaseModel):
+class ChatCompletionChunk(TextObject):
     """An event of a stream: pieces of answers, or at the end the counts of tokens alone."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from mhesa.inference.scoring import share_by_line
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import check_limit, invalid
-from mhesa.serve.api.service import Service, log_fields, prepend, queue_of
+from mhesa.serve.api.service import Service, prepend, queue_of
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
 
@@ -33,7 +33,7 @@ async def score(service: Service, request: Request, body: protocol.ScoreRequest)
         await submission.finish()
     finally:
         submission.close()
-    log_fields(request)["prompt_tokens"] = total
+    request.state.log_fields["prompt_tokens"] = total
     return protocol.Score(
         object="score",
         model=service.settings.name,

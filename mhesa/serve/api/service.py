@@ -6,15 +6,15 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from starlette.requests import Request
 
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.session import fingerprint
+from mhesa.inference.session import fingerprint, token_bytes
 from mhesa.model.lm import GatedExponentialSmoothingLM
-from mhesa.serve.api.errors import APIError, busy, invalid, stopping
+from mhesa.serve.api.errors import APIError, invalid, stopping
 from mhesa.serve.api.metrics import Metrics
 from mhesa.serve.engine.decode_thread import DecodeThread
 from mhesa.serve.engine.jobs import Busy, Job, Stopped, wake
@@ -22,7 +22,6 @@ from mhesa.serve.sessions import Sessions
 from mhesa.serve.settings import Settings
 from mhesa.tokenizers import Bytes, TextTokenizer
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -30,8 +29,8 @@ class Service:
     """A model with its decode thread and its sessions.
 
     Args:
-        model, tokenizer: what is served.
-        settings: how it is served.
+        model, tokenizer: what to serve.
+        settings: how to serve it.
         quantize: see `Decoder`.
     """
 
@@ -45,19 +44,12 @@ class Service:
         self.tokenizer, self.settings = tokenizer, settings
         self.created = int(time.time())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        # The bytes of each token id; a vocabulary may have fewer tokens than the model.
-        size = model.token_emb.num_embeddings
-        known = min(size, len(tokenizer))
-        self.token_bytes = [tokenizer.decode_bytes([token]) for token in range(known)] + [b""] * (
-            size - known
-        )
-        limits = settings.limits
+        self.token_bytes = token_bytes(tokenizer, model.token_emb.num_embeddings)
         self.sessions = Sessions(
             settings.sessions,
             model=fingerprint(model),
             shape=tuple(model.initial_state(1).shape),
-            most=limits.sessions,
-            idle_seconds=limits.idle_seconds,
+            limits=settings.limits,
         )
         self.engine = DecodeThread(
             Decoder(model, max_batch=settings.slots, quantize=quantize, single_thread_small_calls=True),
@@ -77,10 +69,9 @@ class Service:
         self._disk.shutdown()
         self.sessions.close()
 
-    async def run_in_disk_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run_in_disk_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function that may wait for the disk, in a thread of its own."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._disk, lambda: function(*args, **kwargs))
+        return await asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue a request's jobs.
@@ -92,7 +83,8 @@ class Service:
         try:
             self.engine.submit(jobs)
         except Busy as error:
-            raise busy(str(error)) from error
+            retry = {"Retry-After": "1"}
+            raise APIError(429, str(error), code="rate_limit_exceeded", headers=retry) from error
         except Stopped as error:
             raise stopping() from error
 
@@ -140,21 +132,7 @@ def prepend(token: int, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([np.array([token], ids.dtype), ids])
 
 
-# What the guard notes of a request, see `mhesa.serve.http.guard`.
-
-
-def client_of(request: Request) -> str:
-    """The name of the client whose API key came with the request; empty without keys."""
-    name: str = request.scope["state"]["client"]
-    return name
-
-
 def queue_of(request: Request) -> str:
-    """Whose turn it is: the client's, or without keys the address's."""
-    return client_of(request) or (request.client.host if request.client else "")
-
-
-def log_fields(request: Request) -> dict[str, Any]:
-    """Further fields of the request's line in the log."""
-    fields: dict[str, Any] = request.scope["state"]["log_fields"]
-    return fields
+    """Who takes turns in the queue: the client, or without keys its address."""
+    name: str = request.state.client
+    return name or (request.client.host if request.client else "")

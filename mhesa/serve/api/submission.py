@@ -1,4 +1,4 @@
-"""A request's jobs while they are worked on."""
+"""A request's jobs, from the queue to their end."""
 
 from __future__ import annotations
 
@@ -20,18 +20,12 @@ class Submission:
 
     `close` must be called in any case: it cancels what is not finished.
 
-    Args:
-        service: who works on them.
-        request: where a disconnect shows.
-        jobs: what to do.
-
     Raises:
         APIError: the queue is full, or the server is shutting down.
     """
 
     def __init__(self, service: Service, request: Request, jobs: Sequence[Job]) -> None:
-        self.service, self.jobs = service, jobs
-        self._request = request
+        self.service, self.request, self.jobs = service, request, jobs
         self._event = asyncio.Event()
         self._gone = self._late = False
         for job in jobs:
@@ -42,7 +36,7 @@ class Submission:
         self._timer = loop.call_later(service.settings.limits.request_seconds, self._expire)
 
     async def progress(self) -> None:
-        """Wait until there is news of a job.
+        """Wait until a job has progress to report.
 
         Raises:
             APIError: a job failed, or the request took too long.
@@ -86,7 +80,7 @@ class Submission:
                 raise APIError(500, "the model failed on this request", code="model_failure") from job.error
 
     async def _watch_client(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
+        while (await self.request.receive())["type"] != "http.disconnect":
             pass
         self._gone = True
         self._event.set()

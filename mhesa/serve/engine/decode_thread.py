@@ -1,4 +1,4 @@
-"""The thread that reads prompts and writes texts, all of them together, a step at a time."""
+"""The thread that reads prompts and writes all texts together, one token of each in a step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from mhesa.inference.continuation import Continuation
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.logprobs import token_logprobs
 from mhesa.inference.slots import Slots
-from mhesa.serve.engine.jobs import Busy, FairQueue, Job, Stopped, wake
+from mhesa.serve.engine.jobs import Busy, FairQueue, Job, Stopped
 
 # Prompt tokens read between two steps: a bound on how long a prompt delays the texts being written.
 PIECE = 512
-# Streams get their new text every TICK_SECONDS, less often when they are so many that it would make more
-# than EVENTS_PER_SECOND.
+# Prompt tokens that may wait to be read.
+WAITING_TOKENS = 1 << 24
+# Streams get their new text every TICK_SECONDS; less often if all streams together would get more than
+# EVENTS_PER_SECOND.
 TICK_SECONDS = 0.01
 EVENTS_PER_SECOND = 2000
 
@@ -33,8 +35,7 @@ class DecodeThread:
         decoder: the model; nobody else may use it meanwhile.
         slots: how many texts are written at the same time.
         queue: how many texts may wait for a slot; one client may take half of it.
-        waiting_tokens: how many prompt tokens may wait to be read.
-        tell: called from the thread with the jobs that have progress to report; wakes them if omitted.
+        tell: called from the thread with the jobs that have progress to report.
     """
 
     def __init__(
@@ -43,13 +44,12 @@ class DecodeThread:
         slots: int,
         *,
         queue: int = 1024,
-        waiting_tokens: int = 1 << 24,
-        tell: Callable[[list[Job]], object] | None = None,
+        tell: Callable[[list[Job]], object],
     ) -> None:
         self.decoder, self.size = decoder, slots
         # NaN, so that a free slot that is read by mistake is noticed.
         self.slots = Slots(decoder, decoder.initial_state(slots).fill_(math.nan))
-        self.queue, self.waiting_tokens, self.tell = queue, waiting_tokens, tell or wake
+        self.queue, self.tell = queue, tell
         self.tokens_read = self.tokens_written = self.steps = self.failures = 0
         self.failure: BaseException | None = None
         self._before_step = torch.empty_like(self.slots.states)
@@ -61,11 +61,11 @@ class DecodeThread:
         self._progress: list[Job] = []
         self._next_tick = 0.0
         # Texts that wait for a slot, by client, and the tokens of their prompts.
-        self._load: Counter[str] = Counter()
-        self._load_tokens = 0
+        self._waiting_texts: Counter[str] = Counter()
+        self._waiting_tokens = 0
         self._inbox: deque[tuple[str, Job]] = deque()
         self._lock = threading.Lock()
-        self._bell = threading.Event()
+        self._new_work = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._main, name="decode", daemon=True)
         self._thread.start()
@@ -79,7 +79,7 @@ class DecodeThread:
     def waiting(self) -> int:
         """Texts that wait for a slot."""
         with self._lock:
-            return self._load.total()
+            return self._waiting_texts.total()
 
     @property
     def reading(self) -> int:
@@ -105,30 +105,30 @@ class DecodeThread:
                 raise Stopped("the server is shutting down")
             texts = sum(job.slots for job in jobs)
             tokens = sum(len(job.ids) for job in jobs)
-            own = sum(self._load[client] for client in {job.client for job in jobs})
-            total = self._load.total() - free
+            own = sum(self._waiting_texts[client] for client in {job.client for job in jobs})
+            total = self._waiting_texts.total() - free
             if (
                 total + texts > self.queue
                 or own - free + texts > (self.queue + 1) // 2
-                or (self._load_tokens and self._load_tokens + tokens > self.waiting_tokens)
+                or (self._waiting_tokens and self._waiting_tokens + tokens > WAITING_TOKENS)
             ):
                 raise Busy("too many requests are waiting; try again in a moment")
             for job in jobs:
-                self._load[job.client] += job.slots
-                self._load_tokens += len(job.ids)
+                self._waiting_texts[job.client] += job.slots
+                self._waiting_tokens += len(job.ids)
                 self._inbox.append(("submit", job))
-        self._bell.set()
+        self._new_work.set()
 
     def cancel(self, job: Job) -> None:
-        """Drop a job, wherever it is; it is not reported any more."""
+        """Drop a job, waiting or running; it is not reported any more."""
         self._inbox.append(("cancel", job))
-        self._bell.set()
+        self._new_work.set()
 
     def stop(self) -> None:
-        """Fail all jobs that are left with `Stopped`, and take no more."""
+        """Take no more jobs, and end the unfinished ones with the error `Stopped`."""
         with self._lock:
             self._closed = True
-        self._bell.set()
+        self._new_work.set()
 
     def close(self) -> None:
         """Stop, and wait for the thread to end."""
@@ -136,18 +136,18 @@ class DecodeThread:
         self._thread.join()
 
     def state(self, job: Job) -> Tensor:
-        """The state behind what was read and written of a job, `(depth, 1, dim_mhesa)`."""
+        """The state after all that was read and written of a job, `(depth, 1, dim_mhesa)`."""
         return self.decoder.initial_state(1) if job.state is None else job.state
 
-    # All that follows runs in the thread.
+    # The methods below run in the thread.
 
     def _main(self) -> None:
         try:
             with torch.inference_mode():
                 while not self._closed:
                     if not (self._writing or len(self._reading) or len(self._waiting)):
-                        self._bell.wait()
-                    self._bell.clear()
+                        self._new_work.wait()
+                    self._new_work.clear()
                     self._take_inbox()
                     self._admit()
                     self._read()
@@ -173,18 +173,18 @@ class DecodeThread:
         while len(self._waiting) and self._taken + self._waiting.peek().slots <= self.size:
             job = self._waiting.pop()
             self._taken += job.slots
-            self._subtract_load(job)
+            self._leave_queue(job)
             if job.length:
                 self._reading.push(job.client, job)
             else:
                 self._end(job)
 
-    def _subtract_load(self, job: Job) -> None:
+    def _leave_queue(self, job: Job) -> None:
         with self._lock:
-            self._load[job.client] -= job.slots
-            self._load_tokens -= len(job.ids)
-            if not self._load[job.client]:
-                del self._load[job.client]
+            self._waiting_texts[job.client] -= job.slots
+            self._waiting_tokens -= len(job.ids)
+            if not self._waiting_texts[job.client]:
+                del self._waiting_texts[job.client]
 
     def _end(self, job: Job) -> None:
         self._taken -= job.slots
@@ -196,7 +196,7 @@ class DecodeThread:
             return
         job.done = True
         if self._waiting.remove(job.client, job):
-            self._subtract_load(job)
+            self._leave_queue(job)
             return
         if not self._reading.remove(job.client, job):
             for slot in reversed(range(self.active)):
@@ -230,7 +230,7 @@ class DecodeThread:
     # Reading prompts
 
     def _read(self) -> None:
-        """Read up to `PIECE` tokens, of as many prompts as they belong to."""
+        """Read up to `PIECE` tokens, from one prompt or several."""
         room, work = PIECE, []
         while room > 0 and len(self._reading):
             job = self._reading.pop()
@@ -252,7 +252,7 @@ class DecodeThread:
             if len(work) == 1:
                 self._fail(work[0][0], error)
                 return
-            # Find the one that fails by itself.
+            # One prompt by itself, so that only the one at fault fails.
             for one in work:
                 self._read_together([one])
             return
@@ -290,7 +290,7 @@ class DecodeThread:
         job.first_token = time.perf_counter()
         self._writing.update(dict.fromkeys(job.texts, job))
         self.tokens_written += len(job.texts)
-        self._settle(self.slots.add(job.texts, self.state(job), logits))
+        self._finish_texts(self.slots.add(job.texts, self.state(job), logits))
 
     def _write(self) -> None:
         count = self.active
@@ -306,10 +306,10 @@ class DecodeThread:
             return
         self.steps += 1
         self.tokens_written += count
-        self._settle(self.slots.draw(logits))
+        self._finish_texts(self.slots.draw(logits))
 
     def _write_each(self) -> None:
-        """A step of each text by itself, so that one that fails does not fail the others."""
+        """Step each text by itself, so that only the one at fault fails."""
         for text, job in list(self._writing.items()):
             if job.done:
                 continue
@@ -320,12 +320,12 @@ class DecodeThread:
                 self._fail(job, error)
             else:
                 self.tokens_written += 1
-                self._settle(self.slots.draw(logits, slot))
+                self._finish_texts(self.slots.draw(logits, slot))
 
-    def _settle(self, over: list[int]) -> None:
-        """Free the slots of texts that have ended or failed; `over` is in falling order."""
+    def _finish_texts(self, ended: list[int]) -> None:
+        """Free the slots of texts that have ended or failed; the highest comes first."""
         failed = []
-        for slot in over:
+        for slot in ended:
             text = self.slots.texts[slot]
             job = self._writing[text]
             if text.error is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ class Stopped(Exception):  # noqa: N818 not an error of ours
     """The decode thread was stopped before the job was done."""
 
 
+@dataclass(eq=False)
 class Job:
     """A prompt to read, and the texts to write behind it.
 
@@ -31,44 +33,42 @@ class Job:
     Args:
         ids: the prompt's tokens, `(tokens,)`, at least one.
         texts: what to write; none to read only.
-        client: who sent it; clients take turns.
+        client: the name of who sent it; clients take turns.
         state: `(depth, 1, dim_mhesa)` to begin from; zeros if omitted.
-        score: note the log-probability of each prompt token but the first in `logprobs`.
-        top: how many of the likeliest tokens to note beside each of those, in `likeliest`.
+        score: record the log-probability of each prompt token but the first in `logprobs`.
+        top: how many of the likeliest tokens to record beside each of those, in `likeliest`.
         stream: report progress, not only the end.
         keep_state: leave the state behind the first text in `state`.
+
+    Attributes:
         wake: called when there is progress to report.
     """
 
-    def __init__(
-        self,
-        ids: np.ndarray,
-        texts: Sequence[Continuation] = (),
-        *,
-        client: str = "",
-        state: Tensor | None = None,
-        score: bool = False,
-        top: int = 0,
-        stream: bool = False,
-        keep_state: bool = False,
-        wake: Callable[[], object] = lambda: None,
-    ) -> None:
-        self.ids, self.texts, self.client, self.state = ids, list(texts), client, state
-        self.score, self.top, self.stream, self.keep_state, self.wake = score, top, stream, keep_state, wake
+    ids: np.ndarray
+    texts: Sequence[Continuation] = ()
+    client: str = ""
+    state: Tensor | None = None
+    score: bool = False
+    top: int = 0
+    stream: bool = False
+    keep_state: bool = False
+
+    def __post_init__(self) -> None:
+        self.wake: Callable[[], object] = lambda: None
         self.logprobs: list[Tensor] = []
         self.likeliest: list[list[tuple[int, float]]] = []
         self.created = time.perf_counter()
         self.first_token: float | None = None
         self.error: Exception | None = None
         self.done = False
-        # Prompt tokens read so far, and to read.
-        self.read = 0
         self.unfinished = sum(text.finish is None for text in self.texts)
-        self.length = len(ids) if self.unfinished else len(ids) - 1
+        # Prompt tokens to read, and those read so far.
+        self.length = len(self.ids) if self.unfinished else len(self.ids) - 1
+        self.read = 0
 
     @property
     def slots(self) -> int:
-        """How many slots it takes."""
+        """How many slots the job takes."""
         return max(1, len(self.texts))
 
 
@@ -97,7 +97,7 @@ class FairQueue(Generic[Item]):
         return next(iter(self._queues.values()))[0]
 
     def pop(self) -> Item:
-        """Take the item whose turn it is; its client goes behind the others."""
+        """Take the item whose turn it is; its client's next turn comes after the other clients'."""
         client, queue = next(iter(self._queues.items()))
         item = queue.popleft()
         del self._queues[client]

@@ -36,10 +36,6 @@ class Guard:
 
     It asks for a key on every path but `/health`, unknown ones too, and reads the whole body, up to the
     limit, before the application gets the request.
-
-    Args:
-        app: the application.
-        service: has the settings and the metrics.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -54,8 +50,9 @@ class Guard:
             return
         started = time.perf_counter()
         request_id = uuid.uuid4().hex
-        state: MutableMapping[str, Any] = scope.setdefault("state", {})
+        # What routes see as `request.state`: the client's name, and what they add to the line in the log.
         fields: dict[str, Any] = {}
+        state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["log_fields"] = fields
         status = 0
 
@@ -110,7 +107,7 @@ class Guard:
 
     def _client(self, authorization: bytes) -> str:
         given = _digest(_key(authorization))
-        # Compare with every key, each in constant time, so that the time tells nothing about them.
+        # Compare with every key, in constant time: how long it takes says nothing about the keys.
         found = [name for name, digest in self.keys.items() if hmac.compare_digest(given, digest)]
         if not found:
             raise APIError(
@@ -170,7 +167,7 @@ def _too_large(limit: int) -> APIError:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Receive the body that was read already, then what follows it."""
+    """A `receive` that gives the body read before, and then what follows."""
     given = False
 
     async def again() -> Message:
@@ -184,7 +181,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _check_host(header: bytes) -> None:
-    """Refuse names that another site may have pointed at this machine (DNS rebinding)."""
+    """Refuse host names that another site may have pointed at this machine (DNS rebinding)."""
     host = header.decode("latin-1")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if not is_loopback(name.lower()):

@@ -26,7 +26,7 @@ from mhesa.serve.settings import Limits
 # How long a thread may keep Python's global lock when another waits for it: the decode thread needs it
 # after every step. Python's default is 5 ms.
 SWITCH_SECONDS = 0.0001
-# Time between two removals of sessions that have expired.
+# Time between two deletions of expired sessions.
 EXPIRE_SECONDS = 600
 
 
@@ -41,7 +41,7 @@ def serve(service: Service) -> None:
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     _raise_file_limit()
-    # While the socket is bound, uvicorn logs nothing: the error below says it in one line.
+    # Uvicorn is not to log a failure to bind: the error below says it in one line.
     redirect_logger("uvicorn.error", logging.CRITICAL)
     settings = service.settings
     config = uvicorn.Config(
@@ -101,7 +101,7 @@ class _Server(uvicorn.Server):
         service = self.service
         log("stopping", active=service.engine.active, waiting=service.engine.waiting)
         service.stopping = self.should_exit = True
-        # Requests that are left then get an error, or an event with one.
+        # Requests still running then end with an error.
         loop.call_later(service.settings.limits.drain_seconds, service.engine.stop)
 
     async def _expire_sessions(self) -> None:
@@ -116,24 +116,23 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
     """HTTP/1.1 that closes connections of clients that send or read too slowly."""
 
     class Protocol(HttpToolsProtocol):
-        _receiving: asyncio.TimerHandle | None = None
-        _sending: asyncio.TimerHandle | None = None
         _complete = False
         # Bytes of the request's line and headers so far; `None` once they are complete.
         _head: int | None = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._start_timer()
+            self._timers: dict[str, asyncio.TimerHandle] = {}
+            self._start_timer("receive", limits.receive_seconds)
 
         def data_received(self, data: bytes) -> None:
             if self._head is not None:
                 self._head += len(data)
             super().data_received(data)
             if self._complete:
-                self._stop_timer()
-            elif self._receiving is None:
-                self._start_timer()
+                self._stop_timer("receive")
+            elif "receive" not in self._timers:
+                self._start_timer("receive", limits.receive_seconds)
             if self._head is not None and self._head > limits.head_bytes:
                 self._refuse(431, "the request's headers are too large", "headers_too_large")
 
@@ -151,16 +150,14 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._sending = self.loop.call_later(limits.send_seconds, self.transport.abort)
+            self._start_timer("send", limits.send_seconds)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            if self._sending is not None:
-                self._sending.cancel()
-                self._sending = None
+            self._stop_timer("send")
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timer()
+            self._stop_timer("receive")
             self.resume_writing()
             super().connection_lost(exc)
 
@@ -169,20 +166,19 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def _refuse(self, status: int, message: str, code: str) -> None:
             body = bytes(APIError(status, message, code=code).response().body)
-            head = [
-                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-                f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n",
-            ]
-            self.transport.write("\r\n".join(head).encode() + body)
+            head = (
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
             self.transport.close()
 
-        def _start_timer(self) -> None:
-            self._receiving = self.loop.call_later(limits.receive_seconds, self.transport.abort)
+        def _start_timer(self, name: str, seconds: float) -> None:
+            self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
 
-        def _stop_timer(self) -> None:
-            if self._receiving is not None:
-                self._receiving.cancel()
-                self._receiving = None
+        def _stop_timer(self, name: str) -> None:
+            if name in self._timers:
+                self._timers.pop(name).cancel()
 
     return Protocol
 
