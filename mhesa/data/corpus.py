@@ -17,7 +17,7 @@ from mhesa.data.parallel import map_ordered, thread_pool
 from mhesa.data.sources import find_files, no_text_in
 from mhesa.data.token_files import FACTS, HELD_OUT, MEASURED_BYTES, Facts, Tokens, TokenWriter
 from mhesa.errors import InputError
-from mhesa.tokenizers.protocol import Tokenizer
+from mhesa.tokenizers.base import Tokenizer
 
 # Counted up when the same text and tokenizer would give other files.
 FORMAT = 3

@@ -15,7 +15,7 @@ import numpy as np
 
 from mhesa.data.holdout import Piece
 from mhesa.data.parallel import batch_by_size, map_ordered, thread_pool
-from mhesa.tokenizers.protocol import Tokenizer
+from mhesa.tokenizers.base import Tokenizer
 
 TOKENS = "tokens.bin"
 STARTS = "document_starts.bin"

@@ -26,7 +26,7 @@ from mhesa.hf.packing import offsets, real_tokens, unpack, without_first_tokens
 from mhesa.model.config import ModelConfig
 from mhesa.model.layers import MHESA, CausalConv, GatedMHESA, identity_taps, spread_rates
 from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
-from mhesa.model.loading import KEPT_IN_FP32
+from mhesa.model.loading import KEPT_IN_FP32, saved_name
 from mhesa.model.loss import LARGE_VOCABULARY, next_token_loss
 from mhesa.tokenizers.bytes import END_OF_TEXT_ID
 
@@ -47,6 +47,14 @@ class MhesaPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _no_split_modules = ["MhesaBlock"]  # noqa: RUF012 not a ClassVar there
     _keep_in_fp32_modules_strict = set(KEPT_IN_FP32)  # noqa: RUF012
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return cast(MhesaModel, self.base_model).token_emb
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.base_model.token_emb = value
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
@@ -75,14 +83,6 @@ class MhesaModel(MhesaPreTrainedModel):
         self.token_emb = nn.Embedding(sizes.num_tokens, sizes.dim)
         self.layers = nn.ModuleList(MhesaBlock(**sizes.block_arguments()) for _ in range(sizes.depth))
         self.post_init()  # type: ignore[no-untyped-call]
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.token_emb
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.token_emb = cast(nn.Embedding, value)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -124,7 +124,9 @@ class MhesaModel(MhesaPreTrainedModel):
         cu_seqlens = offsets(cu_seqlens, attention_mask, kwargs)
         if real is not None and cu_seqlens is not None:
             raise ValueError("sequences are either padded or packed: leave out attention_mask or cu_seqlens")
-        trace: list[Tensor] | None = [] if self._traces(output_hidden_states) else None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        trace: list[Tensor] | None = [] if output_hidden_states else None
 
         length = (
             x.shape[1] if cu_seqlens is None or cache is None else max(cu_seqlens.diff().tolist(), default=0)
@@ -155,11 +157,6 @@ class MhesaModel(MhesaPreTrainedModel):
                 "make it with MhesaCache(model.config)"
             )
         return cast(MhesaCache, given)
-
-    def _traces(self, output_hidden_states: bool | None) -> bool:
-        return bool(
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
 
 
 class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
@@ -200,10 +197,7 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         fields = replace(sizes, eos_token_id=eos_token_id).to_json() | {"backend": sizes.backend} | config
         with torch.device("meta"):
             model = cls(MhesaConfig(**fields))
-        weights = {
-            name if name.startswith("to_logits.") else f"model.{name}": value.clone()
-            for name, value in lm.state_dict().items()
-        }
+        weights = {saved_name(name): value.clone() for name, value in lm.state_dict().items()}
         model.load_state_dict(weights, strict=True, assign=True)
         model.tie_weights()
         return model.train(lm.training)
@@ -214,14 +208,6 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         lm.token_emb, lm.layers, lm.to_logits = self.model.token_emb, self.model.layers, self.to_logits
         lm.training = self.training
         return lm
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.model.token_emb
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""

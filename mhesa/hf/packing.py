@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from mhesa.model.loss import IGNORED_LABEL
 
 
 def real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:

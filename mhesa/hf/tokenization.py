@@ -81,13 +81,8 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
         if kwargs.get("split_special_tokens", self.split_special_tokens):
             return self._tokenize(text)
         added = self._added_tokens_encoder
-        tokens: list[str] = []
-        for piece in token_splitter(added).split(text):
-            if piece in added:
-                tokens.append(piece)
-            else:
-                tokens.extend(self._tokenize(piece))
-        return tokens
+        pieces = token_splitter(added).split(text)
+        return [token for piece in pieces for token in ([piece] if piece in added else self._tokenize(piece))]
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a token, or the ids of a list of them; `None` for an unknown token."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from mhesa.data import Document
 from mhesa.inference.decoder import Decoder
 from mhesa.model.lm import GatedExponentialSmoothingLM
-from mhesa.tokenizers.protocol import Tokenizer
+from mhesa.tokenizers.base import Tokenizer
 
 # Tokens whose logits are in memory at once.
 WINDOW = 4096

@@ -23,7 +23,7 @@ from mhesa.inference.evaluation import surprisals
 from mhesa.inference.generation import write
 from mhesa.inference.sampling import Sampling, TokenSampler
 from mhesa.model.lm import GatedExponentialSmoothingLM
-from mhesa.tokenizers.protocol import Tokenizer
+from mhesa.tokenizers.base import Tokenizer
 
 FORMAT = "mhesa session 1"
 

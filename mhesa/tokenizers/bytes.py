@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from tokenizers import AddedToken
 
-from mhesa.tokenizers.chat import Messages, render_chat
+from mhesa.tokenizers.base import Tokenizer
 from mhesa.tokenizers.config import write_config
 
 BYTE_TOKENIZER = "ByteTokenizer"
@@ -22,15 +21,7 @@ PIECES = {byte: bytes([byte]) for byte in range(256)} | {END_OF_TEXT_ID: b""}
 OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
-@dataclass(frozen=True)
-class AddedToken:
-    """A token beside the 256 bytes; the text of a special one is left out when ids become text."""
-
-    content: str
-    special: bool = False
-
-
-class Bytes:
+class Bytes(Tokenizer):
     r"""Ids 0 to 255 are the bytes, 256 is `<|endoftext|>`, which begins and ends documents.
 
     Args:
@@ -74,42 +65,8 @@ class Bytes:
         """The same for two tokenizers only if they give the same ids for every text."""
         return "bytes"
 
-    def decode_bytes(self, ids: Iterable[int] | np.ndarray | Tensor) -> bytes:
-        """The bytes of `ids`, `(tokens,)`; special tokens give none.
-
-        Raises:
-            ValueError: an id that no token has.
-        """
-        return self._join(ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids, self._pieces())
-
-    def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> Any:
-        """The ids of a conversation; special tokens in the template's text become their ids.
-
-        Args:
-            messages: a `role` and a `content` each.
-            add_generation_prompt: end with the words that begin an answer.
-
-        Returns:
-            A list of ids.
-
-        Raises:
-            jinja2.TemplateError: the template is wrong, or refuses the conversation.
-        """
-        assert self.chat_template is not None, "the tokenizer has no chat template"
-        text = render_chat(
-            self.chat_template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            eos_token=self.eos_token,
-        )
-        ids = {token.content: index for index, token in self.added_tokens.items()}
-        found: list[int] = []
-        for piece in token_splitter(ids).split(text):
-            found += [ids[piece]] if piece in ids else to_bytes(piece)
-        return found
-
     def save_pretrained(self, folder: str | Path) -> Any:
-        """Write what `AutoTokenizer` asks for."""
+        """Write `tokenizer_config.json`, and the chat template if there is one."""
         tokens = {
             str(index): {
                 "content": token.content,
@@ -123,15 +80,15 @@ class Bytes:
         )
 
     def _pieces(self) -> dict[int, bytes]:
-        """The bytes of every token."""
         added = {i: b"" if it.special else to_bytes(it.content) for i, it in self.added_tokens.items()}
         return PIECES | added
 
-    def _join(self, ids: Iterable[int], pieces: dict[int, bytes]) -> bytes:
-        try:
-            return b"".join(map(pieces.__getitem__, ids))
-        except KeyError as error:
-            raise ValueError(f"no token has the id {error}; the largest is {len(self) - 1}") from None
+    def _encode_with_special_tokens(self, text: str) -> list[int]:
+        ids = {token.content: index for index, token in self.added_tokens.items()}
+        found: list[int] = []
+        for piece in token_splitter(ids).split(text):
+            found += [ids[piece]] if piece in ids else to_bytes(piece)
+        return found
 
 
 def to_bytes(text: str) -> bytes:

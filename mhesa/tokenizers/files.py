@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from mhesa.errors import InputError
-from mhesa.tokenizers.bytes import BYTE_TOKENIZER, END_OF_TEXT, AddedToken, Bytes
+from mhesa.tokenizers.bytes import BYTE_TOKENIZER, END_OF_TEXT, Bytes
 from mhesa.tokenizers.config import TOKENIZER_CONFIG, read_chat_template, read_config, token_text
 from mhesa.tokenizers.vocabulary import TOKENIZER, TextTokenizer
 

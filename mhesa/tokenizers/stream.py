@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mhesa.tokenizers.protocol import Tokenizer
+from mhesa.tokenizers.base import Tokenizer
 
 # The longest block, in bytes.
 BLOCK_BYTES = 1 << 16

@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 
 from mhesa.atomic_io import write_file
 from mhesa.errors import InputError
+from mhesa.tokenizers import base
 from mhesa.tokenizers.bytes import END_OF_TEXT
-from mhesa.tokenizers.chat import Messages, render_chat
 from mhesa.tokenizers.config import write_config
 
 TOKENIZER = "tokenizer.json"
@@ -26,7 +25,7 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]+")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
-class TextTokenizer:
+class TextTokenizer(base.Tokenizer):
     """A tokenizer of the `tokenizers` package that takes and gives bytes.
 
     With a byte-level vocabulary, as `train_bpe` makes them, nothing is lost: bytes that are not UTF-8
@@ -54,16 +53,12 @@ class TextTokenizer:
     def __len__(self) -> int:
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode_bytes(self, data: bytes) -> np.ndarray:
-        """The ids of `data`, `(tokens,)`.
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """The ids of several texts, `(tokens,)` each, computed on all cores.
 
         Raises:
             InputError: bytes that are not UTF-8, and the vocabulary has no tokens for bytes.
         """
-        return self.encode_batch([data])[0]
-
-    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """The ids of several texts, on every core."""
         try:
             decoded = [text.decode() for text in texts]
         except UnicodeDecodeError:
@@ -71,46 +66,14 @@ class TextTokenizer:
         encodings = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
-    def decode_bytes(self, ids: Iterable[int] | np.ndarray | Tensor) -> bytes:
-        """The bytes of `ids`, `(tokens,)`; special tokens give none.
-
-        Raises:
-            ValueError: an id that no token has.
-        """
-        ids = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
-        try:
-            return b"".join(map(self._bytes.__getitem__, ids))
-        except KeyError as error:
-            raise ValueError(f"no token has the id {error}; the largest is {len(self) - 1}") from None
-
     def fingerprint(self) -> str:
         """What tells it from every tokenizer that gives other ids."""
         whole = json.loads(self.tokenizer.to_str())
         parts = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
         return hashlib.sha256(json.dumps([self.eos_token, parts]).encode()).hexdigest()
 
-    def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> list[int]:
-        """The ids of a conversation; special tokens in the template's text become their ids.
-
-        Args:
-            messages: a `role` and a `content` each.
-            add_generation_prompt: end with the words that begin an answer.
-
-        Raises:
-            jinja2.TemplateError: the template is wrong, or refuses the conversation.
-        """
-        assert self.chat_template is not None, "the tokenizer has no chat template"
-        text = render_chat(
-            self.chat_template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            eos_token=self.eos_token,
-        )
-        ids: list[int] = self._with_special_tokens.encode(text, add_special_tokens=False).ids
-        return ids
-
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and what `AutoTokenizer` asks for beside it."""
+        """Write `tokenizer.json`, `tokenizer_config.json`, and the chat template if there is one."""
         folder = Path(folder)
         write_config(folder, FAST_TOKENIZER, self.eos_token, self.chat_template)
         with write_file(folder / TOKENIZER) as file:
@@ -120,6 +83,10 @@ class TextTokenizer:
     def _with_special_tokens(self) -> Tokenizer:
         """A copy that takes special tokens in a text for what they say."""
         return Tokenizer.from_str(self.tokenizer.to_str())
+
+    def _encode_with_special_tokens(self, text: str) -> list[int]:
+        ids: list[int] = self._with_special_tokens.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _encode_any(self, data: bytes) -> np.ndarray:
         text = data.decode("utf-8", "surrogateescape")
@@ -149,9 +116,11 @@ class TextTokenizer:
     def _is_byte_level(self) -> bool:
         return '"ByteLevel"' in json.dumps(json.loads(self.tokenizer.to_str()).get("decoder"))
 
+    def _pieces(self) -> dict[int, bytes]:
+        return self._bytes
+
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
-        """The bytes of every token."""
         added = self.tokenizer.get_added_tokens_decoder()
         table = {
             index: self._token_bytes(token, index)
@@ -164,10 +133,9 @@ class TextTokenizer:
         if BYTE_TOKEN.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         if self._is_byte_level:
-            values = {character: byte for byte, character in enumerate(byte_alphabet())}
             try:
-                return bytes(map(values.__getitem__, token))
-            except KeyError:
+                return bytes(map(byte_alphabet().index, token))
+            except ValueError:
                 return token.encode()
         # What a token adds to text before it: its own decoding may lack a space.
         before = self.tokenizer.decode([index])
@@ -198,16 +166,9 @@ def train_bpe(text: Iterable[bytes], size: int) -> TextTokenizer:
     return TextTokenizer(tokenizer)
 
 
+@cache
 def byte_alphabet() -> list[str]:
     """The character that stands for each byte in byte-level vocabularies, as GPT-2 chose them."""
-    return list(_alphabet())
-
-
-def _alphabet() -> Iterator[str]:
-    spare = 256
-    for byte in range(256):
-        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
-            yield chr(byte)
-        else:
-            yield chr(spare)
-            spare += 1
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = map(chr, range(256, 512))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mhesa.atomic_io import remove, sha256, write_folder
+from mhesa.atomic_io import sha256, write_folder
 from mhesa.errors import InputError, TrainingError
 
 MANIFEST = "manifest.json"
@@ -151,8 +151,3 @@ def load_part(path: Path, name: str) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} is damaged: {error}") from error
     return tensors
-
-
-def clear(folder: Path) -> None:
-    """Delete all checkpoints."""
-    remove(folder)

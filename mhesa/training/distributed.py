@@ -66,21 +66,19 @@ def barrier() -> None:
 
 def maximum(values: Sequence[float]) -> list[float]:
     """The largest of each value over all processes, so that all decide the same."""
-    if processes() == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    found: list[float] = tensor.tolist()
-    return found
+    return _reduced(values, dist.ReduceOp.MAX)
 
 
-def mean(values: list[float]) -> list[float]:
+def mean(values: Sequence[float]) -> list[float]:
     """The mean of each value over all processes."""
-    if processes() == 1 or not values:
-        return values
+    return [total / processes() for total in _reduced(values, dist.ReduceOp.SUM)]
+
+
+def _reduced(values: Sequence[float], operation: Any) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor)
-    found: list[float] = (tensor / processes()).tolist()
+    if processes() > 1:
+        dist.all_reduce(tensor, op=operation)
+    found: list[float] = tensor.tolist()
     return found
 
 

@@ -16,7 +16,7 @@ from mhesa.inference.evaluation import Score
 from mhesa.inference.generation import stream
 from mhesa.inference.sampling import Sampling
 from mhesa.model.lm import GatedExponentialSmoothingLM
-from mhesa.tokenizers.protocol import Tokenizer
+from mhesa.tokenizers.base import Tokenizer
 from mhesa.tokenizers.stream import character_start
 
 SAMPLE_TOKENS = 300

@@ -1,0 +1,92 @@
+"""What the package asks of a tokenizer, and what all its tokenizers share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mhesa.tokenizers.chat import Messages, render_chat
+
+
+class Tokenizer(ABC):
+    """Turns bytes into ids and back, and has a token that separates documents.
+
+    Attributes:
+        eos_token, eos_token_id: the end-of-text token; a document begins behind one.
+        chat_template: how a conversation becomes text, a Jinja template as transformers takes them.
+    """
+
+    eos_token: Any
+    eos_token_id: Any
+    chat_template: Any
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of tokens in the vocabulary."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """The ids of several texts, `(tokens,)` each; special tokens in them are taken for text.
+
+        Raises:
+            InputError: bytes that are not UTF-8, and the vocabulary has no tokens for bytes.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A string that differs between tokenizers that give different ids."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> Any:
+        """Write the files that `open_tokenizer` and transformers' `AutoTokenizer` read."""
+
+    @abstractmethod
+    def _pieces(self) -> Mapping[int, bytes]:
+        """The bytes of every token, none for a special one."""
+
+    @abstractmethod
+    def _encode_with_special_tokens(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens stand for themselves."""
+
+    def encode_bytes(self, data: bytes) -> np.ndarray:
+        """The ids of one text, see `encode_batch`."""
+        return self.encode_batch([data])[0]
+
+    def decode_bytes(self, ids: Iterable[int] | np.ndarray | Tensor) -> bytes:
+        """The bytes of `ids`, `(tokens,)`; special tokens give none.
+
+        Raises:
+            ValueError: an id that no token has.
+        """
+        return self._join(ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids, self._pieces())
+
+    def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> Any:
+        """The ids of a conversation, a list; special tokens in the template's text become their ids.
+
+        Args:
+            messages: a `role` and a `content` each.
+            add_generation_prompt: end with the words that begin an answer.
+
+        Raises:
+            jinja2.TemplateError: the template is wrong, or refuses the conversation.
+        """
+        assert self.chat_template is not None, "the tokenizer has no chat template"
+        return self._encode_with_special_tokens(
+            render_chat(
+                self.chat_template,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                eos_token=self.eos_token,
+            )
+        )
+
+    def _join(self, ids: Iterable[int], pieces: Mapping[int, bytes]) -> bytes:
+        try:
+            return b"".join(map(pieces.__getitem__, ids))
+        except KeyError as error:
+            raise ValueError(f"no token has the id {error}; the largest is {len(self) - 1}") from None
