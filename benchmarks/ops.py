@@ -141,7 +141,7 @@ def _row(case: Case, timed: str, name: str, seconds: dict[str, float], error: fl
 
 
 def inputs(case: Case, device: str) -> list[Tensor]:
-    """x of the case's shape, alpha and decay `(heads,)` or `(batch, length, heads)`, skip `(heads, head_dim)`.
+    """x of the shape, alpha and decay `(heads,)` or `(batch, length, heads)`, skip `(heads, head_dim)`.
 
     The time constants are from 3 to 10,000 steps.
     """
