@@ -23,11 +23,14 @@ from benchmarks.train import Sizes, bench_train
 from mhesa.errors import InputError
 from mhesa.training import TrainingSettings
 
-SMALL = [
-    Case((2, 64, 2, 8), torch.float32),
-    Case((1, 65, 4, 4), torch.bfloat16),
-    Case((2, 64, 4, 8), torch.float32, every_step=True),
-]
+SMALL = [Case((2, 64, 2, 8), torch.float32), Case((1, 65, 4, 4), torch.bfloat16)]
+
+
+def test_rates_of_every_step_are_timed_on_the_backends_that_take_them():
+    (rows,) = bench_ops([Case((2, 64, 4, 8), torch.float32, every_step=True)], rounds=1)
+    names = ["numba, rates of every step", "chunked, rates of every step"]
+    assert [row.operator for row in rows] == 2 * ["clone", *names]
+    assert all(row.error <= 1e-5 for row in rows)
 
 
 def test_every_operator_has_its_rows():
