@@ -81,7 +81,7 @@ class Slots:
             first: the first of these slots.
 
         Returns:
-            The slots of texts that have ended or failed, the highest first: in this order they can be removed.
+            The slots of texts that have ended or failed, the highest first, to be removed in this order.
         """
         tokens = self._sampler.draw(logits, first)
         texts = self.texts[first : first + len(tokens)]

@@ -36,19 +36,12 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     check_limit(limit, "max_tokens", limits.max_tokens)
     check_limit(body.logprobs or 0, "logprobs", limits.logprobs)
     echo = bool(body.echo)
-    if echo and body.logprobs is not None:
+    score = echo and body.logprobs is not None
+    if score:
         what = "tokens of a prompt that is echoed with logprobs"
         check_limit(sum(map(len, prompts)), what, limits.scored_tokens)
-    return await _write(
-        service,
-        request,
-        body,
-        prompts,
-        limit,
-        body.logprobs,
-        partial(CompletionAnswer, echo=echo),
-        score=echo and body.logprobs is not None,
-    )
+    answer_type = partial(CompletionAnswer, echo=echo)
+    return await _write(service, request, body, prompts, limit, body.logprobs, answer_type, score)
 
 
 async def chat(service: Service, request: Request, body: ChatRequest) -> BaseModel | Response:
