@@ -111,7 +111,7 @@ class Continuation:
 
     @property
     def drawn(self) -> int:
-        """Tokens drawn, with the one that ended the text."""
+        """Tokens drawn, including the end-of-text token that ended the text."""
         return self.count + (self.last is not None and self.last == self.end)
 
     def take(self, token: int) -> None:

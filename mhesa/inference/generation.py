@@ -95,8 +95,8 @@ def stream(
     Args:
         model, max_new_tokens, sampling, seed, eos_token_id: see `generate`.
         ids: the prompt, `(length,)`, at least one token.
-        state: `(depth, 1, dim_mhesa)`, behind what was read before; changed in place, to the state behind
-            every token but the last. `None` starts anew.
+        state: `(depth, 1, dim_mhesa)`, after what was read before; changed in place, to the state after all
+            tokens but the last. `None` starts anew.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=16, dim=8, depth=1, heads=1, dim_mhesa=4)
     >>> len(list(stream(model, torch.tensor([3]), max_new_tokens=5)))
@@ -111,7 +111,7 @@ def stream(
 def write(
     decoder: Decoder, prompts: list[Tensor], texts: list[Continuation], states: Tensor
 ) -> Iterator[tuple[Continuation, int]]:
-    """Write texts behind their prompts; gives each token, also one that ends a text, with its text.
+    """Continue prompts; yields each token with its text, including a token that ends the text.
 
     Args:
         decoder: the model.

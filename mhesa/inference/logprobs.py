@@ -14,7 +14,7 @@ class TokenScore(NamedTuple):
         start: where its bytes begin in the text.
         token: its id.
         logprob: in nats.
-        top: the likeliest tokens in its place with theirs, the likeliest first.
+        top: the likeliest tokens in its place and their log-probabilities, the likeliest first.
     """
 
     start: int
@@ -32,7 +32,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, l
         top: how many of the likeliest tokens to give for each row.
 
     Returns:
-        Those of `targets`, fp64 `(rows,)`, and the likeliest tokens of each row with theirs.
+        Those of `targets`, fp64 `(rows,)`, and the likeliest tokens of each row with their log-probabilities.
 
     >>> import torch
     >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2]), 0)[0].exp().item()

@@ -71,7 +71,7 @@ class SessionState:
     """All that a session remembers.
 
     Args:
-        state: `(depth, 1, dim_mhesa)`, behind all tokens but the last.
+        state: `(depth, 1, dim_mhesa)`, after all tokens but the last.
         token: the last token, which the model has not read yet.
         position: how many tokens the text has.
     """
@@ -161,9 +161,9 @@ class Session:
     ) -> Iterator[str]:
         """Continue the text, and give it as it is written, in whole characters.
 
-        The new text becomes part of the session's, together with the stop string or the end-of-text token
-        that ended it, which are not part of the result. A repetition penalty is for tokens of this
-        continuation: the session does not remember the tokens before it.
+        The session then stands after the new text, and after the stop string or end-of-text token that ended
+        it, which is not part of the result. A repetition penalty sees only the tokens of this continuation:
+        a session does not remember earlier ones.
 
         Args:
             max_new_tokens: how many tokens to write at most; an end-of-text token ends the text too.

@@ -15,14 +15,14 @@ from mhesa.inference.sampling import BatchSampler
 
 
 class Slots:
-    """Writes several texts at once; they join and leave between two steps.
+    """Writes several texts at once; texts are added and removed between two steps.
 
     Each text has a slot, a place in `states` and in the sampler. The slots in use are always the first ones,
     so that a step works on a slice of `states` and copies nothing.
 
     Args:
         decoder: the model.
-        states: `(depth, slots, dim_mhesa)`, changed in place: a text's state is that behind all of its
+        states: `(depth, slots, dim_mhesa)`, changed in place: of each text, the state after all of its
             tokens but the last.
     """
 
@@ -36,8 +36,8 @@ class Slots:
 
         Args:
             texts: texts to write.
-            state: `(depth, texts, dim_mhesa)`, behind their prompts, or of one that all of them have; copied.
-            logits: `(texts, num_tokens)`, predictions behind the prompts, or of the one.
+            state: `(depth, texts, dim_mhesa)`, after the prompts; `(depth, 1, dim_mhesa)` of a shared one.
+            logits: `(texts, num_tokens)`, predictions after the prompts; `(1, num_tokens)` of a shared one.
 
         Returns:
             As `draw` does.

@@ -100,7 +100,7 @@ class Sessions:
             run(f"PRAGMA application_id = {APPLICATION_ID}")
             run(f"PRAGMA user_version = {VERSION}")
         elif (application, version) != (APPLICATION_ID, VERSION):
-            raise sqlite3.DatabaseError("it is a database of something else")
+            raise sqlite3.DatabaseError("it is not a database of mhesa sessions")
         run("COMMIT")
         # Only now is it certain that the file is ours and may be changed.
         run("PRAGMA journal_mode = WAL")

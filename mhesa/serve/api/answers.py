@@ -102,7 +102,7 @@ class Answer(ABC):
 
     def usage(self) -> protocol.Usage:
         """Numbers of tokens so far."""
-        # The first token of each job is the one before the prompt.
+        # Without the first token of each job, which precedes the prompt.
         read = sum(len(job.ids) - 1 for job in self.submission.jobs)
         written = sum(text.count for job in self.submission.jobs for text in job.texts)
         return protocol.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
@@ -185,7 +185,7 @@ class CompletionAnswer(Answer):
         offsets, at = [], self.offsets[index]
         for score in scores:
             piece = self.service.token_bytes[score.token]
-            # A token that continues a character is at the place of that character.
+            # A token that continues a character has that character's offset.
             offsets.append(at - bool(at and piece and piece[0] & 0xC0 == 0x80))
             at += sum(byte & 0xC0 != 0x80 for byte in piece)
         self.offsets[index] = at

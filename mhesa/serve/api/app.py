@@ -176,7 +176,7 @@ def _add_sessions(app: FastAPI, service: Service) -> None:
     @app.get("/v1/sessions")
     async def list_sessions(
         request: Request,
-        after: Annotated[str, Query(max_length=64, description="Begin behind this name.")] = "",
+        after: Annotated[str, Query(max_length=64, description="Begin after this name.")] = "",
         limit: Annotated[int, Query(ge=1, le=1000, description="How many at most.")] = 100,
     ) -> protocol.SessionList:
         """Your sessions, by name."""

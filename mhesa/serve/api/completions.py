@@ -138,10 +138,10 @@ def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
 
 
 def _with_first_token(ids: np.ndarray, end: int, last: int | None) -> np.ndarray:
-    """A prompt behind its session's last token, or behind the end-of-text token, which begins every text."""
+    """Put the session's last token before a prompt, or the end-of-text token that begins every text."""
     if last is not None:
         return prepend(last, ids)
-    # Token ids of a client may have it already.
+    # A client's token ids may begin with it already.
     return ids if len(ids) and ids[0] == end else prepend(end, ids)
 
 

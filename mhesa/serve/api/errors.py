@@ -94,7 +94,7 @@ def validation_error(errors: Sequence[Any]) -> APIError:
         return invalid(f"unrecognized request argument: {name!r}", name, "unknown_parameter")
     if first["type"] == "model_attributes_type" and not where:
         return invalid("the body must be a JSON object, sent with Content-Type: application/json", None)
-    # Of a union, `where` names the alternatives too: the parameter is the first lower-case name.
+    # For a union, `where` also holds the types that were tried: the parameter is the first lower-case name.
     names = [part for part in where if part.isidentifier() and part.islower()] or where
     name, message = "".join(names[:1]), first["msg"].removeprefix("Value error, ")
     return invalid((f"{name}: {message}" if name else message)[:500], name or None)

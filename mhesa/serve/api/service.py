@@ -70,7 +70,7 @@ class Service:
         self.sessions.close()
 
     async def run_in_disk_thread(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function that may wait for the disk, in a thread of its own."""
+        """Call a function that may wait for the disk, in a thread for that."""
         return await asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
 
     def submit(self, jobs: Sequence[Job]) -> None:

@@ -29,10 +29,10 @@ EVENTS_PER_SECOND = 2000
 
 
 class DecodeThread:
-    """Runs jobs on a decoder, in a thread of its own. Texts join and leave between two steps.
+    """Runs jobs on a decoder, in a separate thread. Texts join and leave between two steps.
 
     Args:
-        decoder: the model; nobody else may use it meanwhile.
+        decoder: the model, for this thread alone.
         slots: how many texts are written at the same time.
         queue: how many texts may wait for a slot; one client may take half of it.
         tell: called from the thread with the jobs that have progress to report.

@@ -26,9 +26,9 @@ class Stopped(Exception):  # noqa: N818 not an error of ours
 
 @dataclass(eq=False)
 class Job:
-    """A prompt to read, and the texts to write behind it.
+    """A prompt to read, and the texts that are to continue it.
 
-    Without texts the prompt's last token is not read, because no prediction behind it is needed.
+    Without texts the prompt's last token is not read, because nothing is predicted after it.
 
     Args:
         ids: the prompt's tokens, `(tokens,)`, at least one.
@@ -38,7 +38,7 @@ class Job:
         score: record the log-probability of each prompt token but the first in `logprobs`.
         top: how many of the likeliest tokens to record beside each of those, in `likeliest`.
         stream: report progress, not only the end.
-        keep_state: leave the state behind the first text in `state`.
+        keep_state: at the end, `state` is to be the one after the first text.
 
     Attributes:
         wake: called when there is progress to report.
