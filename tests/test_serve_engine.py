@@ -54,7 +54,6 @@ class Bench:
         self.told = queue.Queue()
         self.engine = DecodeThread(
             decoder(model, max_batch=slots),
-            slots,
             tell=lambda jobs: [self.told.put(job) for job in jobs if job.done],
             **settings,
         )

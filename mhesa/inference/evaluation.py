@@ -69,7 +69,7 @@ def surprisals(decoder: Decoder, inputs: Tensor, targets: Tensor, state: Tensor)
         decoder: the model.
         inputs: ids to read, int64 `(length,)`.
         targets: the id to predict after each input, `(length,)`: `inputs` shifted by one.
-        state: `(depth, 1, dim_mhesa)`, the state before the inputs; updated in place.
+        state: `(depth, 1, state_size)`, the state before the inputs; updated in place.
 
     Returns:
         `-log2` of each target's probability in bits, float32 `(length,)`.

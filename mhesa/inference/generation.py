@@ -95,7 +95,7 @@ def stream(
     Args:
         model, max_new_tokens, sampling, seed, eos_token_id: see `generate`.
         ids: the prompt, `(length,)`, at least one token.
-        state: `(depth, 1, dim_mhesa)`, after what was read before; changed in place, to the state after all
+        state: `(depth, 1, state_size)`, after what was read before; changed in place, to the state after all
             tokens but the last. `None` starts anew.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=16, dim=8, depth=1, heads=1, dim_mhesa=4)
@@ -117,7 +117,7 @@ def write(
         decoder: the model.
         prompts: one for each text, `(length,)`.
         texts: what to write; all have the same limit.
-        states: `(depth, texts, dim_mhesa)`; see `stream`.
+        states: `(depth, texts, state_size)`; see `stream`.
     """
     if texts[0].finish is not None:
         return

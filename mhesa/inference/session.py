@@ -71,7 +71,7 @@ class SessionState:
     """All that a session remembers.
 
     Args:
-        state: `(depth, 1, dim_mhesa)`, after all tokens but the last.
+        state: `(depth, 1, state_size)`, after all tokens but the last.
         token: the last token, which the model has not read yet.
         position: how many tokens the text has.
     """

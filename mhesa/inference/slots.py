@@ -22,7 +22,7 @@ class Slots:
 
     Args:
         decoder: the model.
-        states: `(depth, slots, dim_mhesa)`, changed in place: of each text, the state after all of its
+        states: `(depth, slots, state_size)`, changed in place: of each text, the state after all of its
             tokens but the last.
     """
 
@@ -36,7 +36,7 @@ class Slots:
 
         Args:
             texts: texts to write.
-            state: `(depth, texts, dim_mhesa)`, after the prompts; `(depth, 1, dim_mhesa)` of a shared one.
+            state: `(depth, texts, state_size)`, after the prompts; `(depth, 1, state_size)` of a shared one.
             logits: `(texts, num_tokens)`, predictions after the prompts; `(1, num_tokens)` of a shared one.
 
         Returns:

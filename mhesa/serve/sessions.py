@@ -60,7 +60,7 @@ class Sessions:
     Args:
         path: the database's file; `None` keeps it in memory.
         model: the fingerprint of the model that is served.
-        shape: the shape of a state, `(depth, 1, dim_mhesa)`.
+        shape: the shape of a state, `(depth, 1, state_size)`.
         limits: the number of a client's sessions, and the time after which an unused one is deleted.
         clock: gives the time in seconds since 1970.
 

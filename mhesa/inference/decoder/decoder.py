@@ -11,8 +11,7 @@ from torch import Tensor
 
 from mhesa.errors import InputError
 from mhesa.model.lm import GatedExponentialSmoothingLM
-
-QUANTIZED = ("int8",)
+from mhesa.settings import check_sizes
 
 
 class Engine(Protocol):
@@ -72,8 +71,7 @@ class Decoder:
         quantize: str | None = None,
         single_thread_small_calls: bool = False,
     ) -> None:
-        if max_batch < 1:
-            raise InputError(f"max_batch must be at least 1, not {max_batch}")
+        check_sizes(max_batch=max_batch)
         weight = model.to_logits.weight
         self.device, self.max_batch = weight.device, max_batch
         self.num_tokens = model.token_emb.num_embeddings
@@ -81,7 +79,7 @@ class Decoder:
         self._state_type, self._depth, self._width = like.dtype, like.shape[0], like.shape[2]
         self._engine = _engine(model, quantize, max_batch, single_thread_small_calls)
         self._lock = threading.Lock()
-        # One row for each sequence.
+        # The offsets of a step: one row for each sequence.
         self._step_offsets = torch.arange(max_batch + 1)
 
     def initial_state(self, batch: int) -> Tensor:
@@ -163,8 +161,8 @@ def _engine(
     max_batch: int,
     single_thread_small_calls: bool,
 ) -> Engine:
-    if quantize is not None and quantize not in QUANTIZED:
-        raise InputError(f"quantize must be one of {', '.join(QUANTIZED)}, not {quantize}")
+    if quantize not in (None, "int8"):
+        raise InputError(f"quantize must be int8, not {quantize}")
     weight = model.to_logits.weight
     native = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
     if quantize and not native:

@@ -53,7 +53,6 @@ class Service:
         )
         self.engine = DecodeThread(
             Decoder(model, max_batch=settings.slots, quantize=quantize, single_thread_small_calls=True),
-            settings.slots,
             queue=settings.queue,
             tell=self._tell,
         )

@@ -32,8 +32,7 @@ class DecodeThread:
     """Runs jobs on a decoder, in a separate thread. Texts join and leave between two steps.
 
     Args:
-        decoder: the model, for this thread alone.
-        slots: how many texts are written at the same time.
+        decoder: the model, for this thread alone; writes `max_batch` texts at the same time.
         queue: how many texts may wait for a slot; one client may take half of it.
         tell: called from the thread with the jobs that have progress to report.
     """
@@ -41,14 +40,13 @@ class DecodeThread:
     def __init__(
         self,
         decoder: Decoder,
-        slots: int,
         *,
         queue: int = 1024,
         tell: Callable[[list[Job]], object],
     ) -> None:
-        self.decoder, self.size = decoder, slots
-        # NaN, so that a free slot that is read by mistake is noticed.
-        self.slots = Slots(decoder, decoder.initial_state(slots).fill_(math.nan))
+        self.decoder, self.size = decoder, decoder.max_batch
+        # NaN, as `Slots.remove` leaves it.
+        self.slots = Slots(decoder, decoder.initial_state(self.size).fill_(math.nan))
         self.queue, self.tell = queue, tell
         self.tokens_read = self.tokens_written = self.steps = self.failures = 0
         self.failure: BaseException | None = None
@@ -136,7 +134,7 @@ class DecodeThread:
         self._thread.join()
 
     def state(self, job: Job) -> Tensor:
-        """The state after all that was read and written of a job, `(depth, 1, dim_mhesa)`."""
+        """The state after all that was read and written of a job, `(depth, 1, state_size)`."""
         return self.decoder.initial_state(1) if job.state is None else job.state
 
     # The methods below run in the thread.

@@ -34,7 +34,7 @@ class Job:
         ids: the prompt's tokens, `(tokens,)`, at least one.
         texts: what to write; none to read only.
         client: the name of who sent it; clients take turns.
-        state: `(depth, 1, dim_mhesa)` to begin from; zeros if omitted.
+        state: `(depth, 1, state_size)` to begin from; zeros if omitted.
         score: record the log-probability of each prompt token but the first in `logprobs`.
         top: how many of the likeliest tokens to record beside each of those, in `likeliest`.
         stream: report progress, not only the end.
