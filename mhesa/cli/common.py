@@ -34,7 +34,6 @@ def _check_folder(folder: Path) -> Path:
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")]
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder of a trained model.", callback=_check_folder)
 ]

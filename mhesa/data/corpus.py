@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -154,12 +155,9 @@ def _changed(file: File) -> InputError:
 def _digests(files: Sequence[File]) -> list[list[str]]:
     """The digests of each file's blocks, computed on all cores."""
     with thread_pool() as pool:
-        blocks = [(file, start) for file in files for start in file.hash_blocks()]
-        digests = map_ordered(pool, lambda block: block[0].sha256(block[1]), blocks)
-        by_file: dict[Path, list[str]] = {file.path: [] for file in files}
-        for (file, _), one in zip(blocks, digests, strict=True):
-            by_file[file.path].append(one)
-    return list(by_file.values())
+        blocks = [[(file, start) for start in file.hash_blocks()] for file in files]
+        digests = map_ordered(pool, lambda block: block[0].sha256(block[1]), chain.from_iterable(blocks))
+        return [list(islice(digests, len(one))) for one in blocks]
 
 
 def open_corpus(source: Source, tokenizer: Tokenizer, on_read: OnRead = lambda size: None) -> Corpus:

@@ -25,10 +25,6 @@ PARQUET = (".parquet",)
 OnRead = Callable[[int], object]
 
 
-def _ignore(size: int) -> None:
-    """Report no progress."""
-
-
 @dataclass(frozen=True)
 class Document:
     """A text, as bytes, and the name of the place it was read from."""
@@ -97,7 +93,7 @@ class File:
         return digest.hexdigest()
 
     def documents(
-        self, text_field: str = TEXT_FIELD, on_read: OnRead = _ignore
+        self, text_field: str = TEXT_FIELD, on_read: OnRead = lambda size: None
     ) -> Iterator[tuple[str, Iterator[bytes]]]:
         """The documents in order: each a name and its bytes in chunks, to be used up before the next.
 

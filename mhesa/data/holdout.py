@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from mhesa.data.parallel import batch_by_size, map_ordered, thread_pool
@@ -224,28 +224,23 @@ def cut(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
     """
     held = b""
     for chunk in chunks:
-        held += chunk
-        start = 0
-        # A line end is looked for up to here.
-        while len(held) - start > 2 * size:
-            end = _piece_end(held, start, size)
-            yield held[start:end]
-            start = end
-        held = held[start:]
+        # A line end is looked for within twice the size.
+        held = yield from _cut_down_to(2 * size, held + chunk, size)
+    yield from _cut_down_to(0, held, size)
+
+
+def _cut_down_to(most: int, data: bytes, size: int) -> Generator[bytes, None, bytes]:
+    """Pieces from the start of `data`, until at most `most` bytes of it are left; returns those."""
     start = 0
-    while start < len(held):
-        end = _piece_end(held, start, size)
-        yield held[start:end]
+    while len(data) - start > most:
+        end = data.find(b"\n", start + size - 1, start + 2 * size) + 1
+        if not end:
+            place = min(start + size, len(data))
+            whole = character_start(data, place)
+            end = whole if whole > start else place
+        yield data[start:end]
         start = end
-
-
-def _piece_end(data: bytes, start: int, size: int) -> int:
-    line_end = data.find(b"\n", start + size - 1, start + 2 * size)
-    if line_end >= 0:
-        return line_end + 1
-    end = min(start + size, len(data))
-    whole = character_start(data, end)
-    return whole if whole > start else end
+    return data[start:]
 
 
 def content_rank(data: bytes) -> float:

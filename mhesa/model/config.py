@@ -84,10 +84,7 @@ class ModelConfig(ModelSizes):
         if self.backend is not None:
             from mhesa.ops.backends import check_backend
 
-            try:
-                check_backend(self.backend)
-            except ValueError as error:
-                raise InputError(str(error)) from None
+            check_backend(self.backend)
 
     def block_arguments(self) -> dict[str, Any]:
         """The arguments of each `GatedMHESA` block."""

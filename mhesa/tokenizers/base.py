@@ -31,7 +31,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """The ids of several texts, `(tokens,)` each; special tokens in them are taken for text.
+        """The ids of several texts, `(tokens,)` each; special tokens in them are not recognised.
 
         Raises:
             InputError: bytes that are not UTF-8, and the vocabulary has no tokens for bytes.
@@ -51,7 +51,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_with_special_tokens(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens stand for themselves."""
+        """The ids of a text in which special tokens are recognised."""
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """The ids of one text, see `encode_batch`."""

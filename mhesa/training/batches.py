@@ -1,4 +1,4 @@
-"""What each step reads: its windows as micro-batches, and the states that windows hand on."""
+"""The micro-batches of each step, and the states that are carried from one step's windows to the next's."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class CarriedStates:
         """The states that the sequences of micro-batch `index` begin with, `(depth, sequences, width)`."""
         states = torch.zeros(self.depth, batch.sequences, self.width, device=self.device)
         if index < len(self.ends):
-            # No multiplication: a state that is not a number must not get into a sequence that begins anew.
+            # Not a product with 0: that of a NaN or an infinite state would be NaN.
             ends = torch.where(batch.continues[:, None], self.ends[index], 0.0)
             states.index_copy_(1, batch.first, ends)
         return states
@@ -120,6 +120,6 @@ class CarriedStates:
         return gather(torch.stack(self.ends)).permute(2, 1, 0, 3, 4).flatten(1, 3).contiguous()
 
     def load(self, states: Tensor, accumulate: int) -> None:
-        """Take this process's share of `states`, `(depth, windows, width)`, which any number gathered."""
+        """Take this process's share of `states`, `(depth, windows, width)`, of any number of them."""
         shares = states.unflatten(1, (accumulate, processes(), -1))[:, :, rank()]
         self.ends = list(shares.to(self.device).unbind(1))

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to be resumed, in folders that are complete or not there."""
+"""Checkpoints: folders, written atomically, with all that a run needs to be resumed."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint, and what is wrong with those after it."""
+    """The newest undamaged checkpoint, and what is wrong with each one after it."""
     passed_over: list[str] = []
     for step in steps(folder):
         path = folder / f"{PREFIX}{step}"

@@ -35,7 +35,7 @@ from mhesa.training.distributed import (
     model_state,
     optimizer_state,
     rank,
-    without_reduction,
+    sync_gradients,
 )
 from mhesa.training.figures import Evaluation, Figures, Row
 from mhesa.training.folder import CHECKPOINTS, METRICS
@@ -119,7 +119,7 @@ def train_model(
             if settings.dropout:
                 torch.manual_seed(_dropout_seed(settings.seed, step, index, rank()))
             initial = None if states is None else states.initial(index, batch)
-            with without_reduction(forward, index + 1 < settings.accumulate):
+            with sync_gradients(forward, index + 1 == settings.accumulate):
                 with (
                     phase("forward"),
                     torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
@@ -166,7 +166,7 @@ def train_model(
             done = done or figures.out_of_patience or signal > 0
             wanted = is_best and settings.patience is not None
             if progress.step % settings.save_every == 0 or wanted or done:
-                figures.settle(norm)
+                figures.collect(norm)
                 _save(settings, progress, model, optimizers, states)
 
         if done:
@@ -198,7 +198,7 @@ def _save(
         parts["states"] = {"states": states.gathered()}
     if rank() == 0:
         folder = Path(settings.out)
-        # A checkpoint must never be on the disk without the rows before it.
+        # So that the rows before a checkpoint are on the disk when it is.
         sync(folder / METRICS)
         checkpoint.save(folder / CHECKPOINTS, progress, parts, settings.keep)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mhesa.training.figures import Row
 from mhesa.training.schedule import Budget
 
-Row = dict[str, Any]
 SECONDS_BETWEEN_LINES = 10.0
 
 
