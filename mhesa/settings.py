@@ -2,8 +2,8 @@
 
     lr: Annotated[float, Doc("Peak learning rate.", POSITIVE, panel="Training")] = 3e-3
 
-From such a field come the class's documentation, its checks, an option of the command line, a key of YAML
-and a row of `docs/settings.md`.
+Such a field gives the class its documentation and checks, the command line an option, YAML a key, and
+`docs/settings.md` a row.
 """
 
 from __future__ import annotations
@@ -134,11 +134,10 @@ def check_types(settings: Any) -> None:
     """Raise `InputError` naming the first setting of a wrong type."""
     for setting in settings_of(type(settings)):  # type: ignore[arg-type]
         value = getattr(settings, setting.name)
+        if value is None and setting.optional:
+            continue
         accepted, words = KINDS.get(setting.type, ((object,), ""))
-        is_wrong = not isinstance(value, accepted) or (
-            isinstance(value, bool) and setting.type in (int, float)
-        )
-        if is_wrong and not (value is None and setting.optional):
+        if not isinstance(value, accepted) or (isinstance(value, bool) and setting.type in (int, float)):
             raise InputError(f"{setting.name} must be {words}, not {value!r}")
 
 

@@ -107,7 +107,7 @@ def score(
 
 
 def _find(sources: list[str]) -> list[File | None]:
-    """The files of sources, each once; `None` stands for standard input, which is scored while it is read."""
+    """The files of sources, each once; `None` is standard input, which is scored while it is read."""
     from mhesa.data import find_files
 
     found: dict[object, File | None] = {}

@@ -34,7 +34,7 @@ class Corpus:
 
     Args:
         facts: counts.
-        tokens: `(tokens,)`, every document behind an end-of-text token.
+        tokens: `(tokens,)`, every document after an end-of-text token.
         held_out: text that is not trained on, about `MEASURED_BYTES` of it or all there is.
     """
 

@@ -120,7 +120,7 @@ def _named_errors(file: File) -> Iterator[None]:
 
 @contextmanager
 def _open(file: File) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """A file's text, and the file itself, whose position tells progress."""
+    """A file's text, and the file itself, whose position is the progress."""
     with (
         file.path.open("rb") as raw,
         decompressed(raw, file.path.suffix.lower(), file.name) as text,

@@ -26,7 +26,7 @@ class Piece:
     Args:
         data: its bytes.
         document: the index of its document in the corpus.
-        starts: whether it begins its document, or the piece before it is on the other side.
+        starts: whether it begins a stretch of its document: the start, or where `held_out` changes.
         held_out: whether it is kept from training.
         rank: a number in [0, 1) that depends on its content alone.
     """
@@ -43,8 +43,8 @@ class Selection:
     """Which pieces `content:F` holds out.
 
     Args:
-        threshold: pieces of a rank up to this are held out, texts that repeat a lot apart.
-        repeated: for each text that repeats a lot, by its rank, the part of its copies that is held out.
+        threshold: pieces of a rank up to this are held out, except texts that repeat a lot.
+        repeated: of each text that repeats a lot, by its rank, the fraction of its copies that is held out.
     """
 
     threshold: float
@@ -59,7 +59,7 @@ class Holdout:
 
     `content:F` cuts documents into pieces at line ends and holds out pieces by a hash of their content, about
     `F` of the corpus and at least one piece. So the same text is held out whatever its file is called, and
-    equal pieces are on the same side.
+    equal pieces are held out together or not at all.
 
     A text is said to repeat a lot if its copies make up more than half of `F`. All of its copies are trained
     on, and more of the other text is held out instead, at most half of it. Where that gives less than half of
@@ -181,7 +181,7 @@ class PieceCounter:
 def _split_tail(
     pieces: Iterable[tuple[int, bytes, float]], left: int
 ) -> Iterator[tuple[int, bytes, float, bool]]:
-    """Put the first `left` bytes on one side and the rest on the other, each side of whole characters."""
+    """Train on the first `left` bytes and hold out the rest, split between characters."""
     for index, data, rank in pieces:
         end = character_start(data, max(left, 0))
         left -= len(data)

@@ -26,7 +26,7 @@ class Ids(Protocol):
 class Windows:
     """The windows of each step. They depend on step and seed alone, so a resumed run asks for the next step.
 
-    A window is `context` tokens to read and the one behind each to predict. Windows do not overlap within a
+    A window is `context` tokens to read and the one after each to predict. Windows do not overlap within a
     pass over the corpus. Every pass has its own random offset and, without streams, its own random order.
 
     Args:
@@ -51,7 +51,7 @@ class Windows:
             what = f"{rows:,} streams of a window of" if streams else "one window of"
             raise InputError(
                 f"the training text has {len(tokens):,} tokens, fewer than {what} {context:,} and the "
-                "token behind it; give more text or a smaller context"
+                "token after it; give more text or a smaller context"
             )
         self.tokens = tokens
         self.context = context
@@ -77,7 +77,7 @@ class Windows:
         return not self.streams or step % self.per_pass == 0
 
     def read(self, starts: Sequence[int] | np.ndarray) -> Tensor:
-        """The windows at `starts`, each with the token behind it, int64 `(windows, context + 1)`."""
+        """The windows at `starts`, each with the token after it, int64 `(windows, context + 1)`."""
         ids = [self.tokens[start : start + self.context + 1] for start in starts]
         return torch.from_numpy(np.stack(ids))
 

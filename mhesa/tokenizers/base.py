@@ -17,7 +17,7 @@ class Tokenizer(ABC):
     """Turns bytes into ids and back, and has a token that separates documents.
 
     Attributes:
-        eos_token, eos_token_id: the end-of-text token; a document begins behind one.
+        eos_token, eos_token_id: the end-of-text token; each document starts with it.
         chat_template: how a conversation becomes text, a Jinja template as transformers takes them.
     """
 

@@ -67,8 +67,8 @@ class _Encoder:
 
     A tokenizer splits text into words before it looks for tokens, by rules that may look at the character
     before or after. So a block is tokenised with both of these, whose tokens are then dropped. Where the
-    bytes of the tokens are not those of the text, the two cannot be told apart, and a block is tokenised
-    alone.
+    bytes of the tokens are not those of the text, their tokens cannot be told apart, and a block is
+    tokenised alone.
     """
 
     def __init__(self, tokenizer: Tokenizer, token_bytes: Sequence[bytes]) -> None:
@@ -99,7 +99,7 @@ class _Encoder:
                 ends.append(start)
 
     def _is_end(self, text: bytes, place: int, is_last: bool) -> bool:
-        """Whether a block ends behind the line end before `place`."""
+        """Whether a block ends at `place`, after a line end."""
         if place == len(text):
             return self.newline_is_alone
         if self.adjacent[NEWLINE, text[place]]:
@@ -122,24 +122,24 @@ class _Encoder:
             encoded = self.tokenizer.encode_batch(blocks)
             return [Block(block, ids) for block, ids in zip(blocks, encoded, strict=True)]
         before = [self.before, *map(_last_character, blocks)]
-        behind = [text[end : end + _length(text[end])] if end < len(text) else b"" for end in ends]
+        after = [text[end : end + _length(text[end])] if end < len(text) else b"" for end in ends]
         self.before = before[-1]
         encoded = self.tokenizer.encode_batch(
-            [b"".join(parts) for parts in zip(before, blocks, behind, strict=False)]
+            [b"".join(parts) for parts in zip(before, blocks, after, strict=False)]
         )
         return [
-            Block(block, self._ids_of(block, len(before[index]), len(behind[index]), ids))
+            Block(block, self._ids_of(block, len(before[index]), len(after[index]), ids))
             for index, (block, ids) in enumerate(zip(blocks, encoded, strict=True))
         ]
 
-    def _ids_of(self, block: bytes, before: int, behind: int, ids: np.ndarray) -> np.ndarray:
-        """The tokens of a block among those of the block and some bytes before and behind it."""
+    def _ids_of(self, block: bytes, before: int, after: int, ids: np.ndarray) -> np.ndarray:
+        """The tokens of a block among those of the block and some bytes before and after it."""
         ends = np.cumsum([0, *self.sizes[ids]])
         # Some tokenizers put a space before every text.
-        added = ends[-1] - before - len(block) - behind
+        added = ends[-1] - before - len(block) - after
         start = before + added if before else 0
-        first, stop = np.searchsorted(ends, (start, ends[-1] - behind))
-        if added not in (0, 1) or ends[first] != start or ends[stop] != ends[-1] - behind:
+        first, stop = np.searchsorted(ends, (start, ends[-1] - after))
+        if added not in (0, 1) or ends[first] != start or ends[stop] != ends[-1] - after:
             return self.tokenizer.encode_bytes(block)
         return ids[first:stop]
 

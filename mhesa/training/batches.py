@@ -17,11 +17,10 @@ class MicroBatch:
 
     Args:
         ids: `(windows, context)`, or `(1, windows * context)` where documents are packed.
-        labels: the token behind each, in the same shape.
+        labels: the token after each, in the same shape.
         cu_seqlens: where packed sequences begin, `(sequences + 1,)`; `None` if each window is one sequence.
-        first: the index of each window's first sequence, `(windows,)`.
-        last: the index of its last sequence, `(windows,)`.
-        continues: whether its first sequence goes on from the window before it in the text, `(windows,)`.
+        first, last: the indices of each window's first and last sequence, `(windows,)`.
+        continues: whether its first sequence continues the window before it in the text, `(windows,)`.
     """
 
     ids: Tensor
@@ -43,7 +42,7 @@ class Batches:
     Args:
         windows: where each step's windows begin.
         accumulate: micro-batches a step.
-        eos_token_id: begin a sequence at each of these tokens; `None` lets windows run through documents.
+        eos_token_id: begin a sequence at each of these tokens; with `None`, a window is one sequence.
         device: where the tensors go.
     """
 
@@ -88,7 +87,7 @@ class Batches:
 
 
 class CarriedStates:
-    """The states at the end of each window, for the windows of the next step that go on from there.
+    """The states at the end of each window, for the windows of the next step that continue the text.
 
     Args:
         depth: blocks of the model.

@@ -85,7 +85,7 @@ def train(
 
     Args:
         settings: what to do.
-        resume: go on from the newest whole checkpoint in `settings.out`.
+        resume: continue from the newest undamaged checkpoint in `settings.out`.
         overwrite: replace the run that `settings.out` holds.
         console: where progress is shown; nowhere if omitted.
         phase: see `mhesa.training.loop.train_model`; by default it names parts for torch's profiler.
