@@ -64,8 +64,9 @@ class MhesaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CausalConv):
             init.copy_(module.weight, identity_taps(*module.weight.shape))
         elif isinstance(module, GatedMHESA):
+            rates = module.mhesa.alphas, module.mhesa.dampen_factors
             spread = None if module.to_alpha is None else spread_rates(module.mhesa.heads)
-            for index, parameter in enumerate(module.mhesa.rate_parameters()):
+            for index, parameter in enumerate(rates):
                 init.normal_(parameter) if spread is None else init.copy_(parameter, spread[index])
 
 

@@ -29,7 +29,7 @@ JSON_NAMES = {"num_tokens": "vocab_size", "dim": "hidden_size", "depth": "num_hi
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """The part of a model's configuration that training lets one choose: arguments of the model's class."""
+    """The part of a model's configuration that is also a setting of training."""
 
     dim: Annotated[int, Doc("Width of the model.", AT_LEAST_1, "Model")] = 128
     depth: Annotated[int, Doc("Number of blocks.", AT_LEAST_1, "Model")] = 4
