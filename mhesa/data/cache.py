@@ -1,4 +1,4 @@
-"""The folder where what is made from a corpus is kept, so that it is made only once."""
+"""The cache folder, for what is made from a corpus once and used again."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def cached_folder(name: str, make: Callable[[Path], object]) -> Path:
     """A folder of the cache, made now unless it is there with every byte as it was written.
 
     Args:
-        name: of the folder, below the cache; what decides its content must be part of it.
+        name: of the folder, below the cache; must contain all that decides the folder's content.
         make: writes the files into the folder it is given.
 
     Raises:

@@ -24,7 +24,8 @@ from mhesa.tokenizers.base import Tokenizer
 FORMAT = 3
 # More text than this makes a vocabulary no better.
 VOCABULARY_BYTES = 1 << 28
-# Two changes of a file within a tick of the system's clock leave the same times: 4 ms on Linux, 2 s on FAT.
+# File times have the resolution of the system's clock, 4 ms on Linux, or of the disk's format, 2 s on FAT: a
+# change so soon after another one leaves the same times.
 CLOCK_TICK_NS = 2 * 10**9
 
 
@@ -83,8 +84,8 @@ class Source:
     def pieces(self, on_read: OnRead = lambda size: None) -> Iterator[Piece]:
         """All text, piece by piece.
 
-        When the last one was taken, `is_settled` says whether the right ones were held out. If not, which
-        is found out by the first pass over a corpus that is small or repeats itself, take them again.
+        After the last one, `is_settled` says whether the right ones were held out. If not, take them again:
+        the first pass over a corpus that is small or repeats itself finds out which to hold out.
         """
         documents = self._documents(on_read)
         if self.holdout.method == "tail":
@@ -122,7 +123,7 @@ class Source:
         self.check_unchanged()
 
     def check_unchanged(self) -> None:
-        """Raise `InputError` if a file is no longer what `sha256` is the digest of, or was not meanwhile."""
+        """Raise `InputError` if a file was changed after `sha256` was computed."""
         for file, version, digests in zip(self.files, self._versions, self._digests, strict=True):
             *_, changed_at = version
             is_recent = changed_at > self._hashed_at - CLOCK_TICK_NS

@@ -115,11 +115,11 @@ class Holdout:
 
 
 class PieceCounter:
-    """Finds out whether a selection holds out about the fraction asked for, and a better one if not.
+    """Finds out whether a selection holds out about the right fraction, and a better one if not.
 
     Texts that repeat a lot are found in bounded memory by the counters of Misra and Gries (1982,
-    https://doi.org/10.1016/0167-6423(82)90012-0): a text that makes up more than one part in `capacity` of
-    the corpus keeps a counter, which is too low by no more than that.
+    https://doi.org/10.1016/0167-6423(82)90012-0): a text that makes up more than `1 / capacity` of the corpus
+    keeps a counter, which is too low by at most that part of the corpus.
 
     Args:
         holdout: a rule by content.

@@ -100,9 +100,6 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return [BYTE_TOKENS[byte] for byte in to_bytes(text)]
 
-    def _convert_token_to_id(self, token: str) -> int | None:
-        return BYTE_IDS.get(token)
-
     def _convert_id_to_token(self, index: int) -> str:
         if not 0 <= index < 256:
             raise ValueError(f"no token has the id {index}; the largest is {len(self) - 1}")
