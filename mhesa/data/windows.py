@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mhesa.data.token_files import Tokens
 from mhesa.errors import InputError
-
-
-class Ids(Protocol):
-    """Token ids that can be sliced: an array, or a file of them."""
-
-    def __len__(self) -> int:
-        """The number of ids."""
-
-    def __getitem__(self, place: slice) -> np.ndarray:
-        """Some of the ids, as an array."""
 
 
 class Windows:
@@ -45,7 +35,9 @@ class Windows:
     ((4,), torch.Size([4, 9]))
     """
 
-    def __init__(self, tokens: Ids, *, context: int, rows: int, seed: int, streams: bool = False) -> None:
+    def __init__(
+        self, tokens: np.ndarray | Tokens, *, context: int, rows: int, seed: int, streams: bool = False
+    ) -> None:
         least = (rows if streams else 1) * context + 1
         if len(tokens) < least:
             what = f"{rows:,} streams of a window of" if streams else "one window of"

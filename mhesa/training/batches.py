@@ -36,6 +36,7 @@ class MicroBatch:
         return len(self.ids) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
 
+@dataclass(frozen=True)
 class Batches:
     """This process's share of every step's windows.
 
@@ -46,13 +47,10 @@ class Batches:
         device: where the tensors go.
     """
 
-    def __init__(
-        self, windows: Windows, *, accumulate: int, eos_token_id: int | None, device: str = "cpu"
-    ) -> None:
-        self.windows = windows
-        self.accumulate = accumulate
-        self.eos_token_id = eos_token_id
-        self.device = torch.device(device)
+    windows: Windows
+    accumulate: int
+    eos_token_id: int | None
+    device: str = "cpu"
 
     def read(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, a function of the step alone."""
@@ -78,9 +76,10 @@ class Batches:
         return MicroBatch(*map(self._move, tensors))  # type: ignore[arg-type]
 
     def _move(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or self.device.type == "cpu":
+        kind = torch.device(self.device).type
+        if tensor is None or kind == "cpu":
             return tensor
-        if self.device.type == "cuda":
+        if kind == "cuda":
             # From pinned memory the copy does not wait for the GPU.
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
