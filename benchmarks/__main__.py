@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from mhesa.cli.common import AsJson, Device, Folder, errors, new_table, progress, show
+from mhesa.cli.common import Device, Folder, errors, new_table, progress, show
 from mhesa.errors import InputError
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds that are timed, after one that is not.")]
 Save = Annotated[
     bool, typer.Option("--save", help="Write the result to benchmarks/results/<processor>-<isa>/.")

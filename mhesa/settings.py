@@ -2,8 +2,8 @@
 
     lr: Annotated[float, Doc("Peak learning rate.", POSITIVE, panel="Training")] = 3e-3
 
-From such a field come the class's documentation, its checks, an option of the command line, a key of YAML
-and a row of `docs/settings.md`.
+Such a field gives the class its documentation and checks, the command line an option, YAML a key, and
+`docs/settings.md` a row.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def one_of(*choices: str) -> Range:
 
 @dataclass(frozen=True)
 class Doc:
-    """What a field's annotation says of it.
+    """The documentation and range of a field, as part of its annotation.
 
     Args:
         text: what the setting does, in a sentence or two.
@@ -99,21 +99,8 @@ class Setting:
 
     @property
     def hint(self) -> Any:
-        """The annotation of an argument for it, with `None` if that is its default."""
+        """The annotation of a parameter for it: its type, or `None` where it may be left out."""
         return self.type | None if self.optional or self.required else self.type
-
-    def check_type(self, value: Any) -> None:
-        """Raise `InputError` for a value of another type."""
-        if value is None and self.optional:
-            return
-        accepted, words = KINDS.get(self.type, ((object,), ""))
-        if not isinstance(value, accepted) or (isinstance(value, bool) and self.type in (int, float)):
-            raise InputError(f"{self.name} must be {words}, not {value!r}")
-
-    def check_range(self, value: Any) -> None:
-        """Raise `InputError` for a value out of range."""
-        if value is not None and self.doc.range is not None and not self.doc.range.contains(value):
-            raise InputError(f"{self.name} must be {self.doc.range.words}, not {value}")
 
 
 @lru_cache
@@ -146,13 +133,20 @@ def setting_of(cls: type, name: str) -> Setting:
 def check_types(settings: Any) -> None:
     """Raise `InputError` naming the first setting of a wrong type."""
     for setting in settings_of(type(settings)):  # type: ignore[arg-type]
-        setting.check_type(getattr(settings, setting.name))
+        value = getattr(settings, setting.name)
+        if value is None and setting.optional:
+            continue
+        accepted, words = KINDS.get(setting.type, ((object,), ""))
+        if not isinstance(value, accepted) or (isinstance(value, bool) and setting.type in (int, float)):
+            raise InputError(f"{setting.name} must be {words}, not {value!r}")
 
 
 def check_ranges(settings: Any) -> None:
     """Raise `InputError` naming the first setting out of range."""
     for setting in settings_of(type(settings)):  # type: ignore[arg-type]
-        setting.check_range(getattr(settings, setting.name))
+        value, allowed = getattr(settings, setting.name), setting.doc.range
+        if value is not None and allowed is not None and not allowed.contains(value):
+            raise InputError(f"{setting.name} must be {allowed.words}, not {value}")
 
 
 def documented(cls: type[T]) -> type[T]:

@@ -806,7 +806,7 @@ def test_passes_differ_in_offset_and_order():
 
 
 def test_a_corpus_shorter_than_a_window_is_refused():
-    with pytest.raises(InputError, match="has 8 tokens, fewer than one window of 8 and the token behind it"):
+    with pytest.raises(InputError, match="has 8 tokens, fewer than one window of 8 and the token after it"):
         windows_of(8, context=8)
     with pytest.raises(InputError, match="fewer than 4 streams of a window of 8"):
         windows_of(32, context=8, streams=True)

@@ -74,6 +74,5 @@ def root(
     ] = False,
 ) -> None:
     """Linear-time language models built on exponential smoothing."""
-    # transformers reads these when it is imported; its warnings are about our code, not the user's input.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # For the library that downloads hf:// sources.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,4 +1,4 @@
-"""What the commands share: types of options, tables, progress bars, printing text as it is written."""
+"""Shared by the commands: types of options, loading, tables, progress bars, printing of text."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ def _check_folder(folder: Path) -> Path:
     return folder
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")]
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder of a trained model.", callback=_check_folder)
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from mhesa.cli.common import Run
 
-
-def config(folder: Run) -> None:
+def config(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")],
+) -> None:
     """Print the settings of a training run as YAML, for `mhesa train --config`.
 
     Examples:

@@ -38,7 +38,7 @@ def option(settings: type, field: str, *, name: str = "", default: Any = MISSING
 def with_options(*options: inspect.Parameter) -> Callable[[Command], Command]:
     """Give a command further options, which it receives as keyword arguments.
 
-    In `--help` they stand between its own positional and its own keyword-only parameters.
+    In `--help` they come after the command's positional parameters, before its keyword-only ones.
     """
 
     def decorate(command: Command) -> Command:

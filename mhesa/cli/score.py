@@ -29,8 +29,7 @@ from mhesa.errors import InputError
 if TYPE_CHECKING:
     from mhesa.data import File
     from mhesa.inference.heatmap import Heatmap
-    from mhesa.inference.scoring import Batch, Scored
-    from mhesa.inference.session import Reader
+    from mhesa.inference.scoring import Scored
 
 # Characters of a text to print on one line.
 SHOWN = 160
@@ -78,6 +77,7 @@ def score(
         mhesa score runs/mine texts/ --by document --json
     """
     from mhesa.inference.scoring import BY, most_surprising
+    from mhesa.inference.scoring import score as score_text
 
     if by not in BY:
         raise InputError(f"--by must be {', '.join(BY)}, not {by}")
@@ -92,13 +92,14 @@ def score(
     with ExitStack() as stack:
         stack.enter_context(interruptible())
         page = stack.enter_context(_page(heatmap)) if heatmap else None
+        follow = page.follow if page else lambda name, batches: batches
         total = sum(file.size for file in files if file)
         hidden = None in files or (sys.stdout.isatty() and page is None and top is None)
         advance = stack.enter_context(progress("scoring", total, hidden=hidden))
         rows = (
             row
             for name, chunks in _documents(files, text_field, advance)
-            for row in BY[by](name, _scored(reader, name, chunks, page))
+            for row in BY[by](name, follow(name, score_text(reader, chunks)))
         )
         shown = rows if top is None else most_surprising(_until_interrupted(rows), top)
         for row in shown:
@@ -107,7 +108,7 @@ def score(
 
 
 def _find(sources: list[str]) -> list[File | None]:
-    """The files of sources, each once; `None` stands for standard input, which is scored while it is read."""
+    """The files of sources, each once; `None` is standard input, which is scored while it is read."""
     from mhesa.data import find_files
 
     found: dict[object, File | None] = {}
@@ -142,13 +143,6 @@ def _page(path: Path) -> Iterator[Heatmap]:
             raise
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     errors.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _scored(reader: Reader, name: str, chunks: Iterator[bytes], page: Heatmap | None) -> Iterator[Batch]:
-    from mhesa.inference.scoring import score as score_text
-
-    batches = score_text(reader, chunks)
-    return page.follow(name, batches) if page else batches
 
 
 def _until_interrupted(rows: Iterable[Scored]) -> Iterator[Scored]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +57,7 @@ def train(
     from mhesa.training import Stopped
     from mhesa.training import train as run
     from mhesa.training.config import load_config
+    from mhesa.training.distributed import rank
 
     given = {} if config is None else load_config(config)
     given |= {name: value for name, value in settings.items() if _was_given(context_, name)}
@@ -74,7 +74,7 @@ def train(
     try:
         summary = run(chosen, resume=resume, overwrite=overwrite, console=console)
     except Stopped as stopped:
-        if _is_first_process():
+        if rank() == 0:
             console.print(
                 f"Stopped after step {stopped.step:,}. "
                 f"Continue with: mhesa train --resume --out {chosen.out}",
@@ -82,17 +82,13 @@ def train(
                 soft_wrap=True,
             )
         raise typer.Exit(128 + stopped.signal) from None
-    if _is_first_process():
+    if rank() == 0:
         _print_summary(Console(), summary)
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_summary(console: Console, summary: Any) -> None:

@@ -1,4 +1,4 @@
-"""The folder where what is made from a corpus is kept, so that it is made only once."""
+"""The cache folder, for what is made from a corpus once and used again."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def digest(*values: object) -> str:
 
 @contextmanager
 def lock(name: str) -> Iterator[None]:
-    """Let one process at a time past this point, of all that name the same lock.
+    """A context that one process at a time can be in, for each name.
 
     Raises:
         InputError: the lock cannot be made.
@@ -75,7 +75,7 @@ def cached_folder(name: str, make: Callable[[Path], object]) -> Path:
     """A folder of the cache, made now unless it is there with every byte as it was written.
 
     Args:
-        name: of the folder, below the cache; what decides its content must be part of it.
+        name: of the folder, below the cache; must contain all that decides the folder's content.
         make: writes the files into the folder it is given.
 
     Raises:
@@ -105,13 +105,14 @@ def _is_whole(folder: Path) -> bool:
 
 def _checksums(folder: Path) -> dict[str, Any]:
     """The size, and the CRC-32 of every block, of each file in a folder."""
-    paths = [path for path in sorted(folder.iterdir()) if path.name != CHECKSUMS]
+    found = {}
     with thread_pool() as pool:
-        return {path.name: [path.stat().st_size, *map_ordered(pool, _crc32, _blocks(path))] for path in paths}
-
-
-def _blocks(path: Path) -> Iterator[tuple[Path, int]]:
-    return ((path, start) for start in range(0, path.stat().st_size, BLOCK_BYTES))
+        for path in sorted(folder.iterdir()):
+            if path.name != CHECKSUMS:
+                size = path.stat().st_size
+                blocks = ((path, start) for start in range(0, size, BLOCK_BYTES))
+                found[path.name] = [size, *map_ordered(pool, _crc32, blocks)]
+    return found
 
 
 def _crc32(block: tuple[Path, int]) -> int:

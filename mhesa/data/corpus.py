@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from mhesa.tokenizers.base import Tokenizer
 FORMAT = 3
 # More text than this makes a vocabulary no better.
 VOCABULARY_BYTES = 1 << 28
-# Two changes of a file within a tick of the system's clock leave the same times: 4 ms on Linux, 2 s on FAT.
+# File times have the resolution of the system's clock, 4 ms on Linux, or of the disk's format, 2 s on FAT: a
+# change so soon after another one leaves the same times.
 CLOCK_TICK_NS = 2 * 10**9
 
 
@@ -33,7 +35,7 @@ class Corpus:
 
     Args:
         facts: counts.
-        tokens: `(tokens,)`, every document behind an end-of-text token.
+        tokens: `(tokens,)`, every document after an end-of-text token.
         held_out: text that is not trained on, about `MEASURED_BYTES` of it or all there is.
     """
 
@@ -82,8 +84,8 @@ class Source:
     def pieces(self, on_read: OnRead = lambda size: None) -> Iterator[Piece]:
         """All text, piece by piece.
 
-        When the last one was taken, `is_settled` says whether the right ones were held out. If not, which
-        is found out by the first pass over a corpus that is small or repeats itself, take them again.
+        After the last one, `is_settled` says whether the right ones were held out. If not, take them again:
+        the first pass over a corpus that is small or repeats itself finds out which to hold out.
         """
         documents = self._documents(on_read)
         if self.holdout.method == "tail":
@@ -121,7 +123,7 @@ class Source:
         self.check_unchanged()
 
     def check_unchanged(self) -> None:
-        """Raise `InputError` if a file is no longer what `sha256` is the digest of, or was not meanwhile."""
+        """Raise `InputError` if a file was changed after `sha256` was computed."""
         for file, version, digests in zip(self.files, self._versions, self._digests, strict=True):
             *_, changed_at = version
             is_recent = changed_at > self._hashed_at - CLOCK_TICK_NS
@@ -154,12 +156,9 @@ def _changed(file: File) -> InputError:
 def _digests(files: Sequence[File]) -> list[list[str]]:
     """The digests of each file's blocks, computed on all cores."""
     with thread_pool() as pool:
-        blocks = [(file, start) for file in files for start in file.hash_blocks()]
-        digests = map_ordered(pool, lambda block: block[0].sha256(block[1]), blocks)
-        by_file: dict[Path, list[str]] = {file.path: [] for file in files}
-        for (file, _), one in zip(blocks, digests, strict=True):
-            by_file[file.path].append(one)
-    return list(by_file.values())
+        blocks = [[(file, start) for start in file.hash_blocks()] for file in files]
+        digests = map_ordered(pool, lambda block: block[0].sha256(block[1]), chain.from_iterable(blocks))
+        return [list(islice(digests, len(one))) for one in blocks]
 
 
 def open_corpus(source: Source, tokenizer: Tokenizer, on_read: OnRead = lambda size: None) -> Corpus:

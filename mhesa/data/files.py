@@ -25,10 +25,6 @@ PARQUET = (".parquet",)
 OnRead = Callable[[int], object]
 
 
-def _ignore(size: int) -> None:
-    """Report no progress."""
-
-
 @dataclass(frozen=True)
 class Document:
     """A text, as bytes, and the name of the place it was read from."""
@@ -97,7 +93,7 @@ class File:
         return digest.hexdigest()
 
     def documents(
-        self, text_field: str = TEXT_FIELD, on_read: OnRead = _ignore
+        self, text_field: str = TEXT_FIELD, on_read: OnRead = lambda size: None
     ) -> Iterator[tuple[str, Iterator[bytes]]]:
         """The documents in order: each a name and its bytes in chunks, to be used up before the next.
 
@@ -124,7 +120,7 @@ def _named_errors(file: File) -> Iterator[None]:
 
 @contextmanager
 def _open(file: File) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """A file's text, and the file itself, whose position tells progress."""
+    """A file's text, and the file itself, whose position is the progress."""
     with (
         file.path.open("rb") as raw,
         decompressed(raw, file.path.suffix.lower(), file.name) as text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from mhesa.data.parallel import batch_by_size, map_ordered, thread_pool
@@ -26,7 +26,7 @@ class Piece:
     Args:
         data: its bytes.
         document: the index of its document in the corpus.
-        starts: whether it begins its document, or the piece before it is on the other side.
+        starts: whether it begins a stretch of its document: the start, or where `held_out` changes.
         held_out: whether it is kept from training.
         rank: a number in [0, 1) that depends on its content alone.
     """
@@ -43,8 +43,8 @@ class Selection:
     """Which pieces `content:F` holds out.
 
     Args:
-        threshold: pieces of a rank up to this are held out, texts that repeat a lot apart.
-        repeated: for each text that repeats a lot, by its rank, the part of its copies that is held out.
+        threshold: pieces of a rank up to this are held out, except texts that repeat a lot.
+        repeated: of each text that repeats a lot, by its rank, the fraction of its copies that is held out.
     """
 
     threshold: float
@@ -59,7 +59,7 @@ class Holdout:
 
     `content:F` cuts documents into pieces at line ends and holds out pieces by a hash of their content, about
     `F` of the corpus and at least one piece. So the same text is held out whatever its file is called, and
-    equal pieces are on the same side.
+    equal pieces are held out together or not at all.
 
     A text is said to repeat a lot if its copies make up more than half of `F`. All of its copies are trained
     on, and more of the other text is held out instead, at most half of it. Where that gives less than half of
@@ -115,11 +115,11 @@ class Holdout:
 
 
 class PieceCounter:
-    """Finds out whether a selection holds out about the fraction asked for, and a better one if not.
+    """Finds out whether a selection holds out about the right fraction, and a better one if not.
 
     Texts that repeat a lot are found in bounded memory by the counters of Misra and Gries (1982,
-    https://doi.org/10.1016/0167-6423(82)90012-0): a text that makes up more than one part in `capacity` of
-    the corpus keeps a counter, which is too low by no more than that.
+    https://doi.org/10.1016/0167-6423(82)90012-0): a text that makes up more than `1 / capacity` of the corpus
+    keeps a counter, which is too low by at most that part of the corpus.
 
     Args:
         holdout: a rule by content.
@@ -181,7 +181,7 @@ class PieceCounter:
 def _split_tail(
     pieces: Iterable[tuple[int, bytes, float]], left: int
 ) -> Iterator[tuple[int, bytes, float, bool]]:
-    """Put the first `left` bytes on one side and the rest on the other, each side of whole characters."""
+    """Train on the first `left` bytes and hold out the rest, split between characters."""
     for index, data, rank in pieces:
         end = character_start(data, max(left, 0))
         left -= len(data)
@@ -224,28 +224,23 @@ def cut(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
     """
     held = b""
     for chunk in chunks:
-        held += chunk
-        start = 0
-        # A line end is looked for up to here.
-        while len(held) - start > 2 * size:
-            end = _piece_end(held, start, size)
-            yield held[start:end]
-            start = end
-        held = held[start:]
+        # A line end is looked for within twice the size.
+        held = yield from _cut_down_to(2 * size, held + chunk, size)
+    yield from _cut_down_to(0, held, size)
+
+
+def _cut_down_to(most: int, data: bytes, size: int) -> Generator[bytes, None, bytes]:
+    """Pieces from the start of `data`, until at most `most` bytes of it are left; returns those."""
     start = 0
-    while start < len(held):
-        end = _piece_end(held, start, size)
-        yield held[start:end]
+    while len(data) - start > most:
+        end = data.find(b"\n", start + size - 1, start + 2 * size) + 1
+        if not end:
+            place = min(start + size, len(data))
+            whole = character_start(data, place)
+            end = whole if whole > start else place
+        yield data[start:end]
         start = end
-
-
-def _piece_end(data: bytes, start: int, size: int) -> int:
-    line_end = data.find(b"\n", start + size - 1, start + 2 * size)
-    if line_end >= 0:
-        return line_end + 1
-    end = min(start + size, len(data))
-    whole = character_start(data, end)
-    return whole if whole > start else end
+    return data[start:]
 
 
 def content_rank(data: bytes) -> float:

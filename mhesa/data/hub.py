@@ -14,7 +14,7 @@ ROWS = "rows.jsonl"
 
 
 def hub_file(source: str) -> Path:
-    """The rows of a dataset as JSON lines, kept: from the hub for good, from a local folder until it changes.
+    """The rows of a dataset as JSON lines, cached: one of the hub for ever, a local one until it changes.
 
     Args:
         source: `hf://owner/name`, `hf://owner/name@configuration:split`, or `hf://` and a folder.

@@ -1,4 +1,4 @@
-"""Work on several threads whose results come in order, only a few items ahead of their use."""
+"""Work on several threads, with results in order and only a few items ahead of their use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def thread_pool() -> ThreadPoolExecutor:
 def map_ordered(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Result]:
-    """Like `map`, on a pool's threads, at most one item a thread ahead of what was asked for."""
+    """Like `map`, on a pool's threads; each thread works at most one item ahead of what was taken."""
     waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))

@@ -1,4 +1,4 @@
-"""Sources: the names of text that a person gives, and the files they stand for."""
+"""Sources, as a user names them, and the files that they mean."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUN_FILES = (
 
 
 def find_files(sources: Sequence[str]) -> list[File]:
-    """The files of sources, each once however often it is named, in order and sorted within a source.
+    """The files of sources, in order and sorted within a source; a file that is named twice comes once.
 
     A source is a file, a folder, a glob pattern, `-` for standard input, or `hf://owner/name` for a dataset
     of the hub (`hf://owner/name@configuration:split`). No source at all means the Python standard library's
@@ -122,7 +122,7 @@ def _files_below(folder: Path) -> list[Path]:
     """The files of a folder, sorted, see `find_files`."""
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    # Linked folders come last, so that what is reached without a link keeps its own name.
+    # Linked folders come last: a file that can be reached without a link is named by that path.
     waiting = deque([folder])
     while waiting:
         for root, folders, names in os.walk(waiting.popleft(), onerror=_refuse):

@@ -21,7 +21,7 @@ TOKENS = "tokens.bin"
 STARTS = "document_starts.bin"
 HELD_OUT = "held_out.bin"
 FACTS = "facts.json"
-# Held-out text that is kept to measure on; the rest is only kept from training.
+# Bytes of held-out text that are kept to measure on; the rest is only kept from training.
 MEASURED_BYTES = 1 << 21
 BATCH_BYTES = 1 << 22
 READS_BETWEEN_RELEASES = 256
@@ -48,11 +48,11 @@ class Facts:
 class Tokens:
     """Token ids in a file: `tokens[start:stop]` is an int64 copy of those, `(stop - start,)`.
 
-    The file is mapped, so only the pages that are read take memory. They are given back every few reads, or
-    a long run would come to hold the whole file.
+    The file is mapped, so only the pages that are read take memory; they are released every few reads, or a
+    long run would hold the whole file.
 
-    A second file says where documents start, and thus where end-of-text tokens are. So their id need not fit
-    the type of the others, and bytes take one byte each.
+    A second file says where documents start, which is where the end-of-text tokens are. Their id need not fit
+    the type of the others, so bytes take one byte each.
 
     Args:
         folder: where both files are.
@@ -148,7 +148,7 @@ class TokenWriter:
             self.training_tokens += len(ids)
 
     def _count(self, piece: Piece) -> bool:
-        """Count a piece; true if it is to be trained on."""
+        """Count a piece; whether it is trained on."""
         self.documents += piece.document != self._last_document
         self._last_document = piece.document
         self._lowest_rank = min(self._lowest_rank, piece.rank)

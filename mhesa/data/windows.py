@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mhesa.data.token_files import Tokens
 from mhesa.errors import InputError
-
-
-class Ids(Protocol):
-    """Token ids that can be sliced: an array, or a file of them."""
-
-    def __len__(self) -> int:
-        """The number of ids."""
-
-    def __getitem__(self, place: slice) -> np.ndarray:
-        """Some of the ids, as an array."""
 
 
 class Windows:
     """The windows of each step. They depend on step and seed alone, so a resumed run asks for the next step.
 
-    A window is `context` tokens to read and the one behind each to predict. Windows do not overlap within a
+    A window is `context` tokens to read and the one after each to predict. Windows do not overlap within a
     pass over the corpus. Every pass has its own random offset and, without streams, its own random order.
 
     Args:
@@ -45,13 +35,15 @@ class Windows:
     ((4,), torch.Size([4, 9]))
     """
 
-    def __init__(self, tokens: Ids, *, context: int, rows: int, seed: int, streams: bool = False) -> None:
+    def __init__(
+        self, tokens: np.ndarray | Tokens, *, context: int, rows: int, seed: int, streams: bool = False
+    ) -> None:
         least = (rows if streams else 1) * context + 1
         if len(tokens) < least:
             what = f"{rows:,} streams of a window of" if streams else "one window of"
             raise InputError(
                 f"the training text has {len(tokens):,} tokens, fewer than {what} {context:,} and the "
-                "token behind it; give more text or a smaller context"
+                "token after it; give more text or a smaller context"
             )
         self.tokens = tokens
         self.context = context
@@ -77,7 +69,7 @@ class Windows:
         return not self.streams or step % self.per_pass == 0
 
     def read(self, starts: Sequence[int] | np.ndarray) -> Tensor:
-        """The windows at `starts`, each with the token behind it, int64 `(windows, context + 1)`."""
+        """The windows at `starts`, each with the token after it, int64 `(windows, context + 1)`."""
         ids = [self.tokens[start : start + self.context + 1] for start in starts]
         return torch.from_numpy(np.stack(ids))
 

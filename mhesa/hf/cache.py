@@ -74,7 +74,7 @@ class MhesaCacheLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Follow every row by `repeats - 1` copies of itself."""
+        """Repeat every row `repeats` times, copies next to each other."""
         if self.state is not None:
             self.state = self.state.repeat_interleave(repeats, dim=0)
 

@@ -64,8 +64,9 @@ class MhesaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CausalConv):
             init.copy_(module.weight, identity_taps(*module.weight.shape))
         elif isinstance(module, GatedMHESA):
+            rates = module.mhesa.alphas, module.mhesa.dampen_factors
             spread = None if module.to_alpha is None else spread_rates(module.mhesa.heads)
-            for index, parameter in enumerate(module.mhesa.rate_parameters()):
+            for index, parameter in enumerate(rates):
                 init.normal_(parameter) if spread is None else init.copy_(parameter, spread[index])
 
 
@@ -100,8 +101,8 @@ class MhesaModel(MhesaPreTrainedModel):
 
         Args:
             input_ids: `(batch, length)`.
-            attention_mask: `(batch, length)`, or longer by what `past_key_values` has seen; 0 is padding,
-                wherever it is. Outputs there are 0.
+            attention_mask: `(batch, length)`, or with the tokens of `past_key_values` before these; 0 is
+                padding, anywhere. Outputs there are 0.
             past_key_values: the `MhesaCache` of the tokens before; this call updates it.
             inputs_embeds: `(batch, length, hidden_size)` in place of `input_ids`.
             use_cache: return the state; by default as the configuration says, except in training.

@@ -1,4 +1,4 @@
-"""Padded and packed batches: where their tokens are, and from one form to the other."""
+"""Padded and packed batches: where their tokens are, and conversion between the two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text as bytes: a tokenizer that needs no vocabulary file and meets no unknown character."""
+"""Bytes as tokens, with transformers' methods: no vocabulary file, and no unknown character."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mhesa.tokenizers.bytes import END_OF_TEXT, END_OF_TEXT_ID, PIECES, Bytes, t
 
 ERRORS = ("surrogateescape", "replace", "ignore", "backslashreplace", "strict")
 
-# ASCII stands for itself. Bytes above are spelled out: a letter such as "é" is two bytes and must stay
-# free for whoever adds it as a token of its own.
+# ASCII stands for itself. Other bytes are spelled out, so that a letter such as "é", two bytes, can be added
+# as a token.
 BYTE_TOKENS = [chr(byte) if byte < 128 else f"<0x{byte:02X}>" for byte in range(256)]
 BYTE_IDS = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
 
@@ -99,9 +99,6 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return [BYTE_TOKENS[byte] for byte in to_bytes(text)]
-
-    def _convert_token_to_id(self, token: str) -> int | None:
-        return BYTE_IDS.get(token)
 
     def _convert_id_to_token(self, index: int) -> str:
         if not 0 <= index < 256:

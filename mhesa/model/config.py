@@ -29,7 +29,7 @@ JSON_NAMES = {"num_tokens": "vocab_size", "dim": "hidden_size", "depth": "num_hi
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """The part of a model's configuration that training lets one choose: arguments of the model's class."""
+    """The part of a model's configuration that is also a setting of training."""
 
     dim: Annotated[int, Doc("Width of the model.", AT_LEAST_1, "Model")] = 128
     depth: Annotated[int, Doc("Number of blocks.", AT_LEAST_1, "Model")] = 4
@@ -84,10 +84,7 @@ class ModelConfig(ModelSizes):
         if self.backend is not None:
             from mhesa.ops.backends import check_backend
 
-            try:
-                check_backend(self.backend)
-            except ValueError as error:
-                raise InputError(str(error)) from None
+            check_backend(self.backend)
 
     def block_arguments(self) -> dict[str, Any]:
         """The arguments of each `GatedMHESA` block."""

@@ -52,10 +52,6 @@ class MHESA(nn.Module):
         self.dampen_factors = nn.Parameter(torch.randn(heads))
         self.param_D = nn.Parameter(torch.randn(dim))
 
-    def rate_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The logits of the smoothing factors and of the damping factors, `(heads,)` each."""
-        return self.alphas, self.dampen_factors
-
     def rates(self, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The smoothing factors and the decays, in fp32 (fp64 for an fp64 layer).
 
@@ -116,7 +112,7 @@ class MHESA(nn.Module):
 
 
 def spread_rates(heads: int) -> tuple[Tensor, Tensor]:
-    """Initial values of an adaptive block's `rate_parameters`, `(heads,)` each.
+    """Initial values of an adaptive block's `alphas` and `dampen_factors`, `(heads,)` each.
 
     The time constants of the heads are spread evenly in their logarithm, from 1 to 300 steps.
     """
@@ -222,9 +218,10 @@ class GatedMHESA(nn.Module):
         self.conv = CausalConv(dim=dim, size=conv_size) if conv_size else None
         self.to_alpha = nn.Linear(dim, heads, bias=False) if adaptive else None
         if adaptive:
+            alphas, dampen_factors = spread_rates(heads)
             with torch.no_grad():
-                for parameter, value in zip(self.mhesa.rate_parameters(), spread_rates(heads), strict=True):
-                    parameter.copy_(value)
+                self.mhesa.alphas.copy_(alphas)
+                self.mhesa.dampen_factors.copy_(dampen_factors)
 
     def forward(
         self,

@@ -117,8 +117,8 @@ def load(
         backend: the operator's backend, `None` for the best one.
 
     Raises:
-        InputError: the folder is missing or holds no whole model of this kind; the message names the
-            file. Or the device is not on this machine, or the backend does not serve it.
+        InputError: the folder is missing or holds no whole model of this kind, the device is not on this
+            machine, or the backend does not serve it.
     """
     from mhesa.model.config import ModelConfig
     from mhesa.ops.devices import check_device, check_serves
@@ -155,10 +155,10 @@ def load_tokenizer(folder: Path) -> Bytes | TextTokenizer:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What `config.json` says, of a folder that has weights too.
+    """The values in `config.json` of a model's folder.
 
     Raises:
-        InputError: there is no such folder, or it is not a whole model's, or another kind of model's.
+        InputError: there is no such folder, it lacks a file, or it holds another kind of model.
     """
     if not folder.exists():
         raise InputError(f"no such folder: {folder}")
@@ -180,7 +180,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _dtype(values: dict[str, Any]) -> torch.dtype | None:
-    """The type that weights are kept in; `None` where that is the file's own."""
+    """The type that `config.json` names for the weights; `None` for that of the file."""
     import torch
 
     name = values.get("dtype", values.get("torch_dtype"))
@@ -218,24 +218,19 @@ def _read_weights(path: Path, sizes: ModelConfig, dtype: torch.dtype | None) -> 
 
 
 def _empty(path: Path, file: Any, sizes: ModelConfig) -> GatedExponentialSmoothingLM:
-    """A model without memory of its own, once it is certain that the file's weights are its weights.
-
-    Raises:
-        InputError: they are not; told before anything as large as the sizes say is made.
-    """
+    """A model on the meta device, which takes no memory, after checking that the file has its weights."""
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     widest = max(sizes.num_tokens, sizes.dim, sizes.dim_mhesa, sizes.dim_hidden)
     if sizes.depth > len(found) or widest > path.stat().st_size:
         raise InputError(f"{path} does not fit {CONFIG}: mismatched keys: it is too small for these sizes")
     model = sizes.empty()
     wanted = {saved_name(name): tuple(weight.shape) for name, weight in model.state_dict().items()}
-    tied = (
-        {EMBEDDING, HEAD}
-        if sizes.tie_word_embeddings and not found.keys().isdisjoint({EMBEDDING, HEAD})
-        else set()
-    )
+    missing = wanted.keys() - found.keys()
+    if sizes.tie_word_embeddings and not missing >= {EMBEDDING, HEAD}:
+        # One of these two is enough.
+        missing -= {EMBEDDING, HEAD}
     for problem, names in (
-        ("missing keys", wanted.keys() - found.keys() - tied),
+        ("missing keys", missing),
         ("unexpected keys", found.keys() - wanted.keys()),
         ("mismatched keys", {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]}),
     ):
@@ -249,7 +244,7 @@ def _empty(path: Path, file: Any, sizes: ModelConfig) -> GatedExponentialSmoothi
 
 
 def _copy(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in memory of its own: the file may change."""
+    """A weight outside the mapped file, which may change."""
     import torch
 
     if name.endswith(KEPT_IN_FP32) and dtype in (torch.float16, torch.bfloat16):

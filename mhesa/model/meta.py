@@ -1,4 +1,4 @@
-"""Modules without memory: shapes on the meta device, for weights to be assigned to."""
+"""Modules on the meta device: shapes without memory, for weights to be assigned to."""
 
 from __future__ import annotations
 

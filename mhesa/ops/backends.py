@@ -20,6 +20,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mhesa.errors import InputError
+
 Scan = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor]
 ]
@@ -59,9 +61,9 @@ BACKENDS: dict[str, Backend] = {
 
 
 def check_backend(name: str | None) -> None:
-    """Raise `ValueError`, listing the valid names, unless `name` is a backend or `None`."""
+    """Raise `InputError`, listing the valid names, unless `name` is a backend or `None`."""
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+        raise InputError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
 
 
 def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True) -> Scan:
@@ -73,7 +75,7 @@ def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True)
         fixed_rates: whether both rates are `(heads,)`.
 
     Raises:
-        ValueError: the named backend is unknown or cannot serve; the message names those that can.
+        InputError: the named backend is unknown or cannot serve; the message names those that can.
     """
     check_backend(name)
     for known in BACKENDS if name is None else (name,):
@@ -85,7 +87,7 @@ def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True)
             known for known, backend in BACKENDS.items() if backend.serves(device, fixed_rates=fixed_rates)
         ]
         rates = "" if fixed_rates else " with rates of every step"
-        raise ValueError(
+        raise InputError(
             f"backend {name!r} cannot serve a {device.type} tensor{rates} here; "
             f"these can: {', '.join(serving)}"
         )

@@ -17,7 +17,7 @@ class Tokenizer(ABC):
     """Turns bytes into ids and back, and has a token that separates documents.
 
     Attributes:
-        eos_token, eos_token_id: the end-of-text token; a document begins behind one.
+        eos_token, eos_token_id: the end-of-text token; each document starts with it.
         chat_template: how a conversation becomes text, a Jinja template as transformers takes them.
     """
 
@@ -31,7 +31,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """The ids of several texts, `(tokens,)` each; special tokens in them are taken for text.
+        """The ids of several texts, `(tokens,)` each; special tokens in them are not recognised.
 
         Raises:
             InputError: bytes that are not UTF-8, and the vocabulary has no tokens for bytes.
@@ -51,7 +51,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_with_special_tokens(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens stand for themselves."""
+        """The ids of a text in which special tokens are recognised."""
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """The ids of one text, see `encode_batch`."""

@@ -17,7 +17,7 @@ BYTE_TOKENIZER = "ByteTokenizer"
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 256
 PIECES = {byte: bytes([byte]) for byte in range(256)} | {END_OF_TEXT_ID: b""}
-# Surrogates that do not stand for an escaped byte.
+# Surrogates other than those of `surrogateescape`.
 OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 

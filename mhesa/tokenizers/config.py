@@ -1,4 +1,4 @@
-"""What lies beside a tokenizer: `tokenizer_config.json`, and the chat template."""
+"""The files beside a tokenizer: `tokenizer_config.json` and the chat template."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_config(folder: Path, kind: str, eos_token: str, chat_template: str | N
         **more,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eos_token),
         "clean_up_tokenization_spaces": False,
-        # Generation needs a batch's texts to end together.
+        # Generation continues all texts of a batch at their ends, so padding goes before them.
         "padding_side": "left",
         "tokenizer_class": kind,
     }

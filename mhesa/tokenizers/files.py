@@ -11,7 +11,7 @@ from mhesa.tokenizers.bytes import BYTE_TOKENIZER, END_OF_TEXT, Bytes
 from mhesa.tokenizers.config import TOKENIZER_CONFIG, read_chat_template, read_config, token_text
 from mhesa.tokenizers.vocabulary import TOKENIZER, TextTokenizer
 
-# What end of text is called where no tokenizer_config.json says so.
+# Names of the end-of-text token, to look for where no tokenizer_config.json gives it.
 ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 
 
@@ -54,6 +54,6 @@ def _end_of_text(file: Path, tokenizer: Tokenizer) -> str:
     end = token_text(read_config(file.parent).get("eos_token"))
     if end is not None:
         return end
-    # A vocabulary may have learnt such a name from its text, and then it means nothing.
+    # Special tokens only: an ordinary token of such a name was learnt from text.
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     return next((name for name in ENDS_OF_TEXT if name in special), END_OF_TEXT)

@@ -16,7 +16,7 @@ NEWLINE = 0x0A
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a text that no token sticks out of: a line, several, or a part of a long one.
+    """A part of a text at whose ends tokens end, too: a line, several, or a part of a long one.
 
     Args:
         text: its bytes.
@@ -32,9 +32,9 @@ def encode_stream(
 ) -> Iterator[list[Block]]:
     r"""Tokenise a text as it arrives, in memory that does not grow with its length.
 
-    A line is a block of its own if no token can span its end, that is, if no token of the vocabulary holds
-    the byte before its end followed by the byte behind it. So where some token holds more than a line end, a
-    line is only given out when the next one begins. A line longer than `BLOCK_BYTES` is cut between words.
+    A line is a block if no token can span its end, that is, if no token of the vocabulary holds its last
+    byte followed by the next line's first. Where some token holds more than a line end, a line is therefore
+    given out when the next one begins. A line longer than `BLOCK_BYTES` is cut between words.
 
     Args:
         tokenizer: makes ids of text.
@@ -42,7 +42,7 @@ def encode_stream(
         chunks: the text, cut anywhere.
 
     Returns:
-        Blocks in order, those that are complete together.
+        Lists of blocks, in order, each as soon as its blocks are complete.
 
     >>> from mhesa.tokenizers import Bytes
     >>> blocks = encode_stream(Bytes(), [bytes([byte]) for byte in range(256)], [b"one\ntwo\nth", b"ree"])
@@ -66,8 +66,9 @@ class _Encoder:
     """Cuts a text where no token can span the cut, and tokenises the blocks.
 
     A tokenizer splits text into words before it looks for tokens, by rules that may look at the character
-    before or behind. So a block is tokenised together with those, whose tokens are then dropped. With a
-    vocabulary that does not give the text back, that is not to be done, and a block is tokenised alone.
+    before or after. So a block is tokenised with both of these, whose tokens are then dropped. Where the
+    bytes of the tokens are not those of the text, their tokens cannot be told apart, and a block is
+    tokenised alone.
     """
 
     def __init__(self, tokenizer: Tokenizer, token_bytes: Sequence[bytes]) -> None:
@@ -79,12 +80,12 @@ class _Encoder:
             values = np.frombuffer(token, dtype=np.uint8)
             self.adjacent[values[:-1], values[1:]] = True
         self.only_bytes = not self.adjacent.any()
-        # Whether a line end is a token by itself, whatever is before and behind.
-        self.lines_are_apart = not (self.adjacent[NEWLINE].any() or self.adjacent[:, NEWLINE].any())
+        # Whether no token holds a line end and something else.
+        self.newline_is_alone = not (self.adjacent[NEWLINE].any() or self.adjacent[:, NEWLINE].any())
         self.before = b""
 
     def block_ends(self, text: bytes, is_last: bool = False) -> list[int]:
-        """Where the blocks end that are complete at the beginning of `text`, however much of it is known."""
+        """Where the complete blocks at the beginning of `text` end; more text may follow unless `is_last`."""
         ends, start, place = [], 0, 0
         while True:
             place = text.find(b"\n", place) + 1 or len(text) + 1
@@ -98,13 +99,13 @@ class _Encoder:
                 ends.append(start)
 
     def _is_end(self, text: bytes, place: int, is_last: bool) -> bool:
-        """Whether a block ends behind the line end before `place`."""
+        """Whether a block ends at `place`, after a line end."""
         if place == len(text):
-            return self.lines_are_apart
+            return self.newline_is_alone
         if self.adjacent[NEWLINE, text[place]]:
             return False
-        # The character behind is to be whole.
-        return is_last or self.lines_are_apart or place + _length(text[place]) <= len(text)
+        # The next character must be complete: it is tokenised with the block.
+        return is_last or self.newline_is_alone or place + _length(text[place]) <= len(text)
 
     def _end_between_words(self, text: bytes, start: int) -> int:
         values = np.frombuffer(text[start : start + BLOCK_BYTES + 1], dtype=np.uint8)
@@ -115,30 +116,30 @@ class _Encoder:
         return start + int(ends[-1]) + 1
 
     def encode(self, text: bytes, ends: list[int]) -> list[Block]:
-        """The blocks of `text` that end there."""
+        """The blocks of `text` that end at `ends`."""
         blocks = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         if self.only_bytes:
             encoded = self.tokenizer.encode_batch(blocks)
             return [Block(block, ids) for block, ids in zip(blocks, encoded, strict=True)]
         before = [self.before, *map(_last_character, blocks)]
-        behind = [text[end : end + _length(text[end])] if end < len(text) else b"" for end in ends]
+        after = [text[end : end + _length(text[end])] if end < len(text) else b"" for end in ends]
         self.before = before[-1]
         encoded = self.tokenizer.encode_batch(
-            [b"".join(parts) for parts in zip(before, blocks, behind, strict=False)]
+            [b"".join(parts) for parts in zip(before, blocks, after, strict=False)]
         )
         return [
-            Block(block, self._ids_of(block, len(before[index]), len(behind[index]), ids))
+            Block(block, self._ids_of(block, len(before[index]), len(after[index]), ids))
             for index, (block, ids) in enumerate(zip(blocks, encoded, strict=True))
         ]
 
-    def _ids_of(self, block: bytes, before: int, behind: int, ids: np.ndarray) -> np.ndarray:
-        """The tokens of a block among those of the block and some bytes before and behind it."""
+    def _ids_of(self, block: bytes, before: int, after: int, ids: np.ndarray) -> np.ndarray:
+        """The tokens of a block among those of the block and some bytes before and after it."""
         ends = np.cumsum([0, *self.sizes[ids]])
         # Some tokenizers put a space before every text.
-        added = ends[-1] - before - len(block) - behind
+        added = ends[-1] - before - len(block) - after
         start = before + added if before else 0
-        first, stop = np.searchsorted(ends, (start, ends[-1] - behind))
-        if added not in (0, 1) or ends[first] != start or ends[stop] != ends[-1] - behind:
+        first, stop = np.searchsorted(ends, (start, ends[-1] - after))
+        if added not in (0, 1) or ends[first] != start or ends[stop] != ends[-1] - after:
             return self.tokenizer.encode_bytes(block)
         return ids[first:stop]
 

@@ -29,8 +29,8 @@ class TextTokenizer(base.Tokenizer):
     """A tokenizer of the `tokenizers` package that takes and gives bytes.
 
     With a byte-level vocabulary, as `train_bpe` makes them, nothing is lost: bytes that are not UTF-8
-    become tokens of one byte each. Any other vocabulary reads UTF-8 alone. Special tokens that stand in a
-    text are taken for text.
+    become tokens of one byte each. Any other vocabulary reads UTF-8 alone. The text of a special token is
+    tokenised as text, not recognised.
 
     Args:
         tokenizer: what makes ids of text.
@@ -67,7 +67,7 @@ class TextTokenizer(base.Tokenizer):
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def fingerprint(self) -> str:
-        """What tells it from every tokenizer that gives other ids."""
+        """A digest that differs between tokenizers that give different ids."""
         whole = json.loads(self.tokenizer.to_str())
         parts = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
         return hashlib.sha256(json.dumps([self.eos_token, parts]).encode()).hexdigest()
@@ -81,7 +81,7 @@ class TextTokenizer(base.Tokenizer):
 
     @cached_property
     def _with_special_tokens(self) -> Tokenizer:
-        """A copy that takes special tokens in a text for what they say."""
+        """A copy that recognises special tokens in a text."""
         return Tokenizer.from_str(self.tokenizer.to_str())
 
     def _encode_with_special_tokens(self, text: str) -> list[int]:
@@ -137,7 +137,7 @@ class TextTokenizer(base.Tokenizer):
                 return bytes(map(byte_alphabet().index, token))
             except ValueError:
                 return token.encode()
-        # What a token adds to text before it: its own decoding may lack a space.
+        # Decode it twice and take the second: the first token of a text may lose its space.
         before = self.tokenizer.decode([index])
         return self.tokenizer.decode([index, index]).removeprefix(before).encode()
 

@@ -1,4 +1,4 @@
-"""What each step reads: its windows as micro-batches, and the states that windows hand on."""
+"""The micro-batches of each step, and the states that are carried from one step's windows to the next's."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ class MicroBatch:
 
     Args:
         ids: `(windows, context)`, or `(1, windows * context)` where documents are packed.
-        labels: the token behind each, in the same shape.
+        labels: the token after each, in the same shape.
         cu_seqlens: where packed sequences begin, `(sequences + 1,)`; `None` if each window is one sequence.
-        first: the index of each window's first sequence, `(windows,)`.
-        last: the index of its last sequence, `(windows,)`.
-        continues: whether its first sequence goes on from the window before it in the text, `(windows,)`.
+        first, last: the indices of each window's first and last sequence, `(windows,)`.
+        continues: whether its first sequence continues the window before it in the text, `(windows,)`.
     """
 
     ids: Tensor
@@ -37,23 +36,21 @@ class MicroBatch:
         return len(self.ids) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
 
+@dataclass(frozen=True)
 class Batches:
     """This process's share of every step's windows.
 
     Args:
         windows: where each step's windows begin.
         accumulate: micro-batches a step.
-        eos_token_id: begin a sequence at each of these tokens; `None` lets windows run through documents.
+        eos_token_id: begin a sequence at each of these tokens; with `None`, a window is one sequence.
         device: where the tensors go.
     """
 
-    def __init__(
-        self, windows: Windows, *, accumulate: int, eos_token_id: int | None, device: str = "cpu"
-    ) -> None:
-        self.windows = windows
-        self.accumulate = accumulate
-        self.eos_token_id = eos_token_id
-        self.device = torch.device(device)
+    windows: Windows
+    accumulate: int
+    eos_token_id: int | None
+    device: str = "cpu"
 
     def read(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, a function of the step alone."""
@@ -79,16 +76,17 @@ class Batches:
         return MicroBatch(*map(self._move, tensors))  # type: ignore[arg-type]
 
     def _move(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or self.device.type == "cpu":
+        kind = torch.device(self.device).type
+        if tensor is None or kind == "cpu":
             return tensor
-        if self.device.type == "cuda":
+        if kind == "cuda":
             # From pinned memory the copy does not wait for the GPU.
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
 
 class CarriedStates:
-    """The states at the end of each window, for the windows of the next step that go on from there.
+    """The states at the end of each window, for the windows of the next step that continue the text.
 
     Args:
         depth: blocks of the model.
@@ -105,7 +103,7 @@ class CarriedStates:
         """The states that the sequences of micro-batch `index` begin with, `(depth, sequences, width)`."""
         states = torch.zeros(self.depth, batch.sequences, self.width, device=self.device)
         if index < len(self.ends):
-            # No multiplication: a state that is not a number must not get into a sequence that begins anew.
+            # Not a product with 0: that of a NaN or an infinite state would be NaN.
             ends = torch.where(batch.continues[:, None], self.ends[index], 0.0)
             states.index_copy_(1, batch.first, ends)
         return states
@@ -120,6 +118,6 @@ class CarriedStates:
         return gather(torch.stack(self.ends)).permute(2, 1, 0, 3, 4).flatten(1, 3).contiguous()
 
     def load(self, states: Tensor, accumulate: int) -> None:
-        """Take this process's share of `states`, `(depth, windows, width)`, which any number gathered."""
+        """Take this process's share of `states`, `(depth, windows, width)`, of any number of them."""
         shares = states.unflatten(1, (accumulate, processes(), -1))[:, :, rank()]
         self.ends = list(shares.to(self.device).unbind(1))

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to be resumed, in folders that are complete or not there."""
+"""Checkpoints: folders, written atomically, with all that a run needs to be resumed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -62,7 +61,11 @@ def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:
             for name, tensors in parts.items():
                 save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
             (partial / PROGRESS).write_text(json.dumps(asdict(progress)))
-            (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=2))
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                for path in sorted(partial.iterdir())
+            }
+            (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
         _rotate(folder, progress, keep)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -73,17 +76,8 @@ def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:
     return path
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    return {
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(folder.iterdir())
-        }
-    }
-
-
 def _rotate(folder: Path, progress: Progress, keep: int) -> None:
-    """Delete the oldest checkpoints. Those after this step are damaged, and do not count."""
+    """Delete the oldest checkpoints. Those of later steps are damaged and do not count: the run went back."""
     done = [step for step in steps(folder) if step <= progress.step]
     for step in done[keep:]:
         if step != progress.best_step:
@@ -99,7 +93,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint, and what is wrong with those after it."""
+    """The newest undamaged checkpoint, and what is wrong with each one after it."""
     passed_over: list[str] = []
     for step in steps(folder):
         path = folder / f"{PREFIX}{step}"

@@ -1,4 +1,4 @@
-"""Training in one process or many: what they tell each other, and tensors sharded among them.
+"""Training in one process or several: how they exchange numbers, and how tensors are sharded among them.
 
 Reductions of a few numbers go over the CPU (gloo), so that no step waits for a GPU.
 """
@@ -54,7 +54,7 @@ def processes() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, the first being 0."""
+    """The index of this process among them."""
     return dist.get_rank() if processes() > 1 else 0
 
 
@@ -127,9 +127,9 @@ def distribute(model: GatedExponentialSmoothingLM, device: str, *, fsdp: bool) -
     return model
 
 
-def without_reduction(model: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
-    """A context in which DDP does not add up gradients yet, for all micro-batches but a step's last."""
-    return model.no_sync() if wanted and isinstance(model, DistributedDataParallel) else nullcontext()
+def sync_gradients(model: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+    """A context in which DDP sums the gradients over processes, or not yet: a step's last backward does."""
+    return model.no_sync() if not wanted and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -138,7 +138,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor of any shape that may be sharded. All processes must call this."""
+    """The whole of a tensor of any shape that may be sharded. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

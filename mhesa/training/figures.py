@@ -1,4 +1,4 @@
-"""The rows of `metrics.jsonl`: a step's figures, an evaluation; and how far they say the run is."""
+"""The rows of `metrics.jsonl`: figures of the last steps, or an evaluation."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Figures:
         """Take the loss of a step, a scalar in nats per token, on any device."""
         self._losses.append(loss)
 
-    def settle(self, norm: Tensor) -> None:
-        """Move the losses into `progress`, as means over all processes.
+    def collect(self, norm: Tensor) -> None:
+        """Move the losses of the last steps into `progress`, as means over all processes.
 
         Args:
             norm: of the last gradient, a scalar.
@@ -70,7 +70,7 @@ class Figures:
 
     def write_step(self, learning_rate: float, norm: Tensor) -> None:
         """Write the figures of the steps since the last such row; `norm` of the gradient is a scalar."""
-        self.settle(norm)
+        self.collect(norm)
         progress = self.progress
         loss = sum(progress.losses) / len(progress.losses)
         tokens = self.settings.windows_a_step * self.settings.context
@@ -100,7 +100,7 @@ class Figures:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether as many evaluations as `patience` says were no better than the best."""
+        """Whether the last `patience` evaluations were no better than the best."""
         patience = self.settings.patience
         return patience is not None and self.progress.evaluations_since_best >= patience
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 import mhesa
-from mhesa.atomic_io import write_file
+from mhesa.atomic_io import remove, write_file
 from mhesa.data.sources import RUN_FILES
 from mhesa.errors import InputError
 from mhesa.training import checkpoint
@@ -24,9 +23,9 @@ METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
-# In the last row of metrics of a complete run.
+# A key of the last row of metrics of a complete run.
 COMPLETE = "complete"
-# Settings that a resumed run may change; with others changed it would be another run.
+# Settings that a resumed run may change.
 CHANGEABLE = frozenset(
     {
         *("out", "steps", "minutes", "device", "backend", "save_every", "keep", "eval_every", "patience"),
@@ -90,25 +89,25 @@ def check_same_corpus(folder: Path, sha256: str) -> None:
 
 
 def prepare(folder: Path, settings: TrainingSettings, facts: dict[str, Any], done: int | None) -> None:
-    """Clear the folder for a new run, or take a resumed run's metrics back to step `done`."""
+    """Clear the folder for a new run, or drop a resumed run's metrics after step `done`."""
     try:
         if done is None:
-            _clear(folder)
             kept = []
+            for name in RUN_FILES:
+                remove(folder / name)
         else:
             kept = [row for row in read_metrics(folder) if row["step"] <= done and COMPLETE not in row]
         folder.mkdir(parents=True, exist_ok=True)
-        settings.save(folder / SETTINGS, corpus=facts, versions=_versions())
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "mhesa": mhesa.__version__,
+        }
+        settings.save(folder / SETTINGS, corpus=facts, versions=versions)
         with write_file(folder / METRICS) as file:
             file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def _clear(folder: Path) -> None:
-    for name in RUN_FILES:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -126,7 +125,3 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
     """Add a row to a run's `metrics.jsonl`."""
     with (folder / METRICS).open("a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "mhesa": mhesa.__version__}

@@ -3,8 +3,8 @@
 A step, in order: 1 learning rate, 2 windows, 3 forward and backward, 4 clipping, 5 optimizer, 6 clock and
 signals, 7 figures, 8 evaluation, 9 checkpoint.
 
-All that a step computes is a function of its number and of the checkpoint that the run came from. A run
-that was stopped therefore goes on, bit for bit, as if it had not been.
+All that a step computes is a function of its number and of the state before it. A run that was stopped and
+resumed therefore gives, bit for bit, what it would have given without the stop.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mhesa.training.distributed import (
     model_state,
     optimizer_state,
     rank,
-    without_reduction,
+    sync_gradients,
 )
 from mhesa.training.figures import Evaluation, Figures, Row
 from mhesa.training.folder import CHECKPOINTS, METRICS
@@ -45,7 +45,7 @@ from mhesa.training.settings import TrainingSettings
 
 STEPS_BETWEEN_ROWS = 10
 
-# Called with the name of a part of the step; the part runs in the context that it gives.
+# Makes the context that a part of the step runs in, from the part's name.
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -69,7 +69,7 @@ def train_model(
         settings: resolved settings.
         batches: what each step reads.
         bytes_a_token: of the corpus, for bits per byte.
-        start: the checkpoint to go on from, if any.
+        start: the checkpoint to resume from, if any.
         budget: the clock, or the number of steps, that ends training.
         signals: what may end it before.
         evaluate: measures the model; called in every process, and the first one's result counts.
@@ -119,7 +119,7 @@ def train_model(
             if settings.dropout:
                 torch.manual_seed(_dropout_seed(settings.seed, step, index, rank()))
             initial = None if states is None else states.initial(index, batch)
-            with without_reduction(forward, index + 1 < settings.accumulate):
+            with sync_gradients(forward, index + 1 == settings.accumulate):
                 with (
                     phase("forward"),
                     torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
@@ -146,7 +146,7 @@ def train_model(
                 optimizer.zero_grad()
 
         with phase("bookkeeping"):
-            # 6. All processes go by the slowest clock, and by a signal that any of them received.
+            # 6. Clock and signals: the slowest process counts, and a signal that any of them received.
             progress.step += 1
             progress.seconds, signal = maximum([budget.now(), float(signals.received or 0)])
             budget.set(progress.seconds)
@@ -166,7 +166,7 @@ def train_model(
             done = done or figures.out_of_patience or signal > 0
             wanted = is_best and settings.patience is not None
             if progress.step % settings.save_every == 0 or wanted or done:
-                figures.settle(norm)
+                figures.collect(norm)
                 _save(settings, progress, model, optimizers, states)
 
         if done:
@@ -198,7 +198,7 @@ def _save(
         parts["states"] = {"states": states.gathered()}
     if rank() == 0:
         folder = Path(settings.out)
-        # A checkpoint must never be on the disk without the rows before it.
+        # So that the rows before a checkpoint are on the disk when it is.
         sync(folder / METRICS)
         checkpoint.save(folder / CHECKPOINTS, progress, parts, settings.keep)
 

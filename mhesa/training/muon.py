@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,12 +43,8 @@ class Muon(torch.optim.Muon):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every matrix that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient; there is no loss to compute again by a `closure`."""
         for group in self.param_groups:
             by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -57,7 +52,6 @@ class Muon(torch.optim.Muon):
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
                 self._update(group, shape, parameters)
-        return loss
 
     def _update(self, group: dict[str, Any], shape: torch.Size, parameters: list[Tensor]) -> None:
         momentum = group["momentum"]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mhesa.training.figures import Row
 from mhesa.training.schedule import Budget
 
-Row = dict[str, Any]
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -40,12 +38,7 @@ class ProgressDisplay:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
     def open(self, description: str, total: float) -> None:

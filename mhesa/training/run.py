@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,14 +85,13 @@ def train(
 
     Args:
         settings: what to do.
-        resume: go on from the newest whole checkpoint in `settings.out`.
+        resume: continue from the newest undamaged checkpoint in `settings.out`.
         overwrite: replace the run that `settings.out` holds.
         console: where progress is shown; nowhere if omitted.
-        phase: gives the context that each part of a step runs in, see `mhesa.training.loop.train_model`;
-            by default parts are named for torch's profiler.
+        phase: see `mhesa.training.loop.train_model`; by default it names parts for torch's profiler.
 
     Raises:
-        InputError: sources, sizes or a folder that cannot be; nothing was written then.
+        InputError: a source, a setting or the folder cannot be used; nothing was written then.
         TrainingError: the loss became NaN or infinite, or a checkpoint could not be written.
         Stopped: SIGINT or SIGTERM came; the folder holds a model and a checkpoint of the last step.
     """
@@ -101,8 +99,10 @@ def train(
     settings = settings.resolve()
     console = console if console is not None and rank() == 0 else Console(quiet=True)
     run = begin(settings, resume, overwrite, console)
+    device = torch.device(settings.device)
     with (
-        _own_random_numbers(torch.device(settings.device)),
+        # Leave torch's global generators as they were.
+        torch.random.fork_rng([device] if device.type in ("cuda", "xpu") else [], device_type=device.type),
         StopOnSignal() as signals,
         run.display,
         reporter(settings) as report,
@@ -115,12 +115,6 @@ def train(
                 f"cannot write to {run.folder}: {reason}; its checkpoints are whole, "
                 "and --resume goes on from the newest"
             ) from error
-
-
-def _own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
-    """A context that leaves torch's global generators as they were."""
-    accelerators = [device] if device.type in ("cuda", "xpu") else []
-    return torch.random.fork_rng(accelerators, device_type=device.type)
 
 
 def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Console) -> Run:
@@ -209,7 +203,7 @@ class Run:
         return broadcast(self._measure(model, progress) if rank() == 0 else None)
 
     def _whole(self, model: GatedExponentialSmoothingLM) -> GatedExponentialSmoothingLM:
-        """The model to be used, in the first process. All must call this, as each may hold a shard."""
+        """The whole model, in the first process. All processes must call this, as each may hold a shard."""
         return self._with_weights(model_state(model)) if is_sharded(model) else model.eval()
 
     def _saved(self, step: int | None) -> GatedExponentialSmoothingLM:
@@ -236,7 +230,12 @@ class Run:
             compressors=compress(held_out),
             sample=write_sample(model, self.tokenizer, self.settings.seed),
         )
-        self._record(summary)
+        figures = {f"held_out_{name}": value for name, value in summary.score.as_dict().items()}
+        figures |= {f"{name.split()[0]}_bits_per_byte": bits for name, bits in summary.compressors.items()}
+        row = {"step": summary.steps, "seconds": round(summary.seconds, 3), COMPLETE: True}
+        append_metrics(self.folder, row | figures)
+        levels = {"held out": summary.score.bits_per_byte, **summary.compressors}
+        draw_curve(read_metrics(self.folder), levels, self.folder / CURVE)
         return summary
 
     def _evaluate(self, model: GatedExponentialSmoothingLM) -> Evaluation | None:
@@ -247,17 +246,9 @@ class Run:
         sample = write_sample(model, self.tokenizer, self.settings.seed)
         return Evaluation(score.bits_per_byte, sample.decode("utf-8", "replace"))
 
-    def _record(self, summary: Summary) -> None:
-        held_out = {f"held_out_{name}": value for name, value in summary.score.as_dict().items()}
-        compressors = {f"{name.split()[0]}_bits_per_byte": bits for name, bits in summary.compressors.items()}
-        row = {"step": summary.steps, "seconds": round(summary.seconds, 3), COMPLETE: True}
-        append_metrics(self.folder, {**row, **held_out, **compressors})
-        levels = {"held out": summary.score.bits_per_byte, **summary.compressors}
-        draw_curve(read_metrics(self.folder), levels, self.folder / CURVE)
-
 
 def _row_writer(folder: Path, display: ProgressDisplay, report: Report) -> Callable[[Row], None]:
-    """What puts a row of figures wherever it is wanted."""
+    """A function that saves a row of figures, shows and reports it, and now and then draws the curve."""
     drawn = time.monotonic()
 
     def write(row: Row) -> None:
@@ -295,7 +286,7 @@ def _announce(
     facts = corpus.facts
     documents = "1 document" if facts.documents == 1 else f"{facts.documents:,} documents"
     budget = f"{settings.steps:,} steps" if settings.steps else f"{settings.minutes:g} minutes"
-    ways = "" if processes() == 1 else f", {processes()} processes"
+    shared = "" if processes() == 1 else f", {processes()} processes"
     console.print(
         f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
         f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"
@@ -304,7 +295,7 @@ def _announce(
         f"[bold]{parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
         f"{settings.heads} heads over {settings.dim_mhesa}\n"
         f"[bold]{budget}[/] on {settings.device} in {settings.precision}, "
-        f"{settings.batch_size} x {settings.context} tokens a step{ways}",
+        f"{settings.batch_size} x {settings.context} tokens a step{shared}",
         highlight=False,
     )
     if start is not None:

@@ -1,4 +1,4 @@
-"""The budget of a run, the learning rate that follows it, and signals that end the run."""
+"""The budget of a run, the learning rate over it, and signals that end the run."""
 
 from __future__ import annotations
 

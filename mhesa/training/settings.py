@@ -34,7 +34,7 @@ LARGEST_VOCABULARY = 1_000_000
 # in the same time; a CPU that computes in fp32 is slower and takes a quarter.
 TOKENS_A_STEP = {"bf16": 4096, "fp32": 1024}
 TOKENS_A_STEP_ON_ACCELERATORS = 65536
-# What runs did whose settings do not say it yet.
+# What settings mean that were saved before these existed.
 BEFORE_ADAPTIVE = {"smoothing": "fixed", "optimizer": "adamw"}
 
 
