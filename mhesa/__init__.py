@@ -40,29 +40,24 @@ __all__ = [
 ]
 
 _LAZY_EXPORTS = {
-    "MHESA": "mhesa.model.layers",
-    "Decoder": "mhesa.inference.decoder",
-    "GatedExponentialSmoothingLM": "mhesa.model.lm",
-    "GatedMHESA": "mhesa.model.layers",
-    "Reader": "mhesa.inference.session",
-    "Sampling": "mhesa.inference.sampling",
-    "Session": "mhesa.inference.session",
-    "TrainingSettings": "mhesa.training",
-    "conv1d_fft": "mhesa.ops",
-    "exponential_smoothing": "mhesa.ops",
-    "exponential_smoothing_step": "mhesa.ops",
-    "generate": "mhesa.inference.generation",
-    "load": "mhesa.model.loading",
-    "save": "mhesa.model.loading",
-    "train": "mhesa.training",
+    "mhesa.inference.decoder": ("Decoder",),
+    "mhesa.inference.generation": ("generate",),
+    "mhesa.inference.sampling": ("Sampling",),
+    "mhesa.inference.session": ("Reader", "Session"),
+    "mhesa.model.layers": ("MHESA", "GatedMHESA"),
+    "mhesa.model.lm": ("GatedExponentialSmoothingLM",),
+    "mhesa.model.loading": ("load", "save"),
+    "mhesa.ops": ("conv1d_fft", "exponential_smoothing", "exponential_smoothing_step"),
+    "mhesa.training": ("TrainingSettings", "train"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY_EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LAZY_EXPORTS[name]), name)
-    return value
+    for module, names in _LAZY_EXPORTS.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(module), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
