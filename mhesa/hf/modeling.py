@@ -60,14 +60,17 @@ class MhesaPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, MHESA):
+            # Not at the block: transformers passes over modules that have no parameters of their own.
+            if self.config.adaptive:
+                alphas, dampen_factors = spread_rates(module.heads)
+                init.copy_(module.alphas, alphas)
+                init.copy_(module.dampen_factors, dampen_factors)
+            else:
+                init.normal_(module.alphas)
+                init.normal_(module.dampen_factors)
             init.normal_(module.param_D)
         elif isinstance(module, CausalConv):
             init.copy_(module.weight, identity_taps(*module.weight.shape))
-        elif isinstance(module, GatedMHESA):
-            rates = module.mhesa.alphas, module.mhesa.dampen_factors
-            spread = None if module.to_alpha is None else spread_rates(module.mhesa.heads)
-            for index, parameter in enumerate(rates):
-                init.normal_(parameter) if spread is None else init.copy_(parameter, spread[index])
 
 
 class MhesaModel(MhesaPreTrainedModel):
