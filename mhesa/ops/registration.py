@@ -348,12 +348,12 @@ def _before(h: Tensor, start: Tensor, cu_seqlens: Tensor | None, reverse: bool) 
 
 
 def _fold(
-    size: int, in_dims: Sequence[int | None], args: Sequence[Any], behind: Sequence[int]
+    size: int, in_dims: Sequence[int | None], args: Sequence[Any], trailing: Sequence[int]
 ) -> tuple[Any, ...]:
     """Turn a mapped dimension of `size` into more heads.
 
-    `args` is the backend's name, the tensors, `cu_seqlens` and `reverse`; `behind` says how many dimensions
-    each tensor has behind its heads.
+    `args` is the backend's name, the tensors, `cu_seqlens` and `reverse`; `trailing` says how many
+    dimensions each tensor has behind its heads.
     """
     _, *in_dims, offsets_dim, _ = in_dims
     name, *tensors, cu_seqlens, reverse = args
@@ -361,13 +361,13 @@ def _fold(
         raise ValueError("cu_seqlens cannot be mapped over: make one call per packing")
     folded = [
         None if tensor is None else _with_heads(tensor, dim, size, last)
-        for tensor, dim, last in zip(tensors, in_dims, behind, strict=True)
+        for tensor, dim, last in zip(tensors, in_dims, trailing, strict=True)
     ]
     return (name, *folded, cu_seqlens, reverse)
 
 
-def _with_heads(tensor: Tensor, dim: int | None, size: int, behind: int) -> Tensor:
-    at = tensor.ndim - (dim is not None) - 1 - behind
+def _with_heads(tensor: Tensor, dim: int | None, size: int, trailing: int) -> Tensor:
+    at = tensor.ndim - (dim is not None) - 1 - trailing
     if dim is None:
         tensor = tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
     else:
@@ -375,10 +375,10 @@ def _with_heads(tensor: Tensor, dim: int | None, size: int, behind: int) -> Tens
     return tensor.flatten(at, at + 1)
 
 
-def _unfold(size: int, outputs: Sequence[Tensor], behind: Sequence[int]) -> tuple[Any, Any]:
+def _unfold(size: int, outputs: Sequence[Tensor], trailing: Sequence[int]) -> tuple[Any, Any]:
     """The outputs with the mapped dimension split off the heads again, and its position in each."""
     # The gradient of an absent skip has one empty dimension.
-    heads_at = [max(output.ndim - 1 - last, 0) for output, last in zip(outputs, behind, strict=True)]
+    heads_at = [max(output.ndim - 1 - last, 0) for output, last in zip(outputs, trailing, strict=True)]
     split = tuple(
         output.unflatten(at, (size, output.shape[at] // size))
         for output, at in zip(outputs, heads_at, strict=True)

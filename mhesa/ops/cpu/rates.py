@@ -30,8 +30,9 @@ from mhesa.ops.cpu.sequences import (
 from mhesa.ops.cpu.threads import parallel
 from mhesa.ops.registration import Gradients, Inputs
 
-# Rows of a chunk: so many that their values of x, dy and the state fit into the L2 cache together.
+# The values of a chunk: x, dy and the states of its rows fit into the L2 cache together.
 CHUNK_VALUES = 1 << 15
+# Its rows, however wide they are.
 MIN_ROWS, MAX_ROWS = 8, 256
 
 

@@ -14,7 +14,7 @@ state gets from later rows, back through it:
 
 A task is a block of heads of a whole sequence; or, where the sequences cannot be shared out evenly among the
 threads, of a chunk. Then threads take turns at a sequence, in a relay: each moves the state on through its
-chunk, hands it to the next, and only then computes the chunk's results, from the state that it was handed.
+chunk, hands it to the next, and only then computes the chunk's results, from the state that it was entering.
 Both do the same arithmetic step by step, so results are the same bit for bit whatever the batch and the
 number of threads.
 """
@@ -41,7 +41,7 @@ Arguments = struct(
     relay="int64",
     order=INT64,  # in a relay, the chunks: the first of every sequence, then the second ..
     turns=INT64,  # in a relay, finished chunks of each sequence and block, `LINE` apart
-    buffer=ACCUMULATION,  # memory for each thread
+    buffer=ACCUMULATION,  # memory of each thread, `buffer_size` values: what enters a chunk, and states
     next_buffer="int64",
     buffer_size="int64",
     x=STORED,
@@ -113,7 +113,7 @@ def forward(args):
     skips, nontemporal = exists(args.skip), args.nontemporal != 0
     x_gap, x_step, out_step = args.x_head - head_dim, sign * args.x_row, sign * channels
     alpha_step, decay_step = sign * args.alpha_row, sign * args.decay_row
-    handed = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
+    entering = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
     while True:
         task = fetch_add(member(args, "next_task"))
         if task >= args.tasks * args.blocks:
@@ -137,11 +137,11 @@ def forward(args):
                     fill(state, 0, width)
             copy(offset(args.states, i * channels + start), state, width)
             if relay or not writes:
-                copy(handed, state, width)
+                copy(entering, state, width)
                 for row in range(rows):
                     a, d = offset(alpha, row * alpha_step), offset(decay, row * decay_step)
                     advance_row(x_gap == 0, n, head_dim, (offset(x, row * x_step), x_gap, a, d, state, state))
-                state = handed
+                state = entering
             if relay:
                 signal(turns)
             if writes:
@@ -161,8 +161,8 @@ def backward(args):
     x_gap, dy_gap = args.x_head - head_dim, args.dy_head - head_dim
     x_step, dy_step, out_step = sign * args.x_row, sign * args.dy_row, sign * channels
     alpha_step, decay_step, rate_step = sign * args.alpha_row, sign * args.decay_row, sign * heads
-    handed = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
-    before = offset(handed, channels)
+    entering = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
+    before = offset(entering, channels)
     while True:
         task = args.tasks * args.blocks - 1 - fetch_add(member(args, "next_task"))
         if task < 0:
@@ -190,11 +190,11 @@ def backward(args):
             if chunk.later == 0:
                 copy(p, offset(args.dfinal, chunk.sequence * channels + start), width)
             if relay:
-                copy(handed, p, width)
+                copy(entering, p, width)
                 for row in range(rows - 1, -1, -1):
                     dy_t, d = offset(dy, row * dy_step), offset(decay, row * decay_step)
                     carry_row(dy_gap == 0, n, head_dim, (dy_t, dy_gap, d, p))
-                p = handed
+                p = entering
                 signal(turns)
             dskip = offset(args.dskip, i * channels + start)
             if skips:

@@ -23,8 +23,8 @@ from mhesa.ops.cpu.sequences import (
     Sequences,
     Structs,
     chunk_structs,
-    count_pieces,
     cut_rows,
+    number_pieces,
     relay_order,
 )
 from mhesa.ops.cpu.threads import parallel
@@ -149,16 +149,16 @@ def _spans(sequences: Sequences, channels: int, reverse: bool) -> _Chunks:
     # By its own length and width alone: the result of a sequence must not depend on others.
     cut = length >= (kernels.SPANS * kernels.ROWS_PER_SUM if channels < kernels.NARROW else math.inf)
     pieces = np.where(cut, np.clip(length // CHUNK_ROWS, 1, MAX_CHUNKS), 1)
-    sequence, piece = count_pieces(pieces)
-    cut, of, begin, length = cut[sequence], pieces[sequence], sequences.begin[sequence], length[sequence]
-    earlier = of - 1 - piece if reverse else piece
+    sequence, piece = number_pieces(pieces)
+    cut, count, begin, length = cut[sequence], pieces[sequence], sequences.begin[sequence], length[sequence]
+    earlier = count - 1 - piece if reverse else piece
     table = chunk_structs(
         sequence=sequence,
         batch=sequences.batch[sequence],
-        begin=begin + piece * length // of,
-        end=begin + (piece + 1) * length // of,
+        begin=begin + piece * length // count,
+        end=begin + (piece + 1) * length // count,
         earlier=earlier,
-        later=of - 1 - earlier,
+        later=count - 1 - earlier,
         slot=np.where(cut, (cut.cumsum() - 1) * kernels.SPANS, -1),
     )
     return _Chunks(table, int(cut.sum()) * kernels.SPANS, table.ctypes.data)

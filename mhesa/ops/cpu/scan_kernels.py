@@ -61,9 +61,9 @@ from mhesa.ops.cpu.sequences import Chunk
 
 # Rows after which sums in the accumulation type are added to those in fp64.
 ROWS_PER_SUM = 256
-# Rows of fewer channels are scanned in spans,
+# Long sequences with rows of fewer channels are scanned in spans.
 NARROW = 64
-# this many at a time: enough to hide the latency of an addition, and few enough for `WIDTH`.
+# Spans of a chunk: enough to hide the latency of an addition; `SPANS * NARROW` channels fit into `WIDTH`.
 SPANS = 8
 SMALLEST_NORMAL = 2.0**-1022
 

@@ -23,7 +23,7 @@ MIN_PARALLEL = 1 << 14
 # Above this many bytes read and written, use non-temporal stores: lines that are about to be overwritten are
 # not read first. Operators that read the result next were never slower for it.
 NONTEMPORAL_BYTES = 1 << 23
-# Threads that one relay keeps busy: the state, which one thread has at a time, is a third of the work.
+# Threads that a relay keeps busy: moving the state, which one thread does at a time, is a third of the work.
 RELAY_THREADS = 3
 
 Integers = npt.NDArray[np.int64]
@@ -48,11 +48,11 @@ class Sequences:
         self.batch, self.begin, self.end = batch, begin, end
         self._cuts: dict[tuple[Any, ...], Any] = {}
 
-    def cut(self, into: Callable[..., Any], *how: object) -> Any:
-        """What `into(self, *how)` returns, computed once."""
-        if (into, how) not in self._cuts:
-            self._cuts[into, how] = into(self, *how)
-        return self._cuts[into, how]
+    def cut(self, cutter: Callable[..., Any], *options: object) -> Any:
+        """The result of `cutter(self, *options)`, computed once."""
+        if (cutter, options) not in self._cuts:
+            self._cuts[cutter, options] = cutter(self, *options)
+        return self._cuts[cutter, options]
 
 
 def find_sequences(batch: int, length: int, cu_seqlens: Tensor | None) -> Sequences:
@@ -78,8 +78,8 @@ def _packed(cu_seqlens: bytes, length: int) -> Sequences:
     return Sequences(np.zeros(len(offsets) - 1, dtype=np.int64), offsets[:-1], offsets[1:])
 
 
-def count_pieces(counts: Integers) -> tuple[Integers, Integers]:
-    """For `counts` pieces of each sequence, in order: whose piece it is, and its index within that."""
+def number_pieces(counts: Integers) -> tuple[Integers, Integers]:
+    """The sequence of each piece, in order, and its index within the sequence, which has `counts` pieces."""
     sequence = np.repeat(np.arange(len(counts)), counts)
     return sequence, np.arange(len(sequence)) - np.repeat(counts.cumsum() - counts, counts)
 
@@ -87,7 +87,7 @@ def count_pieces(counts: Integers) -> tuple[Integers, Integers]:
 def cut_rows(sequences: Sequences, rows: int, reverse: bool) -> Structs:
     """Cut sequences into chunks of `rows` rows, the first of each where the scan begins."""
     pieces = np.maximum(-(-(sequences.end - sequences.begin) // rows), 1)
-    sequence, piece = count_pieces(pieces)
+    sequence, piece = number_pieces(pieces)
     begin, end = sequences.begin[sequence], sequences.end[sequence]
     return chunk_structs(
         sequence=sequence,

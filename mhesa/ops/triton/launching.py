@@ -64,7 +64,9 @@ def kernel_inputs(inputs: Inputs) -> Inputs:
         raise ValueError(f"backend 'triton' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
     if alpha.ndim == 1:
         alpha, decay = alpha.contiguous(), decay.contiguous()
-    return Inputs(strided(x), alpha, decay, dense(skip), dense(initial_state), cu_seqlens, reverse)
+    return Inputs(
+        contiguous_steps(x), alpha, decay, contiguous(skip), contiguous(initial_state), cu_seqlens, reverse
+    )
 
 
 def new_final_state(inputs: Inputs) -> Tensor:
@@ -93,21 +95,21 @@ def processors(device: torch.device) -> int:
     return 1
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make `device` current: Triton launches on the current device, whatever the tensors are on."""
     if device.type == "cuda":
         return torch.cuda.device(device)
     return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
 
 
-def strided(x: Tensor) -> Tensor:
+def contiguous_steps(x: Tensor) -> Tensor:
     """`x`, copied unless the channels of each step are contiguous."""
     _, _, heads, head_dim = x.shape
-    dense = (head_dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == head_dim)
-    return x if dense else x.contiguous()
+    readable = (head_dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == head_dim)
+    return x if readable else x.contiguous()
 
 
-def dense(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor, copied unless it is contiguous."""
     return None if tensor is None else tensor.contiguous()
 

@@ -85,7 +85,7 @@ def _scan(inputs: Inputs, y: Tensor | None) -> tuple[Tensor, Tensor]:
             **plan.constants,
         )
 
-    with launching.current(x.device):
+    with launching.on_device(x.device):
         if not plan.whole:
             ends = alpha.new_empty(2, batch, plan.tiles, channels)
             launch(None, ends)
@@ -100,7 +100,7 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None) 
         return launching.gradients_of_nothing(dfinal, inputs)
     inputs = launching.kernel_inputs(inputs)
     x, alpha, decay, skip, initial_state, cu_seqlens, reverse = inputs
-    dy, dfinal = launching.strided(dy), dfinal.contiguous()
+    dy, dfinal = launching.contiguous_steps(dy), dfinal.contiguous()
     batch, length, heads, head_dim = x.shape
     if states is None:
         _, states = _scan(inputs, None)
@@ -146,7 +146,7 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None) 
         )
 
     carries = None
-    with launching.current(x.device):
+    with launching.on_device(x.device):
         if not plan.whole:
             ends = alpha.new_empty(2, batch, plan.tiles, channels)
             carries = torch.empty_like(states)

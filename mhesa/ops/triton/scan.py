@@ -74,7 +74,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
             **plan.constants,
         )
 
-    with launching.current(x.device):
+    with launching.on_device(x.device):
         if carries is not None:
             launch(None)
             _launch_chain(plan, carries, initial_state, decay, sequence_of, x)
@@ -87,7 +87,7 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
     if inputs.x.numel() == 0:
         return launching.gradients_of_nothing(dfinal, inputs)
     x, alpha, decay, skip, initial_state, cu_seqlens, reverse = launching.kernel_inputs(inputs)
-    dy, dfinal = launching.strided(dy), dfinal.contiguous()
+    dy, dfinal = launching.contiguous_steps(dy), dfinal.contiguous()
     batch, length, heads, head_dim = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     channels = heads * head_dim
@@ -123,7 +123,7 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
             **plan.constants,
         )
 
-    with launching.current(x.device):
+    with launching.on_device(x.device):
         if carries is not None:
             launch(None)
             _launch_chain(plan, carries, dfinal, decay, sequence_of, x)
