@@ -18,6 +18,7 @@ from commands import FORKED, set_variable
 
 from mhesa.ops import BACKENDS, exponential_smoothing
 from mhesa.ops.backends import Backend
+from mhesa.ops.registration import Inputs
 
 triton = pytest.importorskip("triton")
 
@@ -606,8 +607,9 @@ def compile_scan(processors, shape, dtype, **options):
         patch.setattr(launching, "processors", lambda device: processors)
         for recorder in recorders:
             patch.setattr(of, recorder.kernel.__name__, recorder)
-        module.forward(*operands.values(), False)
-        module.backward(inputs["dy"], inputs["dfinal"], *operands.values(), False, *states)
+        arguments = Inputs(*operands.values(), False)
+        module.forward(arguments)
+        module.backward(inputs["dy"], inputs["dfinal"], arguments, *states)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     found = []
     for recorder in recorders:

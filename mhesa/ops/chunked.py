@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhesa.ops.packing import per_sequence
+from mhesa.ops.plain import as_scan
 
 CHUNK = 64
 """Rows of a chunk at a fixed decay."""
@@ -26,39 +26,21 @@ STEPS = 16
 """Rows of a chunk with decays of every step."""
 
 
-@per_sequence
-def scan(
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+@as_scan
+def scan(x: Tensor, alpha: Tensor, decay: Tensor, initial_state: Tensor | None) -> Tensor:
     """See `mhesa.ops.exponential_smoothing`."""
     batch, _, heads, head_dim = x.shape
-    state = alpha.new_zeros(batch, heads, head_dim) if initial_state is None else initial_state
-    if x.numel() == 0:
-        return x.clone(), state.clone()
-    wide = x.to(alpha.dtype)
-    if reverse:
-        wide = wide.flip(1)
-        alpha, decay = (rate if rate.ndim == 1 else rate.flip(1) for rate in (alpha, decay))
+    state = x.new_zeros(batch, heads, head_dim) if initial_state is None else initial_state
     # Powers in fp32 would lose three digits by the end of a chunk. Apple's GPUs have no fp64.
     precise = decay if x.device.type == "mps" else decay.double()
-    if decay.ndim == 1:
-        weights = (
-            alpha[:, None, None]
-            if alpha.ndim == 1
-            else alpha.permute(2, 1, 0).repeat_interleave(head_dim, dim=2)
-        )
-        columns = weights * wide.permute(2, 1, 0, 3).flatten(2)
-        h = _smooth(columns, precise, state.permute(1, 0, 2).reshape(heads, 1, -1))
-        h = h.unflatten(2, (batch, head_dim)).permute(2, 1, 0, 3)
-    else:
-        h = _smooth_steps(alpha[..., None] * wide, precise[..., None], state)
-    y = h if skip is None else h + skip * wide
-    return (y.flip(1) if reverse else y).to(x.dtype), h[:, -1]
+    if decay.ndim == 3:
+        return _smooth_steps(alpha[..., None] * x, precise[..., None], state)
+    weights = (
+        alpha[:, None, None] if alpha.ndim == 1 else alpha.permute(2, 1, 0).repeat_interleave(head_dim, dim=2)
+    )
+    columns = weights * x.permute(2, 1, 0, 3).flatten(2)
+    h = _smooth(columns, precise, state.permute(1, 0, 2).reshape(heads, 1, -1))
+    return h.unflatten(2, (batch, head_dim)).permute(2, 1, 0, 3)
 
 
 def _smooth(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:

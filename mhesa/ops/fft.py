@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mhesa.ops.packing import per_sequence
+from mhesa.ops.plain import as_scan
 
 
 def conv1d_fft(x: Tensor, weights: Tensor, dim: int = -2, weight_dim: int = -1) -> Tensor:
@@ -63,26 +63,9 @@ def _fast_length(n: int) -> int:
     return best
 
 
-@per_sequence
-def scan(
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+@as_scan
+def scan(x: Tensor, alpha: Tensor, decay: Tensor, initial_state: Tensor | None) -> Tensor:
     """See `mhesa.ops.exponential_smoothing`."""
-    batch, length, heads, head_dim = x.shape
-    state = alpha.new_zeros(batch, heads, head_dim) if initial_state is None else initial_state
-    if x.numel() == 0:
-        return x.clone(), state.clone()
-    wide = x.to(alpha.dtype)
-    if reverse:
-        wide = wide.flip(1)
-    powers = decay ** torch.arange(length + 1, device=x.device)[:, None]
-    h = conv1d_fft(wide, (alpha * powers[:-1]).flip(0), dim=-3, weight_dim=-2)
-    if initial_state is not None:
-        h = h + powers[1:, :, None] * initial_state[:, None]
-    y = h if skip is None else h + skip * wide
-    return (y.flip(1) if reverse else y).to(x.dtype), h[:, -1]
+    powers = decay ** torch.arange(x.shape[1] + 1, device=x.device)[:, None]
+    h = conv1d_fft(x, (alpha * powers[:-1]).flip(0), dim=-3, weight_dim=-2)
+    return h if initial_state is None else h + powers[1:, :, None] * initial_state[:, None]

@@ -33,7 +33,7 @@ def gelu(x: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -
     tensor([0.0000, 1.6827])
     """
     tensors = [x] if gate is None else [x, gate]
-    if not (is_plain_eager(*tensors) and _served(tensors, backend)):
+    if not (is_plain_eager(*tensors) and _kernel_serves(tensors, backend)):
         return F.gelu(x) if gate is None else gate * F.gelu(x)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         y: Tensor = _apply(x, gate)
@@ -41,7 +41,7 @@ def gelu(x: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -
     return _forward(x, gate)
 
 
-def _served(tensors: list[Tensor], backend: str | None) -> bool:
+def _kernel_serves(tensors: list[Tensor], backend: str | None) -> bool:
     x = tensors[0]
     return (
         backend in (None, "numba")

@@ -17,7 +17,6 @@ again; only `EagerSmoothing` keeps them, elsewhere the backward pass computes th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,34 +31,49 @@ from torch.nn import Parameter
 from mhesa.ops.backends import Scan
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-ScanBackward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool], Gradients
-]
+"""`(dx, dalpha, ddecay, dskip, dinitial)`."""
+
+
+class Inputs(NamedTuple):
+    """The arguments of a scan, in the order of every backend."""
+
+    x: Tensor
+    alpha: Tensor
+    decay: Tensor
+    skip: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    reverse: bool
 
 
 class FixedKernels(NamedTuple):
     """The kernels of a backend for rates `(heads,)`."""
 
-    forward: Scan
-    """`(x, alpha, decay, skip, initial_state, cu_seqlens, reverse) -> (y, final_state)`."""
+    forward: Callable[[Inputs], tuple[Tensor, Tensor]]
+    """`inputs -> (y, final_state)`."""
 
-    backward: ScanBackward
-    """`(dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse) ->
-    (dx, dalpha, ddecay, dskip, dinitial)`; `dskip` is ignored where `skip` is `None`."""
+    backward: Callable[[Tensor, Tensor, Inputs], Gradients]
+    """`(dy, dfinal, inputs) -> gradients`; `dskip` is ignored where `skip` is `None`."""
 
 
 class StepKernels(NamedTuple):
     """The kernels of a backend for rates `(batch, length, heads)`."""
 
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """As for fixed rates, and it also returns states for `backward`, in a shape of its own."""
+    forward: Callable[[Inputs], tuple[Tensor, Tensor, Tensor]]
+    """As for fixed rates; also returns states for `backward`, in a shape of the backend's own."""
 
-    backward: Callable[..., Gradients]
-    """As for fixed rates, with one more argument: the states that `forward` returned, or `None`."""
+    backward: Callable[[Tensor, Tensor, Inputs, Tensor | None], Gradients]
+    """As for fixed rates; also takes the states that `forward` returned, or `None`."""
 
 
 # The kernels of each backend, by its name.
 _KERNELS: dict[str, tuple[FixedKernels, StepKernels]] = {}
+# The types of `Inputs`, and of two results, as custom operators declare them.
+_INPUTS = (
+    "Tensor x, Tensor alpha, Tensor decay, Tensor? skip, Tensor? initial_state, Tensor? cu_seqlens, "
+    "bool reverse"
+)
+_TWO = "Tensor, Tensor"
 
 
 def make_scan(name: str, fixed: FixedKernels, steps: StepKernels) -> Scan:
@@ -74,39 +88,27 @@ def make_scan(name: str, fixed: FixedKernels, steps: StepKernels) -> Scan:
         (y, final_state)`.
     """
 
-    def raw_forward(
-        x: Tensor,
-        alpha: Tensor,
-        decay: Tensor,
-        skip: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return _forward(name, x, alpha, decay, skip, initial_state, cu_seqlens, reverse)[:2]
+    def run_forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _forward(name, Inputs(*args))[:2]
 
-    def raw_backward(
-        dy: Tensor,
-        dfinal: Tensor,
-        x: Tensor,
-        alpha: Tensor,
-        decay: Tensor,
-        skip: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        dx, dalpha, ddecay, dskip, dinitial = _backward(
-            name, dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse
-        )
-        return dx, dalpha, ddecay, _no_skip(alpha) if skip is None else dskip, dinitial
+    def run_backward(dy: Tensor, dfinal: Tensor, *args: Any) -> Gradients:
+        inputs = Inputs(*args)
+        dx, dalpha, ddecay, dskip, dinitial = _backward(name, dy, dfinal, inputs)
+        return dx, dalpha, ddecay, _no_skip(inputs.alpha) if inputs.skip is None else dskip, dinitial
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         Smoothing.setup_context(ctx, (name, *inputs), output)
 
     _KERNELS[name] = fixed, steps
-    forward_op = custom_op(f"mhesa::{name}_forward", raw_forward, mutates_args=())
-    backward_op = custom_op(f"mhesa::{name}_backward", raw_backward, mutates_args=())
+    forward_op = custom_op(
+        f"mhesa::{name}_forward", run_forward, mutates_args=(), schema=f"({_INPUTS}) -> ({_TWO})"
+    )
+    backward_op = custom_op(
+        f"mhesa::{name}_backward",
+        run_backward,
+        mutates_args=(),
+        schema=f"(Tensor dy, Tensor dfinal, {_INPUTS}) -> ({_TWO}, {_TWO}, Tensor)",
+    )
     forward_op.register_fake(_fake_forward)
     backward_op.register_fake(_fake_backward)
     forward_op.register_autograd(
@@ -118,46 +120,29 @@ def make_scan(name: str, fixed: FixedKernels, steps: StepKernels) -> Scan:
     return partial(_smoothing, name)
 
 
-def _forward(
-    name: str,
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _forward(name: str, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(y, final_state, states)` by a backend's kernels; `states` is `None` at fixed rates."""
     fixed, steps = _KERNELS[name]
-    if alpha.ndim == decay.ndim == 1:
-        return *fixed.forward(x, alpha, decay, skip, initial_state, cu_seqlens, reverse), None
-    alpha, decay = alpha.expand(x.shape[:3]), decay.expand(x.shape[:3])
-    return steps.forward(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+    if inputs.alpha.ndim == inputs.decay.ndim == 1:
+        return *fixed.forward(inputs), None
+    return steps.forward(_at_every_step(inputs))
 
 
 def _backward(
-    name: str,
-    dy: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    states: Tensor | None = None,
+    name: str, dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None = None
 ) -> Gradients:
     """The gradients by a backend's kernels."""
     fixed, steps = _KERNELS[name]
-    if alpha.ndim == decay.ndim == 1:
-        return fixed.backward(dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
-    rates = alpha.expand(x.shape[:3]), decay.expand(x.shape[:3])
-    dx, dalpha, ddecay, dskip, dinitial = steps.backward(
-        dy, dfinal, x, *rates, skip, initial_state, cu_seqlens, reverse, states
-    )
-    return dx, _sum_steps(dalpha, alpha), _sum_steps(ddecay, decay), dskip, dinitial
+    if inputs.alpha.ndim == inputs.decay.ndim == 1:
+        return fixed.backward(dy, dfinal, inputs)
+    dx, dalpha, ddecay, dskip, dinitial = steps.backward(dy, dfinal, _at_every_step(inputs), states)
+    return dx, _sum_steps(dalpha, inputs.alpha), _sum_steps(ddecay, inputs.decay), dskip, dinitial
+
+
+def _at_every_step(inputs: Inputs) -> Inputs:
+    """Broadcast fixed rates to `(batch, length, heads)`."""
+    steps = inputs.x.shape[:3]
+    return inputs._replace(alpha=inputs.alpha.expand(steps), decay=inputs.decay.expand(steps))
 
 
 def _sum_steps(gradient: Tensor, rate: Tensor) -> Tensor:
@@ -172,12 +157,12 @@ def _sum_steps(gradient: Tensor, rate: Tensor) -> Tensor:
 
 
 class EagerSmoothing(Function):
-    """The scan by direct calls of the kernels, `(name, x, .., reverse) -> (y, final_state)`."""
+    """The scan by direct calls of the kernels, `(name, *inputs) -> (y, final_state)`."""
 
     @staticmethod
     def forward(ctx: Any, name: str, *args: Any) -> Any:
         """Call the kernel."""
-        y, final_state, states = _forward(name, *args)
+        y, final_state, states = _forward(name, Inputs(*args))
         ctx.name, *tensors, ctx.reverse = name, *args
         ctx.save_for_backward(*tensors, states)
         return y, final_state
@@ -187,28 +172,16 @@ class EagerSmoothing(Function):
         """Call the kernel, or the differentiable gradient if it is to be differentiated."""
         if torch.is_grad_enabled() or not is_plain_eager(dy, dfinal):
             return Smoothing.backward(ctx, dy, dfinal)
-        x, alpha, decay, skip, initial_state, cu_seqlens, states = ctx.saved_tensors
-        gradients = _backward(
-            ctx.name,
-            dy,
-            dfinal,
-            x,
-            alpha,
-            decay,
-            skip,
-            initial_state,
-            cu_seqlens,
-            ctx.reverse,
-            states,
-        )
-        return _for_inputs(gradients, x, alpha, decay, skip, initial_state)
+        *tensors, states = ctx.saved_tensors
+        inputs = Inputs(*[*tensors, ctx.reverse])
+        return _for_inputs(_backward(ctx.name, dy, dfinal, inputs, states), inputs)
 
 
 class Smoothing(Function):
-    """The scan, `(name, x, alpha, decay, skip, initial_state, cu_seqlens, reverse) -> (y, final_state)`."""
+    """The scan, `(name, *inputs) -> (y, final_state)`."""
 
     @staticmethod
-    def forward(
+    def forward(  # without `*args`: torch.compile counts the parameters
         name: str,
         x: Tensor,
         alpha: Tensor,
@@ -231,12 +204,8 @@ class Smoothing(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient, itself differentiable."""
-        x, alpha, decay, skip, initial_state, cu_seqlens = ctx.saved_tensors[:6]
-        gradients = _apply(
-            SmoothingGradient,
-            (ctx.name, dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, ctx.reverse),
-        )
-        return _for_inputs(gradients, x, alpha, decay, skip, initial_state)
+        inputs = Inputs(*[*ctx.saved_tensors[:6], ctx.reverse])
+        return _for_inputs(_apply(SmoothingGradient, (ctx.name, dy, dfinal, *inputs)), inputs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -246,7 +215,7 @@ class Smoothing(Function):
 
 
 class SmoothingGradient(Function):
-    """The gradient, `(name, dy, dfinal, x, .., reverse) -> (dx, dalpha, ddecay, dskip, dinitial)`."""
+    """The gradient, `(name, dy, dfinal, *inputs) -> (dx, dalpha, ddecay, dskip, dinitial)`."""
 
     @staticmethod
     def forward(
@@ -279,16 +248,12 @@ class SmoothingGradient(Function):
         def differentiable(*present: Tensor) -> Gradients:
             values = iter(present)
             args: list[Any] = [None if tensor is None else next(values) for tensor in tensors]
-            return _gradients(scan, *[*args, cu_seqlens, ctx.reverse])
+            dy, dfinal, *args = args
+            return _gradients(scan, dy, dfinal, Inputs(*[*args, cu_seqlens, ctx.reverse]))
 
         present = [tensor for tensor in tensors if tensor is not None]
         derivatives = iter(torch.func.vjp(differentiable, *present)[1](cotangents))
-        return (
-            None,
-            *(None if tensor is None else next(derivatives) for tensor in tensors),
-            None,
-            None,
-        )
+        return None, *(None if tensor is None else next(derivatives) for tensor in tensors), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -297,49 +262,14 @@ class SmoothingGradient(Function):
         return _unfold(info.batch_size, _apply(SmoothingGradient, folded), (1, 0, 0, 1, 1))
 
 
-class _Positional(inspect.Signature):
-    """The signature of a function that is always called with all its arguments, by position.
-
-    `apply` binds the arguments at every call; the full binding would double the time of a call.
-    """
-
-    class Bound(NamedTuple):
-        """The attributes that `apply` uses."""
-
-        args: tuple[Any, ...]
-        kwargs: dict[str, Any]
-
-        def apply_defaults(self) -> None:
-            """Do nothing: no argument is missing."""
-
-    def bind(self, *args: Any) -> Any:
-        """Return the arguments unchanged."""
-        return self.Bound(args, {})
-
-
-for _function in (Smoothing, SmoothingGradient):
-    _parameters = inspect.signature(_function.forward).parameters.values()
-    _function.forward.__signature__ = _Positional(list(_parameters))  # type: ignore[union-attr]
-
-
-def _smoothing(
-    name: str,
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """See `mhesa.ops.exponential_smoothing`."""
-    args = (x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+def _smoothing(name: str, *args: Any) -> tuple[Tensor, Tensor]:
+    """The scan of a backend, `(name, *inputs)`, by the shortest way through PyTorch."""
     tensors = [tensor for tensor in args[:6] if tensor is not None]
     if not is_plain_eager(*tensors):
         return _apply(Smoothing, (name, *args))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _apply(EagerSmoothing, (name, *args))
-    return _forward(name, *args)[:2]
+    return _forward(name, Inputs(*args))[:2]
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
@@ -354,49 +284,28 @@ def is_plain_eager(*tensors: Tensor) -> bool:
     )
 
 
-def _for_inputs(gradients: Gradients, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _for_inputs(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ...]:
     """Gradients for the arguments of a `Function`: `None` for the name, the offsets and absent tensors."""
-    present = (None if t is None else gradient for gradient, t in zip(gradients, tensors, strict=True))
-    return None, *present, None, None
+    pairs = zip(inputs[:5], gradients, strict=True)
+    return None, *(None if tensor is None else gradient for tensor, gradient in pairs), None, None
 
 
 def _apply(function: type[Function], args: tuple[Any, ...]) -> Any:
     return function.apply(*args)
 
 
-def _fake_forward(
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    x, alpha, *_, cu_seqlens, _ = args
     batch, _, heads, head_dim = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return x.new_empty(x.shape), alpha.new_empty(sequences, heads, head_dim)
 
 
-def _fake_backward(
-    dy: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> Gradients:
+def _fake_backward(dy: Tensor, dfinal: Tensor, *args: Any) -> Gradients:
+    x, alpha, decay, skip, *_ = args
     dskip = _no_skip(alpha) if skip is None else alpha.new_empty(skip.shape)
-    return (
-        x.new_empty(x.shape),
-        alpha.new_empty(alpha.shape),
-        decay.new_empty(decay.shape),
-        dskip,
-        alpha.new_empty(dfinal.shape),
-    )
+    dalpha, ddecay, dinitial = (alpha.new_empty(like.shape) for like in (alpha, decay, dfinal))
+    return x.new_empty(x.shape), dalpha, ddecay, dskip, dinitial
 
 
 def _no_skip(alpha: Tensor) -> Tensor:
@@ -404,19 +313,9 @@ def _no_skip(alpha: Tensor) -> Tensor:
     return alpha.new_empty(0)
 
 
-def _gradients(
-    scan: Scan,
-    dy: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> Gradients:
+def _gradients(scan: Scan, dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
     """The gradient written with the scan, for derivatives of higher order."""
+    x, alpha, decay, skip, initial_state, cu_seqlens, reverse = inputs
     wide, dwide = x.to(alpha.dtype), dy.to(alpha.dtype)
     h, _ = scan(wide, alpha, decay, None, initial_state, cu_seqlens, reverse)
     # The gradient that h[t] gets from later steps, decay * g[t+1], is a scan in the other direction.
@@ -449,12 +348,12 @@ def _before(h: Tensor, start: Tensor, cu_seqlens: Tensor | None, reverse: bool) 
 
 
 def _fold(
-    size: int, in_dims: Sequence[int | None], args: Sequence[Any], behind: Sequence[int]
+    size: int, in_dims: Sequence[int | None], args: Sequence[Any], trailing: Sequence[int]
 ) -> tuple[Any, ...]:
     """Turn a mapped dimension of `size` into more heads.
 
-    `args` is the backend's name, the tensors, `cu_seqlens` and `reverse`; `behind` says how many dimensions
-    each tensor has behind its heads.
+    `args` is the backend's name, the tensors, `cu_seqlens` and `reverse`; `trailing` says how many
+    dimensions each tensor has behind its heads.
     """
     _, *in_dims, offsets_dim, _ = in_dims
     name, *tensors, cu_seqlens, reverse = args
@@ -462,13 +361,13 @@ def _fold(
         raise ValueError("cu_seqlens cannot be mapped over: make one call per packing")
     folded = [
         None if tensor is None else _with_heads(tensor, dim, size, last)
-        for tensor, dim, last in zip(tensors, in_dims, behind, strict=True)
+        for tensor, dim, last in zip(tensors, in_dims, trailing, strict=True)
     ]
     return (name, *folded, cu_seqlens, reverse)
 
 
-def _with_heads(tensor: Tensor, dim: int | None, size: int, behind: int) -> Tensor:
-    at = tensor.ndim - (dim is not None) - 1 - behind
+def _with_heads(tensor: Tensor, dim: int | None, size: int, trailing: int) -> Tensor:
+    at = tensor.ndim - (dim is not None) - 1 - trailing
     if dim is None:
         tensor = tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
     else:
@@ -476,10 +375,10 @@ def _with_heads(tensor: Tensor, dim: int | None, size: int, behind: int) -> Tens
     return tensor.flatten(at, at + 1)
 
 
-def _unfold(size: int, outputs: Sequence[Tensor], behind: Sequence[int]) -> tuple[Any, Any]:
+def _unfold(size: int, outputs: Sequence[Tensor], trailing: Sequence[int]) -> tuple[Any, Any]:
     """The outputs with the mapped dimension split off the heads again, and its position in each."""
     # The gradient of an absent skip has one empty dimension.
-    heads_at = [max(output.ndim - 1 - last, 0) for output, last in zip(outputs, behind, strict=True)]
+    heads_at = [max(output.ndim - 1 - last, 0) for output, last in zip(outputs, trailing, strict=True)]
     split = tuple(
         output.unflatten(at, (size, output.shape[at] // size))
         for output, at in zip(outputs, heads_at, strict=True)

@@ -103,10 +103,10 @@ def exponential_smoothing(
     dtype = accumulation_dtype(x.dtype)
     y, final_state = scan(
         x,
-        _as(dtype, alpha),
-        _as(dtype, decay),
-        None if skip is None else _as(dtype, skip),
-        None if initial_state is None else _as(dtype, initial_state),
+        _cast(dtype, alpha),
+        _cast(dtype, decay),
+        None if skip is None else _cast(dtype, skip),
+        None if initial_state is None else _cast(dtype, initial_state),
         cu_seqlens,
         reverse,
     )
@@ -151,7 +151,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     """`tensor` in `dtype`. Comparing first is ten times faster than a conversion to the same type."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 

@@ -1,9 +1,11 @@
 """How the threads of a kernel share work: counters that all of them read and write."""
 
+# Numba finds the types of these functions when it compiles them.
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from llvmlite import ir
 
@@ -16,20 +18,20 @@ LINE = 8
 
 
 @intrinsic
-def fetch_add(context: Any, counter: Any) -> Any:
+def fetch_add(context, counter):
     """Add one to a counter of all threads and return what it held before."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
 
     return types.int64(counter), codegen
 
 
 @intrinsic
-def fence(context: Any) -> Any:
+def fence(context):
     """Make everything stored visible to other threads, non-temporal stores too."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         builder.fence("seq_cst")
         return context.get_dummy_value()
 
@@ -37,10 +39,10 @@ def fence(context: Any) -> Any:
 
 
 @intrinsic
-def signal(context: Any, counter: Any) -> Any:
+def signal(context, counter):
     """Add one to a counter; whoever waits for it then sees all that this thread has written."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "release")
         return context.get_dummy_value()
 
@@ -48,7 +50,7 @@ def signal(context: Any, counter: Any) -> Any:
 
 
 @jit
-def wait(counter, target):  # type: ignore[no-untyped-def]
+def wait(counter, target):
     """Wait until a counter has reached `target`."""
     spins = 0
     while _load(counter) < target:
@@ -58,21 +60,21 @@ def wait(counter, target):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _load(context: Any, counter: Any) -> Any:
+def _load(context, counter):
     """The value of a counter."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         return builder.load_atomic(args[0], "acquire", 8)
 
     return types.int64(counter), codegen
 
 
 @intrinsic
-def _yield_core(context: Any) -> Any:
+def _yield_core(context):
     """Let another thread run on this core: the one that is waited for may need it."""
     name = "sched_yield" if os.name == "posix" else "SwitchToThread"
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         kind = ir.FunctionType(ir.IntType(32), [])
         builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
         return context.get_dummy_value()

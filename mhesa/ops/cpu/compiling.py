@@ -46,6 +46,11 @@ def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     return extending.intrinsic(prefer_literal=True)(function)
 
 
+def literals(*constants: Any) -> bool:
+    """Whether the values of these arguments of an intrinsic are known; if not, numba asks again."""
+    return all(isinstance(constant, types.Literal) for constant in constants)
+
+
 def accumulation(stored: Any) -> Any:
     """The type that values stored as `stored` are summed in."""
     return {types.float64: types.float64, types.int8: types.int32}.get(stored, types.float32)
@@ -118,7 +123,7 @@ def _member_address(context: Any, builder: Any, pointer: StructPointer, address:
 @intrinsic
 def member(context: Any, pointer: Any, name: Any) -> Any:
     """A pointer to the field `name` of a struct."""
-    if not isinstance(name, types.StringLiteral):
+    if not literals(name):
         return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -152,7 +157,7 @@ def offset(context: Any, pointer: Any, index: Any) -> Any:
 @intrinsic
 def stack_array(context: Any, like: Any, count: Any) -> Any:
     """Memory on the stack for `count` values of the accumulation type of what `like` points to."""
-    if not isinstance(count, types.IntegerLiteral):
+    if not literals(count):
         return None
     wide = accumulation(like.dtype)
 

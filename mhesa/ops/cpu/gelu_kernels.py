@@ -6,7 +6,7 @@ With Phi the cumulative distribution of the normal distribution and phi its dens
 """
 
 # Numba finds the types of kernels when it compiles them.
-# mypy: allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mhesa.ops.cpu.arguments import STORED, struct
 from mhesa.ops.cpu.atomics import fence, fetch_add
-from mhesa.ops.cpu.compiling import compiled, exists, intrinsic, member, types
+from mhesa.ops.cpu.compiling import compiled, exists, intrinsic, literals, member, types
 from mhesa.ops.cpu.memory import empty_hugepages
 from mhesa.ops.cpu.sequences import MIN_PARALLEL, NONTEMPORAL_BYTES
 from mhesa.ops.cpu.simd import FLOAT, I32, Emitter, specialized
@@ -109,34 +109,22 @@ def _density(emit: Emitter, x: Any) -> Any:
 
 
 @intrinsic
-def gelu(context: Any, x: Any) -> Any:
+def gelu(context, x):
     """GELU of an fp32."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         return builder.fmul(args[0], _phi(Emitter(builder, types.float32, 1), args[0]))
 
     return types.float32(types.float32), codegen
 
 
 @intrinsic
-def _write_at(
-    context: Any,
-    x: Any,
-    gate: Any,
-    dy: Any,
-    out: Any,
-    dgate: Any,
-    index: Any,
-    gated: Any,
-    derivative: Any,
-    nontemporal: Any,
-    lanes: Any,
-) -> Any:
+def _write_at(context, x, gate, dy, out, dgate, index, gated, derivative, nontemporal, lanes):
     """Write `lanes` values of y, or of dx and dgate."""
-    if not isinstance(lanes, types.IntegerLiteral):
+    if not literals(lanes):
         return None
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         x_0, gate_0, dy_0, out_0, dgate_0, index, gated, derivative, nontemporal, _ = args
         emit = Emitter(builder, x.dtype, lanes.literal_value)
 

@@ -14,7 +14,7 @@ state gets from later rows, back through it:
 
 A task is a block of heads of a whole sequence; or, where the sequences cannot be shared out evenly among the
 threads, of a chunk. Then threads take turns at a sequence, in a relay: each moves the state on through its
-chunk, hands it to the next, and only then computes the chunk's results, from the state that it was handed.
+chunk, hands it to the next, and only then computes the chunk's results, from the state that it was entering.
 Both do the same arithmetic step by step, so results are the same bit for bit whatever the batch and the
 number of threads.
 """
@@ -28,17 +28,9 @@ from mhesa.ops.cpu.arguments import ACCUMULATION, INT64, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, fence, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import exists, jit, member, offset
 from mhesa.ops.cpu.rates_tiles import GROUP, advance_row, backward_row, carry_row, write_row
-from mhesa.ops.cpu.scan_tiles import prefetch
+from mhesa.ops.cpu.scan_tiles import copy, fill, prefetch
+from mhesa.ops.cpu.sequences import Chunk
 
-Chunk = struct(
-    "Chunk",
-    sequence="int64",
-    batch="int64",  # where its rows are: index in the batch,
-    begin="int64",  # first row,
-    end="int64",  # and the row after its last
-    earlier="int64",  # chunks of its sequence before it in the direction of the scan,
-    later="int64",  # and after it
-)
 Arguments = struct(
     "Arguments",
     next_task="int64",
@@ -49,7 +41,7 @@ Arguments = struct(
     relay="int64",
     order=INT64,  # in a relay, the chunks: the first of every sequence, then the second ..
     turns=INT64,  # in a relay, finished chunks of each sequence and block, `LINE` apart
-    buffer=ACCUMULATION,  # memory for each thread
+    buffer=ACCUMULATION,  # memory of each thread, `buffer_size` values: what enters a chunk, and states
     next_buffer="int64",
     buffer_size="int64",
     x=STORED,
@@ -85,147 +77,144 @@ Arguments = struct(
 
 
 @jit
-def _fill(to, value, n):
-    for i in range(n):
-        to[i] = value
-
-
-@jit
-def _copy(to, source, n):
-    for i in range(n):
-        to[i] = source[i]
-
-
-@jit
-def _first_head(block, blocks, heads, head_dim):
+def _first_head(args, block):
     """Where a block of heads begins: between two tiles of several heads, which results must not depend on."""
+    head_dim = args.head_dim
     together = GROUP // head_dim if head_dim in (8, 16, 32) and head_dim <= GROUP else 1
-    tiles = (heads + together - 1) // together
-    return min(block * tiles // blocks * together, heads)
+    tiles = (args.heads + together - 1) // together
+    return min(block * tiles // args.blocks * together, args.heads)
+
+
+@jit
+def _task(args, task):
+    """A task's block and its first head, the first head of the next block; its first chunk, and the next."""
+    index, block = task // args.blocks, task % args.blocks
+    head, next_head = _first_head(args, block), _first_head(args, block + 1)
+    if args.relay:
+        return block, head, next_head, args.order[index], args.order[index] + 1
+    return block, head, next_head, args.first_chunk[index], args.first_chunk[index + 1]
+
+
+@jit
+def _first_row(args, chunk, head):
+    """Where the row is with which a chunk begins: in x, alpha, decay, out, and the gradients of rates."""
+    t, channels = chunk.end - 1 if args.reverse else chunk.begin, args.heads * args.head_dim
+    row = chunk.batch * args.length + t
+    x = offset(args.x, chunk.batch * args.x_batch + t * args.x_row + head * args.x_head)
+    alpha = offset(args.alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head)
+    decay = offset(args.decay, chunk.batch * args.decay_batch + t * args.decay_row + head)
+    return x, alpha, decay, offset(args.out, row * channels + head * args.head_dim), row * args.heads + head
 
 
 def forward(args):
     """Scan one task after another, until none is left."""
-    heads, head_dim, blocks, relay = args.heads, args.head_dim, args.blocks, args.relay
+    heads, head_dim, relay, writes = args.heads, args.head_dim, args.relay, exists(args.out)
     channels, sign = heads * head_dim, -1 if args.reverse else 1
-    x, out, alpha, decay = args.x, args.out, args.alpha, args.decay
     skips, nontemporal = exists(args.skip), args.nontemporal != 0
-    x_head, x_step, out_step = args.x_head, sign * args.x_row, sign * channels
+    x_gap, x_step, out_step = args.x_head - head_dim, sign * args.x_row, sign * channels
     alpha_step, decay_step = sign * args.alpha_row, sign * args.decay_row
-    handed = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
+    entering = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
     while True:
         task = fetch_add(member(args, "next_task"))
-        if task >= args.tasks * blocks:
+        if task >= args.tasks * args.blocks:
             break
-        index, block = task // blocks, task % blocks
-        head = _first_head(block, blocks, heads, head_dim)
-        n, start = _first_head(block + 1, blocks, heads, head_dim) - head, head * head_dim
+        block, head, next_head, low, high = _task(args, task)
+        n, start = next_head - head, head * head_dim
         width, skip = n * head_dim, offset(args.skip, start)
-        low = args.order[index] if relay else args.first_chunk[index]
-        high = low + 1 if relay else args.first_chunk[index + 1]
         for i in range(low, high):
             chunk = offset(args.chunks, i)
-            rows, t = chunk.end - chunk.begin, chunk.end - 1 if args.reverse else chunk.begin
-            x_t = offset(x, chunk.batch * args.x_batch + t * args.x_row + head * x_head)
-            out_t = offset(out, (chunk.batch * args.length + t) * channels + start)
-            alpha_t = offset(alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head)
-            decay_t = offset(decay, chunk.batch * args.decay_batch + t * args.decay_row + head)
-            turns = offset(args.turns, (chunk.sequence * blocks + block) * LINE)
+            rows = chunk.end - chunk.begin
+            x, alpha, decay, out, _ = _first_row(args, chunk, head)
+            turns = offset(args.turns, (chunk.sequence * args.blocks + block) * LINE)
             state = offset(args.final, chunk.sequence * channels + start)
             if relay:
-                prefetch(x_t, x_step, rows, width)
+                prefetch(x, x_step, rows, width)
                 wait(turns, chunk.earlier)
             if chunk.earlier == 0:
                 if exists(args.initial):
-                    _copy(state, offset(args.initial, chunk.sequence * channels + start), width)
+                    copy(state, offset(args.initial, chunk.sequence * channels + start), width)
                 else:
-                    _fill(state, 0, width)
-            _copy(offset(args.states, i * channels + start), state, width)
-            if relay or not exists(out):
-                _copy(handed, state, width)
+                    fill(state, 0, width)
+            copy(offset(args.states, i * channels + start), state, width)
+            if relay or not writes:
+                copy(entering, state, width)
                 for row in range(rows):
-                    advance_row(
-                        offset(x_t, row * x_step), x_head, offset(alpha_t, row * alpha_step),
-                        offset(decay_t, row * decay_step), state, state, n, head_dim,
-                    )  # fmt: skip
-                state = handed
+                    a, d = offset(alpha, row * alpha_step), offset(decay, row * decay_step)
+                    advance_row(x_gap == 0, n, head_dim, (offset(x, row * x_step), x_gap, a, d, state, state))
+                state = entering
             if relay:
                 signal(turns)
-            if exists(out):
+            if writes:
                 for row in range(rows):
-                    write_row(
-                        offset(x_t, row * x_step), x_head, offset(alpha_t, row * alpha_step),
-                        offset(decay_t, row * decay_step), state, state,
-                        offset(out_t, row * out_step), skip, skips, nontemporal, n, head_dim,
-                    )  # fmt: skip
+                    x_t, out_t = offset(x, row * x_step), offset(out, row * out_step)
+                    a, d = offset(alpha, row * alpha_step), offset(decay, row * decay_step)
+                    tile = (x_t, x_gap, a, d, state, out_t, skip, skips, nontemporal)
+                    write_row(x_gap == 0, n, head_dim, tile)
     fence()
 
 
 def backward(args):
     """Carry the gradients back through one task after another, until none is left."""
-    heads, head_dim, blocks, relay = args.heads, args.head_dim, args.blocks, args.relay
+    heads, head_dim, relay = args.heads, args.head_dim, args.relay
     channels, sign = heads * head_dim, -1 if args.reverse else 1
-    x, dy, out, alpha, decay = args.x, args.dy, args.out, args.alpha, args.decay
     skips, nontemporal = exists(args.skip), args.nontemporal != 0
-    x_head, dy_head = args.x_head, args.dy_head
+    x_gap, dy_gap = args.x_head - head_dim, args.dy_head - head_dim
     x_step, dy_step, out_step = sign * args.x_row, sign * args.dy_row, sign * channels
     alpha_step, decay_step, rate_step = sign * args.alpha_row, sign * args.decay_row, sign * heads
-    handed = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
-    before = offset(handed, channels)
+    entering = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
+    before = offset(entering, channels)
     while True:
-        task = fetch_add(member(args, "next_task"))
-        if task >= args.tasks * blocks:
+        task = args.tasks * args.blocks - 1 - fetch_add(member(args, "next_task"))
+        if task < 0:
             break
-        index, block = task // blocks, task % blocks
-        head = _first_head(block, blocks, heads, head_dim)
-        n, start = _first_head(block + 1, blocks, heads, head_dim) - head, head * head_dim
+        block, head, next_head, low, high = _task(args, task)
+        n, start = next_head - head, head * head_dim
         width, skip = n * head_dim, offset(args.skip, start)
-        low = args.order[args.tasks - 1 - index] if relay else args.first_chunk[index]
-        high = low + 1 if relay else args.first_chunk[index + 1]
         for i in range(high - 1, low - 1, -1):
             chunk = offset(args.chunks, i)
             rows, t = chunk.end - chunk.begin, chunk.end - 1 if args.reverse else chunk.begin
-            x_t = offset(x, chunk.batch * args.x_batch + t * args.x_row + head * x_head)
-            dy_t = offset(dy, chunk.batch * args.dy_batch + t * args.dy_row + head * dy_head)
-            out_t = offset(out, (chunk.batch * args.length + t) * channels + start)
-            alpha_t = offset(alpha, chunk.batch * args.alpha_batch + t * args.alpha_row + head)
-            decay_t = offset(decay, chunk.batch * args.decay_batch + t * args.decay_row + head)
-            rate_t = (chunk.batch * args.length + t) * heads + head
-            dalpha_t, ddecay_t = offset(args.dalpha, rate_t), offset(args.ddecay, rate_t)
-            turns = offset(args.turns, (chunk.sequence * blocks + block) * LINE)
+            x, alpha, decay, out, rate = _first_row(args, chunk, head)
+            dy = offset(args.dy, chunk.batch * args.dy_batch + t * args.dy_row + head * args.dy_head)
+            dalpha, ddecay = offset(args.dalpha, rate), offset(args.ddecay, rate)
+            turns = offset(args.turns, (chunk.sequence * args.blocks + block) * LINE)
             p = offset(args.dinitial, chunk.sequence * channels + start)
-            _copy(before, offset(args.states, i * channels + start), width)
+            copy(before, offset(args.states, i * channels + start), width)
             for row in range(rows):
-                prefetch(offset(dy_t, row * dy_step), 0, 1, width)
+                prefetch(offset(dy, row * dy_step), 0, 1, width)
                 if row + 1 < rows:
-                    advance_row(
-                        offset(x_t, row * x_step), x_head, offset(alpha_t, row * alpha_step),
-                        offset(decay_t, row * decay_step), offset(before, row * width),
-                        offset(before, (row + 1) * width), n, head_dim,
-                    )  # fmt: skip
+                    a, d = offset(alpha, row * alpha_step), offset(decay, row * decay_step)
+                    h, after = offset(before, row * width), offset(before, (row + 1) * width)
+                    advance_row(x_gap == 0, n, head_dim, (offset(x, row * x_step), x_gap, a, d, h, after))
             if relay:
                 wait(turns, chunk.later)
             if chunk.later == 0:
-                _copy(p, offset(args.dfinal, chunk.sequence * channels + start), width)
+                copy(p, offset(args.dfinal, chunk.sequence * channels + start), width)
             if relay:
-                _copy(handed, p, width)
+                copy(entering, p, width)
                 for row in range(rows - 1, -1, -1):
-                    carry_row(
-                        offset(dy_t, row * dy_step), dy_head, offset(decay_t, row * decay_step),
-                        p, n, head_dim,
-                    )  # fmt: skip
-                p = handed
+                    dy_t, d = offset(dy, row * dy_step), offset(decay, row * decay_step)
+                    carry_row(dy_gap == 0, n, head_dim, (dy_t, dy_gap, d, p))
+                p = entering
                 signal(turns)
             dskip = offset(args.dskip, i * channels + start)
             if skips:
-                _fill(dskip, 0, width)
+                fill(dskip, 0, width)
             for row in range(rows - 1, -1, -1):
-                backward_row(
-                    offset(x_t, row * x_step), x_head, offset(dy_t, row * dy_step), dy_head,
-                    offset(alpha_t, row * alpha_step),
-                    offset(decay_t, row * decay_step),
-                    offset(before, row * width), p, offset(out_t, row * out_step), skip, dskip,
-                    offset(dalpha_t, row * rate_step), offset(ddecay_t, row * rate_step),
-                    skips, nontemporal, n, head_dim,
+                x_t, dy_t, out_t = (
+                    offset(x, row * x_step),
+                    offset(dy, row * dy_step),
+                    offset(out, row * out_step),
+                )
+                a, d, h = (
+                    offset(alpha, row * alpha_step),
+                    offset(decay, row * decay_step),
+                    offset(before, row * width),
+                )
+                da, dd = offset(dalpha, row * rate_step), offset(ddecay, row * rate_step)
+                fill(da, 0, n)
+                fill(dd, 0, n)
+                tile = (
+                    x_t, x_gap, dy_t, dy_gap, a, d, h, p, out_t, skip, dskip, da, dd, skips, nontemporal
                 )  # fmt: skip
+                backward_row(x_gap == 0 and dy_gap == 0, n, head_dim, tile)
     fence()

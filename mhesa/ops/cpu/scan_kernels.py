@@ -49,32 +49,24 @@ from mhesa.ops.cpu.scan_tiles import (
     backward_ends_rows,
     backward_row,
     backward_rows,
+    copy,
     ends_row,
     ends_rows,
+    fill,
     forward_row,
     forward_rows,
     prefetch,
 )
+from mhesa.ops.cpu.sequences import Chunk
 
 # Rows after which sums in the accumulation type are added to those in fp64.
 ROWS_PER_SUM = 256
-# Rows of fewer channels are scanned in spans,
+# Long sequences with rows of fewer channels are scanned in spans.
 NARROW = 64
-# this many at a time: enough to hide the latency of an addition, and few enough for `WIDTH`.
+# Spans of a chunk: enough to hide the latency of an addition; `SPANS * NARROW` channels fit into `WIDTH`.
 SPANS = 8
 SMALLEST_NORMAL = 2.0**-1022
 
-Chunk = struct(
-    "Chunk",
-    sequence="int64",
-    batch="int64",  # where its rows are in x: index in the batch,
-    begin="int64",  # first row,
-    end="int64",  # and the row after its last
-    slot="int64",  # the first of its `SPANS` carries; -1: it is not cut into spans
-    turn="int64",  # in a relay, its index within its sequence in the direction of the scan
-    first="int64",  # whether it is the first of its sequence in that direction,
-    last="int64",  # and the last
-)
 Arguments = struct(
     "Arguments",
     next_task="int64",
@@ -115,18 +107,6 @@ Arguments = struct(
 
 
 @jit
-def _fill(to, value, n):
-    for i in range(n):
-        to[i] = value
-
-
-@jit
-def _copy(to, source, n):
-    for i in range(n):
-        to[i] = source[i]
-
-
-@jit
 def _load_rates(args, row, start, n):
     """Fill the constant rows of scratch memory for `n` channels from `start` on, once for every span."""
     for span in range(SPANS if exists(args.carries) else 1):
@@ -134,10 +114,10 @@ def _load_rates(args, row, start, n):
         while i < n:
             head, at = (start + i) // args.head_dim, span * n + i
             same = min((head + 1) * args.head_dim - start, n) - i
-            _fill(offset(row, ROW_ALPHA + at), args.alpha[head], same)
-            _fill(offset(row, ROW_DECAY + at), args.decay[head], same)
+            fill(offset(row, ROW_ALPHA + at), args.alpha[head], same)
+            fill(offset(row, ROW_DECAY + at), args.decay[head], same)
             if exists(args.skip):
-                _copy(offset(row, ROW_SKIP + at), offset(args.skip, start + i), same)
+                copy(offset(row, ROW_SKIP + at), offset(args.skip, start + i), same)
             i += same
 
 
@@ -145,9 +125,9 @@ def _load_rates(args, row, start, n):
 def _load_state(row, states, at, n):
     """Begin with the state at `at`, or with zeros where there are no states."""
     if exists(states):
-        _copy(offset(row, ROW_P), offset(states, at), n)
+        copy(offset(row, ROW_P), offset(states, at), n)
     else:
-        _fill(offset(row, ROW_P), 0, n)
+        fill(offset(row, ROW_P), 0, n)
 
 
 @jit
@@ -182,7 +162,7 @@ def forward(args):
                 state = chunk.sequence * channels + start
                 spans = 1 if chunk.slot < 0 else SPANS
                 if chunk.slot >= 0:
-                    _copy(offset(row, ROW_P), offset(args.carries, chunk.slot * channels), spans * n)
+                    copy(offset(row, ROW_P), offset(args.carries, chunk.slot * channels), spans * n)
                 else:
                     _load_state(row, args.initial, state, n)
                 rows, longer = (chunk.end - chunk.begin) // spans, (chunk.end - chunk.begin) % spans
@@ -209,9 +189,9 @@ def forward(args):
                                 forward_row(x_step, count, tile)
                             i += count
                     step += stride
-                if chunk.last:
+                if chunk.later == 0:
                     last = 0 if args.reverse else (spans - 1) * n
-                    _copy(offset(final, state), offset(row, ROW_P + last), n)
+                    copy(offset(final, state), offset(row, ROW_P + last), n)
     fence()
 
 
@@ -243,12 +223,12 @@ def relay(args):
         out_0 = offset(out, (chunk.batch * args.length + t) * channels + start)
         turns = offset(args.turns, (chunk.sequence * args.blocks + block) * LINE)
         prefetch(x_0, x_step, rows, n)
-        wait(turns, chunk.turn)
-        if chunk.first:
+        wait(turns, chunk.earlier)
+        if chunk.earlier == 0:
             _load_state(row, args.initial, state, n)
         else:
-            _copy(offset(row, ROW_P), offset(final, state), n)
-        _copy(offset(row, ROW_R), offset(row, ROW_P), n)
+            copy(offset(row, ROW_P), offset(final, state), n)
+        copy(offset(row, ROW_R), offset(row, ROW_P), n)
         step = 0
         while step < rows:
             stride = ROWS if rows - step >= ROWS else 1
@@ -258,8 +238,8 @@ def relay(args):
             else:
                 ends_row(x_step, n, tile)
             step += stride
-        _copy(offset(final, state), offset(row, ROW_P), n)
-        _copy(offset(row, ROW_P), offset(row, ROW_R), n)
+        copy(offset(final, state), offset(row, ROW_P), n)
+        copy(offset(row, ROW_P), offset(row, ROW_R), n)
         signal(turns)
         for step in range(rows):
             x_t, out_t = offset(x_0, step * x_step), offset(out_0, step * out_step)
@@ -282,8 +262,8 @@ def ends(args):
         chunk = offset(args.chunks, index)
         if chunk.slot < 0:
             continue
-        _fill(offset(row, ROW_P), 0, SPANS * n)
-        _fill(offset(row, ROW_R), 0, SPANS * n)
+        fill(offset(row, ROW_P), 0, SPANS * n)
+        fill(offset(row, ROW_R), 0, SPANS * n)
         rows, longer = (chunk.end - chunk.begin) // SPANS, (chunk.end - chunk.begin) % SPANS
         steps, step = rows + (1 if longer else 0), 0
         while step < steps:
@@ -300,9 +280,9 @@ def ends(args):
                 else:
                     ends_row(row_step, n, tile)
             step += stride
-        _copy(offset(args.carries, chunk.slot * n), offset(row, ROW_P), SPANS * n)
+        copy(offset(args.carries, chunk.slot * n), offset(row, ROW_P), SPANS * n)
         if backward:
-            _copy(offset(args.slopes, chunk.slot * n), offset(row, ROW_R), SPANS * n)
+            copy(offset(args.slopes, chunk.slot * n), offset(row, ROW_R), SPANS * n)
 
 
 @jit
@@ -325,7 +305,7 @@ def chain(args):
             chunk = offset(args.chunks, args.chunk_count - 1 - index if args.reverse else index)
             if chunk.slot < 0:
                 continue
-            if chunk.first:
+            if chunk.earlier == 0:
                 state, slope_state = 0.0, 0.0
                 if exists(args.entering):
                     state = np.float64(args.entering[chunk.sequence * channels + channel])
@@ -351,7 +331,7 @@ def _move_sums(total, sums, n):
     """Add sums to those in fp64, and set them to zero."""
     for i in range(n):
         total[i] += sums[i]
-    _fill(sums, 0, n)
+    fill(sums, 0, n)
 
 
 @jit
@@ -386,13 +366,13 @@ def backward(args):
                 state = chunk.sequence * channels + start
                 spans = 1 if chunk.slot < 0 else SPANS
                 if chunk.slot >= 0:
-                    _copy(offset(row, ROW_P), offset(args.carries, chunk.slot * channels), spans * n)
-                    _copy(offset(row, ROW_R), offset(args.slopes, chunk.slot * channels), spans * n)
+                    copy(offset(row, ROW_P), offset(args.carries, chunk.slot * channels), spans * n)
+                    copy(offset(row, ROW_R), offset(args.slopes, chunk.slot * channels), spans * n)
                 else:
-                    _copy(offset(row, ROW_P), offset(args.dfinal, state), n)
-                    _fill(offset(row, ROW_R), 0, n)
+                    copy(offset(row, ROW_P), offset(args.dfinal, state), n)
+                    fill(offset(row, ROW_R), 0, n)
                 for sums in (ROW_DALPHA, ROW_DDECAY, ROW_DSKIP):
-                    _fill(offset(row, sums), 0, spans * n)
+                    fill(offset(row, sums), 0, spans * n)
                 rows, longer = (chunk.end - chunk.begin) // spans, (chunk.end - chunk.begin) % spans
                 steps, step = rows + (1 if longer else 0), 0
                 while step < steps:
@@ -423,9 +403,9 @@ def backward(args):
                             _move_sums(total, offset(row, ROW_DALPHA + span * n), n)
                             _move_sums(offset(total, channels), offset(row, ROW_DDECAY + span * n), n)
                             _move_sums(offset(total, 2 * channels), offset(row, ROW_DSKIP + span * n), n)
-                if chunk.last:
+                if chunk.later == 0:
                     last = 0 if args.reverse else (spans - 1) * n
-                    _copy(offset(args.dinitial, state), offset(row, ROW_P + last), n)
+                    copy(offset(args.dinitial, state), offset(row, ROW_P + last), n)
                     if exists(args.initial):
                         r = offset(row, ROW_R + last)
                         _add_products(offset(total, 3 * channels), offset(args.initial, state), r, n)

@@ -9,9 +9,7 @@ task's scratch memory, one row of `STRIDE` for each of the values that a channel
 
 from __future__ import annotations
 
-from typing import Any
-
-from mhesa.ops.cpu.compiling import intrinsic, jit, offset, types
+from mhesa.ops.cpu.compiling import intrinsic, jit, literals, offset, types
 from mhesa.ops.cpu.simd import I64, REGISTER, Emitter, specialized
 
 # Channels whose state a task holds at a time: eight rows of fp32 fill half of a 32 KB cache.
@@ -28,24 +26,12 @@ SCRATCH = 8 * STRIDE
 
 
 @intrinsic
-def _forward_tile(
-    context: Any,
-    x: Any,
-    x_step: Any,
-    out: Any,
-    out_step: Any,
-    scratch: Any,
-    skips: Any,
-    nontemporal: Any,
-    writes: Any,
-    lanes: Any,
-    rows: Any,
-) -> Any:
+def _forward_tile(context, x, x_step, out, out_step, scratch, skips, nontemporal, writes, lanes, rows):
     """Scan `lanes` channels over `rows` rows; store results only if `writes`."""
-    if not all(isinstance(constant, types.IntegerLiteral) for constant in (writes, lanes, rows)):
+    if not literals(writes, lanes, rows):
         return None
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         x_0, x_step, out_0, out_step, row, skips, nontemporal, *_ = args
 
         def scan(skips: bool, nontemporal: bool) -> None:
@@ -68,25 +54,12 @@ def _forward_tile(
 
 
 @intrinsic
-def _backward_tile(
-    context: Any,
-    x: Any,
-    x_step: Any,
-    dy: Any,
-    dy_step: Any,
-    out: Any,
-    out_step: Any,
-    scratch: Any,
-    skips: Any,
-    nontemporal: Any,
-    lanes: Any,
-    rows: Any,
-) -> Any:
+def _backward_tile(context, x, x_step, dy, dy_step, out, out_step, scratch, skips, nontemporal, lanes, rows):
     """Carry the gradients of `lanes` channels back over `rows` rows."""
-    if not (isinstance(lanes, types.IntegerLiteral) and isinstance(rows, types.IntegerLiteral)):
+    if not literals(lanes, rows):
         return None
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         x_0, x_step, dy_0, dy_step, out_0, out_step, row, skips, nontemporal, *_ = args
         carries = (ROW_P, ROW_R, ROW_DALPHA, ROW_DDECAY, ROW_DSKIP)
         # The carries of this many channels fit into registers.
@@ -126,12 +99,12 @@ def _backward_tile(
 
 
 @intrinsic
-def _backward_ends_tile(context: Any, dy: Any, dy_step: Any, scratch: Any, lanes: Any, rows: Any) -> Any:
+def _backward_ends_tile(context, dy, dy_step, scratch, lanes, rows):
     """Carry `p` and `r` of `lanes` channels back over `rows` rows, without results."""
-    if not (isinstance(lanes, types.IntegerLiteral) and isinstance(rows, types.IntegerLiteral)):
+    if not literals(lanes, rows):
         return None
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         dy_0, dy_step, row, *_ = args
         emit = Emitter(builder, dy.dtype, lanes.literal_value)
         d, p, r = (emit.load(row, I64(place)) for place in (ROW_DECAY, ROW_P, ROW_R))
@@ -219,8 +192,8 @@ backward_ends_row, backward_ends_rows = _walk(_backward_ends, 1), _walk(_backwar
 
 
 @intrinsic
-def _prefetch_line(context: Any, x: Any, index: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+def _prefetch_line(context, x, index):
+    def codegen(context, builder, signature, args):
         Emitter(builder, x.dtype, 1).prefetch(args[0], args[1], locality=2)
         return context.get_dummy_value()
 
@@ -228,8 +201,8 @@ def _prefetch_line(context: Any, x: Any, index: Any) -> Any:
 
 
 @intrinsic
-def _values_per_line(context: Any, x: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+def _values_per_line(context, x):
+    def codegen(context, builder, signature, args):
         return I64(64 // Emitter(builder, x.dtype, 1).bytes)
 
     return types.int64(x), codegen
@@ -242,3 +215,17 @@ def prefetch(x, x_step, rows, n):
         for i in range(0, n, _values_per_line(x)):
             _prefetch_line(x, i)
         x = offset(x, x_step)
+
+
+@jit
+def fill(to, value, n):
+    """Set `n` values."""
+    for i in range(n):
+        to[i] = value
+
+
+@jit
+def copy(to, source, n):
+    """Copy `n` values."""
+    for i in range(n):
+        to[i] = source[i]

@@ -1,4 +1,4 @@
-"""What both scans on CPU know of their inputs: where sequences lie, and which layouts kernels read."""
+"""What both scans on CPU share: where sequences lie, how they are cut, and the arguments of their kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mhesa.ops.cpu.arguments import Struct, struct
+from mhesa.ops.cpu.threads import available
+from mhesa.ops.registration import Inputs
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A block of channels has at least this many: shorter pieces of rows are read slowly.
 MIN_BLOCK = 32
@@ -19,10 +23,22 @@ MIN_PARALLEL = 1 << 14
 # Above this many bytes read and written, use non-temporal stores: lines that are about to be overwritten are
 # not read first. Operators that read the result next were never slower for it.
 NONTEMPORAL_BYTES = 1 << 23
-# Threads that one relay keeps busy: the state, which one thread has at a time, is a third of the work.
+# Threads that a relay keeps busy: moving the state, which one thread does at a time, is a third of the work.
 RELAY_THREADS = 3
 
 Integers = npt.NDArray[np.int64]
+Structs = npt.NDArray[np.void]
+
+Chunk = struct(
+    "Chunk",
+    sequence="int64",
+    batch="int64",  # where its rows are: index in the batch,
+    begin="int64",  # first row,
+    end="int64",  # and the row after its last
+    earlier="int64",  # chunks of its sequence before it in the direction of the scan,
+    later="int64",  # and after it
+    slot="int64",  # at fixed rates, the first of its carries, one a span; -1: it is not cut into spans
+)
 
 
 class Sequences:
@@ -32,11 +48,11 @@ class Sequences:
         self.batch, self.begin, self.end = batch, begin, end
         self._cuts: dict[tuple[Any, ...], Any] = {}
 
-    def cut(self, into: Callable[..., Any], *how: object) -> Any:
-        """What `into(self, *how)` returns, computed once."""
-        if (into, how) not in self._cuts:
-            self._cuts[into, how] = into(self, *how)
-        return self._cuts[into, how]
+    def cut(self, cutter: Callable[..., Any], *options: object) -> Any:
+        """The result of `cutter(self, *options)`, computed once."""
+        if (cutter, options) not in self._cuts:
+            self._cuts[cutter, options] = cutter(self, *options)
+        return self._cuts[cutter, options]
 
 
 def find_sequences(batch: int, length: int, cu_seqlens: Tensor | None) -> Sequences:
@@ -62,17 +78,92 @@ def _packed(cu_seqlens: bytes, length: int) -> Sequences:
     return Sequences(np.zeros(len(offsets) - 1, dtype=np.int64), offsets[:-1], offsets[1:])
 
 
-def count_pieces(counts: Integers) -> tuple[Integers, Integers]:
-    """For `counts` pieces of each sequence, in order: whose piece it is, and its index within that."""
+def number_pieces(counts: Integers) -> tuple[Integers, Integers]:
+    """The sequence of each piece, in order, and its index within the sequence, which has `counts` pieces."""
     sequence = np.repeat(np.arange(len(counts)), counts)
     return sequence, np.arange(len(sequence)) - np.repeat(counts.cumsum() - counts, counts)
 
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """Raise `ValueError` unless kernels exist for values of `dtype`."""
-    if dtype not in DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise ValueError(f"backend 'numba' takes {names}, not {str(dtype).removeprefix('torch.')}")
+def cut_rows(sequences: Sequences, rows: int, reverse: bool) -> Structs:
+    """Cut sequences into chunks of `rows` rows, the first of each where the scan begins."""
+    pieces = np.maximum(-(-(sequences.end - sequences.begin) // rows), 1)
+    sequence, piece = number_pieces(pieces)
+    begin, end = sequences.begin[sequence], sequences.end[sequence]
+    return chunk_structs(
+        sequence=sequence,
+        batch=sequences.batch[sequence],
+        begin=np.maximum(end - (piece + 1) * rows, begin) if reverse else begin + piece * rows,
+        end=end - piece * rows if reverse else np.minimum(begin + (piece + 1) * rows, end),
+        earlier=piece,
+        later=pieces[sequence] - 1 - piece,
+    )
+
+
+def chunk_structs(**fields: Integers) -> Structs:
+    """`Chunk` structs with these fields."""
+    table = np.zeros(len(fields["sequence"]), dtype=Chunk)
+    for name, values in fields.items():
+        table[name] = values
+    return table
+
+
+def relay_order(chunks: Structs) -> Integers:
+    """The first chunk of every sequence, then the second of every sequence, and so on."""
+    return np.lexsort((chunks["sequence"], chunks["earlier"]))
+
+
+class Call:
+    """The arguments of the kernels for one scan, and the tensors that have to live until it is done.
+
+    Args:
+        arguments: the declaration of the kernels' arguments; those that all scans have are filled in.
+        inputs: those of the scan.
+        reverse: whether the kernels begin with the last row.
+    """
+
+    def __init__(self, arguments: type[Struct], inputs: Inputs, reverse: bool) -> None:
+        x = inputs.x
+        if x.dtype not in DTYPES:
+            names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+            raise ValueError(f"backend 'numba' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
+        batch, length, self.heads, self.head_dim = x.shape
+        self.channels, self.bytes, self.stored = self.heads * self.head_dim, x.nbytes, x.dtype
+        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.threads = 1 if x.numel() < MIN_PARALLEL else available()
+        self.sequences = find_sequences(batch, length, inputs.cu_seqlens)
+        self.states = (len(self.sequences.batch), self.heads, self.head_dim)
+        self.kept: list[Tensor] = []
+        self.args: Any = arguments(
+            length=length,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            reverse=reverse,
+            skip=self.parameter(inputs.skip),
+        )
+
+    def keep(self, tensor: Tensor) -> int:
+        """The address of a contiguous tensor, which is kept."""
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def parameter(self, tensor: Tensor | None) -> int:
+        """The address of a tensor in the accumulation type, 0 for none."""
+        if tensor is None:
+            return 0
+        if tensor.dtype != self.dtype or not tensor.is_contiguous():
+            tensor = tensor.to(self.dtype).contiguous()
+        return self.keep(tensor)
+
+    def rows(self, tensor: Tensor, *, min_head_dim: float) -> tuple[int, int, int, int]:
+        """The address of a `(batch, length, heads, head_dim)` tensor, and its first three strides.
+
+        Heads of fewer than `min_head_dim` channels lie one after another.
+        """
+        if tensor.dtype != self.stored:
+            tensor = tensor.to(self.stored)
+        tensor = readable(tensor, min_head_dim=min_head_dim)
+        by_batch, by_row, by_head, _ = tensor.stride()
+        return self.keep(tensor), by_batch, by_row, by_head if self.heads > 1 else self.head_dim
 
 
 def readable(tensor: Tensor, *, min_head_dim: float) -> Tensor:

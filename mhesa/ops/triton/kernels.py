@@ -127,6 +127,19 @@ def _ends_sequence(sequence_of, at, batch, length, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def _program(blocks, tiles, tiles_a_program):
+    """A program's block, its group of tiles, the batch of that, its first tile and the one after its last.
+
+    Neighbouring programs take blocks of the same rows, which share cache lines.
+    """
+    groups = tl.cdiv(tiles, tiles_a_program)
+    group = tl.program_id(0) // blocks
+    batch = (group // groups).to(tl.int64)
+    first = (group % groups).to(tl.int64) * tiles_a_program
+    return tl.program_id(0) % blocks, group, batch, first, tl.minimum(first + tiles_a_program, tiles)
+
+
+@triton.jit
 def _gather_span(values, span):
     """Rows `span` of `values`, `(SPANS, BLOCK)`: a gather over the spans."""
     return tl.gather(values, tl.broadcast_to(span, values.shape), 0)
@@ -164,13 +177,8 @@ def forward(
     ROWS: tl.constexpr = 1 << ROWS_LOG
     SPANS: tl.constexpr = 1 << SPANS_LOG
     blocks = tl.cdiv(channels, BLOCK)
-    groups = tl.cdiv(tiles, tiles_a_program)
-    # Neighbouring programs take blocks of the same rows, which share cache lines.
-    start = tl.program_id(0) % blocks * BLOCK
-    group = tl.program_id(0) // blocks
-    batch = (group // groups).to(tl.int64)
-    first = (group % groups).to(tl.int64) * tiles_a_program
-    last = tl.minimum(first + tiles_a_program, tiles)
+    block, _, batch, first, last = _program(blocks, tiles, tiles_a_program)
+    start = block * BLOCK
     limit = tl.minimum(last * (ROWS * SPANS), length)
 
     channel = start + tl.arange(0, BLOCK)[None, :]
@@ -306,12 +314,8 @@ def backward(
     ROWS: tl.constexpr = 1 << ROWS_LOG
     SPANS: tl.constexpr = 1 << SPANS_LOG
     blocks = tl.cdiv(channels, BLOCK)
-    groups = tl.cdiv(tiles, tiles_a_program)
-    start = tl.program_id(0) % blocks * BLOCK
-    group = tl.program_id(0) // blocks
-    batch = (group // groups).to(tl.int64)
-    first = (group % groups).to(tl.int64) * tiles_a_program
-    last = tl.minimum(first + tiles_a_program, tiles)
+    block, group, batch, first, last = _program(blocks, tiles, tiles_a_program)
+    start = block * BLOCK
     limit = tl.minimum(last * (ROWS * SPANS), length)
 
     channel = start + tl.arange(0, BLOCK)[None, :]
@@ -337,7 +341,7 @@ def backward(
     if dx is not None:
         x += batch * stride_batch
     programs = tl.num_programs(0) // blocks
-    plane = (programs // groups).to(tl.int64) * tiles * channels
+    plane = (programs // tl.cdiv(tiles, tiles_a_program)).to(tl.int64) * tiles * channels
     position = first * (ROWS * SPANS) + span * ROWS
     next_dy = _load_tile(dy, stride_time_dy, position, limit, length, channel, channels, ROWS, REVERSE)
     if dx is not None:

@@ -4,20 +4,85 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+
+from mhesa.ops.registration import Gradients, Inputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AHEAD = 16
 """Tiles whose end states the chain kernel loads at once."""
 
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """Raise `ValueError` unless kernels exist for values of `dtype`."""
-    if dtype not in DTYPES:
+class Plan(NamedTuple):
+    """How a pass over `x` is cut into tiles and programs, and the constants of its kernels."""
+
+    tiles: int
+    tiles_a_program: int
+    programs: int
+    """Of each block of channels."""
+    blocks: int
+    whole: bool
+    """Whether one program walks through a whole sequence; otherwise three kernels run."""
+    constants: dict[str, int | bool]
+
+
+def plan(
+    x: Tensor, *, blocks: int, rows_log: int, spans_log: int, reverse: bool, **constants: int | bool
+) -> Plan:
+    """Cut `x` into tiles of `2 ** (rows_log + spans_log)` rows and `blocks` blocks of channels."""
+    tiles = triton.cdiv(x.shape[1], 1 << (rows_log + spans_log))
+    width = x.shape[0] * blocks
+    # One program per multiprocessor keeps enough loads in flight; three kernels read the input twice.
+    whole = tiles == 1 or width >= processors(x.device)
+    # Once all multiprocessors are busy, more tiles per program hide latency and leave fewer partial sums.
+    run = min(max(width * tiles // (16 * processors(x.device)), 1), 8)
+    tiles_a_program = tiles if whole else run
+    constants |= {
+        "ROWS_LOG": rows_log,
+        "SPANS_LOG": spans_log,
+        "REVERSE": reverse,
+        # Triton's default varies by version.
+        "enable_fp_fusion": True,
+    }
+    programs = x.shape[0] * triton.cdiv(tiles, tiles_a_program)
+    return Plan(tiles, tiles_a_program, programs, blocks, whole, constants)
+
+
+def kernel_inputs(inputs: Inputs) -> Inputs:
+    """The inputs in layouts that kernels read: each step's channels contiguous, and so the parameters.
+
+    Raises:
+        ValueError: there are no kernels for values of this type.
+    """
+    x, alpha, decay, skip, initial_state, cu_seqlens, reverse = inputs
+    if x.dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise ValueError(f"backend 'triton' takes {names}, not {str(dtype).removeprefix('torch.')}")
+        raise ValueError(f"backend 'triton' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
+    if alpha.ndim == 1:
+        alpha, decay = alpha.contiguous(), decay.contiguous()
+    return Inputs(
+        contiguous_steps(x), alpha, decay, contiguous(skip), contiguous(initial_state), cu_seqlens, reverse
+    )
+
+
+def new_final_state(inputs: Inputs) -> Tensor:
+    """The final state, `(sequences, heads, head_dim)`; set for sequences of no steps, which kernels skip."""
+    x, alpha, _, _, initial_state, cu_seqlens, _ = inputs
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if x.numel() > 0 and cu_seqlens is None:
+        return alpha.new_empty(sequences, *x.shape[2:])
+    return alpha.new_zeros(sequences, *x.shape[2:]) if initial_state is None else initial_state.clone()
+
+
+def gradients_of_nothing(dfinal: Tensor, inputs: Inputs) -> Gradients:
+    """The gradients where `x` has no values: the final state is the initial state."""
+    x, alpha, decay = inputs[:3]
+    zeros = torch.zeros_like(alpha), torch.zeros_like(decay), alpha.new_zeros(x.shape[2:])
+    return torch.empty_like(x), *zeros, dfinal.clone()
 
 
 @lru_cache
@@ -30,21 +95,21 @@ def processors(device: torch.device) -> int:
     return 1
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make `device` current: Triton launches on the current device, whatever the tensors are on."""
     if device.type == "cuda":
         return torch.cuda.device(device)
     return torch.xpu.device(device) if device.type == "xpu" else nullcontext()
 
 
-def strided(x: Tensor) -> Tensor:
+def contiguous_steps(x: Tensor) -> Tensor:
     """`x`, copied unless the channels of each step are contiguous."""
     _, _, heads, head_dim = x.shape
-    dense = (head_dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == head_dim)
-    return x if dense else x.contiguous()
+    readable = (head_dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == head_dim)
+    return x if readable else x.contiguous()
 
 
-def dense(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor, copied unless it is contiguous."""
     return None if tensor is None else tensor.contiguous()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from mhesa.ops.registration import Gradients
+from mhesa.ops.registration import Gradients, Inputs
 from mhesa.ops.triton import launching
 from mhesa.ops.triton import rates_kernels as kernels
 
@@ -26,81 +26,32 @@ CHAIN_BLOCK = 32
 """Channels per program of the chain kernel."""
 
 
-class _Plan(NamedTuple):
-    """How a scan is cut into tiles and programs, and the constants of its kernels."""
-
-    tiles: int
-    tiles_a_program: int
-    programs: int
-    blocks: int
-    parts: int
-    whole: bool
-    constants: dict[str, int | bool]
-
-
-def _plan(x: Tensor, packed: bool, reverse: bool) -> _Plan:
-    launching.check_dtype(x.dtype)
-    batch, length, heads, head_dim = x.shape
-    rows_log = max(ROWS_LOG[x.element_size()] - packed, 0)
-    tiles = triton.cdiv(length, 1 << (rows_log + SPANS_LOG))
+def _plan(x: Tensor, packed: bool, reverse: bool) -> launching.Plan:
+    _, _, heads, head_dim = x.shape
     dims = min(triton.next_power_of_2(head_dim), BLOCK)
-    parts = triton.cdiv(head_dim, dims)
-    blocks = triton.cdiv(heads, BLOCK // dims) * parts
-    processors = launching.processors(x.device)
-    # One program per multiprocessor keeps enough loads in flight; three kernels read the input twice.
-    whole = tiles == 1 or batch * blocks >= processors
-    # Once all multiprocessors are busy, more tiles per program leave fewer partial sums.
-    run = min(max(batch * blocks * tiles // (16 * processors), 1), 8)
-    tiles_a_program = tiles if whole else run
-    constants = {
-        "HEADS": BLOCK // dims,
-        "DIMS": dims,
-        "ROWS_LOG": rows_log,
-        "SPANS_LOG": SPANS_LOG,
-        "REVERSE": reverse,
-        "num_warps": 8,
-        # Triton's default varies by version.
-        "enable_fp_fusion": True,
-    }
-    programs = batch * triton.cdiv(tiles, tiles_a_program)
-    return _Plan(tiles, tiles_a_program, programs, blocks, parts, whole, constants)
+    return launching.plan(
+        x,
+        blocks=triton.cdiv(heads, BLOCK // dims) * triton.cdiv(head_dim, dims),
+        rows_log=max(ROWS_LOG[x.element_size()] - packed, 0),
+        spans_log=SPANS_LOG,
+        reverse=reverse,
+        HEADS=BLOCK // dims,
+        DIMS=dims,
+        num_warps=8,
+    )
 
 
-def forward(
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, states)` as `StepKernels` describes them; states `(batch, tiles, channels)`."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_state, states = _scan(x, y, alpha, decay, skip, initial_state, cu_seqlens, reverse)
-    return y, final_state, states
+    y = torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
+    return y, *_scan(launching.kernel_inputs(inputs), y)
 
 
-def _scan(
-    x: Tensor,
-    y: Tensor | None,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def _scan(inputs: Inputs, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Write the outputs to `y`, if there is one; returns the final state and those at the tiles' starts."""
+    x, alpha, decay, skip, initial_state, cu_seqlens, reverse = inputs
     batch, length, heads, head_dim = x.shape
-    x, skip, initial_state = launching.strided(x), launching.dense(skip), launching.dense(initial_state)
-    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    shape = (sequences, heads, head_dim)
-    if x.numel() == 0 or cu_seqlens is not None:
-        # The kernel does not visit empty sequences.
-        final_state = alpha.new_zeros(shape) if initial_state is None else initial_state.clone()
-    else:
-        final_state = alpha.new_empty(shape)
+    final_state = launching.new_final_state(inputs)
     if x.numel() == 0:
         return final_state, alpha.new_empty(0)
 
@@ -134,7 +85,7 @@ def _scan(
             **plan.constants,
         )
 
-    with launching.current(x.device):
+    with launching.on_device(x.device):
         if not plan.whole:
             ends = alpha.new_empty(2, batch, plan.tiles, channels)
             launch(None, ends)
@@ -143,35 +94,23 @@ def _scan(
     return final_state, states
 
 
-def backward(
-    dy: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    states: Tensor | None,
-) -> Gradients:
+def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None) -> Gradients:
     """`(dx, dalpha, ddecay, dskip, dinitial)`; `dskip` is zero if there is no `skip`."""
+    if inputs.x.numel() == 0:
+        return launching.gradients_of_nothing(dfinal, inputs)
+    inputs = launching.kernel_inputs(inputs)
+    x, alpha, decay, skip, initial_state, cu_seqlens, reverse = inputs
+    dy, dfinal = launching.contiguous_steps(dy), dfinal.contiguous()
     batch, length, heads, head_dim = x.shape
     if states is None:
-        _, states = _scan(x, None, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+        _, states = _scan(inputs, None)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        zero = alpha.new_zeros(batch, length, heads)
-        # Without a step the final state is the initial state, and so are their gradients.
-        return dx, zero, zero.clone(), alpha.new_zeros(heads, head_dim), dfinal.clone()
-
-    x, dy, dfinal = launching.strided(x), launching.strided(dy), dfinal.contiguous()
-    skip, initial_state = launching.dense(skip), launching.dense(initial_state)
     plan = _plan(x, cu_seqlens is not None, reverse)
     channels = heads * head_dim
     sequence_of = launching.sequence_of(cu_seqlens, x)
     dinitial = torch.empty_like(dfinal) if cu_seqlens is None else dfinal.clone()
-    dalpha, ddecay = (alpha.new_empty(plan.parts, batch, length, heads) for _ in range(2))
+    parts = triton.cdiv(head_dim, plan.constants["DIMS"])
+    dalpha, ddecay = (alpha.new_empty(parts, batch, length, heads) for _ in range(2))
     partials = None if skip is None else alpha.new_empty(plan.programs, channels)
 
     def launch(ends: Tensor | None, carries: Tensor | None) -> None:
@@ -207,7 +146,7 @@ def backward(
         )
 
     carries = None
-    with launching.current(x.device):
+    with launching.on_device(x.device):
         if not plan.whole:
             ends = alpha.new_empty(2, batch, plan.tiles, channels)
             carries = torch.empty_like(states)
@@ -228,7 +167,7 @@ def _sum_parts(gradient: Tensor) -> Tensor:
 
 
 def _launch_chain(
-    plan: _Plan,
+    plan: launching.Plan,
     ends: Tensor,
     entering: Tensor,
     initial: Tensor | None,

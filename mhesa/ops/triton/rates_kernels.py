@@ -31,6 +31,7 @@ from mhesa.ops.triton.kernels import (
     _gather_span,
     _load_ends,
     _load_sequence,
+    _program,
     _tile_ends_sequence,
 )
 
@@ -67,35 +68,28 @@ def _lanes(block, heads, head_dim, HEADS: tl.constexpr, DIMS: tl.constexpr):
 
 
 @triton.jit
-def _combine_forward(end, product, sequence_of, sequence, position, length, SPANS_LOG, ROWS, REVERSE):
-    """End state and product of each span together with all spans before it; `sequence` of its last step."""
-    span = tl.arange(0, 1 << SPANS_LOG)[:, None]
-    for j in tl.static_range(SPANS_LOG):
-        joins = span >= (1 << j)
-        if sequence_of is not None:
-            far = position - (1 << j) * ROWS + (ROWS - 1)
-            joins &= _load_sequence(sequence_of, far, length, REVERSE) == sequence
-        earlier = tl.maximum(span - (1 << j), 0)
-        far_end = _gather_span(end, earlier)
-        far_product = _gather_span(product, earlier)
-        end = tl.where(joins, tl.fma(product, far_end, end), end)
-        product = tl.where(joins, product * far_product, product)
-    return end, product
+def _combine(
+    end, product, sequence_of, sequence, position, length, SPANS_LOG, ROWS, REVERSE, BACKWARD: tl.constexpr
+):
+    """End state and product of each span together with all spans before it, or with `BACKWARD` after it.
 
-
-@triton.jit
-def _combine_backward(end, product, sequence_of, sequence, position, length, SPANS_LOG, ROWS, REVERSE):
-    """The same with all spans after it; `sequence` of its first step."""
+    `sequence` is that of the span's last step, with `BACKWARD` of its first.
+    """
     SPANS: tl.constexpr = 1 << SPANS_LOG
     span = tl.arange(0, SPANS)[:, None]
     for j in tl.static_range(SPANS_LOG):
-        joins = span + (1 << j) < SPANS
-        if sequence_of is not None:
+        if BACKWARD:
+            joins = span + (1 << j) < SPANS
+            other = tl.minimum(span + (1 << j), SPANS - 1)
             far = position + (1 << j) * ROWS
+        else:
+            joins = span >= (1 << j)
+            other = tl.maximum(span - (1 << j), 0)
+            far = position - (1 << j) * ROWS + (ROWS - 1)
+        if sequence_of is not None:
             joins &= _load_sequence(sequence_of, far, length, REVERSE) == sequence
-        later = tl.minimum(span + (1 << j), SPANS - 1)
-        far_end = _gather_span(end, later)
-        far_product = _gather_span(product, later)
+        far_end = _gather_span(end, other)
+        far_product = _gather_span(product, other)
         end = tl.where(joins, tl.fma(product, far_end, end), end)
         product = tl.where(joins, product * far_product, product)
     return end, product
@@ -145,8 +139,8 @@ def _scan_spans(
             firsts = firsts + (first,)
         product = product * d[k]
         inputs = inputs + (value,)
-    end, product = _combine_forward(
-        end, product, sequence_of, sequence, position, length, SPANS_LOG, ROWS, REVERSE
+    end, product = _combine(
+        end, product, sequence_of, sequence, position, length, SPANS_LOG, ROWS, REVERSE, False
     )
     return inputs, firsts, end, product
 
@@ -213,14 +207,10 @@ def forward(
     SPANS: tl.constexpr = 1 << SPANS_LOG
     channels = heads * head_dim
     blocks = tl.cdiv(heads, HEADS) * tl.cdiv(head_dim, DIMS)
-    groups = tl.cdiv(tiles, tiles_a_program)
-    # Neighbouring programs take blocks of the same rows, which share cache lines.
-    head, channel, valid = _lanes(tl.program_id(0) % blocks, heads, head_dim, HEADS, DIMS)
-    group = tl.program_id(0) // blocks
-    batch = (group // groups).to(tl.int64)
-    first_tile = (group % groups).to(tl.int64) * tiles_a_program
-    last_tile = tl.minimum(first_tile + tiles_a_program, tiles)
-    plane = (tl.num_programs(0) // blocks // groups).to(tl.int64) * tiles * channels
+    block, _, batch, first_tile, last_tile = _program(blocks, tiles, tiles_a_program)
+    head, channel, valid = _lanes(block, heads, head_dim, HEADS, DIMS)
+    batches = (tl.num_programs(0) // blocks // tl.cdiv(tiles, tiles_a_program)).to(tl.int64)
+    plane = batches * tiles * channels
 
     span = tl.arange(0, SPANS)[:, None]
     x += batch * stride_batch
@@ -330,14 +320,9 @@ def backward(
     channels = heads * head_dim
     parts = tl.cdiv(head_dim, DIMS)
     blocks = tl.cdiv(heads, HEADS) * parts
-    groups = tl.cdiv(tiles, tiles_a_program)
-    block = tl.program_id(0) % blocks
+    block, group, batch, first_tile, last_tile = _program(blocks, tiles, tiles_a_program)
     head, channel, valid = _lanes(block, heads, head_dim, HEADS, DIMS)
-    group = tl.program_id(0) // blocks
-    batch = (group // groups).to(tl.int64)
-    first_tile = (group % groups).to(tl.int64) * tiles_a_program
-    last_tile = tl.minimum(first_tile + tiles_a_program, tiles)
-    batches = (tl.num_programs(0) // blocks // groups).to(tl.int64)
+    batches = (tl.num_programs(0) // blocks // tl.cdiv(tiles, tiles_a_program)).to(tl.int64)
     plane = batches * tiles * channels
 
     span = tl.arange(0, SPANS)[:, None]
@@ -383,8 +368,8 @@ def backward(
                 lasts = (last,) + lasts
             product = product * d[k]
             inputs = (value,) + inputs
-        end, product = _combine_backward(
-            d[0] * g, product, sequence_of, sequence, position, length, SPANS_LOG, ROWS, REVERSE
+        end, product = _combine(
+            d[0] * g, product, sequence_of, sequence, position, length, SPANS_LOG, ROWS, REVERSE, True
         )
         total = _gather_span(end, span * 0)
         whole = _gather_span(product, span * 0)

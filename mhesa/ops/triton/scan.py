@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
+from mhesa.ops.registration import Gradients, Inputs
 from mhesa.ops.triton import kernels, launching
 
 BLOCK = 32
@@ -21,68 +20,31 @@ BACKWARD_ROWS_LOG = {2: 2, 4: 2, 8: 1}
 """Rows per span, as a logarithm to base 2, by the bytes of a value: as many as fit into registers."""
 
 
-class _Plan(NamedTuple):
-    """How a pass over `x` is cut into tiles and programs, and the constants of its kernels."""
-
-    tiles: int
-    tiles_a_program: int
-    programs: int
-    blocks: int
-    whole: bool
-    constants: dict[str, int | bool]
-
-
-def _plan(x: Tensor, rows_logs: dict[int, int], packed: bool, reverse: bool) -> _Plan:
-    batch, length, heads, head_dim = x.shape
-    launching.check_dtype(x.dtype)
-    rows_log = rows_logs[x.element_size()]
-    tiles = triton.cdiv(length, 1 << (rows_log + SPANS_LOG))
-    blocks = triton.cdiv(heads * head_dim, BLOCK)
-    processors = launching.processors(x.device)
-    # One program per multiprocessor keeps enough loads in flight; three kernels read the input twice.
-    whole = tiles == 1 or batch * blocks >= processors
-    # Once all multiprocessors are busy, more tiles per program hide latency and leave fewer partial sums.
-    run = min(max(batch * blocks * tiles // (16 * processors), 1), 8)
-    tiles_a_program = tiles if whole else run
+def _plan(x: Tensor, rows_logs: dict[int, int], packed: bool, reverse: bool) -> launching.Plan:
+    _, _, heads, head_dim = x.shape
     lanes = 1 if head_dim % BLOCK == 0 else BLOCK
     # With four warps a thread holds 8 values of a row: one 16-byte load of two-byte values. Wider values,
     # a decay per channel and packing need the registers of eight warps.
     warps = 4 if x.element_size() == 2 and lanes == 1 and not packed else 8
-    constants = {
-        "LANES": lanes,
-        "BLOCK": BLOCK,
-        "ROWS_LOG": rows_log,
-        "SPANS_LOG": SPANS_LOG,
-        "REVERSE": reverse,
-        "num_warps": warps,
-        # Triton's default varies by version.
-        "enable_fp_fusion": True,
-    }
-    programs = batch * triton.cdiv(tiles, tiles_a_program)
-    return _Plan(tiles, tiles_a_program, programs, blocks, whole, constants)
+    return launching.plan(
+        x,
+        blocks=triton.cdiv(heads * head_dim, BLOCK),
+        rows_log=rows_logs[x.element_size()],
+        spans_log=SPANS_LOG,
+        reverse=reverse,
+        LANES=lanes,
+        BLOCK=BLOCK,
+        num_warps=warps,
+    )
 
 
-def forward(
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`(y, final_state)`, for plain tensors as `mhesa.ops.registration.make_scan` describes them."""
+    inputs = launching.kernel_inputs(inputs)
+    x, alpha, decay, skip, initial_state, cu_seqlens, reverse = inputs
     batch, length, heads, head_dim = x.shape
-    x, alpha, decay = launching.strided(x), alpha.contiguous(), decay.contiguous()
-    skip, initial_state = launching.dense(skip), launching.dense(initial_state)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    shape = (sequences, heads, head_dim)
-    if x.numel() == 0 or cu_seqlens is not None:
-        # The kernel does not visit empty sequences.
-        final_state = alpha.new_zeros(shape) if initial_state is None else initial_state.clone()
-    else:
-        final_state = alpha.new_empty(shape)
+    final_state = launching.new_final_state(inputs)
     if x.numel() == 0:
         return y, final_state
 
@@ -112,7 +74,7 @@ def forward(
             **plan.constants,
         )
 
-    with launching.current(x.device):
+    with launching.on_device(x.device):
         if carries is not None:
             launch(None)
             _launch_chain(plan, carries, initial_state, decay, sequence_of, x)
@@ -120,32 +82,14 @@ def forward(
     return y, final_state
 
 
-def backward(
-    dy: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
     """`(dx, dalpha, ddecay, dskip, dinitial)`; `dskip` is zero if there is no `skip`."""
+    if inputs.x.numel() == 0:
+        return launching.gradients_of_nothing(dfinal, inputs)
+    x, alpha, decay, skip, initial_state, cu_seqlens, reverse = launching.kernel_inputs(inputs)
+    dy, dfinal = launching.contiguous_steps(dy), dfinal.contiguous()
     batch, length, heads, head_dim = x.shape
-    x, dy, dfinal = launching.strided(x), launching.strided(dy), dfinal.contiguous()
-    alpha, decay, skip, initial_state = (
-        alpha.contiguous(),
-        decay.contiguous(),
-        launching.dense(skip),
-        launching.dense(initial_state),
-    )
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        zero = torch.zeros_like(alpha)
-        # Without a step the final state is the initial state, and so are their gradients.
-        return dx, zero, zero.clone(), alpha.new_zeros(heads, head_dim), dfinal.clone()
-
     channels = heads * head_dim
     plan = _plan(x, BACKWARD_ROWS_LOG, cu_seqlens is not None, not reverse)
     sequence_of = launching.sequence_of(cu_seqlens, x)
@@ -179,7 +123,7 @@ def backward(
             **plan.constants,
         )
 
-    with launching.current(x.device):
+    with launching.on_device(x.device):
         if carries is not None:
             launch(None)
             _launch_chain(plan, carries, dfinal, decay, sequence_of, x)
@@ -192,7 +136,12 @@ def backward(
 
 
 def _launch_chain(
-    plan: _Plan, carries: Tensor, initial: Tensor | None, decay: Tensor, sequence_of: Tensor | None, x: Tensor
+    plan: launching.Plan,
+    carries: Tensor,
+    initial: Tensor | None,
+    decay: Tensor,
+    sequence_of: Tensor | None,
+    x: Tensor,
 ) -> None:
     batch, length, heads, head_dim = x.shape
     kernels.chain[(batch * plan.blocks,)](
