@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow
@@ -132,14 +134,26 @@ def test_what_cannot_be_read_below_a_folder_is_named(tmp_path, monkeypatch):
             read_sources([str(source)])
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="the superuser may read anything")
-def test_a_folder_without_permission_is_named(texts):
-    (texts / "deep").chmod(0)
+@contextmanager
+def ordinary_user():
+    """Not the superuser, who may read anything."""
+    superuser = os.geteuid() == 0
+    if superuser:
+        os.seteuid(65534)
     try:
-        with pytest.raises(InputError, match=r"cannot read .*deep: Permission denied"):
-            read_sources([str(texts)])
+        yield
     finally:
-        (texts / "deep").chmod(0o700)
+        if superuser:
+            os.seteuid(0)
+
+
+def test_a_folder_without_permission_is_named():
+    with TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        os.chmod(folder, 0o755)
+        (Path(folder) / "closed").mkdir(0o000)
+        with ordinary_user(), pytest.raises(InputError, match=r"cannot read .*closed: Permission denied"):
+            read_sources([folder])
+        (Path(folder) / "closed").chmod(0o700)
 
 
 def test_files_of_a_run_are_no_text(texts):

@@ -272,7 +272,7 @@ torch.save(out, sys.argv[2])
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_graph_on_a_gpu_is_the_step():
     model = tiny().cuda()
     decoder, state = Decoder(model, max_batch=3), model.initial_state(3)

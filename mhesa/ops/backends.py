@@ -45,9 +45,10 @@ class Backend:
 
     def serves(self, device: torch.device, *, fixed_rates: bool = True) -> bool:
         """Whether it can scan tensors on `device` on this machine, at fixed rates or those of every step."""
-        on_device = not self.devices or device.type in self.devices
-        installed = self.package is None or find_spec(self.package) is not None
-        return on_device and installed and (fixed_rates or not self.fixed_rates)
+        if self.devices and device.type not in self.devices:
+            return False
+        # Last, for it may search the disk.
+        return (fixed_rates or not self.fixed_rates) and (not self.package or bool(find_spec(self.package)))
 
 
 # In order of preference: the first that serves is the default.

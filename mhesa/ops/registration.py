@@ -35,7 +35,10 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Inputs(NamedTuple):
-    """The arguments of a scan, in the order of every backend."""
+    """The arguments of a scan, in the order of every backend.
+
+    `x` is `(batch, length, heads, head_dim)`; for the others see `mhesa.ops.exponential_smoothing`.
+    """
 
     x: Tensor
     alpha: Tensor

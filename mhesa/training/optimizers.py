@@ -26,8 +26,8 @@ def make_optimizers(model: GatedExponentialSmoothingLM, settings: TrainingSettin
     groups = decay_groups(rest, settings.weight_decay)
     optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)]
     if matrices:
-        kind = torch.device(settings.device).type
-        dtype = torch.bfloat16 if computes_in_bf16(kind) else torch.float32
+        native = computes_in_bf16(torch.device(settings.device).type)
+        dtype = torch.bfloat16 if settings.precision == "bf16" and native else torch.float32
         optimizers.append(
             Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay, dtype=dtype)
         )

@@ -22,12 +22,11 @@ from mhesa.ops.cpu.arguments import ACCUMULATION, Pointer, struct
 from mhesa.ops.cpu.atomics import fence, fetch_add
 from mhesa.ops.cpu.compiling import compiled, jit, member, offset
 from mhesa.ops.cpu.memory import empty_hugepages
+from mhesa.ops.cpu.sequences import MIN_PARALLEL
 from mhesa.ops.cpu.threads import available, parallel
 
 # Rows of a piece: few enough for sums in fp32, many enough that starting one costs nothing.
 PIECE = 256
-# Calls of fewer values are done before a second thread has woken.
-PARALLEL = 1 << 14
 
 # Rows `begin` to `end` of a sequence that lies in rows `first` to `last`.
 Piece = struct("Piece", begin="int64", end="int64", first="int64", last="int64", sequence="int64")
@@ -48,7 +47,10 @@ Arguments = struct(
 
 
 def forward(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """`y` for contiguous tensors of one type, fp32 or fp64; see `mhesa.ops.convolution`."""
+    """`y` of `x` `(batch, length, dim)`; tensors are contiguous and of one type, fp32 or fp64.
+
+    For the shapes of the others see `mhesa.ops.convolution.causal_convolution`.
+    """
     y = empty_hugepages(x.shape, x.dtype)
     _run(_forward, x, weight, cu_seqlens, x=x, weight=weight, state=state, out=y)
     return y
@@ -57,7 +59,7 @@ def forward(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None)
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`(dx, dweight)`, likewise."""
+    """`(dx, dweight)`, shaped as `x` and `weight` `(taps, dim)`."""
     dx = empty_hugepages(x.shape, x.dtype)
     dweights = x.new_empty(len(_pieces(x, cu_seqlens)), *weight.shape)
     tensors = {"x": x, "weight": weight, "state": state, "dy": dy, "out": dx, "dweights": dweights}
@@ -70,7 +72,7 @@ def _run(kernel: Any, like: Tensor, weights: Tensor, cu_seqlens: Tensor | None, 
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     taps, dim = weights.shape
     arguments = Arguments(count=len(pieces), dim=dim, taps=taps, pieces=pieces.ctypes.data, **addresses)
-    threads = 1 if like.numel() < PARALLEL else available()
+    threads = 1 if like.numel() < MIN_PARALLEL else available()
     parallel(compiled(kernel, like.dtype, Arguments), arguments.address, threads)
 
 

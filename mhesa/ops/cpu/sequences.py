@@ -56,7 +56,7 @@ class Sequences:
 
 
 def find_sequences(batch: int, length: int, cu_seqlens: Tensor | None) -> Sequences:
-    """The sequences of a batch, or those packed into its one row at the offsets `cu_seqlens`."""
+    """The sequences of a batch, or of one packed row with offsets `cu_seqlens`, `(sequences + 1,)`."""
     if cu_seqlens is None:
         return _dense(batch, length)
     return _packed(cu_seqlens.to(torch.int64).numpy().tobytes(), length)
@@ -142,12 +142,12 @@ class Call:
         )
 
     def keep(self, tensor: Tensor) -> int:
-        """The address of a contiguous tensor, which is kept."""
+        """The address of a contiguous tensor of any shape, which is kept."""
         self.kept.append(tensor)
         return tensor.data_ptr()
 
     def parameter(self, tensor: Tensor | None) -> int:
-        """The address of a tensor in the accumulation type, 0 for none."""
+        """The address of a tensor of any shape in the accumulation type, 0 for none."""
         if tensor is None:
             return 0
         if tensor.dtype != self.dtype or not tensor.is_contiguous():

@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 def plan(
     x: Tensor, *, blocks: int, rows_log: int, spans_log: int, reverse: bool, **constants: int | bool
 ) -> Plan:
-    """Cut `x` into tiles of `2 ** (rows_log + spans_log)` rows and `blocks` blocks of channels."""
+    """Cut `x` of `(batch, length, heads, head_dim)` into tiles of `2 ** (rows_log + spans_log)` rows and `blocks` blocks of channels."""
     tiles = triton.cdiv(x.shape[1], 1 << (rows_log + spans_log))
     width = x.shape[0] * blocks
     # One program per multiprocessor keeps enough loads in flight; three kernels read the input twice.
@@ -79,7 +79,10 @@ def new_final_state(inputs: Inputs) -> Tensor:
 
 
 def gradients_of_nothing(dfinal: Tensor, inputs: Inputs) -> Gradients:
-    """The gradients where `x` has no values: the final state is the initial state."""
+    """The gradients where `x` has no values: the final state is the initial state.
+
+    `dfinal` is `(sequences, heads, head_dim)`.
+    """
     x, alpha, decay = inputs[:3]
     zeros = torch.zeros_like(alpha), torch.zeros_like(decay), alpha.new_zeros(x.shape[2:])
     return torch.empty_like(x), *zeros, dfinal.clone()
@@ -103,14 +106,14 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def contiguous_steps(x: Tensor) -> Tensor:
-    """`x`, copied unless the channels of each step are contiguous."""
+    """`x` of `(batch, length, heads, head_dim)`, copied unless the channels of each step are contiguous."""
     _, _, heads, head_dim = x.shape
     readable = (head_dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == head_dim)
     return x if readable else x.contiguous()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, copied unless it is contiguous."""
+    """The tensor of any shape, copied unless it is contiguous."""
     return None if tensor is None else tensor.contiguous()
 
 
