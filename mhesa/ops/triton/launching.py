@@ -33,7 +33,10 @@ class Plan(NamedTuple):
 def plan(
     x: Tensor, *, blocks: int, rows_log: int, spans_log: int, reverse: bool, **constants: int | bool
 ) -> Plan:
-    """Cut `x` of `(batch, length, heads, head_dim)` into tiles of `2 ** (rows_log + spans_log)` rows and `blocks` blocks of channels."""
+    """Cut `x` of `(batch, length, heads, head_dim)` into tiles of rows and blocks of channels.
+
+    A tile has `2 ** (rows_log + spans_log)` rows.
+    """
     tiles = triton.cdiv(x.shape[1], 1 << (rows_log + spans_log))
     width = x.shape[0] * blocks
     # One program per multiprocessor keeps enough loads in flight; three kernels read the input twice.
