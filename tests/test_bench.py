@@ -105,6 +105,7 @@ def test_the_commands_print_tables_and_json(monkeypatch, command):
 
     assert "x clone" in run("ops", "--rounds", "1", "--shape", "2x64x2x8")
     monkeypatch.setattr(ops, "SHAPES", [(2, 64, 2, 8)])
+    monkeypatch.setattr(ops, "EVERY_STEP_SHAPES", [(2, 64, 2, 8)])
     monkeypatch.setattr(lengths, "bench_lengths", partial(bench_lengths, (64, 512)))
     assert "x one eighth" in run("ops", "--rounds", "1")
     tables = json.loads(run("ops", "--rounds", "1", "--json"))["tables"]

@@ -36,34 +36,53 @@ def environment(tmp_path_factory):
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-@pytest.fixture(scope="module")
-def command(environment):
-    """Run the command where transformers cannot be imported."""
+# Runs several commands in one process, and prints a line of its own after each.
+COMMANDS = """
+import json, sys
+from mhesa import cli
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["mhesa", *arguments]
+    try:
+        cli.main()
+    except SystemExit as error:
+        if error.code:
+            raise
+    print(flush=True)
+    print("=" * 40, flush=True)
+"""
 
-    def run(*arguments):
+
+@pytest.fixture(scope="module")
+def commands(environment):
+    """Run commands where transformers cannot be imported; what each of them printed."""
+
+    def run(*lines):
+        given = json.dumps([[str(argument) for argument in line] for line in lines])
         done = subprocess.run(
-            [sys.executable, "-m", "mhesa", *map(str, arguments)],
+            [sys.executable, "-c", COMMANDS, given],
             capture_output=True,
             encoding="utf-8",
-            timeout=200,
+            timeout=400,
             env=environment,
         )
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done.stdout.split("\n" + "=" * 40 + "\n")[:-1]
 
     return run
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe:300"])
-def trained(request, command, tmp_path_factory):
+def trained(request, commands, tmp_path_factory):
     """A run of each kind of tokenizer, and the text that it read."""
     folder = tmp_path_factory.mktemp("run")
     text = folder / "bottles.txt"
     text.write_text(TEXT)
     options = [f"--{name}={value}" for name, value in TINY.items()]
-    written = command(
-        *("train", text, "--out", folder / "run", "--steps", 20, "--eval-every", 10),
-        *("--tokenizer", request.param, *options),
+    [written] = commands(
+        [
+            *("train", text, "--out", folder / "run", "--steps", 20, "--eval-every", 10),
+            *("--tokenizer", request.param, *options),
+        ]
     )
     assert "held-out text" in written
     return folder / "run", text
@@ -75,13 +94,19 @@ def test_transformers_is_not_there(environment):
         assert b"ModuleNotFoundError" in done.stderr
 
 
-def test_every_command_works(command, trained):
+def test_every_command_works(commands, trained):
     run, text = trained
-    assert "dim: 16\n" in command("config", run)
-    assert command("generate", run, "--prompt", "7 bott", "--length", 20, "--seed", 1).startswith("7 bott")
-    assert json.loads(command("eval", run, text, "--json"))["bytes"] == len(TEXT)
-    assert command("score", run, text)
-    command("train", "--resume", "--out", run, "--steps", 22)
+    config, generated, evaluated, scored, _ = commands(
+        ["config", run],
+        ["generate", run, "--prompt", "7 bott", "--length", 20, "--seed", 1],
+        ["eval", run, text, "--json"],
+        ["score", run, text],
+        ["train", "--resume", "--out", run, "--steps", 22],
+    )
+    assert "dim: 16\n" in config
+    assert generated.startswith("7 bott")
+    assert json.loads(evaluated)["bytes"] == len(TEXT)
+    assert "bottles of beer" in scored
 
 
 def test_a_server_completes(environment, trained):
