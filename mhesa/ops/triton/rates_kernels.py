@@ -400,10 +400,10 @@ def backward(
             )  # fmt: skip
             state = tl.load(states + carry, mask=valid, other=0.0)
             h = _span_starts(h_end, h_product, state, sequence_of, position, span, length, ROWS, REVERSE)
-            befores = ()
+            states_before = ()
             for k in tl.static_range(ROWS):
                 if sequence_of is None:
-                    befores = befores + (h,)
+                    states_before = states_before + (h,)
                     h = tl.fma(d[k], h, values[k])
                 else:
                     initial = zero
@@ -411,7 +411,7 @@ def backward(
                         index = _load_sequence(sequence_of, position + k, length, REVERSE)
                         entering = initial_state + index.to(tl.int64) * channels + channel
                         initial += tl.load(entering, mask=firsts[k] & (index >= 0) & valid, other=0.0)
-                    befores = befores + (tl.where(firsts[k], initial, h),)
+                    states_before = states_before + (tl.where(firsts[k], initial, h),)
                     h = tl.where(firsts[k], values[k], tl.fma(d[k], h, values[k]))
 
             for k in tl.static_range(ROWS - 1, -1, -1):
@@ -432,7 +432,7 @@ def backward(
                 at_rate = rate + row * heads
                 mask = inside & (rate_head < heads)
                 tl.store(dalpha + at_rate, _head_sums(g * value, HEADS, DIMS), mask=mask)
-                tl.store(ddecay + at_rate, _head_sums(g * befores[k], HEADS, DIMS), mask=mask)
+                tl.store(ddecay + at_rate, _head_sums(g * states_before[k], HEADS, DIMS), mask=mask)
                 if sequence_of is None:
                     starts = at == 0
                     index = at * 0 + batch
