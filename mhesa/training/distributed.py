@@ -5,6 +5,7 @@ Reductions of a few numbers go over the CPU (gloo), so that no step waits for a 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,6 +47,13 @@ def join_processes(device: str) -> None:
     else:
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}")
+    # The group's threads must have ended when the interpreter does, or the process aborts.
+    atexit.register(_leave_processes)
+
+
+def _leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def processes() -> int:
