@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from mhesa.cli.common import Device, Folder, errors, new_table, progress, show
@@ -200,6 +201,42 @@ def serve(
     if not as_json:
         _show("load", rows)
     _finish("serve", {"load": rows}, as_json, save)
+
+
+@app.command()
+def learning(
+    part: Annotated[
+        str, typer.Argument(metavar="rates|tokens|minutes|latch|recall", help="What to compare.")
+    ],
+    sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE", help="As in mhesa train.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
+    seconds: Annotated[float, typer.Option(help="CPU time of a run of minutes, on one thread.")] = 120.0,
+    as_json: AsJson = False,
+    save: Save = False,
+) -> None:
+    """Compare what models of 1.0 to 1.3 million parameters learn: ours, the original, a transformer, an LSTM.
+
+    rates tunes a learning rate for each, tokens gives all the same text, minutes the same CPU time on one
+    thread. tokens also measures the loss by position and by how much context there is. latch and recall
+    are tasks that need a memory. Each part takes from 20 minutes to an hour.
+
+    Example:
+
+        python -m benchmarks learning tokens --seeds 1
+    """
+    from benchmarks.learning import PARTS, bench_learning
+
+    if part not in PARTS:
+        raise InputError(f"part must be one of {', '.join(PARTS)}, not {part}")
+    torch.set_num_threads(1)
+    tables: dict[str, list[Any]] = {}
+    for name, row in bench_learning(part, sources or [], seeds=seeds, seconds=seconds):
+        tables.setdefault(name, []).append(row)
+        errors.print(str(row), highlight=False, soft_wrap=True)
+    if not as_json:
+        for name, rows in tables.items():
+            _show(name, rows)
+    _finish(f"learning_{part}", tables, as_json, save)
 
 
 @app.command()

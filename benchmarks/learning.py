@@ -1,199 +1,94 @@
-"""What is learnt from the same text: ours, the original package's recipe, a transformer, an LSTM."""
+"""What is learnt from the same text, and how long it is remembered: ours and other models of the size."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.contestants import RECIPES, Recipe
+from benchmarks.probes import IGNORED, PROBES, Probe, accuracy
 from mhesa.data import Source, Windows, open_corpus
-from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.errors import InputError
 from mhesa.ops.devices import computes_in_bf16
 from mhesa.tokenizers import Bytes
-from mhesa.training.muon import Muon
 from mhesa.training.schedule import learning_rate
 
+STEPS, ROWS, CONTEXT, NUM_TOKENS, WARMUP = 600, 16, 256, 257, 0.02
+# Bytes after which a model starts anew, in the two figures of each run.
+SHORT, LONG = 256, 4096
+FACTORS = (0.5, 2.0)
 CONTEXTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-# A byte that no text of the probes holds otherwise: what comes next is asked for.
-QUERY = 255
+POSITIONS, BLOCK, ORDERS = 65_536, 2048, 4
+REMEMBERING = ("original, Muon", "adaptive", "transformer, Muon")
+PROBE_STEPS, TRAINED_DISTANCE = 1500, 1000
+DISTANCES = (10, 30, 100, 300, 1000, 3000)
 
-
-class Block(nn.Module):
-    """A transformer's block: attention with rotary positions, then a feed-forward layer, both pre-norm."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
-        self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.up, self.down = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
-
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """`x` of `(batch, length, dim)`, `rotation` of `(2, length, dim / heads / 2)`: cosines and sines."""
-        q, k, v = self.to_qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (_rotate(part, rotation).to(v.dtype) for part in (q, k))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.to_out(attended.transpose(1, 2).flatten(-2))
-        return x + self.down(F.gelu(self.up(self.norms[1](x))))
-
-
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    cos, sin = rotation
-    even, odd = x[..., ::2], x[..., 1::2]
-    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-
-
-class Transformer(nn.Module):
-    """A language model of `Block`s; `(batch, length)` ids to `(batch, length, num_tokens)` logits."""
-
-    def __init__(self, num_tokens: int, dim: int, depth: int, heads: int) -> None:
-        super().__init__()
-        self.token_emb = nn.Embedding(num_tokens, dim)
-        self.layers = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm, self.to_logits = nn.LayerNorm(dim), nn.Linear(dim, num_tokens, bias=False)
-        self.width = dim // heads
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                into_residual = name.endswith(("to_out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5 if into_residual else 0.02)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits."""
-        rates = 1e4 ** (-torch.arange(0, self.width, 2) / self.width)
-        angles = torch.arange(ids.shape[1])[:, None] * rates
-        x, rotation = self.token_emb(ids), torch.stack([angles.cos(), angles.sin()])
-        for layer in self.layers:
-            x = layer(x, rotation)
-        logits: Tensor = self.to_logits(self.norm(x))
-        return logits
-
-
-class LSTM(nn.Module):
-    """A language model of LSTM layers; `(batch, length)` ids to `(batch, length, num_tokens)` logits."""
-
-    def __init__(self, num_tokens: int, dim: int, depth: int, width: int) -> None:
-        super().__init__()
-        self.token_emb = nn.Embedding(num_tokens, dim)
-        self.layers = nn.LSTM(dim, width, depth, batch_first=True)
-        self.to_logits = nn.Linear(width, num_tokens, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits."""
-        with torch.autocast(ids.device.type, enabled=False):
-            hidden, _ = self.layers(self.token_emb(ids))
-        logits: Tensor = self.to_logits(hidden)
-        return logits
+# Makes of a step's number its inputs and targets, `(rows, length)` each.
+Batches = Callable[[int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A model and how it is trained.
+class Run:
+    """A model that was trained on a text, and its loss held out.
 
     Args:
-        build: makes the model for a number of tokens.
-        adamw: peak learning rate of AdamW.
-        muon: that of Muon for the matrices of the model's `layers`; `None` leaves them to AdamW.
+        budget: what was the same for all: steps, or seconds of CPU time on one thread.
+        rate: the peak learning rate of Muon, or of AdamW where it is alone.
+        short, long: nats a byte, where the model starts from nothing every 256 and every 4,096 bytes.
     """
 
-    build: Callable[[int], nn.Module]
-    adamw: float
-    muon: float | None = None
-
-
-def _smoothing(**options: Any) -> Callable[[int], nn.Module]:
-    sizes = {"dim": 128, "depth": 4, "dim_mhesa": 256} | options
-    return lambda num_tokens: GatedExponentialSmoothingLM(num_tokens=num_tokens, **sizes)
-
-
-RECIPES = {
-    "original": Recipe(_smoothing(heads=8), 3e-3),
-    "original, Muon": Recipe(_smoothing(heads=8), 3e-3, 0.02),
-    "adaptive": Recipe(_smoothing(heads=32, adaptive=True, conv_size=4), 3e-3, 0.02),
-    "transformer, Muon": Recipe(lambda n: Transformer(n, dim=160, depth=4, heads=5), 3e-3, 0.04),
-    "LSTM": Recipe(lambda n: LSTM(n, dim=128, depth=2, width=256), 5e-3),
-}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model and what it took."""
-
-    model: nn.Module
+    budget: str
+    recipe: str
+    parameters: int
+    rate: float
+    seed: int
     steps: int
     seconds: float
+    short: float
+    long: float
 
 
-def train(
-    recipe: Recipe,
-    batches: Callable[[int], tuple[Tensor, Tensor]],
-    *,
-    seed: int,
-    steps: int | None = None,
-    minutes: float | None = None,
-    num_tokens: int = 257,
-) -> Trained:
-    """Train a recipe's model for some steps, or some minutes.
+@dataclass(frozen=True)
+class Position:
+    """Nats a byte between two positions of a text of shuffled blocks.
 
     Args:
-        recipe: what to train.
-        batches: makes of a step's number its inputs and targets, `(batch, length)` each; targets of -100
-            are not predicted.
-        seed: of the initial values.
+        over_short: over the loss of the same bytes read from nothing every `SHORT` bytes.
     """
-    torch.manual_seed(seed)
-    model = recipe.build(num_tokens)
-    optimizers = _optimizers(model, recipe)
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    begin, step, spent = time.perf_counter(), 0, 0.0
-    while spent < 1:
-        rate = learning_rate(spent, 0.02)
-        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-        for group, peak in zip(groups, rates, strict=True):
-            group["lr"] = peak * rate
-        inputs, targets = batches(step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bf16("cpu")):
-            logits = model(inputs)
-        F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        seconds = time.perf_counter() - begin
-        spent = step / steps if steps is not None else seconds / (60 * (minutes or 1.0))
-    return Trained(model.eval(), step, seconds)
+
+    recipe: str
+    first: int
+    last: int
+    loss: float
+    over_short: float
 
 
-def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    named = dict(model.named_parameters())
-    matrices = {
-        name: parameter
-        for name, parameter in named.items()
-        if recipe.muon is not None
-        and parameter.ndim == 2
-        and name.startswith("layers.")
-        and not name.endswith("conv.weight")
-    }
-    rest = [parameter for name, parameter in named.items() if name not in matrices]
-    groups = [
-        {"params": [parameter for parameter in rest if parameter.ndim >= 2], "weight_decay": 0.1},
-        {"params": [parameter for parameter in rest if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=recipe.adamw, betas=(0.9, 0.99), fused=True)
-    ]
-    if recipe.muon is not None:
-        dtype = torch.bfloat16 if computes_in_bf16("cpu") else torch.float32
-        optimizers.append(Muon(matrices.values(), lr=recipe.muon, weight_decay=0.1, dtype=dtype))
-    return optimizers
+@dataclass(frozen=True)
+class Context:
+    """Nats of the same bytes, given this many bytes before them."""
+
+    recipe: str
+    context: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Recollection:
+    """How often a trained model gives the right answer over a distance."""
+
+    probe: str
+    recipe: str
+    distance: int
+    accuracy: float
+    chance: float
 
 
 class Text:
@@ -202,23 +97,127 @@ class Text:
     Args:
         sources: see `mhesa.data.Source`; none is the Python standard library's source text.
         held_out_bytes: how many bytes held out are read.
+
+    Raises:
+        InputError: there is no such text, or too little.
     """
 
-    def __init__(self, sources: tuple[str, ...] = (), held_out_bytes: int = 1 << 19) -> None:
-        tokenizer = Bytes()
-        self.corpus = open_corpus(Source(sources), tokenizer)
+    def __init__(self, sources: Sequence[str] = (), held_out_bytes: int = 1 << 17) -> None:
+        self.corpus = open_corpus(Source(tuple(sources)), Bytes())
         text = b"".join(document.data for document in self.corpus.held_out)[:held_out_bytes]
+        if len(text) <= POSITIONS:
+            raise InputError(
+                f"{len(text):,} bytes are held out, and the benchmark reads {POSITIONS + 1:,}; give more text"
+            )
         self.held_out = torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int64))
 
-    def batches(self, *, rows: int = 16, context: int = 256, seed: int = 0) -> Any:
-        """What `train` takes."""
-        windows = Windows(self.corpus.tokens, context=context, rows=rows, seed=seed)
+    def batches(self, seed: int) -> Batches:
+        """Windows in an order that the seed decides."""
+        windows = Windows(self.corpus.tokens, context=CONTEXT, rows=ROWS, seed=seed)
 
         def read(step: int) -> tuple[Tensor, Tensor]:
             ids = windows.read(windows.starts(step))
             return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
         return read
+
+
+def train(
+    recipe: Recipe, batches: Batches, *, seed: int, steps: int | None = None, seconds: float | None = None
+) -> tuple[nn.Module, int, float]:
+    """Train a recipe's model for some steps, or some seconds of CPU time.
+
+    Returns:
+        The model, the steps and the seconds that it took.
+    """
+    torch.manual_seed(seed)
+    model = recipe.build(NUM_TOKENS)
+    optimizers = recipe.optimizers(model)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    begin, step, taken, spent = time.process_time(), 0, 0.0, 0.0
+    while spent < 1:
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * learning_rate(spent, WARMUP)
+        inputs, targets = batches(step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bf16("cpu")):
+            logits = model(inputs)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        taken = time.process_time() - begin
+        spent = step / steps if seconds is None else taken / seconds
+    return model.eval(), step, taken
+
+
+PARTS = ("rates", "tokens", "minutes", "latch", "recall")
+
+
+def bench_learning(
+    part: str, sources: Sequence[str], *, seeds: int, seconds: float
+) -> Iterator[tuple[str, Run | Position | Context | Recollection]]:
+    """Run one of the `PARTS`.
+
+    Args:
+        sources: texts to learn, see `Text`.
+        seeds: how many; `rates` takes one.
+        seconds: CPU time of each run of `minutes`.
+
+    Yields:
+        Rows with the name of their table.
+    """
+    if part in PROBES:
+        for seed in range(seeds):
+            for row in bench_probe(part, seed=seed):
+                yield "recollection", row
+        return
+    text = Text(sources)
+    if part == "rates":
+        for factor in FACTORS:
+            recipes = {name: recipe.at(factor) for name, recipe in RECIPES.items()}
+            for run, _ in bench_text(text, recipes, seed=0, steps=STEPS):
+                yield "runs", run
+        return
+    for seed in range(seeds):
+        budget = {"steps": STEPS} if part == "tokens" else {"seconds": seconds}
+        for run, model in bench_text(text, RECIPES, seed=seed, **budget):
+            yield "runs", run
+            if part == "tokens" and seed == 0:
+                window = RECIPES[run.recipe].window
+                for position in loss_by_position(run.recipe, model, text.held_out, window):
+                    yield "positions", position
+                for context in loss_by_context(run.recipe, model, text.held_out):
+                    yield "contexts", context
+
+
+def bench_text(
+    text: Text,
+    recipes: dict[str, Recipe],
+    *,
+    seed: int,
+    steps: int | None = None,
+    seconds: float | None = None,
+) -> Iterator[tuple[Run, nn.Module]]:
+    """Train each recipe on the same windows, for some steps or some seconds of CPU time."""
+    budget = f"{steps} steps" if seconds is None else f"{seconds:g} s"
+    for name, recipe in recipes.items():
+        model, taken, spent = train(recipe, text.batches(seed), seed=seed, steps=steps, seconds=seconds)
+        run = Run(
+            budget=budget,
+            recipe=name,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            rate=getattr(recipe, recipe.tuned),
+            seed=seed,
+            steps=taken,
+            seconds=spent,
+            short=loss_in_windows(model, text.held_out, SHORT),
+            long=loss_in_windows(model, text.held_out, LONG),
+        )
+        yield run, model
 
 
 @torch.inference_mode()
@@ -233,96 +232,61 @@ def losses(model: nn.Module, ids: Tensor) -> Tensor:
 
 def loss_in_windows(model: nn.Module, text: Tensor, window: int) -> float:
     """Mean nats a byte where the model starts from nothing at every `window` bytes."""
-    rows = (len(text) - 1) // window
-    ids = torch.stack([text[row * window : (row + 1) * window + 1] for row in range(rows)])
-    return losses(model, ids).mean().item()
+    return losses(model, text.unfold(0, window + 1, window)).mean().item()
 
 
-def loss_by_position(
-    model: nn.Module, text: Tensor, *, length: int = 65_536, block: int = 2048, orders: int = 4
-) -> dict[str, float]:
-    """Mean nats by position in a text of shuffled blocks, so that all positions are equally hard."""
-    blocks = text[: len(text) // block * block].view(-1, block)
+def loss_by_position(name: str, model: nn.Module, text: Tensor, window: int | None) -> list[Position]:
+    """Loss by position in a text of shuffled blocks, beside that of the same bytes in short windows.
+
+    Args:
+        text: bytes held out, `(length,)`.
+        window: positions to read; `None` reads `POSITIONS`.
+    """
+    length = window or POSITIONS
+    blocks = text[: len(text) // BLOCK * BLOCK].view(-1, BLOCK)
     generator = torch.Generator().manual_seed(0)
-    rows = [blocks[torch.randperm(len(blocks), generator=generator)].flatten() for _ in range(orders)]
-    found = torch.stack([losses(model, row[None, : length + 1])[0] for row in rows]).mean(0)
-    # Of every block the same bytes: its first few follow text that they do not belong to.
-    bounds = [0, *(2**power for power in range(11, int(math.log2(length)) + 1))]
-    return {f"{low}-{high}": found[low:high].mean().item() for low, high in pairwise(bounds)}
+    found, short = [], []
+    for _ in range(ORDERS):
+        row = blocks[torch.randperm(len(blocks), generator=generator)].flatten()[: length + 1]
+        found.append(losses(model, row[None])[0])
+        # One byte more than a window, so that each byte but the first of the text is predicted in one.
+        short.append(losses(model, row.unfold(0, SHORT + 1, SHORT)).flatten())
+    bounds = [0, *(2**power for power in range(int(math.log2(BLOCK)), int(math.log2(length)) + 1))]
+    means = [
+        [torch.stack(each)[:, low:high].mean().item() for each in (found, short)]
+        for low, high in pairwise(bounds)
+    ]
+    return [
+        Position(name, low, high, loss, loss / within)
+        for (low, high), (loss, within) in zip(pairwise(bounds), means, strict=True)
+    ]
 
 
 def loss_by_context(
-    model: nn.Module,
-    text: Tensor,
-    *,
-    contexts: tuple[int, ...] = CONTEXTS,
-    predicted: int = 32,
-    places: int = 400,
-) -> dict[int, float]:
-    """Mean nats of the same bytes with more and more context before them."""
-    starts = np.random.default_rng(0).integers(max(contexts), len(text) - predicted, places)
-    return {
-        context: losses(model, torch.stack([text[start - context : start + predicted] for start in starts]))[
-            :, -predicted:
-        ]
-        .mean()
-        .item()
-        for context in contexts
-    }
+    name: str, model: nn.Module, text: Tensor, *, predicted: int = 32, places: int = 400
+) -> list[Context]:
+    """Loss of the same bytes with more and more context before them.
+
+    Args:
+        text: bytes held out, `(length,)`.
+        predicted: bytes that are predicted at each place.
+    """
+    starts = np.random.default_rng(0).integers(max(CONTEXTS), len(text) - predicted, places)
+    rows = []
+    for context in CONTEXTS:
+        ids = torch.stack([text[start - context : start + predicted] for start in starts])
+        rows.append(Context(name, context, losses(model, ids)[:, -predicted:].mean().item()))
+    return rows
 
 
-def latch_batches(distance: int, *, rows: int = 16, seed: int = 0, exact: bool = False) -> Any:
-    """A flag, noise, a query: what was the flag? Distances up to `distance`, or just that if `exact`."""
+def bench_probe(name: str, *, seed: int = 0, steps: int = PROBE_STEPS) -> Iterator[Recollection]:
+    """Train the models that could remember on a probe, and test them at every distance."""
+    probe: Probe = PROBES[name]
 
-    def read(step: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed((seed << 32) + step)
-        ids = torch.randint(16, 128, (rows, distance + 3), generator=generator)
-        targets = torch.full_like(ids, -100)
-        flags = torch.randint(2, (rows,), generator=generator)
-        span = torch.rand(rows, generator=generator)
-        distances = torch.full((rows,), distance) if exact else (distance**span).long()
-        for row in range(rows):
-            at = distance - int(distances[row])
-            ids[row, at], ids[row, distance + 1] = flags[row], QUERY
-            targets[row, distance + 1] = flags[row]
-        return ids[:, :-1], targets[:, :-1]
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        return probe.batch((seed << 32) + step, TRAINED_DISTANCE, vary=True)
 
-    return read
-
-
-def recall_batches(
-    distance: int, *, pairs: int = 4, rows: int = 16, seed: int = 0, exact: bool = False
-) -> Any:
-    """Keys and their values, noise, a query and a key: what was its value?"""
-
-    def read(step: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed((seed << 32) + step)
-        length = 2 * pairs + distance + 2
-        ids = torch.randint(64, 128, (rows, length), generator=generator)
-        targets = torch.full_like(ids, -100)
-        span = torch.rand(rows, generator=generator)
-        distances = torch.full((rows,), distance) if exact else (distance**span).long()
-        for row in range(rows):
-            keys = torch.randperm(16, generator=generator)[:pairs]
-            values = torch.randint(32, 48, (pairs,), generator=generator)
-            at = distance - int(distances[row])
-            ids[row, at : at + 2 * pairs] = torch.stack([keys, values], dim=1).flatten()
-            chosen = int(torch.randint(pairs, (1,), generator=generator))
-            ids[row, -2], ids[row, -1] = QUERY, keys[chosen]
-            targets[row, -1] = values[chosen]
-        return ids, targets
-
-    return read
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, batches: Any, steps: int = 8) -> float:
-    """How often the likeliest token is the right one."""
-    right = asked = 0
-    for step in range(steps):
-        ids, targets = batches((1 << 20) + step)
-        predicted = model(ids).argmax(-1)
-        at = targets != -100
-        right += int((predicted[at] == targets[at]).sum())
-        asked += int(at.sum())
-    return right / asked
+    for recipe in REMEMBERING:
+        model, _, _ = train(RECIPES[recipe], batches, seed=seed, steps=steps)
+        for distance in DISTANCES:
+            yield Recollection(name, recipe, distance, accuracy(model, probe, distance), 1 / probe.choices)

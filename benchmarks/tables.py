@@ -125,6 +125,44 @@ TABLES = {
         {"session of": "{name}", "tokens": "{context:,}", "bytes": "{bytes:,}"},
         identity=("name", "context"),
     ),
+    "runs": Table(
+        {
+            "budget": "{budget}",
+            "model": "{recipe}",
+            "parameters": "{parameters:,}",
+            "rate": "{rate:g}",
+            "seed": "{seed}",
+            "steps": "{steps:,}",
+            "CPU s": "{seconds:.0f}",
+            "nats, from nothing every 256 bytes": "{short:.4f}",
+            "every 4,096": "{long:.4f}",
+        },
+        identity=("budget", "recipe", "rate", "seed"),
+    ),
+    "positions": Table(
+        {
+            "model": "{recipe}",
+            "from byte": "{first:,}",
+            "to": "{last:,}",
+            "nats": "{loss:.4f}",
+            "over the same bytes from nothing every 256": "{over_short:.3f}",
+        },
+        identity=("recipe", "first"),
+    ),
+    "contexts": Table(
+        {"model": "{recipe}", "bytes before": "{context:,}", "nats": "{loss:.4f}"},
+        identity=("recipe", "context"),
+    ),
+    "recollection": Table(
+        {
+            "probe": "{probe}",
+            "model": "{recipe}",
+            "distance": "{distance:,}",
+            "right": "{accuracy:.1%}",
+            "chance": "{chance:.1%}",
+        },
+        identity=("probe", "recipe", "distance"),
+    ),
     "load": Table(
         {
             "streams": "{streams:,}",

@@ -16,11 +16,11 @@ SIZES = {"batch": st.integers(1, 3), "length": st.integers(1, 9), "dim": st.inte
 
 
 @settings(deadline=None, max_examples=50)
-@given(**SIZES, taps=st.integers(1, 5), seed=st.integers(0, 99))
-def test_it_is_a_filter(batch, length, dim, taps, seed):
+@given(**SIZES, taps=st.integers(1, 5), seed=st.integers(0, 99), backend=st.sampled_from([None, "chunked"]))
+def test_it_is_a_filter(batch, length, dim, taps, seed, backend):
     torch.manual_seed(seed)
     x, weight = torch.randn(batch, length, dim), torch.randn(taps, dim)
-    y, state = causal_convolution(x.double(), weight.double())
+    y, state = causal_convolution(x.double(), weight.double(), backend=backend)
     for channel in range(dim):
         expected = lfilter(
             weight[:, channel].double().numpy(), [1.0], x[..., channel].double().numpy(), axis=1

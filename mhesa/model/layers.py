@@ -142,10 +142,17 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(identity_taps(size, dim))
 
     def forward(
-        self, x: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        backend: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`x` of `(batch, length, dim)` to output and state; see `mhesa.ops.convolution`."""
-        return causal_convolution(x, self.weight, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        return causal_convolution(
+            x, self.weight, initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend
+        )
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: `x` of `(batch, dim)` and `state` of `(batch, size - 1, dim)` to output and new state."""
@@ -235,7 +242,7 @@ class GatedMHESA(nn.Module):
         smoothing, tail = self._split(initial_state)
         z = self.norm(x)
         if self.conv is not None:
-            z, tail = self.conv(z, initial_state=tail, cu_seqlens=cu_seqlens)
+            z, tail = self.conv(z, initial_state=tail, cu_seqlens=cu_seqlens, backend=self.mhesa.backend)
         v = gelu(self.to_v(z), backend=self.mhesa.backend)
         shift = None if self.to_alpha is None else self.to_alpha(z)
         smoothed, smoothing = self.mhesa(

@@ -19,6 +19,7 @@ def causal_convolution(
     *,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y[t] = sum over j of weight[j] * x[t - j]`, each channel by itself.
 
@@ -29,6 +30,7 @@ def causal_convolution(
             `(sequences, taps - 1, dim)` with `cu_seqlens`; zeros if omitted.
         cu_seqlens: `(sequences + 1,)` integers, offsets of sequences packed into a batch of 1; no value
             passes from one sequence to the next.
+        backend: the layer's smoothing backend. Only `"numba"` and `None` use the CPU kernel.
 
     Returns:
         `y`, of the shape and type of `x`, and the last `taps - 1` values of each sequence in fp32 (fp64 for
@@ -55,7 +57,7 @@ def causal_convolution(
     elif initial_state.shape != shape:
         raise ValueError(f"initial_state must be {shape} for this x, not {tuple(initial_state.shape)}")
     wide, weight, initial_state = x.to(dtype), weight.to(dtype), initial_state.to(dtype)
-    if _served_natively(wide, weight, initial_state):
+    if backend in (None, "numba") and _served_natively(wide, weight, initial_state):
         y: Tensor = _native(wide, weight, initial_state, cu_seqlens)
     else:
         y = _convolve(wide, weight, initial_state, cu_seqlens)

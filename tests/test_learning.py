@@ -1,0 +1,121 @@
+"""What `python -m benchmarks learning` measures, on models whose figures are known."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.contestants import LSTM, RECIPES, Recipe, Transformer
+from benchmarks.learning import (
+    CONTEXTS,
+    NUM_TOKENS,
+    POSITIONS,
+    Text,
+    bench_text,
+    loss_by_context,
+    loss_by_position,
+    loss_in_windows,
+    train,
+)
+from benchmarks.probes import IGNORED, PROBES, QUERY, accuracy
+from mhesa import GatedExponentialSmoothingLM
+from mhesa.errors import InputError
+
+
+class Uniform(nn.Module):
+    """All tokens are equally likely."""
+
+    def forward(self, ids):
+        return torch.zeros(*ids.shape, NUM_TOKENS)
+
+
+class Oracle(nn.Module):
+    """Answers a probe by looking the answer up."""
+
+    def forward(self, ids):
+        logits = torch.zeros(*ids.shape, NUM_TOKENS)
+        for row, text in enumerate(ids.tolist()):
+            if text[-1] == QUERY:
+                (answer,) = [byte for byte in text if byte < 2]
+            else:
+                answer = text[text.index(text[-1]) + 1]
+            logits[row, -1, answer] = 1
+        return logits
+
+
+@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("vary", [False, True])
+def test_a_probe_has_one_answer(name, vary):
+    ids, targets = PROBES[name].batch(3, 50, vary=vary)
+    assert (targets[:, :-1] == IGNORED).all()
+    assert torch.equal(Oracle()(ids)[:, -1].argmax(-1), targets[:, -1])
+    places = (ids == targets[:, -1:]).int().argmax(1)
+    assert len(places.unique()) > 1 if vary else places.max() < 8
+
+
+@pytest.mark.parametrize(("name", "distance"), [("latch", 0), ("latch", 40), ("recall", 40)])
+def test_accuracy_is_that_of_the_model(name, distance):
+    assert accuracy(Oracle(), PROBES[name], distance) == 1
+    assert accuracy(Uniform(), PROBES[name], distance) < 0.7
+
+
+def test_losses_are_those_of_the_model():
+    text, nats = torch.randint(256, (3 * 4096,)), pytest.approx(math.log(NUM_TOKENS), rel=1e-6)
+    assert loss_in_windows(Uniform(), text, 100) == nats
+    contexts = loss_by_context("uniform", Uniform(), text, places=3)
+    assert [row.context for row in contexts] == list(CONTEXTS)
+    positions = loss_by_position("uniform", Uniform(), text, 4096)
+    assert [(row.first, row.last) for row in positions] == [(0, 2048), (2048, 4096)]
+    assert [row.loss for row in (*contexts, *positions)] == [nats] * (len(contexts) + 2)
+    assert [row.over_short for row in positions] == [pytest.approx(1)] * 2
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("learning") / "text.txt"
+    path.write_text("".join(f"line {index} of a text, {index * index}\n" for index in range(50_000)))
+    return Text([str(path)], held_out_bytes=POSITIONS + 1)
+
+
+SMALL = {
+    "ours": Recipe(
+        lambda n: GatedExponentialSmoothingLM(
+            num_tokens=n, dim=16, depth=1, heads=4, dim_mhesa=16, adaptive=True, conv_size=4
+        ),
+        3e-3,
+        0.02,
+    ),
+    "transformer": Recipe(lambda n: Transformer(n, dim=16, depth=1, heads=2), 3e-3, 0.02),
+    "LSTM": Recipe(lambda n: LSTM(n, dim=8, depth=1, width=8), 3e-3),
+}
+
+
+def test_too_little_text_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("a few words\n" * 5000)
+    with pytest.raises(InputError, match="give more text"):
+        Text([str(tmp_path / "text.txt")])
+
+
+def test_every_model_learns_within_its_budget(text):
+    for run, _ in bench_text(text, SMALL, seed=1, steps=8):
+        assert (run.steps, run.seed) == (8, 1)
+        assert run.long < math.log(NUM_TOKENS)
+    _, steps, seconds = train(SMALL["LSTM"], text.batches(0), seed=0, seconds=0.2)
+    assert steps >= 1
+    assert seconds >= 0.2
+
+
+def test_the_contestants_are_of_one_size():
+    sizes = {name: sum(p.numel() for p in recipe.build(257).parameters()) for name, recipe in RECIPES.items()}
+    assert max(sizes.values()) < 1.32 * min(sizes.values())
+    assert RECIPES["adaptive"].at(2.0).muon == 2 * RECIPES["adaptive"].muon
+    assert RECIPES["LSTM"].at(2.0).adamw == 2 * RECIPES["LSTM"].adamw
+
+
+def test_a_transformer_looks_back_only():
+    torch.manual_seed(0)
+    model = Transformer(NUM_TOKENS, dim=16, depth=2, heads=2).eval()
+    ids = torch.randint(256, (1, 20))
+    whole = model(ids)
+    torch.testing.assert_close(model(ids[:, :12]), whole[:, :12])
