@@ -241,15 +241,18 @@ def learning(
 
 @app.command()
 def tables() -> None:
-    """Write the saved results into benchmarks/README.md, between its markers.
+    """Write the saved results into benchmarks/README.md and docs/learning.md, and draw the pictures.
 
     Example:
 
         python -m benchmarks tables
     """
-    from benchmarks.tables import README, with_tables
+    from benchmarks.plots import draw_all
+    from benchmarks.tables import PAGES, with_tables
 
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
+    draw_all()
 
 
 @app.command()

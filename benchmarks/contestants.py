@@ -143,3 +143,12 @@ RECIPES = {
     "transformer, Muon": Recipe(lambda n: Transformer(n, dim=160, depth=4, heads=5), 3e-3, 0.04, window=4096),
     "LSTM": Recipe(lambda n: LSTM(n, dim=128, depth=2, width=256), 5e-3),
 }
+
+# Smaller ones, of 0.1 to 0.2 million parameters, for the probes.
+PROBED = {
+    "original, Muon": Recipe(_smoothing(dim=64, depth=2, dim_mhesa=128, heads=8), 3e-3, 0.02),
+    "adaptive": Recipe(
+        _smoothing(dim=64, depth=2, dim_mhesa=128, heads=16, adaptive=True, conv_size=4), 3e-3, 0.02
+    ),
+    "transformer, Muon": Recipe(lambda n: Transformer(n, dim=80, depth=2, heads=5), 3e-3, 0.02),
+}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import RECIPES, Recipe
+from benchmarks.contestants import PROBED, RECIPES, Recipe
 from benchmarks.probes import IGNORED, PROBES, Probe, accuracy
 from mhesa.data import Source, Windows, open_corpus
 from mhesa.errors import InputError
@@ -27,8 +27,9 @@ SHORT, LONG = 256, 4096
 FACTORS = (0.5, 2.0)
 CONTEXTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 POSITIONS, BLOCK, ORDERS = 65_536, 2048, 4
-REMEMBERING = ("original, Muon", "adaptive", "transformer, Muon")
-PROBE_STEPS, TRAINED_DISTANCE = 1500, 1000
+# Of each probe.
+PROBE_STEPS = {"latch": 300, "recall": 2000}
+PROBE_ROWS, TRAINED_DISTANCE = 8, 1000
 DISTANCES = (10, 30, 100, 300, 1000, 3000)
 
 # Makes of a step's number its inputs and targets, `(rows, length)` each.
@@ -86,6 +87,7 @@ class Recollection:
 
     probe: str
     recipe: str
+    seed: int
     distance: int
     accuracy: float
     chance: float
@@ -279,14 +281,16 @@ def loss_by_context(
     return rows
 
 
-def bench_probe(name: str, *, seed: int = 0, steps: int = PROBE_STEPS) -> Iterator[Recollection]:
+def bench_probe(name: str, *, seed: int) -> Iterator[Recollection]:
     """Train the models that could remember on a probe, and test them at every distance."""
     probe: Probe = PROBES[name]
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
-        return probe.batch((seed << 32) + step, TRAINED_DISTANCE, vary=True)
+        return probe.batch((seed << 32) + step, TRAINED_DISTANCE, vary=True, rows=PROBE_ROWS)
 
-    for recipe in REMEMBERING:
-        model, _, _ = train(RECIPES[recipe], batches, seed=seed, steps=steps)
+    for recipe in PROBED:
+        model, _, _ = train(PROBED[recipe], batches, seed=seed, steps=PROBE_STEPS[name])
         for distance in DISTANCES:
-            yield Recollection(name, recipe, distance, accuracy(model, probe, distance), 1 / probe.choices)
+            yield Recollection(
+                name, recipe, seed, distance, accuracy(model, probe, distance), 1 / probe.choices
+            )

@@ -1,4 +1,4 @@
-"""Rows of results as tables, in the terminal and in `benchmarks/README.md`."""
+"""Rows of results as tables, in the terminal and in the pages that show them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 from benchmarks.results import FOLDER, saved
 
-README = Path(__file__).parent / "README.md"
+ROOT = Path(__file__).parents[1]
+# The pages with tables of results.
+PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "learning.md")
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
 
 Row = Mapping[str, Any]
@@ -157,11 +159,12 @@ TABLES = {
         {
             "probe": "{probe}",
             "model": "{recipe}",
+            "seed": "{seed}",
             "distance": "{distance:,}",
             "right": "{accuracy:.1%}",
             "chance": "{chance:.1%}",
         },
-        identity=("probe", "recipe", "distance"),
+        identity=("probe", "recipe", "seed", "distance"),
     ),
     "load": Table(
         {

@@ -18,7 +18,7 @@ from benchmarks.lengths import bench_lengths
 from benchmarks.ops import Case, Contestant, bench_ops
 from benchmarks.packages import installed
 from benchmarks.run import bench_run
-from benchmarks.tables import README, with_tables
+from benchmarks.tables import PAGES, with_tables
 from benchmarks.train import Sizes, bench_train
 from mhesa.errors import InputError
 from mhesa.training import TrainingSettings
@@ -141,8 +141,9 @@ def test_a_command_line_keeps_no_folders():
     assert found["command"] == "python -m benchmarks serve model --streams 2"
 
 
-def test_the_readme_shows_the_saved_results():
-    text = README.read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_pages_show_the_saved_results(page):
+    text = page.read_text()
     assert with_tables(text) == text, "run python -m benchmarks tables"
 
 

@@ -1,5 +1,6 @@
 """What `python -m benchmarks learning` measures, on models whose figures are known."""
 
+import json
 import math
 
 import pytest
@@ -18,6 +19,7 @@ from benchmarks.learning import (
     loss_in_windows,
     train,
 )
+from benchmarks.plots import draw_all
 from benchmarks.probes import IGNORED, PROBES, QUERY, accuracy
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
@@ -119,3 +121,27 @@ def test_a_transformer_looks_back_only():
     ids = torch.randint(256, (1, 20))
     whole = model(ids)
     torch.testing.assert_close(model(ids[:, :12]), whole[:, :12])
+
+
+def test_pictures_are_drawn_of_what_is_saved(tmp_path):
+    assert draw_all(tmp_path, tmp_path) == []
+    run = {"recipe": "adaptive", "short": 1.2, "budget": "600 steps"}
+    tables = {
+        "runs": [run, run | {"short": 1.3}, run | {"recipe": "LSTM"}],
+        "positions": [{"recipe": "adaptive", "last": 2048, "over_short": 0.97}],
+        "contexts": [{"recipe": "adaptive", "context": 8, "loss": 1.3}],
+        "recollection": [{"probe": "latch", "recipe": "LSTM", "distance": 10, "accuracy": 1, "chance": 0.5}],
+    }
+    (tmp_path / "machine").mkdir()
+    for name in ("learning_tokens", "learning_minutes", "learning_latch"):
+        (tmp_path / "machine" / f"{name}.json").write_text(json.dumps({"tables": tables}))
+    drawn = draw_all(tmp_path, tmp_path)
+    assert [path.name for path in drawn] == [
+        "learning-loss.svg",
+        "learning-context.svg",
+        "learning-memory.svg",
+    ]
+    before = [path.read_bytes() for path in drawn]
+    draw_all(tmp_path, tmp_path)
+    assert [path.read_bytes() for path in drawn] == before
+    assert "1.250" in drawn[0].read_text()
