@@ -151,8 +151,8 @@ class Sessions:
                 (client, name, self.model, stored.position, stored.token, data, now, now),
             )
 
-    def fork(self, client: str, name: str, new: str) -> None:
-        """Copy a session under a new name.
+    def fork(self, client: str, name: str, new: str) -> SessionRecord:
+        """Copy a session under a new name; returns the copy's record.
 
         Raises:
             SessionError: there is no such session, or the new one exists, or there are too many.
@@ -170,6 +170,9 @@ class Sessions:
                 raise SessionError(409, f"session {new} exists already") from error
         if not done.rowcount:
             raise SessionError(404, f"there is no session {name}")
+        copy = self.get(client, new)
+        assert copy is not None
+        return copy
 
     def delete(self, client: str, name: str) -> bool:
         """Delete a session; returns whether there was one."""

@@ -6,6 +6,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
+from itertools import repeat
 from typing import Any
 
 from pydantic import BaseModel
@@ -80,13 +81,25 @@ class Answer(ABC):
         """Events before a text: none."""
         return iter(())
 
-    def whole(self) -> BaseModel:
-        """The response of a request that is not streamed, once all texts are written."""
+    def size(self) -> int:
+        """How much there is to make an answer of: tokens, log-probabilities and echoed prompts."""
+        tokens = sum(
+            self._echoed(index) + cursor.text.count for index, (_, cursor) in enumerate(self.cursors)
+        )
+        return tokens * (1 if self.top is None else 2 + self.top)
+
+    def _echoed(self, index: int) -> int:
+        """Prompt tokens that are still to be put before a text: none."""
+        return 0
+
+    def whole(self) -> bytes:
+        """The response of a request that is not streamed, once all texts are written; JSON."""
         choices = [
             self._choice(index, *cursor.read(), cursor.finish)
             for index, (_, cursor) in enumerate(self.cursors)
         ]
-        return self.response(**self.head, object=self.response_object, choices=choices, usage=self.usage())
+        whole = self.response(**self.head, object=self.response_object, choices=choices, usage=self.usage())
+        return whole.model_dump_json().encode()
 
     async def save_session(self) -> None:
         """Store the session, if the request continues one."""
@@ -107,25 +120,33 @@ class Answer(ABC):
         written = sum(text.count for job in self.submission.jobs for text in job.texts)
         return protocol.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
-    async def stream(self) -> AsyncIterator[BaseModel]:
-        """The events of a stream."""
+    async def stream(self) -> AsyncIterator[str]:
+        """The events of a stream, in JSON."""
         for index in range(len(self.cursors)):
             for event in self._opening(index):
-                yield event
+                yield _json(event)
         unfinished = dict(enumerate(cursor for _, cursor in self.cursors))
         while unfinished:
             await self.submission.progress()
             for index, cursor in list(unfinished.items()):
                 text, scores = cursor.read()
                 if text or cursor.finish:
-                    for event in self._events(index, text, scores, cursor.finish):
-                        yield event
+                    size = self._echoed(index) + len(text) + len(scores) * (2 + (self.top or 0))
+                    for data in await self.service.run_sized(
+                        size, self._encoded, index, text, scores, cursor.finish
+                    ):
+                        yield data
                 if cursor.finish:
                     del unfinished[index]
         await self.submission.finish()
         await self.save_session()
         if self.options.include_usage:
-            yield self._chunk().model_copy(update={"usage": self.usage()})
+            yield _json(self._chunk().model_copy(update={"usage": self.usage()}))
+
+    def _encoded(
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+    ) -> list[str]:
+        return [_json(event) for event in self._events(index, text, scores, finish)]
 
     def _chunk(self, *choices: BaseModel) -> BaseModel:
         """An event with these choices."""
@@ -165,6 +186,10 @@ class CompletionAnswer(Answer):
         self.echoes: dict[int, Job] = dict(enumerate(job for job, _ in self.cursors)) if echo else {}
         # The length of each text so far, in characters.
         self.offsets = [0] * len(self.cursors)
+
+    def _echoed(self, index: int) -> int:
+        job = self.echoes.get(index)
+        return len(job.ids) if job else 0
 
     def _events(
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
@@ -272,8 +297,7 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in self.answer.stream():
-                # ASCII, because some clients end a line at U+2028 and similar characters.
-                await send_event(event.model_dump_json(exclude_unset=True, ensure_ascii=True))
+                await send_event(event)
             await send_event("[DONE]", more=False)
         except ClientGone:
             self.answer.log_fields["cut"] = "disconnected"
@@ -285,7 +309,11 @@ class EventStream(Response):
             self.answer.close()
 
 
+def _json(event: BaseModel) -> str:
+    # ASCII, because some clients end a line at U+2028 and similar characters.
+    return event.model_dump_json(exclude_unset=True, ensure_ascii=True)
+
+
 def _prompt_scores(job: Job) -> list[TokenScore]:
-    values = [value for part in job.logprobs for value in part.tolist()]
-    ids = job.ids[1:].tolist()
-    return [TokenScore(0, *row) for row in zip(ids, values, job.likeliest or [[]] * len(ids), strict=True)]
+    rows = zip(job.ids[1:].tolist(), job.logprobs.tolist(), job.likeliest or repeat([]), strict=False)
+    return [TokenScore(0, *row) for row in rows]

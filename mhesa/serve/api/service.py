@@ -21,8 +21,13 @@ from mhesa.serve.engine.jobs import Busy, Job, Stopped, wake
 from mhesa.serve.sessions import Sessions
 from mhesa.serve.settings import Settings
 from mhesa.tokenizers import Bytes, TextTokenizer
+from mhesa.tokenizers.stream import encode_stream
 
 T = TypeVar("T")
+# Work on fewer bytes or tokens than this is done on the event loop.
+SMALL = 1 << 13
+# Bytes of a text that are tokenised at once.
+PIECE = 1 << 16
 
 
 class Service:
@@ -45,6 +50,7 @@ class Service:
         self.created = int(time.time())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.token_bytes = token_bytes(tokenizer, model.token_emb.num_embeddings)
+        self.token_sizes = np.array([len(token) for token in self.token_bytes])
         self.sessions = Sessions(
             settings.sessions,
             model=fingerprint(model),
@@ -61,16 +67,27 @@ class Service:
         self.sessions_in_use: set[tuple[str, str]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="sessions")
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="worker")
 
     def close(self) -> None:
         """End the threads and close the files."""
         self.engine.close()
+        self._workers.shutdown()
         self._disk.shutdown()
         self.sessions.close()
 
     async def run_in_disk_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function that may wait for the disk, in a thread for that."""
         return await asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
+
+    async def run_sized(self, size: int, function: Callable[..., T], *args: Any) -> T:
+        """Call a function whose work grows with `size`: at once if that is small, else in a worker thread.
+
+        The event loop then goes on with other requests.
+        """
+        if size < SMALL:
+            return function(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue a request's jobs.
@@ -109,9 +126,17 @@ class Service:
             APIError: an id that is not in the vocabulary.
         """
         if isinstance(prompt, str):
-            return self.tokenizer.encode_bytes(utf8(prompt, param))
+            return self._encode_text(utf8(prompt, param))
         self.check_token(max(prompt, default=0), param)
         return np.array(prompt, dtype=np.uint16 if len(self.token_bytes) <= 1 << 16 else np.int32)
+
+    def _encode_text(self, text: bytes) -> np.ndarray:
+        """The tokens of a text; a long one in pieces, which takes little memory."""
+        if len(text) <= PIECE:
+            return self.tokenizer.encode_bytes(text)
+        pieces = (text[start : start + PIECE] for start in range(0, len(text), PIECE))
+        blocks = encode_stream(self.tokenizer, self.token_bytes, pieces)
+        return np.concatenate([block.ids for together in blocks for block in together])
 
 
 def utf8(text: str, param: str) -> bytes:
