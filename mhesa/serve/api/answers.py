@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from mhesa.inference.continuation import FinishReason, TextCursor
 from mhesa.inference.logprobs import TokenScore
 from mhesa.serve.api import protocol
-from mhesa.serve.api.errors import APIError, ClientGone
+from mhesa.serve.api.errors import APIError, ClientGone, session_error
 from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
@@ -302,7 +302,7 @@ class EventStream(Response):
         except ClientGone:
             self.answer.log_fields["cut"] = "disconnected"
         except (APIError, SessionError) as error:
-            failure = error if isinstance(error, APIError) else APIError(error.status, str(error))
+            failure = error if isinstance(error, APIError) else session_error(error)
             self.answer.log_fields["cut"] = failure.code
             await send_event(failure.body().model_dump_json(ensure_ascii=True), more=False)
         finally:

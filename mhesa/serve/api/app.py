@@ -16,7 +16,7 @@ import mhesa
 from mhesa.serve.api import metrics, protocol
 from mhesa.serve.api.body import read_body
 from mhesa.serve.api.completions import chat, complete
-from mhesa.serve.api.errors import APIError, ClientGone, validation_error
+from mhesa.serve.api.errors import APIError, ClientGone, session_error, validation_error
 from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.page import page
 from mhesa.serve.api.scores import score
@@ -32,7 +32,7 @@ STATUSES = {
     413: "The body is too large.",
     429: "Too many requests or sessions; where there is `Retry-After`, try again after so many seconds.",
     500: "A fault of the server.",
-    503: "The server is shutting down, or its model failed.",
+    503: "The server is shutting down, its model failed, or the file of sessions cannot be used now.",
     504: "The request took too long.",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def _api_error(error: Exception) -> APIError:
         case APIError():
             return error
         case SessionError():
-            return APIError(error.status, str(error), param="session", code="session_error")
+            return session_error(error)
         case RequestValidationError():
             return validation_error(error.errors())
         case HTTPException():

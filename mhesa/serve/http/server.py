@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -21,6 +21,7 @@ from mhesa.serve.api.errors import APIError
 from mhesa.serve.api.service import Service
 from mhesa.serve.http.guard import Guard
 from mhesa.serve.logs import log, redirect_logger
+from mhesa.serve.sessions import SessionError
 from mhesa.serve.settings import Limits
 
 # How long a thread may keep Python's global lock when another waits for it: the decode thread needs it
@@ -99,16 +100,17 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             return
         service = self.service
-        log("stopping", active=service.engine.active, waiting=service.engine.waiting)
         service.stopping = self.should_exit = True
         # Requests still running then end with an error.
         loop.call_later(service.settings.limits.drain_seconds, service.engine.stop)
+        log("stopping", active=service.engine.active, waiting=service.engine.waiting)
 
     async def _expire_sessions(self) -> None:
         while True:
-            expired = await self.service.run_in_disk_thread(self.service.sessions.expire)
-            if expired:
-                log("expired", sessions=expired)
+            # `Sessions` has noted in the log why it cannot be used; the next time it may be.
+            with suppress(SessionError):
+                if expired := await self.service.run_in_disk_thread(self.service.sessions.expire):
+                    log("expired", sessions=expired)
             await asyncio.sleep(EXPIRE_SECONDS)
 
 
