@@ -18,6 +18,7 @@ from mhesa.inference.logprobs import TokenScore
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import APIError, ClientGone, session_error
 from mhesa.serve.api.lease import SessionLease
+from mhesa.serve.api.pieces import with_items
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
 from mhesa.serve.sessions import SessionError
@@ -94,12 +95,13 @@ class Answer(ABC):
 
     def whole(self) -> bytes:
         """The response of a request that is not streamed, once all texts are written; JSON."""
-        choices = [
-            self._choice(index, *cursor.read(), cursor.finish)
-            for index, (_, cursor) in enumerate(self.cursors)
-        ]
-        whole = self.response(**self.head, object=self.response_object, choices=choices, usage=self.usage())
-        return whole.model_dump_json().encode()
+        whole = self.response(**self.head, object=self.response_object, choices=[], usage=self.usage())
+        return "".join(with_items(whole, "choices", self._choices())).encode()
+
+    def _choices(self) -> Iterator[str]:
+        for index, (_, cursor) in enumerate(self.cursors):
+            choice = self._choice(index, *cursor.read(), cursor.finish)
+            yield "," * (index > 0) + choice.model_dump_json()
 
     async def save_session(self) -> None:
         """Store the session, if the request continues one."""

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from itertools import chain
 
 import numpy as np
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from mhesa.inference.scoring import share_by_line
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import check_limit, invalid
+from mhesa.serve.api.pieces import with_items
 from mhesa.serve.api.service import SMALL, Service, prepend, queue_of
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
@@ -62,7 +63,7 @@ def _json(service: Service, jobs: list[Job], by: str, total: int) -> Iterator[st
     texts = (
         chain([","] if index else [], _scored_text(service, index, job, by)) for index, job in enumerate(jobs)
     )
-    return _with_items(whole, "data", chain.from_iterable(texts))
+    return with_items(whole, "data", chain.from_iterable(texts))
 
 
 def _scored_text(service: Service, index: int, job: Job, by: str) -> Iterator[str]:
@@ -81,7 +82,7 @@ def _scored_text(service: Service, index: int, job: Job, by: str) -> Iterator[st
         index=index, bytes=len(text), bits=cost, bits_per_byte=cost / len(text) if text else None, items=[]
     )
     items = (_items(text, ends, costs, start) for start in range(0, len(ends), BATCH))
-    return _with_items(scored, "items", items)
+    return with_items(scored, "items", items)
 
 
 def _items(text: bytes, ends: np.ndarray, costs: np.ndarray, first: int) -> str:
@@ -94,9 +95,3 @@ def _items(text: bytes, ends: np.ndarray, costs: np.ndarray, first: int) -> str:
         items.append(protocol.ScoredItem(text=part.decode("utf-8", "replace"), bytes=len(part), bits=cost))
         start = end
     return ("," if first else "") + ITEMS.dump_json(items).decode()[1:-1]
-
-
-def _with_items(model: BaseModel, name: str, items: Iterator[str]) -> Iterator[str]:
-    """The JSON of a model, with items in its empty list `name`, the last list that it has."""
-    before, key, after = model.model_dump_json().rpartition(f'"{name}":[]')
-    return chain([before + key[:-1]], items, ["]" + after])
