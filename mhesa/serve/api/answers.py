@@ -202,7 +202,7 @@ class CompletionAnswer(Answer):
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
     ) -> protocol.CompletionChoice:
         if job := self.echoes.pop(index, None):
-            prompt = self.service.tokenizer.decode_bytes(job.ids[1:])
+            prompt = self.service.decode(job.ids[1:])
             text = prompt.decode("utf-8", "replace") + text
             scores = (_prompt_scores(job) if job.score else []) + scores
         logprobs = None if self.top is None else self._logprobs(index, scores)

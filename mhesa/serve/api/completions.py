@@ -9,7 +9,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import torch
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -157,9 +156,10 @@ def _jobs(
             for index in range(plan.texts)
         ]
         if plan.sampling.repetition_penalty != 1:
-            seen = torch.from_numpy(ids.astype(np.int64)).unique()
+            seen = np.zeros(len(service.token_bytes), dtype=bool)
+            seen[ids] = True
             for sampler in samplers:
-                sampler.observe(seen)
+                sampler.observe(np.flatnonzero(seen).tolist())
         texts = [
             Continuation(
                 sampler,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import chain
 
 import numpy as np
@@ -40,8 +40,13 @@ async def score(service: Service, request: Request, body: protocol.ScoreRequest)
     content = _json(service, jobs, body.by, total)
     if total < SMALL:
         return Response("".join(content), media_type="application/json")
-    # Made in a worker thread, piece by piece as the client reads it: it can be 60 times as long as the text.
-    return StreamingResponse(content, media_type="application/json")
+    # Made piece by piece as the client reads it: it can be 60 times as long as the text.
+    return StreamingResponse(_in_worker(service, content), media_type="application/json")
+
+
+async def _in_worker(service: Service, pieces: Iterator[str]) -> AsyncIterator[str]:
+    while (piece := await service.run_sized(SMALL, next, pieces, None)) is not None:
+        yield piece
 
 
 def _encode(service: Service, body: protocol.ScoreRequest) -> list[np.ndarray]:
@@ -69,7 +74,7 @@ def _json(service: Service, jobs: list[Job], by: str, total: int) -> Iterator[st
 def _scored_text(service: Service, index: int, job: Job, by: str) -> Iterator[str]:
     ids = job.ids[1:]
     bits = job.logprobs / -math.log(2)
-    text = b"".join(map(service.token_bytes.__getitem__, ids.tolist()))
+    text = service.decode(ids)
     sizes = service.token_sizes[ids]
     if by == "token":
         ends, costs = np.cumsum(sizes), bits

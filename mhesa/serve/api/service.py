@@ -151,6 +151,13 @@ class Service:
         parts = [np.concatenate([block.ids for block in together]) for together in blocks]
         return np.concatenate(parts, dtype=self.id_type, casting="same_kind")
 
+    def decode(self, ids: np.ndarray) -> bytes:
+        """The bytes of tokens, `(tokens,)`; special tokens have none."""
+        # In pieces: `join` needs 80 bytes for each of its parts.
+        starts = range(0, len(ids), PIECE)
+        pieces = (map(self.token_bytes.__getitem__, ids[start : start + PIECE].tolist()) for start in starts)
+        return b"".join(map(b"".join, pieces))
+
 
 def _release_memory() -> None:
     # Errors and their tracebacks refer to one another, and to the request.
