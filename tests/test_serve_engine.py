@@ -175,7 +175,7 @@ def test_scores_are_those_of_a_whole_pass(model):
     logprobs = model.double()(torch.tensor([ids]))[0, :-1].log_softmax(-1)
     model.float()
     expected = logprobs[torch.arange(1500), torch.tensor(ids[1:])]
-    assert torch.allclose(torch.cat(scored.logprobs), expected, atol=1e-4)
+    assert torch.allclose(torch.from_numpy(scored.logprobs), expected, atol=1e-4)
     assert [top[0][0] for top in scored.likeliest] == logprobs.argmax(-1).tolist()
 
 

@@ -1,19 +1,27 @@
 """Stored sessions: nothing is lost, and nobody sees another's."""
 
+import asyncio
 import json
+import os
 import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
 from serving import ENDLESS, KEYS, in_process
 
 from mhesa.errors import InputError
 from mhesa.inference.session import SessionState
+from mhesa.model.loading import load
+from mhesa.serve.api.service import Service
+from mhesa.serve.http import server as server_module
 from mhesa.serve.sessions import SessionError, Sessions
-from mhesa.serve.settings import Limits
+from mhesa.serve.settings import Limits, Settings
 
 SHAPE = (3, 1, 5)
 
@@ -125,7 +133,9 @@ def test_a_client_has_so_many_sessions(store):
 
 
 def test_another_models_sessions_are_refused(store):
-    store().save("me", "a", some())
+    sessions = store()
+    sessions.save("me", "a", some())
+    sessions.close()
     with pytest.raises(SessionError, match="another model"):
         store(model="other").load("me", "a")
 
@@ -153,6 +163,181 @@ def test_a_file_of_something_else_is_left_alone(store, tmp_path, content):
     with pytest.raises(InputError, match="cannot keep sessions in"):
         store(path)
     assert path.read_bytes() == before
+
+
+def test_a_path_that_cannot_be_a_database_is_refused(store, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(InputError, match="is a folder, a device or a pipe"):
+            store(path)
+    with pytest.raises(InputError, match="there is no folder"):
+        store(tmp_path / "none" / "sessions.sqlite")
+
+
+def test_a_second_user_of_a_file_is_told_who_has_it(store, tmp_path):
+    sessions = store()
+    sessions.save("me", "a", some())
+    (tmp_path / "link").symlink_to(tmp_path / "sessions.sqlite")
+    for path in (tmp_path / "sessions.sqlite", tmp_path / "link"):
+        with pytest.raises(InputError, match=f"is in use by process {os.getpid()}$"):
+            store(path)
+    assert sessions.load("me", "a").position == 7
+    sessions.close()
+    assert store(tmp_path / "link").load("me", "a").position == 7
+
+
+# Trouble with the file
+
+
+def check_unavailable(use, message):
+    with pytest.raises(SessionError, match=message) as error:
+        use()
+    assert error.value.status == 503
+
+
+@contextmanager
+def locked(path):
+    """Hold SQLite's lock for writers, as another program does."""
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    yield
+    other.close()
+
+
+def test_a_locked_database_is_told_and_used_again_later(store, tmp_path):
+    sessions = store()
+    first, second = some(1), some(2)
+    sessions.save("me", "a", first)
+    with locked(tmp_path / "sessions.sqlite"):
+        for _ in range(3):
+            check_unavailable(lambda: sessions.save("me", "a", second), "database is locked")
+        check_unavailable(lambda: sessions.fork("me", "a", "b"), "database is locked")
+        check_unavailable(sessions.expire, "database is locked")
+        assert torch.equal(sessions.load("me", "a").state, first.state)
+    sessions.save("me", "a", second)
+    assert torch.equal(sessions.load("me", "a").state, second.state)
+
+
+def test_a_full_database_keeps_what_it_has_and_is_used_again_later(store):
+    sessions = store()
+    sessions._database.execute("PRAGMA max_page_count = 12")
+    kept = {}
+
+    def fill():
+        for index in range(1000):
+            stored = some(index)
+            sessions.save("me", str(index), stored)
+            kept[str(index)] = stored.state
+
+    check_unavailable(fill, "disk is full")
+    assert kept
+    assert all(torch.equal(sessions.load("me", name).state, state) for name, state in kept.items())
+    assert len(sessions.page("me", limit=1000)) == len(kept)
+    sessions._database.execute("PRAGMA max_page_count = 10000")
+    sessions.save("me", "more", some())
+    assert sessions.size()[0] == len(kept) + 1
+
+
+def test_a_damaged_database_is_told_and_used_again_once_it_is_mended(store, tmp_path):
+    path = tmp_path / "sessions.sqlite"
+    sessions = store()
+    for index in range(200):
+        sessions.save("me", f"{index:03}", some(index))
+    sessions.close()
+    whole = path.read_bytes()
+    # All but the first page, which says what the file is.
+    path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    sessions = store()
+    for _ in range(2):
+        check_unavailable(lambda: sessions.load("me", "100"), "malformed")
+        check_unavailable(lambda: sessions.save("me", "new", some()), "malformed")
+    path.write_bytes(b"something else entirely" * 1000)
+    check_unavailable(lambda: sessions.load("me", "100"), "not a database")
+    path.write_bytes(whole)
+    assert [sessions.load("me", f"{index:03}").position for index in range(200)] == list(range(200))
+
+
+@pytest.mark.parametrize("gone", ["file", "all", "log", "moved"])
+def test_a_database_that_is_deleted_is_written_again(store, tmp_path, gone):
+    path = tmp_path / "sessions.sqlite"
+    sessions, stored = store(), {str(index): some(index) for index in range(20)}
+    for name, state in stored.items():
+        sessions.save("me", name, state)
+    if gone == "moved":
+        path.rename(tmp_path / "elsewhere")
+    for suffix in {"file": [""], "all": ["", "-wal", "-shm"], "log": ["-wal"], "moved": []}[gone]:
+        Path(f"{path}{suffix}").unlink()
+    check_unavailable(lambda: sessions.save("me", "0", some()), "deleted or replaced")
+    sessions.save("me", "new", some())
+    # What is there is in the file, too.
+    code = (
+        "import sqlite3, sys; names = sqlite3.connect(sys.argv[1]).execute('SELECT name FROM sessions')\n"
+        "print(*sorted(name for name, in names))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert found.stdout.split() == sorted([*stored, "new"])
+    assert all(torch.equal(sessions.load("me", name).state, one.state) for name, one in stored.items())
+
+
+def test_a_folder_that_is_gone_is_told_and_nothing_is_lost(store, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    sessions = store(folder / "s.sqlite")
+    sessions.save("me", "a", some())
+    folder.rename(tmp_path / "away")
+    for _ in range(2):
+        check_unavailable(lambda: sessions.load("me", "a"), "unable to open database file")
+    folder.mkdir()
+    check_unavailable(lambda: sessions.load("me", "a"), "deleted or replaced")
+    assert sessions.load("me", "a").position == 7
+
+
+def test_a_file_that_is_replaced_is_taken_if_it_is_ours(store, tmp_path):
+    path, spare = tmp_path / "sessions.sqlite", tmp_path / "spare"
+    other = store(spare)
+    other.save("me", "a", some(1))
+    other.close()
+    sessions = store()
+    sessions.save("me", "a", some(2))
+    # Something else is left alone, and nothing is lost by it.
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"text, and no database at all")
+    foreign.replace(path)
+    for _ in range(2):
+        check_unavailable(lambda: sessions.load("me", "a"), "another file is in the place")
+    assert path.read_bytes() == b"text, and no database at all"
+    path.unlink()
+    check_unavailable(lambda: sessions.load("me", "a"), "deleted or replaced")
+    assert sessions.load("me", "a").position == 2
+    spare.replace(path)
+    check_unavailable(lambda: sessions.load("me", "a"), "deleted or replaced")
+    assert sessions.load("me", "a").position == 1
+
+
+def test_expired_sessions_are_deleted_after_trouble(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "EXPIRE_SECONDS", 0.01)
+    path = tmp_path / "s.sqlite"
+    service = Service(
+        *load(folder), Settings("tiny", keys=KEYS, sessions=path, limits=Limits(idle_seconds=0))
+    )
+
+    async def keep_house():
+        server = server_module._Server(uvicorn.Config(None), service)
+        with locked(path):
+            task = asyncio.create_task(server._expire_sessions())
+            await asyncio.sleep(2)
+        while service.sessions.size()[0]:
+            assert not task.done()
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    try:
+        service.sessions.save("me", "a", SessionState(service.engine.decoder.initial_state(1), 65, 7))
+        asyncio.run(asyncio.wait_for(keep_house(), 60))
+    finally:
+        service.close()
 
 
 def test_threads_may_share_a_store(store):
@@ -250,3 +435,80 @@ def test_sessions_survive_a_restart(folder, tmp_path):
                 http.post("/v1/sessions/kept/fork", json={"to": "again"})
             texts.append(session(http, ["kept", "again"][run], "x"))
     assert texts[0] == texts[1]
+
+
+def check_503(answer):
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1"), answer.text
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.json()["error"]["code"] == "sessions_unavailable"
+
+
+def test_trouble_with_the_file_is_one_answer_and_loses_nothing(folder, tmp_path):
+    path = tmp_path / "s.sqlite"
+    body = {"prompt": "x", "session": "a", "max_tokens": 5, "temperature": 0}
+    with in_process(folder, sessions=path) as http:
+        session(http, "a", "Hello")
+        before = http.get("/v1/sessions/a").json()
+        with locked(path):
+            check_503(http.post("/v1/completions", json=body))
+            check_503(http.post("/v1/sessions/a/fork", json={"to": "b"}))
+            check_503(http.delete("/v1/sessions/a"))
+            streamed = http.post("/v1/completions", json=body | {"stream": True})
+            assert streamed.status_code == 200
+            *_, text, error = streamed.text.strip().split("\n\n")
+            assert json.loads(text.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+            assert json.loads(error.removeprefix("data: "))["error"]["code"] == "sessions_unavailable"
+            assert http.get("/v1/sessions/a").json() == before
+        path.unlink()
+        check_503(http.post("/v1/completions", json=body))
+        assert http.get("/v1/sessions/a").json() == before
+        path.with_suffix(".new").write_bytes(b"no database")
+        path.with_suffix(".new").replace(path)
+        for method, url in (("GET", "/v1/sessions"), ("GET", "/v1/sessions/a"), ("DELETE", "/v1/sessions/a")):
+            check_503(http.request(method, url))
+        # What needs no sessions goes on.
+        assert http.get("/metrics").status_code == 200
+        assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+        path.unlink()
+        check_503(http.get("/v1/sessions"))
+        after = session(http, "a", "x")
+    with in_process(folder) as http:
+        session(http, "a", "Hello")
+        assert session(http, "a", "x") == after
+
+
+def test_a_second_server_of_a_file_is_refused(folder, tmp_path, run):
+    path = tmp_path / "s.sqlite"
+    with in_process(folder, sessions=path) as http:
+        session(http, "a", "Hello")
+        code, _, error = run("serve", folder, "--port", 0, "--sessions", path)
+        assert code == 2
+        assert error.decode().endswith(f"Error: {path} is in use by process {os.getpid()}\n")
+        session(http, "a", "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("config.json", "goes to a file that is to be read"), ("", "it is a folder, a device or a pipe")],
+)
+def test_sessions_in_no_file_of_their_own_are_refused(folder, run, name, message):
+    before = (folder / "config.json").read_bytes()
+    code, _, error = run("serve", folder, "--port", 0, "--sessions", folder / name)
+    assert code == 2
+    assert message in error.decode()
+    assert "Traceback" not in error.decode()
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_no_copy_takes_the_name_of_a_session_that_is_being_made(http, server):
+    session(http, "source", "Hello")
+    body = {"prompt": "", "session": "being-made", "max_tokens": ENDLESS, "temperature": 0, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as endless:
+        lines = endless.iter_lines()
+        next(lines)
+        answer = http.post("/v1/sessions/source/fork", json={"to": "being-made"})
+        assert answer.status_code == 409, answer.text
+        assert answer.json()["error"]["code"] == "session_in_use"
+    server.wait_for("mhesa_texts_active", 0)
+    assert http.post("/v1/sessions/source/fork", json={"to": "being-made"}).status_code == 200
+    http.delete("/v1/sessions/being-made")

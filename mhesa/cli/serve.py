@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mhesa.atomic_io import check_output
 from mhesa.cli.common import Backend, Device, Folder, Quantize
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
@@ -52,4 +53,6 @@ def serve(
     name = given.pop("name") or folder.absolute().name
     settings = Settings(name=name, keys=read_keys(keys) if keys else {}, limits=limits, **given)
     model, tokenizer = load(folder, device=device, backend=backend)
+    if settings.sessions is not None:
+        check_output(settings.sessions, [*folder.iterdir(), *([keys] if keys else [])])
     serve(Service(model, tokenizer, settings, quantize))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+# Log-probabilities in fp64 that are in memory at once.
+VALUES = 1 << 20
 
 
 class TokenScore(NamedTuple):
@@ -34,11 +38,15 @@ def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, l
     Returns:
         Those of `targets`, fp64 `(rows,)`, and the likeliest tokens of each row with their log-probabilities.
 
-    >>> import torch
     >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2]), 0)[0].exp().item()
     0.25
     """
-    logprobs = logits.double().log_softmax(-1)
-    own = logprobs.gather(1, targets.to(logits.device)[:, None])[:, 0].cpu()
-    values, tokens = logprobs.topk(min(top, logits.shape[1]))
-    return own, [list(zip(*pair, strict=True)) for pair in zip(tokens.tolist(), values.tolist(), strict=True)]
+    parts, likeliest = [], []
+    rows = max(1, VALUES // logits.shape[1])
+    for part, wanted in zip(logits.split(rows), targets.to(logits.device).split(rows), strict=True):
+        logprobs = part.double().log_softmax(-1)
+        parts.append(logprobs.gather(1, wanted[:, None])[:, 0].cpu())
+        values, tokens = logprobs.topk(min(top, logits.shape[1]))
+        pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+        likeliest += [list(zip(*pair, strict=True)) for pair in pairs]
+    return torch.cat(parts), likeliest

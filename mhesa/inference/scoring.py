@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from mhesa.inference.session import Reader, Session
-from mhesa.tokenizers.stream import Block, character_start, encode_stream
+from mhesa.tokenizers.stream import NEWLINE, Block, character_start, encode_stream
 
 # How much of the beginning of a line or document is kept to be shown.
 SHOWN_BYTES = 1 << 10
@@ -92,8 +91,8 @@ def score(reader: Reader, chunks: Iterable[bytes]) -> Iterator[Batch]:
         yield Batch(blocks, session.score_ids(torch.from_numpy(ids)), sizes[ids])
 
 
-def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> list[tuple[bytes, float]]:
-    r"""The lines of a text, each with its surprisal. A token that spans lines is shared out by bytes.
+def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    r"""Where a text's lines end, and the surprisal of each. A token that spans lines is shared out by bytes.
 
     Args:
         text: the bytes of some tokens.
@@ -102,20 +101,21 @@ def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> list[tupl
             because the vocabulary does not give it back, they are scaled to.
 
     Returns:
-        Each line with its line end, and its bits.
+        The offset after the end of each line, int64 `(lines,)`, and its bits, fp64 `(lines,)`.
 
-    >>> share_by_line(b"a\n\nb", bits=np.array([1.0, 4.0, 2.0]), sizes=np.array([1, 2, 1]))
-    [(b'a\n', 3.0), (b'\n', 2.0), (b'b', 2.0)]
+    >>> ends, costs = share_by_line(b"a\n\nb", bits=np.array([1.0, 4.0, 2.0]), sizes=np.array([1, 2, 1]))
+    >>> ends.tolist(), costs.tolist()
+    ([2, 3, 4], [3.0, 2.0, 2.0])
     """
-    lines = list(io.BytesIO(text))
-    if len(lines) == 1:
-        return [(text, bits.sum(dtype=np.float64).item())]
+    ends = np.flatnonzero(np.frombuffer(text, dtype=np.uint8) == NEWLINE) + 1
+    if text and not text.endswith(b"\n"):
+        ends = np.append(ends, len(text))
+    if len(ends) == 1:
+        return ends, bits.sum(dtype=np.float64, keepdims=True)
     token_ends = np.concatenate([[0.0], np.cumsum(sizes, dtype=np.float64)])
     token_ends *= len(text) / max(token_ends[-1], 1.0)
     bits_before = np.concatenate([[0.0], np.cumsum(bits, dtype=np.float64)])
-    line_ends = np.cumsum([0, *map(len, lines)])
-    costs = np.diff(np.interp(line_ends, token_ends, bits_before))
-    return list(zip(lines, costs.tolist(), strict=True))
+    return ends, np.diff(np.interp(ends, token_ends, bits_before), prepend=0.0)
 
 
 def by_token(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
@@ -136,7 +136,10 @@ def by_line(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
     number, offset, size, bits, shown = 1, 0, 0, 0.0, b""
     for batch in batches:
         for block in batch.by_block():
-            for part, cost in share_by_line(*block):
+            ends, costs = share_by_line(*block)
+            starts = [0, *ends.tolist()]
+            for start, end, cost in zip(starts, starts[1:], costs.tolist(), strict=False):
+                part = block[0][start:end]
                 size, bits = size + len(part), bits + cost
                 shown += part[: SHOWN_BYTES - len(shown)]
                 if part.endswith(b"\n"):

@@ -25,8 +25,12 @@ class Limits:
     texts: Annotated[int, Doc("Texts of a request: its prompts times n.")] = 128
     stop_strings: Annotated[int, Doc("Stop strings of a request.")] = 16
     stop_bytes: Annotated[int, Doc("Bytes of a stop string.")] = 256
+    messages: Annotated[int, Doc("Messages of a conversation.")] = 4096
     logit_biases: Annotated[int, Doc("Tokens in logit_bias.")] = 1024
     logprobs: Annotated[int, Doc("Likeliest tokens to report beside each token.")] = 20
+    logprob_entries: Annotated[
+        int, Doc("Log-probabilities in one answer: its tokens, times the likeliest tokens and itself.")
+    ] = 1 << 18
     scored_tokens: Annotated[int, Doc("Tokens to score in one answer.")] = 1 << 16
     request_seconds: Annotated[float, Doc("Seconds from a request's arrival to the end of its answer.")] = 600
     receive_seconds: Annotated[float, Doc("Seconds in which a request must have arrived.")] = 8

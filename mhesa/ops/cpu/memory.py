@@ -51,6 +51,15 @@ def keep_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def release_memory() -> None:
+    """Give freed memory back to the system.
+
+    Otherwise the C library keeps what lies before memory in use, malloc_trim(3).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @cache
 def _madvise() -> Any:
     if sys.platform != "linux":

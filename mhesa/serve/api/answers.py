@@ -6,6 +6,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
+from itertools import repeat
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,8 +16,9 @@ from starlette.types import Receive, Scope, Send
 from mhesa.inference.continuation import FinishReason, TextCursor
 from mhesa.inference.logprobs import TokenScore
 from mhesa.serve.api import protocol
-from mhesa.serve.api.errors import APIError, ClientGone
+from mhesa.serve.api.errors import APIError, ClientGone, session_error
 from mhesa.serve.api.lease import SessionLease
+from mhesa.serve.api.pieces import with_items
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
 from mhesa.serve.sessions import SessionError
@@ -80,13 +82,26 @@ class Answer(ABC):
         """Events before a text: none."""
         return iter(())
 
-    def whole(self) -> BaseModel:
-        """The response of a request that is not streamed, once all texts are written."""
-        choices = [
-            self._choice(index, *cursor.read(), cursor.finish)
-            for index, (_, cursor) in enumerate(self.cursors)
-        ]
-        return self.response(**self.head, object=self.response_object, choices=choices, usage=self.usage())
+    def size(self) -> int:
+        """How much there is to make an answer of: tokens, log-probabilities and echoed prompts."""
+        tokens = sum(
+            self._echoed(index) + cursor.text.count for index, (_, cursor) in enumerate(self.cursors)
+        )
+        return tokens * (1 if self.top is None else 2 + self.top)
+
+    def _echoed(self, index: int) -> int:
+        """Prompt tokens that are still to be put before a text: none."""
+        return 0
+
+    def whole(self) -> bytes:
+        """The response of a request that is not streamed, once all texts are written; JSON."""
+        whole = self.response(**self.head, object=self.response_object, choices=[], usage=self.usage())
+        return "".join(with_items(whole, "choices", self._choices())).encode()
+
+    def _choices(self) -> Iterator[str]:
+        for index, (_, cursor) in enumerate(self.cursors):
+            choice = self._choice(index, *cursor.read(), cursor.finish)
+            yield "," * (index > 0) + choice.model_dump_json()
 
     async def save_session(self) -> None:
         """Store the session, if the request continues one."""
@@ -107,25 +122,33 @@ class Answer(ABC):
         written = sum(text.count for job in self.submission.jobs for text in job.texts)
         return protocol.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
-    async def stream(self) -> AsyncIterator[BaseModel]:
-        """The events of a stream."""
+    async def stream(self) -> AsyncIterator[str]:
+        """The events of a stream, in JSON."""
         for index in range(len(self.cursors)):
             for event in self._opening(index):
-                yield event
+                yield _json(event)
         unfinished = dict(enumerate(cursor for _, cursor in self.cursors))
         while unfinished:
             await self.submission.progress()
             for index, cursor in list(unfinished.items()):
                 text, scores = cursor.read()
                 if text or cursor.finish:
-                    for event in self._events(index, text, scores, cursor.finish):
-                        yield event
+                    size = self._echoed(index) + len(text) + len(scores) * (2 + (self.top or 0))
+                    for data in await self.service.run_sized(
+                        size, self._encoded, index, text, scores, cursor.finish
+                    ):
+                        yield data
                 if cursor.finish:
                     del unfinished[index]
         await self.submission.finish()
         await self.save_session()
         if self.options.include_usage:
-            yield self._chunk().model_copy(update={"usage": self.usage()})
+            yield _json(self._chunk().model_copy(update={"usage": self.usage()}))
+
+    def _encoded(
+        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+    ) -> list[str]:
+        return [_json(event) for event in self._events(index, text, scores, finish)]
 
     def _chunk(self, *choices: BaseModel) -> BaseModel:
         """An event with these choices."""
@@ -166,6 +189,10 @@ class CompletionAnswer(Answer):
         # The length of each text so far, in characters.
         self.offsets = [0] * len(self.cursors)
 
+    def _echoed(self, index: int) -> int:
+        job = self.echoes.get(index)
+        return len(job.ids) if job else 0
+
     def _events(
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
     ) -> Iterator[BaseModel]:
@@ -175,7 +202,7 @@ class CompletionAnswer(Answer):
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
     ) -> protocol.CompletionChoice:
         if job := self.echoes.pop(index, None):
-            prompt = self.service.tokenizer.decode_bytes(job.ids[1:])
+            prompt = self.service.decode(job.ids[1:])
             text = prompt.decode("utf-8", "replace") + text
             scores = (_prompt_scores(job) if job.score else []) + scores
         logprobs = None if self.top is None else self._logprobs(index, scores)
@@ -272,20 +299,23 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in self.answer.stream():
-                # ASCII, because some clients end a line at U+2028 and similar characters.
-                await send_event(event.model_dump_json(exclude_unset=True, ensure_ascii=True))
+                await send_event(event)
             await send_event("[DONE]", more=False)
         except ClientGone:
             self.answer.log_fields["cut"] = "disconnected"
         except (APIError, SessionError) as error:
-            failure = error if isinstance(error, APIError) else APIError(error.status, str(error))
+            failure = error if isinstance(error, APIError) else session_error(error)
             self.answer.log_fields["cut"] = failure.code
             await send_event(failure.body().model_dump_json(ensure_ascii=True), more=False)
         finally:
             self.answer.close()
 
 
+def _json(event: BaseModel) -> str:
+    # ASCII, because some clients end a line at U+2028 and similar characters.
+    return event.model_dump_json(exclude_unset=True, ensure_ascii=True)
+
+
 def _prompt_scores(job: Job) -> list[TokenScore]:
-    values = [value for part in job.logprobs for value in part.tolist()]
-    ids = job.ids[1:].tolist()
-    return [TokenScore(0, *row) for row in zip(ids, values, job.likeliest or [[]] * len(ids), strict=True)]
+    rows = zip(job.ids[1:].tolist(), job.logprobs.tolist(), job.likeliest or repeat([]), strict=False)
+    return [TokenScore(0, *row) for row in rows]

@@ -8,13 +8,15 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import mhesa
 from mhesa.serve.api import metrics, protocol
+from mhesa.serve.api.body import read_body
 from mhesa.serve.api.completions import chat, complete
-from mhesa.serve.api.errors import APIError, ClientGone, validation_error
+from mhesa.serve.api.errors import APIError, ClientGone, session_error, validation_error
 from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.page import page
 from mhesa.serve.api.scores import score
@@ -30,7 +32,7 @@ STATUSES = {
     413: "The body is too large.",
     429: "Too many requests or sessions; where there is `Retry-After`, try again after so many seconds.",
     500: "A fault of the server.",
-    503: "The server is shutting down, or its model failed.",
+    503: "The server is shutting down, its model failed, or the file of sessions cannot be used now.",
     504: "The request took too long.",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -56,7 +58,7 @@ def create_app(service: Service) -> FastAPI:
     _add_models(app, service)
     _add_generation(app, service)
     _add_sessions(app, service)
-    _describe_events(app)
+    _describe_bodies(app)
     return app
 
 
@@ -73,7 +75,7 @@ def _api_error(error: Exception) -> APIError:
         case APIError():
             return error
         case SessionError():
-            return APIError(error.status, str(error), param="session", code="session_error")
+            return session_error(error)
         case RequestValidationError():
             return validation_error(error.errors())
         case HTTPException():
@@ -137,12 +139,28 @@ def _events(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {"text/event-stream": {"schema": schema}}}}
 
 
-def _describe_events(app: FastAPI) -> None:
-    """Add the events of streams to the description, which FastAPI makes of whole responses alone."""
+def _request_body(body: type[BaseModel]) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": SCHEMAS.format(model=body.__name__)}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Describe the bodies of requests and the events of streams, which FastAPI does not see."""
     schemas = app.openapi()["components"]["schemas"]
+    for body in (
+        protocol.CompletionRequest,
+        protocol.ChatRequest,
+        protocol.ScoreRequest,
+        protocol.ForkRequest,
+    ):
+        _describe(schemas, body, "validation")
     for chunk in (protocol.CompletionChunk, protocol.ChatCompletionChunk):
-        schema = chunk.model_json_schema(ref_template=SCHEMAS, mode="serialization")
-        schemas |= {**schema.pop("$defs"), chunk.__name__: schema}
+        _describe(schemas, chunk, "serialization")
+
+
+def _describe(schemas: dict[str, Any], body: type[BaseModel], mode: JsonSchemaMode) -> None:
+    schema = body.model_json_schema(ref_template=SCHEMAS, mode=mode)
+    schemas |= {**schema.pop("$defs", {}), body.__name__: schema}
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -150,24 +168,26 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         "/v1/completions",
         response_model=protocol.Completion,
         responses=_events(protocol.CompletionChunk),
+        openapi_extra=_request_body(protocol.CompletionRequest),
     )
-    async def completions(request: Request, body: protocol.CompletionRequest) -> BaseModel | Response:
+    async def completions(request: Request) -> Response:
         """Write texts that continue prompts."""
-        return await complete(service, request, body)
+        return await complete(service, request, await read_body(service, request, protocol.CompletionRequest))
 
     @app.post(
         "/v1/chat/completions",
         response_model=protocol.ChatCompletion,
         responses=_events(protocol.ChatCompletionChunk),
+        openapi_extra=_request_body(protocol.ChatRequest),
     )
-    async def chat_completions(request: Request, body: protocol.ChatRequest) -> BaseModel | Response:
+    async def chat_completions(request: Request) -> Response:
         """Write the next turn of a conversation, in the form of the model's chat template."""
-        return await chat(service, request, body)
+        return await chat(service, request, await read_body(service, request, protocol.ChatRequest))
 
-    @app.post("/v1/score")
-    async def scores(request: Request, body: protocol.ScoreRequest) -> protocol.Score:
+    @app.post("/v1/score", response_model=protocol.Score, openapi_extra=_request_body(protocol.ScoreRequest))
+    async def scores(request: Request) -> Response:
         """Measure the surprisal of each token or line of a text, in bits."""
-        return await score(service, request, body)
+        return await score(service, request, await read_body(service, request, protocol.ScoreRequest))
 
 
 def _add_sessions(app: FastAPI, service: Service) -> None:
@@ -192,15 +212,17 @@ def _add_sessions(app: FastAPI, service: Service) -> None:
             raise SessionError(404, f"there is no session {name}")
         return _session_info(found)
 
-    @app.post("/v1/sessions/{name}/fork")
-    async def fork_session(
-        request: Request, name: SessionPath, body: protocol.ForkRequest
-    ) -> protocol.SessionInfo:
+    @app.post("/v1/sessions/{name}/fork", openapi_extra=_request_body(protocol.ForkRequest))
+    async def fork_session(request: Request, name: SessionPath) -> protocol.SessionInfo:
         """Copy a session under a new name."""
-        await run_in_disk_thread(sessions.fork, request.state.client, name, body.to)
-        found = await run_in_disk_thread(sessions.get, request.state.client, body.to)
-        assert found is not None
-        return _session_info(found)
+        body = await read_body(service, request, protocol.ForkRequest)
+        # No request may be creating the copy's name.
+        lease = SessionLease(service, request.state.client, body.to)
+        try:
+            copy = await run_in_disk_thread(sessions.fork, request.state.client, name, body.to)
+        finally:
+            lease.release()
+        return _session_info(copy)
 
     @app.delete("/v1/sessions/{name}")
     async def delete_session(request: Request, name: SessionPath) -> protocol.Deleted:

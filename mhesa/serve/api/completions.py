@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import jinja2
 import numpy as np
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -27,8 +26,48 @@ from mhesa.serve.engine.jobs import Job
 DEFAULT_TOKENS = 16
 
 
-async def complete(service: Service, request: Request, body: CompletionRequest) -> BaseModel | Response:
+@dataclass(frozen=True)
+class Plan:
+    """What a request asks for, checked.
+
+    Args:
+        prompts: the tokens of each prompt, `(tokens,)`.
+        texts: how many to write for each prompt.
+        limit: the largest number of tokens of a text.
+        top: how many of the likeliest tokens to give beside each; `None` gives no log-probabilities.
+        sampling, stops: how to draw tokens, and what ends a text.
+        answer: makes the answer.
+        echo: the prompts are part of the answer.
+    """
+
+    prompts: list[np.ndarray]
+    texts: int
+    limit: int
+    top: int | None
+    sampling: Sampling
+    stops: list[bytes]
+    answer: Callable[..., Answer]
+    echo: bool = False
+
+    @property
+    def score(self) -> bool:
+        """Whether the tokens of the prompts get log-probabilities."""
+        return self.echo and self.top is not None
+
+
+async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
     """Answer a request for completions."""
+    plan = await service.run_sized(request.state.body_bytes, _plan_completions, service, body)
+    return await _write(service, request, body, plan)
+
+
+async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
+    """Answer a request for the next turn of a conversation."""
+    plan = await service.run_sized(request.state.body_bytes, _plan_chat, service, body)
+    return await _write(service, request, body, plan)
+
+
+def _plan_completions(service: Service, body: CompletionRequest) -> Plan:
     limits = service.settings.limits
     service.check_model(body.model)
     prompts = [service.encode(prompt, "prompt") for prompt in _prompts(body.prompt)]
@@ -36,16 +75,11 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     check_limit(limit, "max_tokens", limits.max_tokens)
     check_limit(body.logprobs or 0, "logprobs", limits.logprobs)
     echo = bool(body.echo)
-    score = echo and body.logprobs is not None
-    if score:
-        what = "tokens of a prompt that is echoed with logprobs"
-        check_limit(sum(map(len, prompts)), what, limits.scored_tokens)
-    answer_type = partial(CompletionAnswer, echo=echo)
-    return await _write(service, request, body, prompts, limit, body.logprobs, answer_type, score)
+    answer = partial(CompletionAnswer, echo=echo)
+    return _plan(service, body, prompts, limit, body.logprobs, answer, echo)
 
 
-async def chat(service: Service, request: Request, body: ChatRequest) -> BaseModel | Response:
-    """Answer a request for the next turn of a conversation."""
+def _plan_chat(service: Service, body: ChatRequest) -> Plan:
     limits = service.settings.limits
     service.check_model(body.model)
     prompt = _render(service, body)
@@ -55,78 +89,101 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> BaseMod
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     top = (body.top_logprobs or 0) if body.logprobs else None
-    return await _write(service, request, body, [prompt], limit, top, ChatAnswer)
+    return _plan(service, body, [prompt], limit, top, ChatAnswer)
 
 
-async def _write(
+def _plan(
     service: Service,
-    request: Request,
     body: GenerationRequest,
     prompts: list[np.ndarray],
     limit: int,
     top: int | None,
-    answer_type: Callable[..., Answer],
-    score: bool = False,
-) -> BaseModel | Response:
+    answer: Callable[..., Answer],
+    echo: bool = False,
+) -> Plan:
     limits, n = service.settings.limits, body.n or 1
-    texts = len(prompts) * n
+    texts, tokens = len(prompts) * n, sum(map(len, prompts))
     check_limit(texts, "prompts times n", min(limits.texts, service.settings.slots))
-    check_limit(sum(map(len, prompts)), "tokens of all prompts", limits.prompt_tokens)
-    sampling, stops = _sampling(service, body), _stops(service, body)
+    check_limit(tokens * (n if echo else 1), "tokens of all prompts", limits.prompt_tokens)
+    if echo and top is not None:
+        check_limit(tokens, "tokens of a prompt that is echoed with logprobs", limits.scored_tokens)
+    if top is not None:
+        # A stream sends them as they come and keeps none.
+        written = 0 if body.stream else texts * limit
+        entries = (written + (tokens * n if echo else 0)) * (top + 1)
+        check_limit(entries, "logprobs in one answer", limits.logprob_entries)
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options is for streams only", "stream_options")
     if body.session and texts != 1:
         raise invalid("a session takes one prompt and n=1", "session")
+    return Plan(prompts, n, limit, top, _sampling(service, body), _stops(service, body), answer, echo)
+
+
+async def _write(service: Service, request: Request, body: GenerationRequest, plan: Plan) -> Response:
     lease = SessionLease(service, request.state.client, body.session) if body.session else None
     try:
         if lease is not None:
             await lease.load()
-        stored = None if lease is None else lease.stored
-        last, state = (None, None) if stored is None else (stored.token, stored.state)
-        jobs = []
-        for prompt in prompts:
-            ids = _with_first_token(prompt, service.tokenizer.eos_token_id, last)
-            samplers = [
-                TokenSampler(sampling, None if body.seed is None else body.seed + index) for index in range(n)
-            ]
-            for sampler in samplers:
-                sampler.observe(ids.tolist() if sampling.repetition_penalty != 1 else ())
-            jobs.append(
-                Job(
-                    ids,
-                    [
-                        Continuation(
-                            sampler,
-                            limit,
-                            end=service.tokenizer.eos_token_id,
-                            decode=service.token_bytes.__getitem__,
-                            stops=stops,
-                            top=top,
-                        )
-                        for sampler in samplers
-                    ],
-                    client=queue_of(request),
-                    state=state,
-                    score=score,
-                    top=top or 0,
-                    stream=bool(body.stream),
-                    keep_state=lease is not None,
-                )
-            )
+        size = request.state.body_bytes * plan.texts
+        jobs = await service.run_sized(size, _jobs, service, request, body, plan, lease)
         submission = Submission(service, request, jobs)
     except BaseException:
         if lease is not None:
             lease.release()
         raise
-    answer = answer_type(submission, lease, top=top, options=body.stream_options or StreamOptions())
+    answer = plan.answer(submission, lease, top=plan.top, options=body.stream_options or StreamOptions())
     if body.stream:
         return EventStream(answer)
     try:
         await submission.finish()
         await answer.save_session()
-        return answer.whole()
+        content = await service.run_sized(answer.size(), answer.whole)
+        return Response(content, media_type="application/json")
     finally:
         answer.close()
+
+
+def _jobs(
+    service: Service, request: Request, body: GenerationRequest, plan: Plan, lease: SessionLease | None
+) -> list[Job]:
+    stored = None if lease is None else lease.stored
+    last, state = (None, None) if stored is None else (stored.token, stored.state)
+    jobs = []
+    for prompt in plan.prompts:
+        ids = _with_first_token(prompt, service.tokenizer.eos_token_id, last)
+        samplers = [
+            TokenSampler(plan.sampling, None if body.seed is None else body.seed + index)
+            for index in range(plan.texts)
+        ]
+        if plan.sampling.repetition_penalty != 1:
+            seen = np.zeros(len(service.token_bytes), dtype=bool)
+            seen[ids] = True
+            for sampler in samplers:
+                sampler.observe(np.flatnonzero(seen).tolist())
+        texts = [
+            Continuation(
+                sampler,
+                plan.limit,
+                end=service.tokenizer.eos_token_id,
+                decode=service.token_bytes.__getitem__,
+                stops=plan.stops,
+                top=plan.top,
+            )
+            for sampler in samplers
+        ]
+        jobs.append(
+            Job(
+                ids,
+                texts,
+                client=queue_of(request),
+                state=state,
+                score=plan.score,
+                top=plan.top or 0,
+                stream=bool(body.stream),
+                keep_state=lease is not None,
+            )
+        )
+    return jobs
 
 
 def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
@@ -167,7 +224,6 @@ def _render(service: Service, body: ChatRequest) -> np.ndarray:
 def _sampling(service: Service, body: GenerationRequest) -> Sampling:
     names = {field.name for field in fields(Sampling)} - {"logit_bias"}
     biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
-    check_limit(len(biases), "logit_bias tokens", service.settings.limits.logit_biases)
     service.check_token(max(biases, default=0), "logit_bias")
     try:
         return Sampling(**body.model_dump(include=names, exclude_none=True), logit_bias=biases)
@@ -179,7 +235,6 @@ def _stops(service: Service, body: GenerationRequest) -> list[bytes]:
     limits = service.settings.limits
     texts = [body.stop] if isinstance(body.stop, str) else body.stop or []
     stops = [utf8(text, "stop") for text in texts]
-    check_limit(len(stops), "stop strings", limits.stop_strings)
     if not all(stops):
         raise invalid("a stop string must not be empty", "stop")
     check_limit(max(map(len, stops), default=0), "bytes of a stop string", limits.stop_bytes)

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.responses import Response
 
 from mhesa.serve.api.protocol import ErrorBody, ErrorDetail
+from mhesa.serve.sessions import SessionError
 
 TYPES = {
     401: "authentication_error",
@@ -71,6 +72,13 @@ def invalid(message: str, param: str | None, code: str = "invalid_value") -> API
 def stopping() -> APIError:
     """The error while the server shuts down."""
     return APIError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+
+
+def session_error(error: SessionError) -> APIError:
+    """A session's error as an answer."""
+    headers = {"Retry-After": "1"} if error.status == 503 else None
+    code = "sessions_unavailable" if error.status == 503 else "session_error"
+    return APIError(error.status, str(error), param="session", code=code, headers=headers)
 
 
 def check_limit(value: int, what: str, most: int) -> None:

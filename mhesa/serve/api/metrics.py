@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from mhesa.serve.engine.decode_thread import DecodeThread
-from mhesa.serve.sessions import Sessions
+from mhesa.serve.sessions import SessionError, Sessions
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 TOKEN_BUCKETS = tuple(bound / 100 for bound in BUCKETS)
@@ -49,9 +49,8 @@ class Metrics:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The figures of the decode thread and of the sessions."""
+        """The figures of the decode thread and, while their file can be used, of the sessions."""
         engine = self._engine
-        sessions, session_bytes = self._sessions.size()
         yield from (
             GaugeMetricFamily("mhesa_texts_active", "Texts being written.", engine.active),
             GaugeMetricFamily("mhesa_prompts_reading", "Prompts being read.", engine.reading),
@@ -60,10 +59,14 @@ class Metrics:
             GaugeMetricFamily(
                 "mhesa_state_bytes", "States of texts being written.", engine.active * engine.state_bytes
             ),
-            GaugeMetricFamily("mhesa_sessions", "Stored sessions.", sessions),
-            GaugeMetricFamily("mhesa_session_bytes", "States of stored sessions.", session_bytes),
             CounterMetricFamily("mhesa_prompt_tokens", "Prompt tokens read.", engine.tokens_read),
             CounterMetricFamily("mhesa_generated_tokens", "Tokens written.", engine.tokens_written),
             CounterMetricFamily("mhesa_steps", "Steps of the decode thread.", engine.steps),
             CounterMetricFamily("mhesa_failed_jobs", "Jobs that failed by a fault.", engine.failures),
         )
+        try:
+            sessions, session_bytes = self._sessions.size()
+        except SessionError:
+            return
+        yield GaugeMetricFamily("mhesa_sessions", "Stored sessions.", sessions)
+        yield GaugeMetricFamily("mhesa_session_bytes", "States of stored sessions.", session_bytes)

@@ -11,7 +11,9 @@ from mhesa.inference.continuation import FinishReason
 SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SessionName = Annotated[str, StringConstraints(pattern=SESSION_NAME)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-TokenIds = list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]]
+# Lists stop at their first wrong item: an error for each of a million items would take a gigabyte.
+TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -40,7 +42,7 @@ class GenerationRequest(RequestBody):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     n: int | None = Field(None, ge=1, le=1 << 31, description="How many texts for each prompt.")
-    stop: str | list[str] | None = Field(None, description="A text ends before the first of these.")
+    stop: str | Texts | None = Field(None, description="A text ends before the first of these.")
     seed: Seed | None = Field(None, description="Makes the texts repeatable.")
     stream: bool | None = Field(None, description="Send the text as it is written, as server-sent events.")
     stream_options: StreamOptions | None = None
@@ -62,7 +64,7 @@ class GenerationRequest(RequestBody):
 class CompletionRequest(GenerationRequest):
     """Texts that continue prompts."""
 
-    prompt: str | TokenIds | list[str] | list[TokenIds] = Field(
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         "", description="A text, a list of texts, token ids, or a list of these; empty begins a new text."
     )
     max_tokens: int | None = Field(None, ge=0, le=1 << 31, description="16 if omitted.")
@@ -98,7 +100,7 @@ class Message(RequestBody):
     """A turn of a conversation."""
 
     role: str = Field(max_length=64)
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
 
@@ -111,7 +113,7 @@ class TextFormat(RequestBody):
 class ChatRequest(GenerationRequest):
     """The next turn of a conversation."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_tokens: int | None = Field(
         None, ge=1, le=1 << 31, description="As many as the server allows if omitted."
     )
@@ -121,7 +123,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1 << 31)
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     store: Literal[False] | None = Field(None, description="Nothing is stored.")
     service_tier: Literal["auto", "default"] | None = None
     metadata: dict[str, str] | None = Field(None, description="Ignored.")
@@ -133,7 +135,7 @@ class ScoreRequest(RequestBody):
     """Texts whose surprisal is measured."""
 
     model: str | None = None
-    input: str | list[str] = Field(description="A text, or several that are measured each by itself.")
+    input: str | Texts = Field(description="A text, or several that are measured each by itself.")
     by: Literal["token", "line", "text"] = Field("line", description="What each item of the answer is.")
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": "first line\nsecond line\n"}]})

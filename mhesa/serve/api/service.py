@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from starlette.requests import Request
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.session import fingerprint, token_bytes
 from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.ops.cpu.memory import release_memory
 from mhesa.serve.api.errors import APIError, invalid, stopping
 from mhesa.serve.api.metrics import Metrics
 from mhesa.serve.engine.decode_thread import DecodeThread
@@ -21,8 +23,13 @@ from mhesa.serve.engine.jobs import Busy, Job, Stopped, wake
 from mhesa.serve.sessions import Sessions
 from mhesa.serve.settings import Settings
 from mhesa.tokenizers import Bytes, TextTokenizer
+from mhesa.tokenizers.stream import encode_stream
 
 T = TypeVar("T")
+# Work on fewer bytes or tokens than this is done on the event loop.
+SMALL = 1 << 13
+# Bytes of a text that are tokenised at once.
+PIECE = 1 << 16
 
 
 class Service:
@@ -45,6 +52,8 @@ class Service:
         self.created = int(time.time())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.token_bytes = token_bytes(tokenizer, model.token_emb.num_embeddings)
+        self.id_type = np.dtype(np.uint16 if len(self.token_bytes) <= 1 << 16 else np.int32)
+        self.token_sizes = np.array([len(token) for token in self.token_bytes])
         self.sessions = Sessions(
             settings.sessions,
             model=fingerprint(model),
@@ -61,16 +70,36 @@ class Service:
         self.sessions_in_use: set[tuple[str, str]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="sessions")
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="worker")
+        # Whether large work has been done since memory was last released.
+        self._has_grown = False
 
     def close(self) -> None:
         """End the threads and close the files."""
         self.engine.close()
+        self._workers.shutdown()
         self._disk.shutdown()
         self.sessions.close()
 
     async def run_in_disk_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function that may wait for the disk, in a thread for that."""
         return await asyncio.get_running_loop().run_in_executor(self._disk, function, *args)
+
+    async def run_sized(self, size: int, function: Callable[..., T], *args: Any) -> T:
+        """Call a function whose work grows with `size`: at once if that is small, else in a worker thread.
+
+        The event loop then goes on with other requests.
+        """
+        if size < SMALL:
+            return function(*args)
+        self._has_grown = True
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
+
+    async def release_memory(self) -> None:
+        """Give memory back to the system if large work has been done."""
+        if self._has_grown:
+            self._has_grown = False
+            await asyncio.get_running_loop().run_in_executor(self._workers, _release_memory)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue a request's jobs.
@@ -109,9 +138,31 @@ class Service:
             APIError: an id that is not in the vocabulary.
         """
         if isinstance(prompt, str):
-            return self.tokenizer.encode_bytes(utf8(prompt, param))
+            return self._encode_text(utf8(prompt, param))
         self.check_token(max(prompt, default=0), param)
-        return np.array(prompt, dtype=np.uint16 if len(self.token_bytes) <= 1 << 16 else np.int32)
+        return np.array(prompt, dtype=self.id_type)
+
+    def _encode_text(self, text: bytes) -> np.ndarray:
+        """The tokens of a text; a long one in pieces, which takes little memory."""
+        if len(text) <= PIECE:
+            return self.tokenizer.encode_bytes(text).astype(self.id_type)
+        pieces = (text[start : start + PIECE] for start in range(0, len(text), PIECE))
+        blocks = encode_stream(self.tokenizer, self.token_bytes, pieces)
+        parts = [np.concatenate([block.ids for block in together]) for together in blocks]
+        return np.concatenate(parts, dtype=self.id_type, casting="same_kind")
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """The bytes of tokens, `(tokens,)`; special tokens have none."""
+        # In pieces: `join` needs 80 bytes for each of its parts.
+        starts = range(0, len(ids), PIECE)
+        pieces = (map(self.token_bytes.__getitem__, ids[start : start + PIECE].tolist()) for start in starts)
+        return b"".join(map(b"".join, pieces))
+
+
+def _release_memory() -> None:
+    # Errors and their tracebacks refer to one another, and to the request.
+    gc.collect()
+    release_memory()
 
 
 def utf8(text: str, param: str) -> bytes:

@@ -20,6 +20,8 @@ from mhesa.serve.engine.jobs import Busy, FairQueue, Job, Stopped
 
 # Prompt tokens read between two steps: a bound on how long a prompt delays the texts being written.
 PIECE = 512
+# Logits of scored prompt tokens that are in memory at once.
+LOGITS = 1 << 22
 # Prompt tokens that may wait to be read.
 WAITING_TOKENS = 1 << 24
 # Streams get their new text every TICK_SECONDS; less often if all streams together would get more than
@@ -48,6 +50,8 @@ class DecodeThread:
         # NaN, as `Slots.remove` leaves it.
         self.slots = Slots(decoder, decoder.initial_state(self.size).fill_(math.nan))
         self.queue, self.tell = queue, tell
+        # Tokens of a scored prompt that are read at once.
+        self._most_scored = max(1, LOGITS // decoder.num_tokens)
         self.tokens_read = self.tokens_written = self.steps = self.failures = 0
         self.failure: BaseException | None = None
         self._before_step = torch.empty_like(self.slots.states)
@@ -232,7 +236,8 @@ class DecodeThread:
         room, work = PIECE, []
         while room > 0 and len(self._reading):
             job = self._reading.pop()
-            piece = torch.from_numpy(job.ids[job.read : min(job.length, job.read + room)].astype(np.int64))
+            most = min(room, self._most_scored) if job.score else room
+            piece = torch.from_numpy(job.ids[job.read : min(job.length, job.read + most)].astype(np.int64))
             work.append((job, piece.to(self.decoder.device)))
             room -= len(piece)
         plain = [(job, piece) for job, piece in work if not job.score]
@@ -267,8 +272,9 @@ class DecodeThread:
             return
         targets = torch.from_numpy(job.ids[job.read + 1 : job.read + len(piece) + 1].astype(np.int64))
         own, likeliest = token_logprobs(logits[: len(targets)], targets, job.top)
-        job.logprobs.append(own)
-        job.likeliest += likeliest
+        job.logprobs[job.read : job.read + len(targets)] = own.numpy()
+        if job.top:
+            job.likeliest += likeliest
         job.state = state
         self._advance(job, len(piece), logits[-1:])
 

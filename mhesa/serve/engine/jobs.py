@@ -35,12 +35,14 @@ class Job:
         texts: what to write; none to read only.
         client: the name of who sent it; clients take turns.
         state: `(depth, 1, state_size)` to begin from; zeros if omitted.
-        score: record the log-probability of each prompt token but the first in `logprobs`.
-        top: how many of the likeliest tokens to record beside each of those, in `likeliest`.
+        score: measure each prompt token but the first.
+        top: how many of the likeliest tokens to record beside each of those.
         stream: report progress, not only the end.
         keep_state: at the end, `state` is to be the one after the first text.
 
     Attributes:
+        logprobs: of the prompt tokens that were measured, in nats, `(tokens - 1,)`.
+        likeliest: beside each of them the likeliest tokens, if `top` asks for some.
         wake: called when there is progress to report.
     """
 
@@ -55,7 +57,8 @@ class Job:
 
     def __post_init__(self) -> None:
         self.wake: Callable[[], object] = lambda: None
-        self.logprobs: list[Tensor] = []
+        # Small arrays that stay, made between large ones that go, would keep the heap from shrinking.
+        self.logprobs = np.empty(len(self.ids) - 1 if self.score else 0)
         self.likeliest: list[list[tuple[int, float]]] = []
         self.created = time.perf_counter()
         self.first_token: float | None = None

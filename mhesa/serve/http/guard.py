@@ -68,6 +68,7 @@ class Guard:
             headers = dict(scope["headers"])
             state["client"] = self._admit(scope, headers)
             body = await self._body(headers, receive)
+            state["body_bytes"] = len(body)
             await self.app(scope, _replay(body, receive), answer)
         except APIError as error:
             most = DRAINED_BODIES * self.service.settings.limits.body_bytes

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -21,25 +22,35 @@ from mhesa.serve.api.errors import APIError
 from mhesa.serve.api.service import Service
 from mhesa.serve.http.guard import Guard
 from mhesa.serve.logs import log, redirect_logger
+from mhesa.serve.sessions import SessionError
 from mhesa.serve.settings import Limits
 
 # How long a thread may keep Python's global lock when another waits for it: the decode thread needs it
 # after every step. Python's default is 5 ms.
 SWITCH_SECONDS = 0.0001
+# New objects after which garbage is collected; Python's default is 700.
+COLLECT_AFTER = 50_000
 # Time between two deletions of expired sessions.
 EXPIRE_SECONDS = 600
+# Time between two releases of memory that requests have used.
+RELEASE_SECONDS = 1
 
 
 def serve(service: Service) -> None:
     """Serve until SIGTERM or SIGINT; answers that have begun may finish then.
 
-    It changes settings of the whole process: the thread switch interval, the limit of open files, uvicorn's
-    log.
+    It changes settings of the whole process: the thread switch interval, garbage collection, the limit of
+    open files, uvicorn's log.
 
     Raises:
         InputError: the address cannot be listened on.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
+    # A collection stops all threads: it is not to look at the program's own objects each time that a request
+    # makes many.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
     _raise_file_limit()
     # Uvicorn is not to log a failure to bind: the error below says it in one line.
     redirect_logger("uvicorn.error", logging.CRITICAL)
@@ -81,11 +92,12 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, loop)
-        housekeeping = loop.create_task(self._expire_sessions())
+        housekeeping = [loop.create_task(self._expire_sessions()), loop.create_task(self._release_memory())]
         try:
             yield
         finally:
-            housekeeping.cancel()
+            for task in housekeeping:
+                task.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -99,17 +111,23 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             return
         service = self.service
-        log("stopping", active=service.engine.active, waiting=service.engine.waiting)
         service.stopping = self.should_exit = True
         # Requests still running then end with an error.
         loop.call_later(service.settings.limits.drain_seconds, service.engine.stop)
+        log("stopping", active=service.engine.active, waiting=service.engine.waiting)
 
     async def _expire_sessions(self) -> None:
         while True:
-            expired = await self.service.run_in_disk_thread(self.service.sessions.expire)
-            if expired:
-                log("expired", sessions=expired)
+            # `Sessions` has noted in the log why it cannot be used; the next time it may be.
+            with suppress(SessionError):
+                if expired := await self.service.run_in_disk_thread(self.service.sessions.expire):
+                    log("expired", sessions=expired)
             await asyncio.sleep(EXPIRE_SECONDS)
+
+    async def _release_memory(self) -> None:
+        while True:
+            await self.service.release_memory()
+            await asyncio.sleep(RELEASE_SECONDS)
 
 
 def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
