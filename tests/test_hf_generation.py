@@ -1,5 +1,6 @@
 """`generate` with its cache against `generate` without one, in fp64: they must choose the same tokens."""
 
+import copy
 from functools import wraps
 
 import pytest
@@ -212,6 +213,25 @@ def test_generation_stops_at_the_end_of_text(model, ids):
         length = hits[0].item() + 1 if len(hits) else TOKENS
         assert torch.equal(ours[:length], theirs[:length])
         assert (ours[length:] == 0).all()
+
+
+def test_a_token_that_only_rounds_up_the_vocabulary_is_never_drawn(model, ids, tmp_path):
+    padded = copy.deepcopy(model)
+    padded.resize_token_embeddings(45, mean_resizing=False)
+    padded.resize_token_embeddings(42, pad_to_multiple_of=8)
+    assert padded.generation_config.suppress_tokens == [*range(42, 48)]
+    with torch.no_grad():
+        padded.to_logits.weight[40:] *= 100
+    assert padded(ids).logits[:, -1].argmax(-1).min() >= 40
+    new = generate(padded, ids)[:, 9:]
+    assert new.max() in (40, 41)
+    padded.save_pretrained(tmp_path)
+    loaded = MhesaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(generate(loaded, ids)[:, 9:], new)
+    padded.generation_config.suppress_tokens += [7]
+    for arguments, suppressed in (((), [*range(42, 48), 7]), ((None, 64), [7, *range(42, 64)]), ((45,), [7])):
+        padded.resize_token_embeddings(*arguments)
+        assert padded.generation_config.suppress_tokens == suppressed
 
 
 def test_what_generation_refuses(model, ids):

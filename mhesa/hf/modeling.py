@@ -235,6 +235,30 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.to_logits = cast(nn.Linear, new_embeddings)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resize embedding and head, see transformers.
+
+        Tokens that only round the size up, which no tokenizer has, go to `generation_config.suppress_tokens`:
+        `generate` never draws them.
+        """
+        suppressed = set(self.generation_config.suppress_tokens or ())
+        tokens = self.config.vocab_size
+        while tokens - 1 in suppressed:
+            tokens -= 1
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embedding
+        kept = {token for token in suppressed if token < tokens}
+        tokens = tokens if new_num_tokens is None else new_num_tokens
+        kept |= set(range(tokens, self.config.vocab_size))
+        self.generation_config.suppress_tokens = sorted(kept) or None
+        return embedding
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
