@@ -125,6 +125,40 @@ def test_forged_sizes_are_refused_before_they_cost_anything(folder, values, mess
         load(folder)
 
 
+@pytest.fixture
+def parts(folder):
+    """A folder whose weights are in several files."""
+    MhesaForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="8KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_weights_in_several_files(parts):
+    assert_loads_as_transformers_does(parts)
+
+
+def test_damaged_weights_in_several_files_are_named(parts):
+    index = parts / "model.safetensors.index.json"
+    whole = index.read_text()
+    for text in ("[" * 100_000, "", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "\x00"):
+        index.write_text(text)
+        with pytest.raises(InputError, match=r"index\.json is broken"):
+            load(parts)
+    for name in (f"../{parts.name}/a.safetensors", "/etc/passwd", "..", "", "missing.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"to_logits.weight": name}}))
+        with pytest.raises(InputError, match=r"index\.json is broken"):
+            load(parts)
+    index.write_text(whole)
+    part = sorted(parts.glob("model-*.safetensors"))[0]
+    save_file({}, part)
+    with pytest.raises(InputError, match=r"index\.json does not fit config\.json: missing keys: "):
+        load(parts)
+    part.unlink()
+    with pytest.raises(InputError, match=rf"index\.json is broken: .*{part.name}"):
+        load(parts)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "3", "", "\x00", '{"model_type": "mhesa"', "\udcff"])
 def test_a_damaged_configuration_is_named(folder, text):
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))

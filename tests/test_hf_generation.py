@@ -1,11 +1,14 @@
 """`generate` with its cache against `generate` without one, in fp64: they must choose the same tokens."""
 
+import copy
+from functools import wraps
+
 import pytest
 import torch
 from transformers import DynamicCache, set_seed
 
 from mhesa.hf import MhesaCache, MhesaConfig, MhesaForCausalLM
-from mhesa.hf.modeling import MhesaCacheLayer
+from mhesa.hf.cache import CACHE, MhesaCacheLayer
 
 TOKENS = 12
 
@@ -51,6 +54,7 @@ def lengths(model, monkeypatch):
     seen = []
     forward = MhesaForCausalLM.forward
 
+    @wraps(forward)
     def counted(self, input_ids=None, **arguments):
         seen.append(input_ids.shape[1])
         return forward(self, input_ids=input_ids, **arguments)
@@ -153,10 +157,31 @@ def test_a_cache_is_handed_from_turn_to_turn(model, ids, lengths, only_new_token
     assert unseen == 10
     lengths.clear()
     given = more[:, -unseen:] if only_new_tokens else more
-    second = generate(model, given, attention_mask=mask, past_key_values=cache)
+    second = generate(model, given, attention_mask=mask, **{CACHE: cache})
     assert torch.equal(second[:, -TOKENS:], uncached[:, -TOKENS:])
     assert lengths[:2] == [unseen, 1]
     assert cache.get_seq_length() == uncached.shape[1] - 1
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_two_names(model, ids, lengths, name):
+    """transformers 5.24 calls it `cache`, and called it `past_key_values` before."""
+    more = torch.cat([ids, ids.flip(1)], dim=1)
+    logits = model(more).logits[:, 9:]
+    torch.testing.assert_close(model(ids.flip(1), **{name: model(ids)[CACHE]}).logits, logits)
+    uncached = generate(model, more, use_cache=False)
+    cache = model(ids)[CACHE]
+    lengths.clear()
+    assert torch.equal(generate(model, more, **{name: cache}), uncached)
+    assert lengths == [9] + [1] * (TOKENS - 1)
+
+
+def test_the_default_cache_by_its_name_in_transformers(model, ids, lengths):
+    whole = generate(model, ids)
+    lengths.clear()
+    assert torch.equal(generate(model, ids, cache_implementation="dynamic"), whole)
+    assert lengths == [9] + [1] * (TOKENS - 1)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 9, 20])
@@ -190,10 +215,31 @@ def test_generation_stops_at_the_end_of_text(model, ids):
         assert (ours[length:] == 0).all()
 
 
+def test_a_token_that_only_rounds_up_the_vocabulary_is_never_drawn(model, ids, tmp_path):
+    padded = copy.deepcopy(model)
+    padded.resize_token_embeddings(45, mean_resizing=False)
+    padded.resize_token_embeddings(42, pad_to_multiple_of=8)
+    assert padded.generation_config.suppress_tokens == [*range(42, 48)]
+    with torch.no_grad():
+        padded.to_logits.weight[40:] *= 100
+    assert padded(ids).logits[:, -1].argmax(-1).min() >= 40
+    new = generate(padded, ids)[:, 9:]
+    assert new.max() in (40, 41)
+    padded.save_pretrained(tmp_path)
+    loaded = MhesaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(generate(loaded, ids)[:, 9:], new)
+    padded.generation_config.suppress_tokens += [7]
+    for arguments, suppressed in (((), [*range(42, 48), 7]), ((None, 64), [7, *range(42, 64)]), ((45,), [7])):
+        padded.resize_token_embeddings(*arguments)
+        assert padded.generation_config.suppress_tokens == suppressed
+
+
 def test_what_generation_refuses(model, ids):
     with pytest.raises(TypeError, match="must be a MhesaCache, not a DynamicCache"):
-        generate(model, ids, past_key_values=DynamicCache())
+        generate(model, ids, **{CACHE: DynamicCache()})
     with pytest.raises(ValueError, match="leave out cache_implementation='static'"):
         generate(model, ids, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"not used by the model: \[.past_values.\]"):
+        generate(model, ids, past_values=MhesaCache(model.config))
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         generate(model, ids[:1], assistant_model=model)

@@ -202,6 +202,15 @@ def test_tuples_and_hidden_states(model, ids):
     assert model(ids).hidden_states is None
 
 
+def test_an_unknown_argument_is_refused(model, ids):
+    expected = model(ids).logits
+    assert torch.equal(model(ids, output_attentions=False, head_mask=None).logits, expected)
+    for argument in ({"output_attentions": True}, {"past_key_value": 1}, {"token_type_ids": ids}):
+        for called in (model, model.model):
+            with pytest.raises(TypeError, match=f"got an unexpected argument '{next(iter(argument))}'"):
+                called(ids, **argument)
+
+
 # --- padding ------------------------------------------------------------------------------------------
 
 LENGTHS = (7, 4, 0, 11)
@@ -279,6 +288,44 @@ def test_not_a_number_at_padded_positions_changes_no_bit(side):
     assert (results[1][2][mask == 1] != 0).any(dim=1).float().mean() > 0.8
 
 
+# A label is the next place's, so with `labels` a token is predicted where no padding comes before it.
+@pytest.mark.parametrize(
+    ("side", "shifted"),
+    [("left", False), ("right", False), ("left", True), ("right", True), ("scattered", True)],
+)
+def test_padding_changes_neither_loss_nor_gradients(model, side, shifted):
+    """The loss is that of the rows by themselves: no token is predicted from the padding before it."""
+    ids, mask = padded(side)
+    alone = [row[real.bool()] for row, real in zip(ids, mask, strict=True) if real.sum() > 1]
+    total = sum(model(row[None], labels=row[None]).loss * (len(row) - 1) for row in alone)
+    (total / sum(len(row) - 1 for row in alone)).backward()
+    expected = [total / 19, *(parameter.grad.clone() for parameter in model.parameters())]
+    model.zero_grad()
+    if shifted:
+        # Every place has a label, padding too.
+        labels = torch.full_like(ids, 7)
+        for row, real in enumerate(mask.bool()):
+            labels[row, real] = F.pad(ids[row, real][1:], (0, 1), value=-100)[: real.sum()]
+        given = {"shift_labels": labels}
+    else:
+        given = {"labels": ids.masked_fill(mask == 0, -100)}
+    loss = model(ids, attention_mask=mask, **given).loss
+    loss.backward()
+    torch.testing.assert_close([loss, *(p.grad for p in model.parameters())], expected)
+
+
+def test_one_padding_token_on_the_left(model, ids):
+    row = ids[:1]
+    longer, mask = F.pad(row, (1, 0)), F.pad(torch.ones_like(row), (1, 0))
+    labels = F.pad(row, (1, 0), value=-100)
+    loss = model(longer, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(loss, model(row, labels=row).loss)
+    ignored = row[0, 4].item()
+    loss = model(longer, attention_mask=mask, labels=longer, ignore_index=ignored).loss
+    logits, targets = model(row).logits[:, :-1].float().transpose(1, 2), row[:, 1:]
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets, ignore_index=ignored))
+
+
 def test_gradients_flow_through_padding(model):
     ids, mask = padded("left")
     weights = torch.randn(4, 11, 50, dtype=torch.float64)
@@ -322,6 +369,7 @@ def test_packed_sequences_do_not_meet(model, ids):
         {"cu_seqlens": offsets},
         {"cu_seq_lens_q": offsets.int()},
         {"position_ids": positions},
+        {"seq_idx": (positions == 0).cumsum(dim=1).int()},
     ):
         output = model(packed, **arguments)
         torch.testing.assert_close(output.logits, torch.cat([one.logits for one in alone], dim=1))
@@ -357,6 +405,12 @@ def test_ordinary_positions_are_no_packing(model, ids):
     row = ids[:1]
     positions = torch.arange(11)[None]
     assert torch.equal(model(row, position_ids=positions).logits, model(row).logits)
+
+
+def test_packing_in_several_rows(model, ids):
+    positions = torch.arange(11) % 6
+    with pytest.raises(ValueError, match="pack sequences into a batch of 1, or pass an attention_mask"):
+        model(ids, position_ids=positions.repeat(3, 1))
 
 
 def test_padding_within_packed_sequences(model, ids):
@@ -429,6 +483,8 @@ def test_a_cache_is_never_dropped_in_silence(model, ids):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="leave one of them out"):
         model(ids, past_key_values=MhesaCache(model.config), use_cache=False)
+    with pytest.raises(TypeError, match="two names of one argument: pass one of them"):
+        model(ids, past_key_values=MhesaCache(model.config), cache=MhesaCache(model.config))
     with pytest.raises(ValueError, match="is for 2 blocks and this model has 3"):
         model(ids, past_key_values=MhesaCache(MhesaConfig(num_hidden_layers=2)))
     cache = model(ids).past_key_values

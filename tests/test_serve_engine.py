@@ -114,6 +114,16 @@ def test_a_greedy_text_is_that_of_whole_passes(model):
         assert alone(model, ids) == greedy(model, ids, 50)
 
 
+def test_a_token_that_the_tokenizer_lacks_is_never_drawn(model):
+    ids = [END, 1, 2]
+    with Bench(model, num_tokens=10) as bench:
+        found = job(ids, sampling=GREEDY)
+        bench.run([found])
+    for _ in range(50):
+        ids.append(model(torch.tensor([ids]))[0, -1, :10].argmax().item())
+    assert texts(found) == [b"".join(map(PIECES.__getitem__, ids[3:]))]
+
+
 def churn(model, count, slots):
     """Jobs of uneven lengths that join as others leave, some of them cancelled: each and its text."""
     random.seed(count)

@@ -96,6 +96,24 @@ def test_stop_texts_end_and_are_not_given_out(reader):
     assert text == whole[: whole.index(ending)]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_token_that_the_tokenizer_lacks_is_never_drawn(temperature):
+    """A vocabulary that is padded, as `resize_token_embeddings(pad_to_multiple_of=8)` makes it."""
+    padded, cut = model_of(num_tokens=264), model_of()
+    with torch.no_grad():
+        padded.to_logits.weight[257:] *= 100
+        cut.token_emb.weight.copy_(padded.token_emb.weight[:257])
+        cut.to_logits.weight.copy_(padded.to_logits.weight[:257])
+    cut.layers = padded.layers
+    arguments = {"max_new_tokens": 40, "sampling": Sampling(temperature=temperature), "seed": 1}
+    assert max(stream(padded, torch.tensor([97]), **arguments)) > 256
+    texts = [Session(Reader(model, ByteTokenizer())) for model in (padded, cut)]
+    assert texts[0].generate(**arguments) == texts[1].generate(**arguments)
+    assert same(ended_at(texts[0]), ended_at(texts[1]))
+    with pytest.raises(InputError, match="token ids must be 0 to 256, not 257"):
+        texts[0].generate(max_new_tokens=1, sampling=Sampling(logit_bias={257: 1}))
+
+
 def test_an_end_of_text_ends_and_another_text_begins(reader):
     model = model_of()
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from mhesa.errors import InputError
 from mhesa.hf import ByteTokenizer
@@ -36,6 +36,37 @@ def test_a_vocabulary_has_the_size_asked_for_and_compresses():
     assert len(BPE) == 400
     assert train_bpe([TEXT.encode()], 400).fingerprint() == BPE.fingerprint()
     assert train_bpe([TEXT.encode()], 300).fingerprint() != BPE.fingerprint()
+
+
+def test_a_vocabulary_has_a_padding_token_of_its_own(tmp_path):
+    assert (BPE.pad_token, BPE.pad_token_id) == ("<|padding|>", 399)
+    assert 399 not in BPE.encode_bytes(b"<|padding|>")
+    assert BPE.decode_bytes([399]) == b""
+    smallest = train_bpe([TEXT.encode()], 257)
+    assert len(smallest) == 257
+    assert smallest.pad_token_id == smallest.eos_token_id
+    for tokenizer in (BPE, smallest):
+        tokenizer.save_pretrained(tmp_path)
+        again = open_tokenizer(tmp_path)
+        assert (again.pad_token, again.pad_token_id) == (tokenizer.pad_token, tokenizer.pad_token_id)
+        assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id == tokenizer.pad_token_id
+
+
+def test_fine_tuning_sees_the_end_of_text(tmp_path):
+    """transformers' collator ignores every label that is the padding token."""
+    BPE.save_pretrained(tmp_path)
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path)
+    more = ByteTokenizer()
+    more.add_special_tokens({"pad_token": "<|padding|>"})
+    more.save_pretrained(tmp_path / "bytes")
+    saved = open_tokenizer(tmp_path / "bytes")
+    assert (saved.pad_token_id, len(saved)) == (257, 258)
+    saved.save_pretrained(tmp_path / "again")
+    for tokenizer in (vocabulary, AutoTokenizer.from_pretrained(tmp_path / "again")):
+        texts = [tokenizer(text + tokenizer.eos_token) for text in ("a", "three words here")]
+        batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(texts)
+        assert (batch["labels"] == -100).equal(batch["attention_mask"] == 0)
+        assert (batch["labels"][:, -1] == tokenizer.eos_token_id).all()
 
 
 def test_end_of_text_in_a_text_is_text():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 from typing import Any, cast
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mhesa.hf.configuration import MhesaConfig
+from mhesa.hf.configuration import CACHE_NAMES, MhesaConfig
+
+# What this version of transformers calls the cache, in what a model takes and gives.
+CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in CACHE_NAMES)
 
 
 class MhesaCacheLayer(CacheLayerMixin):
@@ -89,7 +94,9 @@ class MhesaCacheLayer(CacheLayerMixin):
 
 
 class MhesaCache(Cache):
-    """The state of a batch of sequences, for `past_key_values`: a few kilobytes at any length.
+    """The state of a batch of sequences, a few kilobytes at any length.
+
+    Models take it as `cache`, its name since transformers 5.24, or as `past_key_values`, its name before.
 
     Args:
         config: the configuration of the model.
@@ -99,8 +106,8 @@ class MhesaCache(Cache):
     >>> config = MhesaConfig(hidden_size=16, num_hidden_layers=2, heads=2, dim_mhesa=8)
     >>> model, cache = MhesaForCausalLM(config).eval(), MhesaCache(config)
     >>> ids = torch.randint(256, (1, 10))
-    >>> _ = model(ids[:, :6], past_key_values=cache)
-    >>> rest = model(ids[:, 6:], past_key_values=cache).logits
+    >>> _ = model(ids[:, :6], cache=cache)
+    >>> rest = model(ids[:, 6:], cache=cache).logits
     >>> torch.allclose(rest, model(ids).logits[:, 6:], atol=1e-5)
     True
     >>> cache.get_seq_length()
@@ -121,7 +128,7 @@ class MhesaCache(Cache):
             return None
         if states[0].shape[0] != sequences:
             raise ValueError(
-                f"past_key_values holds {states[0].shape[0]} sequences and this batch has {sequences}: "
+                f"the cache holds {states[0].shape[0]} sequences and this batch has {sequences}: "
                 "pass the cache of these sequences, or none to start new ones"
             )
         return states
@@ -132,10 +139,18 @@ class MhesaCache(Cache):
             cast(MhesaCacheLayer, layer).advance(state, length)
 
 
-def check_cache(cache: object) -> None:
-    """Raise `TypeError` for a cache of another class."""
-    if not isinstance(cache, MhesaCache):
+def only_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, by whichever of its two names it was passed; `None` if by neither.
+
+    Raises:
+        TypeError: passed by both names, or a cache of another class.
+    """
+    if cache is not None and past_key_values is not None:
+        raise TypeError("cache and past_key_values are two names of one argument: pass one of them")
+    given = past_key_values if cache is None else cache
+    if given is not None and not isinstance(given, MhesaCache):
         raise TypeError(
-            f"past_key_values must be a MhesaCache, not a {type(cache).__name__}: "
+            f"the cache must be a MhesaCache, not a {type(given).__name__}: "
             "make it with MhesaCache(model.config), or pass none"
         )
+    return given

@@ -11,6 +11,8 @@ from mhesa.model.loading import MODEL_TYPE
 from mhesa.settings import settings_of
 from mhesa.tokenizers.bytes import END_OF_TEXT_ID
 
+# The cache's name in transformers 5.24 and newer, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # The fields that come from `ModelConfig`, by the names of `config.json`.
 SIZES = {
@@ -23,7 +25,8 @@ SIZES = {
 class MhesaConfig(PreTrainedConfig):
     """Configuration of a gated exponential smoothing language model.
 
-    `num_tokens`, `dim` and `depth`, the plain model's names, are aliases. `backend` belongs to the machine
+    `num_tokens`, `dim` and `depth`, the plain model's names, are aliases, and so is `num_attention_heads` of
+    `heads`. `backend` belongs to the machine
     and is never saved: give it with `from_pretrained(directory, backend="chunked")`.
 
     Raises:
@@ -44,8 +47,10 @@ class MhesaConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = JSON_NAMES
+    keys_to_ignore_at_inference: ClassVar[list[str]] = list(CACHE_NAMES)
+    attribute_map: ClassVar[dict[str, str]] = {**JSON_NAMES, "num_attention_heads": "heads"}
+    # No code comes with the model; trl asks.
+    auto_map: ClassVar[dict[str, str]] = {}
 
     use_cache: bool = True
     bos_token_id: int | None = END_OF_TEXT_ID
@@ -65,6 +70,11 @@ class MhesaConfig(PreTrainedConfig):
         for name in TOKEN_IDS:
             if getattr(self, name) == END_OF_TEXT_ID >= self.vocab_size:
                 setattr(self, name, None)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What the blocks are among transformers' kinds of layers: a state of fixed size, no attention."""
+        return ["linear_attention"] * self.num_hidden_layers
 
     def to_model_config(self) -> ModelConfig:
         """The configuration of the plain model."""

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -20,17 +19,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mhesa.hf.cache import MhesaCache, MhesaCacheLayer, check_cache
-from mhesa.hf.configuration import MhesaConfig
-from mhesa.hf.packing import offsets, real_tokens, unpack, without_first_tokens
+from mhesa.hf.cache import CACHE, MhesaCache, MhesaCacheLayer, only_cache
+from mhesa.hf.configuration import CACHE_NAMES, MhesaConfig
+from mhesa.hf.packing import Padding, next_tokens, offsets, real_tokens
 from mhesa.model.config import ModelConfig
 from mhesa.model.layers import MHESA, CausalConv, GatedMHESA, identity_taps, spread_rates
 from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
 from mhesa.model.loading import KEPT_IN_FP32, saved_name
-from mhesa.model.loss import LARGE_VOCABULARY, next_token_loss
+from mhesa.model.loss import IGNORED_LABEL, LARGE_VOCABULARY, next_token_loss
 from mhesa.tokenizers.bytes import END_OF_TEXT_ID
 
 __all__ = ["MhesaCache", "MhesaCacheLayer", "MhesaForCausalLM", "MhesaModel", "MhesaPreTrainedModel"]
+
+# What collators send with packed sequences. The offsets say it all; the others are for attention kernels.
+PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "seq_idx"}
+# Arguments of the loss alone.
+LOSS = {"num_items_in_batch", "ignore_index"}
 
 
 class MhesaBlock(GradientCheckpointingLayer, GatedMHESA):
@@ -98,32 +102,38 @@ class MhesaModel(MhesaPreTrainedModel):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch.
 
         Args:
             input_ids: `(batch, length)`.
-            attention_mask: `(batch, length)`, or with the tokens of `past_key_values` before these; 0 is
-                padding, anywhere. Outputs there are 0.
-            past_key_values: the `MhesaCache` of the tokens before; this call updates it.
+            attention_mask: `(batch, length)`, or with the tokens of the cache before these; 0 is padding,
+                anywhere. Outputs there are 0.
+            cache, past_key_values: the `MhesaCache` of the tokens before, by either name; this call updates
+                it.
             inputs_embeds: `(batch, length, hidden_size)` in place of `input_ids`.
             use_cache: return the state; by default as the configuration says, except in training.
             cu_seqlens: offsets of sequences packed into a batch of 1, `(sequences + 1,)`; the cache then
                 holds as many sequences. Taken from `cu_seq_lens_q`, or from `position_ids` that start
                 again at 0, as `DataCollatorWithFlattening` sends them, where not given.
             output_hidden_states: also return the input of each block, and the output.
-            kwargs: ignored, except `cu_seq_lens_q` and `position_ids`.
+            kwargs: `cu_seq_lens_q` and `position_ids`; those that come with them for attention kernels are
+                ignored, and so is what is `None` or `False`.
 
         Raises:
-            TypeError: a cache of another class.
+            TypeError: an unknown argument, a cache of another class, or under both its names.
             ValueError: not exactly one of ids and embeddings, a mask of another shape, padding within
                 packed sequences, a cache for other sequences or for another depth.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
+        for name in kwargs.keys() - PACKING:
+            if kwargs[name] is not None and kwargs[name] is not False:
+                raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}")
         x: Tensor = self.token_emb(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache)
+        updated = self._cache(only_cache(cache, past_key_values), use_cache)
         real = real_tokens(attention_mask, x)
         cu_seqlens = offsets(cu_seqlens, attention_mask, kwargs)
         if real is not None and cu_seqlens is not None:
@@ -132,35 +142,39 @@ class MhesaModel(MhesaPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         trace: list[Tensor] | None = [] if output_hidden_states else None
 
-        length = (
-            x.shape[1] if cu_seqlens is None or cache is None else max(cu_seqlens.diff().tolist(), default=0)
-        )
-        if real is not None:
-            x, cu_seqlens = x[real][None], F.pad(real.sum(dim=1).cumsum(dim=0), (1, 0))
-        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        states = None if cache is None else cache.states(sequences)
-        x, states = run_blocks(self.layers, x, states, cu_seqlens, trace)
-        if cache is not None:
-            cache.advance(states, length)
+        length, sequences = x.shape[1], len(x)
+        if cu_seqlens is not None:
+            length, sequences = max(cu_seqlens.diff().tolist(), default=0), len(cu_seqlens) - 1
+        states = None if updated is None else updated.states(sequences)
+        if real is None:
+            x, states = run_blocks(self.layers, x, states, cu_seqlens, trace)
+        else:
+            padding = Padding(real)
+            x, states = run_blocks(
+                self.layers, padding.pack(x), padding.pack_states(states), padding.cu_seqlens, trace
+            )
+            x, states = padding.unpack(x), padding.unpack_states(states)
+            trace = None if trace is None else [padding.unpack(h) for h in trace]
+        if updated is not None:
+            updated.advance(states, length)
         return BaseModelOutputWithPast(
-            last_hidden_state=unpack(x, real),
-            past_key_values=cache,
-            hidden_states=None if trace is None else tuple(unpack(h, real) for h in (*trace, x)),
+            last_hidden_state=x,
+            hidden_states=None if trace is None else (*trace, x),
+            **{CACHE: updated},
         )
 
-    def _cache(self, given: Cache | None, use_cache: bool | None) -> MhesaCache | None:
+    def _cache(self, given: MhesaCache | None, use_cache: bool | None) -> MhesaCache | None:
         if given is None:
             wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
             return MhesaCache(self.config) if wanted else None
-        check_cache(given)
         if use_cache is False:
-            raise ValueError("past_key_values would be ignored with use_cache=False; leave one of them out")
+            raise ValueError("the cache would be ignored with use_cache=False; leave one of them out")
         if len(given.layers) != len(self.layers):
             raise ValueError(
-                f"past_key_values is for {len(given.layers)} blocks and this model has {len(self.layers)}: "
+                f"the cache is for {len(given.layers)} blocks and this model has {len(self.layers)}: "
                 "make it with MhesaCache(model.config)"
             )
-        return cast(MhesaCache, given)
+        return given
 
 
 class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
@@ -221,6 +235,30 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.to_logits = cast(nn.Linear, new_embeddings)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resize embedding and head, see transformers.
+
+        Tokens that only round the size up, which no tokenizer has, go to `generation_config.suppress_tokens`:
+        `generate` never draws them.
+        """
+        suppressed = set(self.generation_config.suppress_tokens or ())
+        tokens = self.config.vocab_size
+        while tokens - 1 in suppressed:
+            tokens -= 1
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embedding
+        kept = {token for token in suppressed if token < tokens}
+        tokens = tokens if new_num_tokens is None else new_num_tokens
+        kept |= set(range(tokens, self.config.vocab_size))
+        self.generation_config.suppress_tokens = sorted(kept) or None
+        return embedding
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -233,20 +271,22 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         loss_only: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `(batch, length, vocab_size)` of the next token, and the loss where `labels` are given.
 
         Args:
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens: see
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, cache: see
                 `MhesaModel.forward`.
             labels: `(batch, length)`, as `input_ids` are: they are shifted here. -100 is ignored, and so
-                is the first token of each packed sequence, which nothing predicts.
+                is a token that nothing predicts: the first of a packed sequence, or one after padding.
             logits_to_keep: how many logits from the end, all if 0, or which positions.
             loss_only: return no logits. The loss of `shift_labels` over a large vocabulary is then found
                 chunk by chunk, and all logits are never in memory at once.
             kwargs: `shift_labels`, `(batch, length)`, the tokens to predict at each place, instead of
-                `labels`; for the loss, such as `num_items_in_batch`, and for `MhesaModel.forward`.
+                `labels`; `num_items_in_batch` and `ignore_index`, for the loss; and those of
+                `MhesaModel.forward`.
 
         Returns:
             Logits, the mean cross-entropy in nats, and the cache.
@@ -254,53 +294,61 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         cu_seqlens = offsets(cu_seqlens, attention_mask, kwargs)
         # Not a parameter of this function: the Trainer would expect it in every batch.
         shift_labels = kwargs.pop("shift_labels", None)
+        for_loss = {name: kwargs.pop(name) for name in LOSS & kwargs.keys()}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
             return_dict=True,
+            **{CACHE: only_cache(cache, past_key_values)},
             **kwargs,
         )
+        ignored = for_loss.get("ignore_index", IGNORED_LABEL)
+        if labels is not None and shift_labels is None:
+            shift_labels = next_tokens(labels, cu_seqlens, ignored)
+        if shift_labels is not None and (real := real_tokens(attention_mask, shift_labels)) is not None:
+            # Padding predicts nothing.
+            shift_labels = shift_labels.masked_fill(~real, ignored)
         if loss_only and shift_labels is not None and self.config.vocab_size >= LARGE_VOCABULARY:
             return CausalLMOutputWithPast(
                 loss=next_token_loss(outputs.last_hidden_state, self.to_logits, shift_labels),
-                past_key_values=outputs.past_key_values,
                 hidden_states=outputs.hidden_states,
+                **{CACHE: outputs.get(CACHE)},
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.to_logits(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None or shift_labels is not None:
+        if shift_labels is not None:
             loss = self.loss_function(
                 logits=logits,
-                labels=None if labels is None else without_first_tokens(labels, cu_seqlens),
+                labels=None,
                 shift_labels=shift_labels,
                 vocab_size=self.config.vocab_size,
-                **kwargs,
+                **for_loss,
             )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if loss_only else logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if generation_config.cache_implementation is not None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 "there is one kind of cache, a state of fixed size: "
                 f"leave out cache_implementation={generation_config.cache_implementation!r}"
             )
-        given = model_kwargs.get("past_key_values")
+        # A generation step takes the cache by the name that this version of transformers gives it.
+        given = only_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
         if given is not None:
-            check_cache(given)
+            model_kwargs[CACHE] = given
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = MhesaCache(self.config)
+            model_kwargs[CACHE] = MhesaCache(self.config)
             return None
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs

@@ -5,13 +5,64 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mhesa.model.loss import IGNORED_LABEL
+
+class Padding:
+    """Takes the padding out of a batch: the real tokens of its rows become packed sequences.
+
+    A compiler needs shapes that do not depend on the mask. There the padding stays, as one more sequence
+    after the others.
+
+    Args:
+        real: which tokens are not padding, `(batch, length)`.
+
+    Attributes:
+        cu_seqlens: offsets of the packed sequences, `(sequences + 1,)`.
+    """
+
+    def __init__(self, real: Tensor) -> None:
+        self.real = real
+        ends = real.sum(dim=1).cumsum(dim=0)
+        if torch.compiler.is_compiling():
+            self._places = torch.argsort((~real).flatten().int(), stable=True)
+            self.cu_seqlens = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), real.numel())])
+        else:
+            self._places = real.flatten().nonzero().flatten()
+            self.cu_seqlens = F.pad(ends, (1, 0))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Values of `(batch, length, dim)` as `(1, total, dim)`."""
+        return x.flatten(0, 1)[self._places][None]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Packed values of `(1, total, dim)` as `(batch, length, dim)`, zeros at padding."""
+        values = packed.new_zeros(self.real.numel(), packed.shape[-1])
+        values = values.index_copy(0, self._places, packed[0]).unflatten(0, self.real.shape)
+        return values.masked_fill(~self.real[..., None], 0) if torch.compiler.is_compiling() else values
+
+    def pack_states(self, states: list[Tensor] | None) -> list[Tensor] | None:
+        """States of the rows, `(batch, state_size)` each, as states of the sequences."""
+        if states is None or not torch.compiler.is_compiling():
+            return states
+        return [F.pad(state, (0, 0, 0, 1)) for state in states]
+
+    def unpack_states(self, states: list[Tensor]) -> list[Tensor]:
+        """States of the sequences as states of the rows, `(batch, state_size)` each."""
+        return [state[: len(self.real)] for state in states]
 
 
 def real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """A mask of the current chunk's real tokens, `(batch, length)`; `None` if there is no padding."""
+    """Which tokens of this call are not padding, `(batch, length)`; `None` where none is.
+
+    Args:
+        attention_mask: `(batch, length)`, or longer where it also covers earlier tokens.
+        x: this call's ids, `(batch, length)`, or embeddings, `(batch, length, dim)`.
+
+    Raises:
+        ValueError: the mask does not fit.
+    """
     if attention_mask is None:
         return None
     batch, length = x.shape[:2]
@@ -19,38 +70,50 @@ def real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
     if len(shape) != 2 or shape[0] != batch or shape[1] < length:
         raise ValueError(f"attention_mask must be ({batch}, {length}) or longer for this batch, not {shape}")
     real = attention_mask[:, shape[1] - length :].bool()
-    return None if real.all() else real
+    return None if not torch.compiler.is_compiling() and real.all() else real
 
 
 def offsets(
     cu_seqlens: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """Offsets of packed sequences, `(sequences + 1,)`, from any of the arguments; `None` if not packed."""
+    """Offsets of packed sequences, `(sequences + 1,)`; `None` if nothing is packed.
+
+    Args:
+        cu_seqlens: the offsets, if they are known.
+        attention_mask: given with sequences that are padded, and not packed.
+        kwargs: `cu_seq_lens_q`, other offsets, or what they follow from, `(1, length)`: `position_ids` that
+            start again at 0, or `seq_idx`.
+
+    Raises:
+        ValueError: several sequences in a row of a larger batch.
+    """
     if cu_seqlens is None:
         cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None or attention_mask is not None:
         return cu_seqlens
-    position_ids = kwargs.get("position_ids")
-    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[0] != 1:
+    if (position_ids := kwargs.get("position_ids")) is not None:
+        first = position_ids[..., 1:] == 0
+    elif (seq_idx := kwargs.get("seq_idx")) is not None:
+        first = seq_idx.diff() != 0
+    else:
         return None
-    starts = (position_ids[0, 1:] == 0).nonzero().flatten() + 1
-    if not len(starts):
+    if not first.any():
         return None
-    return torch.cat([starts.new_zeros(1), starts, starts.new_tensor([position_ids.shape[1]])])
+    if len(first) != 1:
+        raise ValueError("pack sequences into a batch of 1, or pass an attention_mask where they are padded")
+    starts = first[0].nonzero().flatten() + 1
+    return torch.cat([starts.new_zeros(1), starts, starts.new_tensor([first.shape[1] + 1])])
 
 
-def without_first_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Labels `(batch, length)` that ignore the first token of each packed sequence: nothing predicts it."""
-    if cu_seqlens is None:
-        return labels
-    starts = cu_seqlens[cu_seqlens < labels.shape[1]].long()
-    return labels.index_fill(1, starts, IGNORED_LABEL)
+def next_tokens(labels: Tensor, cu_seqlens: Tensor | None, ignored: int) -> Tensor:
+    """The label of each place's next token, `(batch, length)`; `ignored` at the end of a sequence.
 
-
-def unpack(packed: Tensor, real: Tensor | None) -> Tensor:
-    """Packed values `(1, total, dim)` as `(batch, length, dim)`, with zeros at padding."""
-    if real is None:
-        return packed
-    values = packed.new_zeros(*real.shape, packed.shape[-1])
-    values[real] = packed[0]
-    return values
+    Args:
+        labels: the label of each token, `(batch, length)`.
+        cu_seqlens: offsets of packed sequences, `(sequences + 1,)`; none if `None`.
+        ignored: the label that the loss ignores.
+    """
+    following = F.pad(labels, (0, 1), value=ignored)
+    if cu_seqlens is not None:
+        following = following.index_fill(1, cu_seqlens.long(), ignored)
+    return following[:, 1:].contiguous()

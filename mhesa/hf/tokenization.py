@@ -8,7 +8,7 @@ from transformers import AddedToken, PreTrainedTokenizer
 
 from mhesa.tokenizers.bytes import END_OF_TEXT, END_OF_TEXT_ID, PIECES, Bytes, to_bytes, token_splitter
 
-ERRORS = ("surrogateescape", "replace", "ignore", "backslashreplace", "strict")
+ERRORS = ("replace", "surrogateescape", "ignore", "backslashreplace", "strict")
 
 # ASCII stands for itself. Other bytes are spelled out, so that a letter such as "é", two bytes, can be added
 # as a token.
@@ -19,18 +19,18 @@ BYTE_IDS = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
 class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transformers' own methods win
     r"""Bytes of UTF-8 as tokens: ids 0 to 255 are the bytes, 256 is `<|endoftext|>`.
 
-    Nothing is lost: whatever the bytes, decoding them and encoding the text again gives them back. A byte
-    that is not UTF-8 becomes a lone surrogate (Python's `surrogateescape`) and that surrogate becomes the
-    byte. Any other lone surrogate, which no UTF-8 can hold, is encoded to the three bytes `surrogatepass`
-    gives it. Such text cannot be printed: for people, and for a `TextStreamer`, use `errors="replace"`.
+    Decoding replaces bytes that are not UTF-8 by `\ufffd`, so that text can be printed. With
+    `errors="surrogateescape"` nothing is lost: such a byte becomes a lone surrogate, and encoding the text
+    again gives back every byte. Any other lone surrogate, which no UTF-8 can hold, is encoded to the three
+    bytes `surrogatepass` gives it.
 
     `<|endoftext|>` begins, ends and pads. As in GPT-2, text that contains it literally gets the token:
     use `split_special_tokens=True` or `encode_bytes` for text that is not to be trusted. Nothing is added
     to a text by itself, spaces are never touched, and padding goes to the left, as generation needs it.
 
     Args:
-        errors: what decoding does with bytes that are not UTF-8, one of `"surrogateescape"`,
-            `"replace"`, `"ignore"`, `"backslashreplace"`, `"strict"`; `decode` takes it too.
+        errors: what decoding does with bytes that are not UTF-8, one of `"replace"`,
+            `"surrogateescape"`, `"ignore"`, `"backslashreplace"`, `"strict"`; `decode` takes it too.
 
     Raises:
         ValueError: an `errors` of another name.
@@ -38,8 +38,8 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
     >>> tokenizer = ByteTokenizer()
     >>> tokenizer.encode("né<|endoftext|>")
     [110, 195, 169, 256]
-    >>> tokenizer.decode([110, 195], errors="replace")
-    'n\ufffd'
+    >>> tokenizer.decode([110, 195]), tokenizer.decode([110, 195], errors="surrogateescape")
+    ('n\ufffd', 'n\udcc3')
     >>> tokenizer.decode_bytes(tokenizer.encode_bytes(b"\xff\x00"))
     b'\xff\x00'
     """
@@ -48,7 +48,7 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
 
     def __init__(
         self,
-        errors: str = "surrogateescape",
+        errors: str = "replace",
         bos_token: str | AddedToken | None = END_OF_TEXT,
         eos_token: str | AddedToken | None = END_OF_TEXT,
         pad_token: str | AddedToken | None = END_OF_TEXT,

@@ -109,7 +109,11 @@ def stream(
 
 
 def write(
-    decoder: Decoder, prompts: list[Tensor], texts: list[Continuation], states: Tensor
+    decoder: Decoder,
+    prompts: list[Tensor],
+    texts: list[Continuation],
+    states: Tensor,
+    num_tokens: int | None = None,
 ) -> Iterator[tuple[Continuation, int]]:
     """Continue prompts; yields each token with its text, including a token that ends the text.
 
@@ -118,12 +122,13 @@ def write(
         prompts: one for each text, `(length,)`.
         texts: what to write; all have the same limit.
         states: `(depth, texts, state_size)`; see `stream`.
+        num_tokens: see `Slots`.
     """
     if texts[0].finish is not None:
         return
     for text, prompt in zip(texts, prompts, strict=True):
         text.sampler.observe(prompt)
-    slots = Slots(decoder, states)
+    slots = Slots(decoder, states, num_tokens)
     ended = slots.add(texts, states, decoder.prefill(prompts, states))
     while True:
         for text in slots.texts:

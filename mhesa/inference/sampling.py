@@ -174,7 +174,7 @@ class BatchSampler:
         """Draw a token for each of the rows from `first` on.
 
         Args:
-            logits: `(rows, num_tokens)`, on any device.
+            logits: `(rows, num_tokens)` or wider, on any device; what is beyond `num_tokens` is never drawn.
             first: the row of the first logits.
 
         Returns:

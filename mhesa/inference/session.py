@@ -43,6 +43,11 @@ class Reader:
         self.model, self.tokenizer = model, tokenizer
         self.decoder = Decoder(model, quantize=quantize)
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens can be written: the tokenizer's, where the model's vocabulary is padded."""
+        return min(self.decoder.num_tokens, len(self.tokenizer))
+
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """The bytes of every token; see the function `token_bytes`."""
@@ -180,7 +185,10 @@ class Session:
             stops=[string.encode("utf-8", "surrogateescape") for string in stop],
         )
         cursor = TextCursor(text)
-        for _, token in write(self.reader.decoder, [torch.tensor([memory.token])], [text], memory.state):
+        prompts = [torch.tensor([memory.token])]
+        for _, token in write(
+            self.reader.decoder, prompts, [text], memory.state, num_tokens=self.reader.num_tokens
+        ):
             memory.token = token
             memory.position += 1
             if new := cursor.read()[0]:

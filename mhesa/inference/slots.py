@@ -24,12 +24,13 @@ class Slots:
         decoder: the model.
         states: `(depth, slots, state_size)`, changed in place: of each text, the state after all of its
             tokens but the last.
+        num_tokens: the size of the tokenizer, if the model's vocabulary is larger: later ids are never drawn.
     """
 
-    def __init__(self, decoder: Decoder, states: Tensor) -> None:
+    def __init__(self, decoder: Decoder, states: Tensor, num_tokens: int | None = None) -> None:
         self.decoder, self.states = decoder, states
         self.texts: list[Continuation] = []
-        self._sampler = BatchSampler(decoder.num_tokens, max_rows=states.shape[1])
+        self._sampler = BatchSampler(num_tokens or decoder.num_tokens, max_rows=states.shape[1])
 
     def add(self, texts: Sequence[Continuation], state: Tensor, logits: Tensor) -> list[int]:
         """Give each text a slot, and draw its first token.

@@ -8,6 +8,7 @@ it, so that a wrong folder is reported at once.
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
+# Where `save_pretrained` says which file holds which weight, if it wrote several.
+INDEX = "model.safetensors.index.json"
 # Where a model's files are complete before they are moved to their places.
 STAGING = ".model"
 MODEL_TYPE = "mhesa"
@@ -64,6 +67,7 @@ def save(model: GatedExponentialSmoothingLM, tokenizer: Bytes | TextTokenizer, f
 
     folder = Path(folder)
     config = replace(ModelConfig.of(model), eos_token_id=tokenizer.eos_token_id).to_json()
+    config["pad_token_id"] = tokenizer.pad_token_id
     token_ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
     values = {
         **config,
@@ -112,7 +116,7 @@ def load(
     Reads safetensors and JSON only, nothing from the network, and no code.
 
     Args:
-        folder: where `config.json`, `model.safetensors` and the tokenizer's files are.
+        folder: where `config.json`, `model.safetensors` or its parts, and the tokenizer's files are.
         device: a torch device to put the model on.
         backend: the operator's backend, `None` for the best one.
 
@@ -132,7 +136,7 @@ def load(
         dtype = _dtype(values)
     except ValueError as error:
         raise InputError(f"{folder / CONFIG} does not describe a model: {error}") from error
-    model = _read_weights(folder / WEIGHTS, sizes, dtype)
+    model = _read_weights(folder, sizes, dtype)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > sizes.num_tokens:
         raise InputError(
@@ -174,8 +178,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != MODEL_TYPE:
         raise InputError(f"{folder} holds a model of type {kind}, not {MODEL_TYPE}")
-    if not (folder / WEIGHTS).is_file():
-        raise InputError(f"{folder} is not a whole model: it has no {WEIGHTS}")
+    _weight_files(folder)
     return dict(values)
 
 
@@ -192,19 +195,46 @@ def _dtype(values: dict[str, Any]) -> torch.dtype | None:
     return dtype
 
 
-def _read_weights(path: Path, sizes: ModelConfig, dtype: torch.dtype | None) -> GatedExponentialSmoothingLM:
+def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
+    """The file that says what weights there are, and those that hold them: one, or as many as an index says.
+
+    Raises:
+        InputError: there are none, the index is broken, or it names a file outside of the folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS, [folder / WEIGHTS]
+    index = folder / INDEX
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        whole = all(Path(name).name == name for name in names) and bool(names)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is not a whole model: it has no {WEIGHTS}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{index} is broken: {error}") from error
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{index} is broken: it must name a file of this folder for each weight")
+    return index, [folder / name for name in sorted(names)]
+
+
+def _read_weights(folder: Path, sizes: ModelConfig, dtype: torch.dtype | None) -> GatedExponentialSmoothingLM:
     import torch
     from safetensors import SafetensorError, safe_open
 
+    where, files = _weight_files(folder)
     try:
-        with safe_open(path, framework="pt") as file:
-            model = _empty(path, file, sizes)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no mapping
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+            places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 no mapping
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in places.items()}
+            model = _empty(where, shapes, sum(path.stat().st_size for path in files), sizes)
+            weights = {name: file.get_tensor(name) for name, file in places.items()}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is broken: {error}") from error
+        raise InputError(f"{where} is broken: {error}") from error
     for name, weight in weights.items():
         if not weight.is_floating_point():
-            raise InputError(f"{path} is broken: {name} is of type {weight.dtype}, which no weight can be")
+            raise InputError(f"{where} is broken: {name} is of type {weight.dtype}, which no weight can be")
     if dtype is None:
         dtype = next((weight.dtype for weight in weights.values()), torch.float32)
     state = {plain_name(name): _copy(name, weight, dtype) for name, weight in weights.items()}
@@ -217,11 +247,12 @@ def _read_weights(path: Path, sizes: ModelConfig, dtype: torch.dtype | None) -> 
     return model
 
 
-def _empty(path: Path, file: Any, sizes: ModelConfig) -> GatedExponentialSmoothingLM:
-    """A model on the meta device, which takes no memory, after checking that the file has its weights."""
-    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+def _empty(
+    path: Path, found: dict[str, tuple[int, ...]], file_size: int, sizes: ModelConfig
+) -> GatedExponentialSmoothingLM:
+    """A model on the meta device, which takes no memory, after checking that the files have its weights."""
     widest = max(sizes.num_tokens, sizes.dim, sizes.dim_mhesa, sizes.dim_hidden)
-    if sizes.depth > len(found) or widest > path.stat().st_size:
+    if sizes.depth > len(found) or widest > file_size:
         raise InputError(f"{path} does not fit {CONFIG}: mismatched keys: it is too small for these sizes")
     model = sizes.empty()
     wanted = {saved_name(name): tuple(weight.shape) for name, weight in model.state_dict().items()}

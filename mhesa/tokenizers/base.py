@@ -18,11 +18,14 @@ class Tokenizer(ABC):
 
     Attributes:
         eos_token, eos_token_id: the end-of-text token; each document starts with it.
+        pad_token, pad_token_id: the padding token; that of end of text if the vocabulary has none of its own.
         chat_template: how a conversation becomes text, a Jinja template as transformers takes them.
     """
 
     eos_token: Any
     eos_token_id: Any
+    pad_token: Any
+    pad_token_id: Any
     chat_template: Any
 
     @abstractmethod

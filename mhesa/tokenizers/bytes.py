@@ -28,6 +28,7 @@ class Bytes(Tokenizer):
         added_tokens: further tokens by id.
         eos_token: the one that begins and ends documents, if not `<|endoftext|>`.
         chat_template: how a conversation becomes text, a Jinja template as transformers takes them.
+        pad_token: the one that fills rows in transformers; `eos_token` if omitted or not among the tokens.
 
     Raises:
         ValueError: `eos_token` is not among the tokens.
@@ -42,12 +43,15 @@ class Bytes(Tokenizer):
         added_tokens: Mapping[int, AddedToken] | None = None,
         eos_token: str = END_OF_TEXT,
         chat_template: str | None = None,
+        pad_token: str | None = None,
     ) -> None:
         self.added_tokens = {END_OF_TEXT_ID: AddedToken(END_OF_TEXT, special=True), **(added_tokens or {})}
         ids = {token.content: index for index, token in self.added_tokens.items()}
         if eos_token not in ids:
             raise ValueError(f"eos_token {eos_token!r} is not one of the tokens {', '.join(ids)}")
         self.eos_token, self.eos_token_id = eos_token, ids[eos_token]
+        self.pad_token = pad_token if pad_token in ids else eos_token
+        self.pad_token_id = ids[self.pad_token]
         self.chat_template = chat_template
 
     def __len__(self) -> int:
@@ -75,9 +79,7 @@ class Bytes(Tokenizer):
             }
             for index, token in sorted(self.added_tokens.items())
         }
-        write_config(
-            Path(folder), BYTE_TOKENIZER, self.eos_token, self.chat_template, added_tokens_decoder=tokens
-        )
+        write_config(Path(folder), BYTE_TOKENIZER, self, added_tokens_decoder=tokens)
 
     def _pieces(self) -> dict[int, bytes]:
         added = {i: b"" if it.special else to_bytes(it.content) for i, it in self.added_tokens.items()}

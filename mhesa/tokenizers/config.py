@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mhesa.atomic_io import write_file
 from mhesa.errors import InputError
+
+if TYPE_CHECKING:
+    from mhesa.tokenizers.base import Tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -44,19 +47,19 @@ def token_text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def write_config(folder: Path, kind: str, eos_token: str, chat_template: str | None, **more: Any) -> None:
+def write_config(folder: Path, kind: str, tokenizer: Tokenizer, **more: Any) -> None:
     """Write what transformers' `AutoTokenizer` asks for.
 
     Args:
         folder: where to; it is made if it is not there.
         kind: the name of transformers' class for such a tokenizer.
-        eos_token: the token that begins, ends and pads texts.
-        chat_template: a Jinja template, or none.
+        tokenizer: has the end-of-text token, which begins texts too, the padding token and the chat template.
         more: further values of `tokenizer_config.json`.
     """
     values = {
         **more,
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), eos_token),
+        **dict.fromkeys(("bos_token", "eos_token"), tokenizer.eos_token),
+        "pad_token": tokenizer.pad_token,
         "clean_up_tokenization_spaces": False,
         # Generation continues all texts of a batch at their ends, so padding goes before them.
         "padding_side": "left",
@@ -65,6 +68,6 @@ def write_config(folder: Path, kind: str, eos_token: str, chat_template: str | N
     folder.mkdir(parents=True, exist_ok=True)
     with write_file(folder / TOKENIZER_CONFIG) as file:
         file.write(json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n")
-    if chat_template is not None:
+    if tokenizer.chat_template is not None:
         with write_file(folder / CHAT_TEMPLATE) as file:
-            file.write(chat_template.encode())
+            file.write(tokenizer.chat_template.encode())

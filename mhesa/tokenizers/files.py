@@ -31,7 +31,8 @@ def open_tokenizer(path: str | Path) -> Bytes | TextTokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:
         raise InputError(f"{file} is not a tokenizer: {error}") from error
-    return TextTokenizer(tokenizer, _end_of_text(file, tokenizer), read_chat_template(file.parent))
+    padding = token_text(read_config(file.parent).get("pad_token"))
+    return TextTokenizer(tokenizer, _end_of_text(file, tokenizer), read_chat_template(file.parent), padding)
 
 
 def _byte_tokenizer(folder: Path) -> Bytes:
@@ -45,7 +46,7 @@ def _byte_tokenizer(folder: Path) -> Bytes:
             for index, token in values.get("added_tokens_decoder", {}).items()
         }
         end = token_text(values.get("eos_token")) or END_OF_TEXT
-        return Bytes(added, end, read_chat_template(folder))
+        return Bytes(added, end, read_chat_template(folder), token_text(values.get("pad_token")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / TOKENIZER_CONFIG} is broken: {error}") from error
 

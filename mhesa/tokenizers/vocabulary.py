@@ -19,6 +19,8 @@ from mhesa.tokenizers.bytes import END_OF_TEXT
 from mhesa.tokenizers.config import write_config
 
 TOKENIZER = "tokenizer.json"
+# The padding token of vocabularies made here.
+PADDING = "<|padding|>"
 # transformers' name for a tokenizer that a tokenizer.json describes.
 FAST_TOKENIZER = "PreTrainedTokenizerFast"
 NOT_UTF8 = re.compile("[\udc80-\udcff]+")
@@ -36,10 +38,15 @@ class TextTokenizer(base.Tokenizer):
         tokenizer: what makes ids of text.
         eos_token: the token that begins and ends documents; added if the vocabulary has none.
         chat_template: how a conversation becomes text, a Jinja template as transformers takes them.
+        pad_token: the token that fills rows in transformers; `eos_token` if omitted or not in the vocabulary.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, eos_token: str = END_OF_TEXT, chat_template: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        eos_token: str = END_OF_TEXT,
+        chat_template: str | None = None,
+        pad_token: str | None = None,
     ) -> None:
         if tokenizer.token_to_id(eos_token) is None:
             tokenizer.add_special_tokens([AddedToken(eos_token, special=True, normalized=False)])
@@ -48,7 +55,9 @@ class TextTokenizer(base.Tokenizer):
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
         self.eos_token, self.chat_template = eos_token, chat_template
-        self.eos_token_id = tokenizer.get_vocab(with_added_tokens=True)[eos_token]
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        self.pad_token = pad_token if pad_token in ids else eos_token
+        self.eos_token_id, self.pad_token_id = ids[eos_token], ids[self.pad_token]
 
     def __len__(self) -> int:
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -75,7 +84,7 @@ class TextTokenizer(base.Tokenizer):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `tokenizer.json`, `tokenizer_config.json`, and the chat template if there is one."""
         folder = Path(folder)
-        write_config(folder, FAST_TOKENIZER, self.eos_token, self.chat_template)
+        write_config(folder, FAST_TOKENIZER, self)
         with write_file(folder / TOKENIZER) as file:
             file.write(self.tokenizer.to_str(pretty=True).encode())
 
@@ -147,7 +156,7 @@ def train_bpe(text: Iterable[bytes], size: int) -> TextTokenizer:
 
     Args:
         text: pieces of text to learn it from.
-        size: tokens, 256 bytes and end of text among them.
+        size: tokens, 256 bytes and end of text among them; from 258 on padding too, the last.
 
     >>> tokenizer = train_bpe([b"abab abab ab"] * 10, 260)
     >>> tokenizer.decode_bytes(tokenizer.encode_bytes(b"ab\\xff"))
@@ -157,13 +166,15 @@ def train_bpe(text: Iterable[bytes], size: int) -> TextTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=max(size - 1, 257),
         special_tokens=[END_OF_TEXT],
         initial_alphabet=byte_alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((piece.decode("utf-8", "replace") for piece in text), trainer)
-    return TextTokenizer(tokenizer)
+    if size > tokenizer.get_vocab_size():
+        tokenizer.add_special_tokens([AddedToken(PADDING, special=True, normalized=False)])
+    return TextTokenizer(tokenizer, pad_token=PADDING)
 
 
 @cache

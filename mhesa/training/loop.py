@@ -175,7 +175,7 @@ def train_model(
 
 def _dropout_seed(*key: int) -> int:
     """The seed of a micro-batch's dropout, from the run's seed, the step, the micro-batch and the process."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _save(

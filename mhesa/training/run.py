@@ -274,7 +274,7 @@ def make_tokenizer(settings: TrainingSettings, source: Source) -> Bytes | TextTo
         return Bytes()
     if size is None:
         return open_tokenizer(settings.tokenizer)
-    name = f"vocabularies/{source.sha256[:32]}-{size}"
+    name = f"vocabularies/{source.sha256[:32]}-{size}-padding"
     return open_tokenizer(
         cached_folder(name, lambda folder: train_bpe(source.training_text(), size).save_pretrained(folder))
     )

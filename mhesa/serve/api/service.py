@@ -51,6 +51,8 @@ class Service:
         self.tokenizer, self.settings = tokenizer, settings
         self.created = int(time.time())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        # The model's vocabulary may be padded beyond the tokenizer's.
+        self.num_tokens = min(len(tokenizer), model.token_emb.num_embeddings)
         self.token_bytes = token_bytes(tokenizer, model.token_emb.num_embeddings)
         self.id_type = np.dtype(np.uint16 if len(self.token_bytes) <= 1 << 16 else np.int32)
         self.token_sizes = np.array([len(token) for token in self.token_bytes])
@@ -62,6 +64,7 @@ class Service:
         )
         self.engine = DecodeThread(
             Decoder(model, max_batch=settings.slots, quantize=quantize, single_thread_small_calls=True),
+            num_tokens=self.num_tokens,
             queue=settings.queue,
             tell=self._tell,
         )
@@ -127,9 +130,9 @@ class Service:
             raise APIError(404, message, param="model", code="model_not_found")
 
     def check_token(self, token: int, param: str) -> None:
-        """Raise `APIError` if the model has no such token."""
-        if token >= len(self.token_bytes):
-            raise invalid(f"token ids must be 0 to {len(self.token_bytes) - 1}, not {token}", param)
+        """Raise `APIError` if there is no such token."""
+        if token >= self.num_tokens:
+            raise invalid(f"token ids must be 0 to {self.num_tokens - 1}, not {token}", param)
 
     def encode(self, prompt: str | list[int], param: str) -> np.ndarray:
         """The ids of a prompt, `(tokens,)`.

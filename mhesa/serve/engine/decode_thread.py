@@ -35,6 +35,7 @@ class DecodeThread:
 
     Args:
         decoder: the model, for this thread alone; writes `max_batch` texts at the same time.
+        num_tokens: see `Slots`.
         queue: how many texts may wait for a slot; one client may take half of it.
         tell: called from the thread with the jobs that have progress to report.
     """
@@ -43,12 +44,13 @@ class DecodeThread:
         self,
         decoder: Decoder,
         *,
+        num_tokens: int | None = None,
         queue: int = 1024,
         tell: Callable[[list[Job]], object],
     ) -> None:
         self.decoder, self.size = decoder, decoder.max_batch
         # NaN, as `Slots.remove` leaves it.
-        self.slots = Slots(decoder, decoder.initial_state(self.size).fill_(math.nan))
+        self.slots = Slots(decoder, decoder.initial_state(self.size).fill_(math.nan), num_tokens)
         self.queue, self.tell = queue, tell
         # Tokens of a scored prompt that are read at once.
         self._most_scored = max(1, LOGITS // decoder.num_tokens)
