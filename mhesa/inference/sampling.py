@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import secrets
 from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor
 
 from mhesa.errors import InputError
 from mhesa.inference.sampling_settings import Sampling
+from mhesa.ops.checks import check_logits, distinct_tokens, is_plain
 from mhesa.ops.cpu.arguments import FLOAT64, INT64, STORED, Pointer, Struct, struct
-from mhesa.ops.cpu.threads import available, parallel
+from mhesa.ops.cpu.threads import available, new_lock, parallel
+from mhesa.settings import check_sizes
 
 __all__ = ["BatchSampler", "Sampling", "TokenSampler"]
 
@@ -52,6 +56,10 @@ Arguments = struct(
     order=INT64,  # likewise
     out=INT64,
 )
+# The largest vocabulary: ids are int64.
+MAX_TOKENS = 1 << 63
+# Types of logits that native code reads; others are converted to fp32.
+DTYPES = (torch.float32, torch.float64)
 # Below this many logits, use one thread.
 MIN_PARALLEL = 1 << 12
 
@@ -60,7 +68,7 @@ class TokenSampler:
     """Draws the tokens of one sequence.
 
     It owns the random stream of the sequence: draws depend on the seed and on the logits of this sequence,
-    not on other sequences.
+    not on other sequences. A copy has a stream of its own, which goes on from the same place.
 
     Args:
         sampling: how tokens are drawn.
@@ -82,7 +90,7 @@ class TokenSampler:
         self.penalises = penalties != (1, 0, 0)
         self.struct = Sampler(
             temperature=given.temperature,
-            top_k=given.top_k,
+            top_k=min(given.top_k, MAX_TOKENS - 1),
             top_p=given.top_p,
             min_p=given.min_p,
             repetition_penalty=given.repetition_penalty,
@@ -90,15 +98,32 @@ class TokenSampler:
             presence_penalty=given.presence_penalty,
             random=secrets.randbits(64) if seed is None else seed % (1 << 64),
         )
-        # Notes on tokens, and the index of each token's note.
+        # Notes on tokens, the index of each token's note, and the size of the vocabulary once it is known.
         self._notes, self._indices = (Note * 8)(), dict[int, int]()
+        self._num_tokens: int | None = None
         for token, bias in given.logit_bias.items():
             self._note(token).bias = bias
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The struct is copied without the address of the notes.
+        values = {name: getattr(self.struct, name) for name in Sampler.kinds if not name.startswith("note")}
+        notes = [tuple(getattr(note, name) for name in Note.kinds) for note in self._notes]
+        return {**vars(self), "struct": values, "_notes": notes, "_indices": dict(self._indices)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.struct = Sampler(**state["struct"])
+        self._notes = (Note * len(state["_notes"]))(*(Note(*values) for values in state["_notes"]))
+        self._share_notes()
+
     def observe(self, ids: Tensor | Iterable[int]) -> None:
-        """Note the sequence's earlier tokens, `(tokens,)`, for the repetition penalty."""
+        """Note the sequence's earlier tokens, integers `(tokens,)`, for the repetition penalty.
+
+        Raises:
+            InputError: ids that are no integers, or outside the vocabulary.
+        """
         if self.sampling.repetition_penalty != 1:
-            for token in ids.unique().tolist() if isinstance(ids, Tensor) else ids:
+            for token in distinct_tokens(ids):
                 self._note(token).seen = 1
 
     def count(self, token: int) -> None:
@@ -108,22 +133,32 @@ class TokenSampler:
         note.count += 1
 
     def check(self, num_tokens: int) -> None:
-        """Raise `InputError` if a noted token is outside a vocabulary of this size."""
+        """Raise `InputError` if a token noted so far is outside a vocabulary of this size, or a later one."""
         highest = max(self._indices, default=0)
         if highest >= num_tokens:
             raise InputError(f"token ids must be 0 to {num_tokens - 1}, not {highest}")
+        self._num_tokens = num_tokens if self._num_tokens is None else min(num_tokens, self._num_tokens)
 
     def _note(self, token: int) -> Struct:
+        token = operator.index(token)
+        if not 0 <= token < (self._num_tokens or MAX_TOKENS):
+            raise InputError(f"token ids must be 0 to {(self._num_tokens or MAX_TOKENS) - 1}, not {token}")
         index = self._indices.setdefault(token, len(self._indices))
         if index == len(self._notes):
             self._notes = (Note * (2 * index))(*self._notes)
         self._notes[index].token = token
-        self.struct.notes, self.struct.note_count = ctypes.addressof(self._notes), len(self._indices)
+        self._share_notes()
         return self._notes[index]
+
+    def _share_notes(self) -> None:
+        """Tell native code where the notes are."""
+        self.struct.notes, self.struct.note_count = ctypes.addressof(self._notes), len(self._indices)
 
 
 class BatchSampler:
     """Draws for all rows of a batch at once; rows may be added and removed.
+
+    Python threads may share it: their draws take turns. A deep copy has copies of the samplers.
 
     Args:
         num_tokens: the size of the vocabulary.
@@ -131,17 +166,19 @@ class BatchSampler:
         max_rows: the largest number of rows; as many as `samplers` if omitted.
 
     Raises:
-        InputError: a sampler has noted tokens outside the vocabulary.
+        InputError: an empty vocabulary, more samplers than rows, or one that has noted tokens outside the
+            vocabulary.
     """
 
     def __init__(
         self, num_tokens: int, samplers: Sequence[TokenSampler] = (), max_rows: int | None = None
     ) -> None:
+        check_sizes(num_tokens=num_tokens)
         self.num_tokens = num_tokens
         self.rows: list[TokenSampler] = []
         size = len(samplers) if max_rows is None else max_rows
         # The token last drawn for each row: int64 `(max_rows,)`, valid for the rows in use.
-        self.last = torch.zeros(size, dtype=torch.int64)
+        self.last = torch.zeros(size, dtype=torch.int64, device="cpu")
         self._addresses = np.zeros(size, dtype=np.int64)
         self._samplers, self._last = self._addresses.ctypes.data, self.last.data_ptr()
         threads = max(1, min(size, available()))
@@ -151,24 +188,47 @@ class BatchSampler:
             weights=self._scratch[0].ctypes.data,
             order=self._scratch[1].ctypes.data,
         )
+        self._lock = new_lock()
         for sampler in samplers:
             self.append(sampler)
+
+    def __getstate__(self) -> tuple[int, list[TokenSampler], Tensor]:
+        return self.num_tokens, self.rows, self.last
+
+    def __setstate__(self, state: tuple[int, list[TokenSampler], Tensor]) -> None:
+        num_tokens, rows, last = state
+        BatchSampler.__init__(self, num_tokens, rows, len(last))
+        self.last.copy_(last)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def append(self, sampler: TokenSampler) -> None:
-        """Add a row after the others."""
+        """Add a row after the others.
+
+        Raises:
+            InputError: there is no room, or the sampler has noted tokens outside the vocabulary.
+        """
         sampler.check(self.num_tokens)
-        self._addresses[len(self.rows)] = sampler.struct.address
-        self.rows.append(sampler)
+        with self._lock:
+            if len(self.rows) == len(self.last):
+                raise InputError(f"there is room for {len(self.last)} rows; make max_rows larger for another")
+            self._addresses[len(self.rows)] = sampler.struct.address
+            self.rows.append(sampler)
 
     def take_out(self, row: int) -> None:
-        """Remove a row; the last one takes its place."""
-        last = self.rows.pop()
-        if row < len(self.rows):
-            self.rows[row] = last
-            self._addresses[row], self.last[row] = last.struct.address, self.last[len(self.rows)]
+        """Remove a row; the last one takes its place.
+
+        Raises:
+            InputError: there is no such row.
+        """
+        with self._lock:
+            if not 0 <= row < len(self.rows):
+                raise InputError(f"there is no row {row} among {len(self.rows)}")
+            last = self.rows.pop()
+            if row < len(self.rows):
+                self.rows[row] = last
+                self._addresses[row], self.last[row] = last.struct.address, self.last[len(self.rows)]
 
     def draw(self, logits: Tensor, first: int = 0) -> list[int]:
         """Draw a token for each of the rows from `first` on.
@@ -179,13 +239,23 @@ class BatchSampler:
 
         Returns:
             A token for each row, also in `last`; -1 for a row whose logits are NaN or infinite.
+
+        Raises:
+            InputError: logits of another shape, not of real numbers, or of rows that are not there.
         """
-        values = logits.detach().cpu()
-        if values.dtype not in (torch.float32, torch.float64):
-            values = values.float()
-        if values.stride(1) != 1:
-            values = values.contiguous()
-        args, count = self._args, values.shape[0]
+        check_logits(logits, self.num_tokens)
+        values = logits
+        if not (is_plain(logits) and logits.is_cpu and logits.dtype in DTYPES and logits.stride(1) == 1):
+            dtype = logits.dtype if logits.dtype in DTYPES else torch.float32
+            values = torch.empty(logits.shape, dtype=dtype, device="cpu").copy_(logits.detach())
+        with self._lock:
+            return self._draw(values, first)
+
+    def _draw(self, values: Tensor, first: int) -> list[int]:
+        args, count = self._args, len(values)
+        rows = self.rows[first : first + count]
+        if first < 0 or len(rows) < count:
+            raise InputError(f"there are {len(self.rows)} rows to draw for, not {count} from {first} on")
         args.next_row = args.next_thread = 0
         args.rows, args.logits, args.row_stride = count, values.data_ptr(), values.stride(0)
         args.samplers, args.out = self._samplers + 8 * first, self._last + 8 * first
@@ -193,7 +263,7 @@ class BatchSampler:
         threads = min(count, self._scratch.shape[1], available()) if parallelise else 1
         parallel(_native_draw(values.dtype), args.address, threads)
         tokens: list[int] = self.last[first : first + count].tolist()
-        for sampler, token in zip(self.rows[first : first + count], tokens, strict=True):
+        for sampler, token in zip(rows, tokens, strict=True):
             if sampler.penalises and token >= 0:
                 sampler.count(token)
         return tokens

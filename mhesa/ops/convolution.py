@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mhesa.ops.backends import BACKENDS
+from mhesa.ops.checks import check_convolution, check_input
 from mhesa.ops.registration import is_plain_eager
-from mhesa.ops.smoothing import accumulation_dtype
+from mhesa.ops.smoothing import accumulation_dtype, cast
 
 
 def causal_convolution(
@@ -37,26 +38,21 @@ def causal_convolution(
         fp64 `x`), shaped as `initial_state`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        InputError: types, devices or shapes that do not fit, or offsets that do not cover `x`.
 
     >>> y, state = causal_convolution(torch.tensor([[[1.0], [2.0], [4.0]]]), torch.tensor([[1.0], [0.5]]))
     >>> y.flatten().tolist(), state.flatten().tolist()
     ([1.0, 2.5, 5.0], [4.0])
     """
-    if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2] or not len(weight):
-        raise ValueError(
-            "x must be (batch, length, dim) and weight (taps, dim), "
-            f"not {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    tail = len(weight) - 1
-    sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    shape = (sequences, tail, x.shape[2])
+    check_convolution(x, weight, initial_state, cu_seqlens)
     dtype = accumulation_dtype(x.dtype)
     if initial_state is None:
-        initial_state = x.new_zeros(shape, dtype=dtype)
-    elif initial_state.shape != shape:
-        raise ValueError(f"initial_state must be {shape} for this x, not {tuple(initial_state.shape)}")
-    wide, weight, initial_state = x.to(dtype), weight.to(dtype), initial_state.to(dtype)
+        sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        initial_state = x.new_zeros(sequences, len(weight) - 1, x.shape[2], dtype=dtype)
+    wide, weight = cast(dtype, "x", x), cast(dtype, "weight", weight)
+    initial_state = cast(dtype, "initial_state", initial_state)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int64).resolve_neg()
     if backend in (None, "numba") and _served_natively(wide, weight, initial_state):
         y: Tensor = _native(wide, weight, initial_state, cu_seqlens)
     else:
@@ -74,7 +70,11 @@ def causal_convolution_step(x: Tensor, weight: Tensor, state: Tensor) -> tuple[T
 
     Returns:
         `y`, of the shape and type of `x`, and the new state.
+
+    Raises:
+        InputError: types, devices or shapes that do not fit.
     """
+    check_input(x, "batch", "dim")
     y, state = causal_convolution(x[:, None], weight, initial_state=state)
     return y[:, 0], state
 

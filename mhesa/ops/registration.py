@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.library import custom_op
-from torch.nn import Parameter
 
 from mhesa.ops.backends import Scan
+from mhesa.ops.checks import are_plain, check_devices, check_gradients, check_plain, check_scan
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """`(dx, dalpha, ddecay, dskip, dinitial)`."""
@@ -91,11 +91,17 @@ def make_scan(name: str, fixed: FixedKernels, steps: StepKernels) -> Scan:
         (y, final_state)`.
     """
 
+    # Exported graphs, and anybody, can call custom operators with arguments that nobody has checked.
     def run_forward(*args: Any) -> tuple[Tensor, Tensor]:
+        check_scan(*args[:6])
+        check_plain(args[:6])
         return _forward(name, Inputs(*args))[:2]
 
     def run_backward(dy: Tensor, dfinal: Tensor, *args: Any) -> Gradients:
         inputs = Inputs(*args)
+        check_scan(*args[:6])
+        check_gradients(dy, dfinal, inputs.x, inputs.cu_seqlens)
+        check_plain((dy, dfinal, *args[:6]))
         dx, dalpha, ddecay, dskip, dinitial = _backward(name, dy, dfinal, inputs)
         return dx, dalpha, ddecay, _no_skip(inputs.alpha) if inputs.skip is None else dskip, dinitial
 
@@ -276,14 +282,14 @@ def _smoothing(name: str, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
-    """Whether tensors of any shape meet no compiler, transform, tracer, mode, dual level or subclass."""
+    """Whether tensors of any shape are plain and meet no compiler, transform, tracer, mode or dual level."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0
-        or not all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+        or not are_plain(tensors)
     )
 
 
@@ -299,6 +305,7 @@ def _apply(function: type[Function], args: tuple[Any, ...]) -> Any:
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
     x, alpha, *_, cu_seqlens, _ = args
+    check_devices(args[:5], cu_seqlens, x.device)
     batch, _, heads, head_dim = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return x.new_empty(x.shape), alpha.new_empty(sequences, heads, head_dim)
@@ -306,6 +313,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_backward(dy: Tensor, dfinal: Tensor, *args: Any) -> Gradients:
     x, alpha, decay, skip, *_ = args
+    check_devices((dy, dfinal, *args[:5]), args[5], x.device)
     dskip = _no_skip(alpha) if skip is None else alpha.new_empty(skip.shape)
     dalpha, ddecay, dinitial = (alpha.new_empty(like.shape) for like in (alpha, decay, dfinal))
     return x.new_empty(x.shape), dalpha, ddecay, dskip, dinitial

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mhesa.ops.backends import resolve
+from mhesa.ops.checks import check_real, check_scan, check_step
 
 
 @overload
@@ -82,8 +83,8 @@ def exponential_smoothing(
         `y`, of the shape and type of `x`, or `(y, final_state)`.
 
     Raises:
-        ValueError: shapes that do not fit, offsets that do not cover `x`, or a backend that is unknown
-            or cannot serve these inputs.
+        InputError: types, devices or shapes that do not fit, offsets that do not cover `x`, or a backend
+            that is unknown or cannot serve these inputs.
 
     The recurrence is the exponential smoothing attention of ETSformer (https://arxiv.org/abs/2202.01381)
     with a damping factor in the decay, computed in time linear in the length.
@@ -98,16 +99,16 @@ def exponential_smoothing(
     >>> exponential_smoothing(x, torch.ones(1), decay).flatten().tolist()
     [1.0, 2.0, 1.0, 2.0]
     """
-    _check_shapes(x, alpha, decay, skip, initial_state, cu_seqlens)
+    check_scan(x, alpha, decay, skip, initial_state, cu_seqlens)
     scan = resolve(backend, x.device, fixed_rates=alpha.ndim == decay.ndim == 1)
     dtype = accumulation_dtype(x.dtype)
     y, final_state = scan(
         x,
-        _cast(dtype, alpha),
-        _cast(dtype, decay),
-        None if skip is None else _cast(dtype, skip),
-        None if initial_state is None else _cast(dtype, initial_state),
-        cu_seqlens,
+        cast(dtype, "alpha", alpha),
+        cast(dtype, "decay", decay),
+        None if skip is None else cast(dtype, "skip", skip),
+        None if initial_state is None else cast(dtype, "initial_state", initial_state),
+        None if cu_seqlens is None else cast(torch.int64, "cu_seqlens", cu_seqlens),
         reverse,
     )
     return (y, final_state) if return_final_state else y
@@ -127,6 +128,9 @@ def exponential_smoothing_step(
     Returns:
         `y`, of the shape and type of `x`, and the new state in fp32 (fp64 for fp64 `x`).
 
+    Raises:
+        InputError: types, devices or shapes that do not fit.
+
     >>> state = torch.zeros(1, 1, 1)
     >>> for _ in range(4):
     ...     y, state = exponential_smoothing_step(
@@ -134,15 +138,12 @@ def exponential_smoothing_step(
     >>> y.item()
     0.9375
     """
-    if x.ndim != 3:
-        raise ValueError(f"x must be (batch, heads, head_dim), not {tuple(x.shape)}")
-    _check_parameters(x, alpha, decay, skip)
-    if state.shape != x.shape:
-        raise ValueError(f"state must be {tuple(x.shape)} as x is, not {tuple(state.shape)}")
+    check_step(x, alpha, decay, state, skip)
     dtype = accumulation_dtype(x.dtype)
-    wide = x.to(dtype)
-    state = decay.to(dtype)[..., None] * state.to(dtype) + alpha.to(dtype)[..., None] * wide
-    y = state if skip is None else state + skip.to(dtype) * wide
+    wide, state = x.to(dtype), cast(dtype, "state", state)
+    alpha, decay = cast(dtype, "alpha", alpha), cast(dtype, "decay", decay)
+    state = decay[..., None] * state + alpha[..., None] * wide
+    y = state if skip is None else state + cast(dtype, "skip", skip) * wide
     return y.to(x.dtype), state
 
 
@@ -151,50 +152,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _cast(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """`tensor` in `dtype`. Comparing first is ten times faster than a conversion to the same type."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+def cast(dtype: torch.dtype, name: str, tensor: Tensor) -> Tensor:
+    """`tensor`, of any shape, in `dtype`.
 
+    Comparing first is ten times faster than a conversion to the same type.
 
-def _check_shapes(
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"x must be (batch, length, heads, head_dim), not {tuple(x.shape)}")
-    _check_parameters(x, alpha, decay, skip)
-    batch, length, heads, head_dim = x.shape
-    if cu_seqlens is not None:
-        _check_offsets(cu_seqlens, batch, length)
-    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    if initial_state is not None and initial_state.shape != (sequences, heads, head_dim):
-        wanted = (sequences, heads, head_dim)
-        raise ValueError(f"initial_state must be {wanted} for this x, not {tuple(initial_state.shape)}")
-
-
-def _check_parameters(x: Tensor, alpha: Tensor, decay: Tensor, skip: Tensor | None) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating-point, not {x.dtype}")
-    *steps, heads, head_dim = x.shape
-    for name, value in (("alpha", alpha), ("decay", decay)):
-        if value.shape not in ((heads,), (*steps, heads)):
-            wanted = f"({heads},) or {(*steps, heads)}"
-            raise ValueError(f"{name} must be {wanted} for this x, not {tuple(value.shape)}")
-    if skip is not None and skip.shape != (heads, head_dim):
-        raise ValueError(f"skip must be {(heads, head_dim)} for this x, not {tuple(skip.shape)}")
-
-
-def _check_offsets(cu_seqlens: Tensor, batch: int, length: int) -> None:
-    if batch != 1:
-        raise ValueError(f"with cu_seqlens x must have batch 1, its sequences end to end, not batch {batch}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
-        raise ValueError("cu_seqlens must be integer offsets, (sequences + 1,)")
-    # Offsets on an accelerator are not checked: reading them would synchronise at every call.
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != length or offsets != sorted(offsets):
-            raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, not {offsets}")
+    Raises:
+        InputError: its values are not real numbers; the message calls it `name`.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    check_real(name, tensor)
+    return tensor.to(dtype)

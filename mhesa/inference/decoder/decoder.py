@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
 from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.ops.checks import check_ids, check_sequences, check_state, check_weights
+from mhesa.ops.cpu.threads import new_lock
 from mhesa.settings import check_sizes
 
 
@@ -42,7 +43,7 @@ class Decoder:
     model's own layers run (on CUDA a step is one CUDA graph).
 
     That native function has a copy of the weights and does not see later changes of the model. Python
-    threads may share a decoder: their calls take turns, each on all cores.
+    threads may share a decoder: their calls take turns, each on all cores. It cannot be copied or pickled.
 
     Args:
         model: the language model.
@@ -53,7 +54,8 @@ class Decoder:
             cores free, such as for a server's HTTP loop. Results are the same.
 
     Raises:
-        InputError: an unknown quantisation, or one that this device or type does not have.
+        InputError: an unknown quantisation, or one that this device or type does not have; or the model is
+            on the meta device.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=16, dim=8, depth=2, heads=1, dim_mhesa=4)
     >>> decoder, state = Decoder(model), model.initial_state(1)
@@ -72,18 +74,28 @@ class Decoder:
         single_thread_small_calls: bool = False,
     ) -> None:
         check_sizes(max_batch=max_batch)
+        check_weights(model.parameters())
         weight = model.to_logits.weight
         self.device, self.max_batch = weight.device, max_batch
         self.num_tokens = model.token_emb.num_embeddings
         like = model.initial_state(1)
         self._state_type, self._depth, self._width = like.dtype, like.shape[0], like.shape[2]
         self._engine = _engine(model, quantize, max_batch, single_thread_small_calls)
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         # The offsets of a step: one row for each sequence.
-        self._step_offsets = torch.arange(max_batch + 1)
+        self._step_offsets = torch.arange(max_batch + 1, device="cpu")
+
+    def __getstate__(self) -> NoReturn:
+        raise InputError("a decoder cannot be copied or pickled; make another with Decoder(model)")
 
     def initial_state(self, batch: int) -> Tensor:
-        """The state before any token, `(depth, batch, state_size)` of zeros."""
+        """The state before any token, `(depth, batch, state_size)` of zeros.
+
+        Raises:
+            InputError: a negative batch.
+        """
+        if batch < 0:
+            raise InputError(f"batch must be 0 or more, not {batch}")
         return torch.zeros(self._depth, batch, self._width, dtype=self._state_type, device=self.device)
 
     def step(self, ids: Tensor, state: Tensor) -> Tensor:
@@ -97,9 +109,11 @@ class Decoder:
             Logits of the next token, `(batch, num_tokens)`.
 
         Raises:
-            ValueError: the state does not fit the model or the ids, or the batch is larger than `max_batch`.
+            InputError: ids or a state that do not fit the model or one another, or more sequences than
+                `max_batch`.
             IndexError: an id outside the vocabulary; the state is unchanged.
         """
+        check_ids(ids, self.device)
         self._check(state, len(ids))
         with self._lock:
             return self._engine.run(ids, self._step_offsets[: len(ids) + 1], state, False).clone()
@@ -115,14 +129,15 @@ class Decoder:
             Logits of the token after the last, `(batch, num_tokens)`.
 
         Raises:
-            ValueError: as `step` does, or a sequence is empty.
+            InputError: as `step` does, or a sequence is empty.
             IndexError: an id outside the vocabulary.
         """
-        self._check(state, len(ids))
-        out = torch.empty(len(ids), self.num_tokens, dtype=self._state_type, device=self.device)
+        sequences = check_sequences(ids, self.device)
+        self._check(state, len(sequences))
+        out = torch.empty(len(sequences), self.num_tokens, dtype=self._state_type, device=self.device)
         with self._lock:
-            for first, last, pieces in _calls(list(ids), self._engine.rows):
-                offsets = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
+            for first, last, pieces in _calls(sequences, self._engine.rows):
+                offsets = _offsets(*(len(piece) for piece in pieces))
                 out[first:last] = self._engine.run(torch.cat(pieces), offsets, state[:, first:last], False)
         return out
 
@@ -135,24 +150,24 @@ class Decoder:
 
         Returns:
             Logits, `(length, num_tokens)`.
+
+        Raises:
+            InputError: as `step` does.
+            IndexError: an id outside the vocabulary.
         """
+        check_ids(ids, self.device)
         self._check(state, 1)
         with self._lock:
             parts = [
-                self._engine.run(piece, torch.tensor([0, len(piece)]), state, True).clone()
+                self._engine.run(piece, _offsets(len(piece)), state, True).clone()
                 for piece in ids.split(self._engine.rows)
             ]
         return torch.cat(parts)
 
     def _check(self, state: Tensor, batch: int) -> None:
-        shape = (self._depth, batch, self._width)
-        if state.shape != shape or state.dtype != self._state_type or state.stride(2) != 1:
-            raise ValueError(
-                f"state must be {self._state_type} of {shape} with state_size innermost, "
-                f"not {state.dtype} of {tuple(state.shape)}"
-            )
+        check_state(state, (self._depth, batch, self._width), self._state_type, self.device)
         if not 1 <= batch <= self.max_batch:
-            raise ValueError(f"the decoder takes 1 to {self.max_batch} sequences, not {batch}")
+            raise InputError(f"the decoder takes 1 to {self.max_batch} sequences, not {batch}")
 
 
 def _engine(
@@ -179,6 +194,11 @@ def _engine(
     return (GraphEngine if weight.device.type == "cuda" else LayersEngine)(model)
 
 
+def _offsets(*lengths: int) -> Tensor:
+    """Where sequences of these lengths start and the last ends, int64 `(sequences + 1,)`."""
+    return torch.tensor([0, *lengths], device="cpu").cumsum(0)
+
+
 def _calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tensor]]]:
     """Split sequences into calls of at most `rows` rows: `(first sequence, last + 1, their pieces)`.
 
@@ -190,7 +210,7 @@ def _calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tens
     first, room = 0, rows
     for index, sequence in enumerate(sequences):
         if len(sequence) == 0:
-            raise ValueError("a sequence to read must hold at least one token")
+            raise InputError("a sequence to read must hold at least one token")
         while len(sequence):
             if not pieces:
                 first, room = index, rows

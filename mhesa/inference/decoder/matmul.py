@@ -51,7 +51,8 @@ def pack(weight: Tensor) -> Tensor:
     """
     outputs, columns = weight.shape
     pair = 1 if weight.dtype == torch.float32 else 2
-    padded_weight = weight.new_zeros(padded(outputs, PANEL), padded(columns, PADDING))
+    size = padded(outputs, PANEL), padded(columns, PADDING)
+    padded_weight = torch.zeros(size, dtype=weight.dtype, device="cpu")
     padded_weight[:outputs, :columns] = weight
     panels = padded_weight.view(-1, PANEL, padded_weight.shape[1] // pair, pair).transpose(1, 2)
     return empty_hugepages(panels.shape, weight.dtype).copy_(panels)

@@ -44,22 +44,24 @@ class NativeEngine:
         self.weights, self.rows = weights, max(max_batch, ROWS)
         self.min_parallel = MIN_PARALLEL_SPARING_CORES if single_thread_small_calls else MIN_PARALLEL
         rows = self.rows
+        # Explicit, for PyTorch's defaults may be others.
+        fp32: Any = {"dtype": torch.float32, "device": "cpu"}
         self.num_tokens, self.dim = model.token_emb.weight.shape
         blocks = [cast(GatedMHESA, block) for block in model.layers]
         inner, hidden = blocks[0].to_gate.in_features, blocks[0].to_out.in_features
         self.kept_alive: list[Tensor] = []
         self.multiplications_per_row = 0
         u_size, v_size = padded(hidden, PANEL), padded(inner, PANEL)
-        self.x = torch.zeros(rows, padded(self.dim, PANEL))
+        self.x = torch.zeros(rows, padded(self.dim, PANEL), **fp32)
         heads = blocks[0].mhesa.heads if blocks[0].to_alpha is not None else 0
-        self.uv = torch.zeros(rows, max(u_size + v_size + padded(heads, PANEL), self.dim))
+        self.uv = torch.zeros(rows, max(u_size + v_size + padded(heads, PANEL), self.dim), **fp32)
         self.v, self.rate_logits = self.uv[:, u_size:], self.uv[:, u_size + v_size :]
-        self.rates = torch.zeros(max_batch, 2, inner)
+        self.rates = torch.zeros(max_batch, 2, inner, **fp32)
         widest = padded(max(self.dim, inner, hidden), PADDING)
         stored = torch.int16 if weights == torch.int8 else weights
-        self.operand = torch.zeros(rows, widest, dtype=stored)
-        self.scales = torch.zeros(rows)
-        self.logits = torch.zeros(rows, padded(self.num_tokens, PANEL))
+        self.operand = torch.zeros(rows, widest, dtype=stored, device="cpu")
+        self.scales = torch.zeros(rows, **fp32)
+        self.logits = torch.zeros(rows, padded(self.num_tokens, PANEL), **fp32)
         stages = list(self._stages(model, blocks))
         self.stages = (kernel.Stage * len(stages))(*stages)
         self.counters = np.zeros((len(stages), 2, LINE), dtype=np.int64)
@@ -203,7 +205,7 @@ class NativeEngine:
 
     def _vector(self, vector: Tensor, size: int = 0) -> int:
         """The address of an fp32 copy, padded with zeros to `size`."""
-        copy = vector.detach().float().contiguous().clone()
+        copy = torch.zeros(vector.shape, dtype=torch.float32, device="cpu").copy_(vector.detach())
         if size:
             copy = torch.nn.functional.pad(copy, (0, size - len(copy)))
         self.kept_alive.append(copy)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Named wherever memory is allocated for native code, for PyTorch's default device may be another.
+CPU = torch.device("cpu")
 HUGE_PAGE = 1 << 21
 MADV_HUGEPAGE = 14
 # mallopt(3)
@@ -29,7 +31,7 @@ def empty_hugepages(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     >>> empty_hugepages(torch.Size([2, 3]), torch.float32).shape
     torch.Size([2, 3])
     """
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device=CPU)
     if tensor.nbytes < HUGE_PAGE:
         return tensor
     start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE

@@ -13,7 +13,7 @@ from torch import Tensor
 from mhesa.ops.cpu import rates_kernels as kernels
 from mhesa.ops.cpu.atomics import LINE
 from mhesa.ops.cpu.compiling import compiled
-from mhesa.ops.cpu.memory import empty_hugepages
+from mhesa.ops.cpu.memory import CPU, empty_hugepages
 from mhesa.ops.cpu.rates_tiles import HALF, LANES
 from mhesa.ops.cpu.sequences import (
     MIN_BLOCK,
@@ -52,11 +52,15 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scan(call: _Call, initial_state: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Write the outputs to `y`, if there is one; returns the final state and those at the chunks' starts."""
-    states = torch.empty(len(call.cut.chunks), call.channels, dtype=call.dtype)
+    states = torch.empty(len(call.cut.chunks), call.channels, dtype=call.dtype, device=CPU)
     if call.empty:
-        final = torch.zeros(call.states, dtype=call.dtype) if initial_state is None else initial_state.clone()
+        final = (
+            torch.zeros(call.states, dtype=call.dtype, device=CPU)
+            if initial_state is None
+            else initial_state.clone()
+        )
         return final, states
-    final = torch.empty(call.states, dtype=call.dtype)
+    final = torch.empty(call.states, dtype=call.dtype, device=CPU)
     args = call.args
     args.initial, args.final, args.states = call.parameter(initial_state), final.data_ptr(), states.data_ptr()
     args.out = 0 if y is None else y.data_ptr()
@@ -70,16 +74,16 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None) 
     if states is None:
         _, states = _scan(call, inputs.initial_state, None)
     dx = empty_hugepages(x.shape, x.dtype)
-    dskip = torch.zeros(x.shape[2:], dtype=call.dtype)
+    dskip = torch.zeros(x.shape[2:], dtype=call.dtype, device=CPU)
     new = torch.zeros if call.empty else torch.empty
-    dalpha, ddecay = (new(x.shape[:3], dtype=call.dtype) for _ in range(2))
+    dalpha, ddecay = (new(x.shape[:3], dtype=call.dtype, device=CPU) for _ in range(2))
     if call.empty:
         return dx, dalpha, ddecay, dskip, dfinal.clone()
-    dinitial, args = torch.empty(call.states, dtype=call.dtype), call.args
+    dinitial, args = torch.empty(call.states, dtype=call.dtype, device=CPU), call.args
     args.dy, args.dy_batch, args.dy_row, args.dy_head = call.rows(dy, min_head_dim=0)
     args.out, args.dfinal, args.dinitial = dx.data_ptr(), call.parameter(dfinal), dinitial.data_ptr()
     args.dalpha, args.ddecay, args.states = dalpha.data_ptr(), ddecay.data_ptr(), states.data_ptr()
-    sums = torch.empty(len(call.cut.chunks), call.channels, dtype=call.dtype)
+    sums = torch.empty(len(call.cut.chunks), call.channels, dtype=call.dtype, device=CPU)
     args.dskip = sums.data_ptr()
     call.run(kernels.backward, (call.chunk_rows + 1) * call.channels, tensors=3)
     if inputs.skip is not None:
@@ -117,8 +121,8 @@ class _Call(Call):
             pieces = math.ceil(len(self.cut.chunks) / sequences)
             blocks = math.ceil(threads / (min(RELAY_THREADS, pieces) * sequences))
             args.blocks = max(1, min(blocks, self.heads, self.channels // MIN_BLOCK))
-        turns = torch.zeros(sequences * args.blocks, LINE, dtype=torch.int64)
-        memory = torch.empty(threads, buffer, dtype=self.dtype)
+        turns = torch.zeros(sequences * args.blocks, LINE, dtype=torch.int64, device=CPU)
+        memory = torch.empty(threads, buffer, dtype=self.dtype, device=CPU)
         args.turns, args.buffer, args.buffer_size = turns.data_ptr(), memory.data_ptr(), buffer
         args.next_task, args.next_buffer = 0, 0
         args.tasks = len(self.cut.chunks) if relay else sequences

@@ -13,7 +13,7 @@ from torch import Tensor
 from mhesa.ops.cpu import scan_kernels as kernels
 from mhesa.ops.cpu.atomics import LINE
 from mhesa.ops.cpu.compiling import compiled
-from mhesa.ops.cpu.memory import empty_hugepages
+from mhesa.ops.cpu.memory import CPU, empty_hugepages
 from mhesa.ops.cpu.scan_tiles import LANES, WIDTH
 from mhesa.ops.cpu.sequences import (
     MIN_BLOCK,
@@ -57,12 +57,12 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     call = _Call(inputs, inputs.reverse)
     args = call.args
     y = empty_hugepages(x.shape, x.dtype)
-    final = torch.empty(call.states, dtype=call.dtype)
+    final = torch.empty(call.states, dtype=call.dtype, device=CPU)
     args.x, args.x_batch, args.x_row, args.x_head = call.rows(x, min_head_dim=call.min_head_dim)
     args.out, args.final = y.data_ptr(), final.data_ptr()
     if call.chunks.spans:
         args.entering = args.initial
-        args.carries = call.keep(torch.empty(call.chunks.spans, call.channels, dtype=call.dtype))
+        args.carries = call.keep(torch.empty(call.chunks.spans, call.channels, dtype=call.dtype, device=CPU))
         call.run(kernels.ends, call.chunk_count)
         call.run(kernels.chain, 1, threads=1)
     call.run(kernels.relay if call.relays() else kernels.forward, call.chunk_count, traffic=2)
@@ -75,18 +75,22 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
     call = _Call(inputs, not inputs.reverse)
     args, groups = call.args, min(call.chunk_count, GROUPS)
     dx = empty_hugepages(x.shape, x.dtype)
-    dinitial = torch.empty(call.states, dtype=call.dtype)
-    dalpha, ddecay = torch.empty(call.heads, dtype=call.dtype), torch.empty(call.heads, dtype=call.dtype)
-    dskip = torch.empty(x.shape[2:], dtype=call.dtype)
+    dinitial = torch.empty(call.states, dtype=call.dtype, device=CPU)
+    dalpha, ddecay = (
+        torch.empty(call.heads, dtype=call.dtype, device=CPU),
+        torch.empty(call.heads, dtype=call.dtype, device=CPU),
+    )
+    dskip = torch.empty(x.shape[2:], dtype=call.dtype, device=CPU)
     args.x, args.x_batch, args.x_row, args.x_head = call.rows(x, min_head_dim=call.min_head_dim)
     args.dy, args.dy_batch, args.dy_row, args.dy_head = call.rows(dy, min_head_dim=call.min_head_dim)
     args.out, args.dinitial, args.dfinal = dx.data_ptr(), dinitial.data_ptr(), call.parameter(dfinal)
     args.dalpha, args.ddecay, args.dskip = dalpha.data_ptr(), ddecay.data_ptr(), dskip.data_ptr()
-    args.totals = call.keep(torch.zeros(groups, 4, call.channels, dtype=torch.float64))
+    args.totals = call.keep(torch.zeros(groups, 4, call.channels, dtype=torch.float64, device=CPU))
     if call.chunks.spans:
         args.entering = args.dfinal
         args.carries, args.slopes = (
-            call.keep(torch.empty(call.chunks.spans, call.channels, dtype=call.dtype)) for _ in range(2)
+            call.keep(torch.empty(call.chunks.spans, call.channels, dtype=call.dtype, device=CPU))
+            for _ in range(2)
         )
         call.run(kernels.ends, call.chunk_count)
         call.run(kernels.chain, 1, threads=1)
@@ -124,7 +128,7 @@ class _Call(Call):
         self.set_chunks(self.sequences.cut(_relay, rows, bool(self.args.reverse)))
         relays = math.ceil(self.threads / (RELAY_THREADS * sequences))
         self.blocks = min(max(math.ceil(self.channels / WIDTH), relays), self.channels // MIN_BLOCK)
-        self.args.turns = self.keep(torch.zeros(sequences * self.blocks, LINE, dtype=torch.int64))
+        self.args.turns = self.keep(torch.zeros(sequences * self.blocks, LINE, dtype=torch.int64, device=CPU))
         return True
 
     def run(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mhesa.errors import InputError
 from mhesa.ops.cpu.arguments import Struct, struct
 from mhesa.ops.cpu.threads import available
 from mhesa.ops.registration import Inputs
@@ -74,7 +75,7 @@ def _packed(cu_seqlens: bytes, length: int) -> Sequences:
     """Sequences by their offsets, which address memory and which compiled graphs have not checked."""
     offsets = np.frombuffer(cu_seqlens, dtype=np.int64)
     if offsets[0] != 0 or offsets[-1] != length or (offsets[1:] < offsets[:-1]).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, not {offsets.tolist()}")
+        raise InputError(f"cu_seqlens must rise from 0 to the length {length}")
     return Sequences(np.zeros(len(offsets) - 1, dtype=np.int64), offsets[:-1], offsets[1:])
 
 
@@ -125,7 +126,7 @@ class Call:
         x = inputs.x
         if x.dtype not in DTYPES:
             names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-            raise ValueError(f"backend 'numba' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
+            raise InputError(f"backend 'numba' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
         batch, length, self.heads, self.head_dim = x.shape
         self.channels, self.bytes, self.stored = self.heads * self.head_dim, x.nbytes, x.dtype
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 _forked = False
+_locks: WeakSet[Any] = WeakSet()
 
 
 def available() -> int:
@@ -45,6 +48,13 @@ def parallel(function: int, data: int, threads: int) -> None:
             other.result()
 
 
+def new_lock() -> threading.Lock:
+    """A lock that is free in a forked process, even if one of its parent's threads held it."""
+    lock = threading.Lock()
+    _locks.add(lock)
+    return lock
+
+
 @cache
 def _native(function: int) -> Callable[[int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
@@ -70,6 +80,9 @@ def _pool() -> ThreadPoolExecutor:
 def _after_fork() -> None:
     global _forked
     _forked = True
+    for lock in _locks:
+        if lock.locked():
+            lock.release()
 
 
 if hasattr(os, "register_at_fork"):
