@@ -7,13 +7,16 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from itertools import count
 
 import httpx
 import psutil
@@ -314,3 +317,182 @@ def test_sigterm_under_a_hundred_streams(large, tmp_path):
     )
     assert ends == ["shutting_down", "done"] * 50
     assert seconds < 30
+
+
+# Seconds of mixed load.
+MIXED_SECONDS = float(os.environ.get("TORTURE_SECONDS", "1800"))
+PROMPTS = ["", "7 bottles", "né 日本", "a" * 700, "def main(", "once upon a time " * 30]
+# Wrong in ways that cost much to look at.
+HOSTILE = [
+    ("/v1/completions", b'{"prompt":[' + b"{}," * 349_000 + b"{}]}"),
+    ("/v1/chat/completions", b'{"messages":[' + b"1," * 500_000 + b"1]}"),
+    ("/v1/completions", b'{"prompt":' + b"[" * 1_000_000),
+]
+
+
+class MixedLoad:
+    """Clients of all kinds at once, until `seconds` are over; every answer is compared with its solo run."""
+
+    def __init__(self, server, database, seconds):
+        self.server, self.database, self.seconds = server, database, seconds
+        self.random = random.Random(0)
+        self.counts = Counter()
+        self.bodies = [
+            ("/v1/completions", {"prompt": prompt, "max_tokens": tokens, "seed": 3, "temperature": heat})
+            for prompt in PROMPTS
+            for tokens, heat in ((1, 0), (60, 0), (150, 1))
+        ]
+        self.bodies += [("/v1/score", {"input": "line\n" * size, "by": "line"}) for size in (1, 500, 5000)]
+        # The prompts of a session one after another, and what is written after each.
+        self.turns = [f"turn {number} " for number in range(25)]
+        # The sessions that are kept, and how many turns of each were acknowledged.
+        self.kept = {}
+
+    async def alone(self):
+        """Note what each request is answered without others beside it."""
+        async with client(self.server) as http:
+            self.expected = [
+                self.content((await http.post(path, json=body)).json()) for path, body in self.bodies
+            ]
+            self.chain = [self.content((await self.turn(http, "solo", text)).json()) for text in self.turns]
+
+    @staticmethod
+    def content(answer):
+        return answer["data"] if "data" in answer else [choice["text"] for choice in answer["choices"]]
+
+    @staticmethod
+    async def turn(http, name, text):
+        body = {"prompt": text, "session": name, "max_tokens": 12, "temperature": 0}
+        return await http.post("/v1/completions", json=body)
+
+    async def run(self):
+        self.until = time.monotonic() + self.seconds
+        kinds = [self.compare] * 6 + [self.leave] * 3 + [self.read_slowly] * 2 + [self.attack]
+        async with client(self.server) as http:
+            loads = [self.repeat(kind, http) for kind in kinds]
+            loads += [self.converse(http, number) for number in range(4)]
+            await asyncio.gather(*loads, self.make_trouble())
+
+    async def repeat(self, kind, http):
+        while time.monotonic() < self.until:
+            await kind(http)
+
+    async def compare(self, http):
+        """A request, whole or streamed, in company."""
+        index = self.random.randrange(len(self.bodies))
+        path, body = self.bodies[index]
+        if path == "/v1/completions" and self.random.random() < 0.5:
+            found, end = await stream(http, body)
+            assert end == "done"
+            found = [found]
+        else:
+            answer = await http.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+            found = self.content(answer.json())
+        assert found == self.expected[index], body
+        self.counts["answers"] += 1
+
+    async def leave(self, http):
+        """A client that goes away in the middle."""
+        body = {"prompt": "x" * self.random.choice([1, 5000]), "max_tokens": 4000, "stream": True}
+        with suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(
+                http.post("/v1/completions", json=body), self.random.choice([0.01, 0.1, 0.5])
+            )
+        self.counts["disconnects"] += 1
+
+    async def read_slowly(self, http):
+        """A client that asks for much and reads nothing of it."""
+        body = json.dumps({"prompt": "x", "max_tokens": 4000, "stream": True, "logprobs": 20}).encode()
+        host, port = self.server.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {AUTH['Authorization']}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await asyncio.sleep(self.random.choice([0.5, 5]))
+        writer.transport.abort()
+        self.counts["slow readers"] += 1
+
+    async def attack(self, http):
+        path, body = self.random.choice(HOSTILE)
+        answer = await http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, answer.text
+        self.counts["hostile requests"] += 1
+        await asyncio.sleep(1)
+
+    async def converse(self, http, number):
+        """Sessions that go on turn by turn: what was acknowledged must be there at the next."""
+        for life in count():
+            name = f"client{number}-{life}"
+            for index, text in enumerate(self.turns):
+                self.kept[name] = index
+                while (answer := await self.turn(http, name, text)).status_code == 503:
+                    assert answer.headers["retry-after"]
+                    self.counts["503"] += 1
+                    await asyncio.sleep(0.1)
+                assert answer.status_code == 200, answer.text
+                assert self.content(answer.json()) == self.chain[index], (name, index)
+                self.kept[name] = index + 1
+                self.counts["acknowledged writes"] += 1
+                if time.monotonic() > self.until:
+                    return
+
+    async def make_trouble(self):
+        """Lock the database, and let no file grow, time and again."""
+        process = psutil.Process(self.server.process.pid)
+        no_limit = process.rlimit(psutil.RLIMIT_FSIZE)
+        while time.monotonic() < self.until:
+            await asyncio.sleep(2)
+            other = sqlite3.connect(self.database, isolation_level=None)
+            with closing(other), suppress(sqlite3.OperationalError):
+                other.execute("BEGIN EXCLUSIVE")
+                self.counts["locks"] += 1
+                await asyncio.sleep(1.5)
+            await asyncio.sleep(2)
+            process.rlimit(psutil.RLIMIT_FSIZE, (4096, no_limit[1]))
+            await asyncio.sleep(1.5)
+            process.rlimit(psutil.RLIMIT_FSIZE, no_limit)
+            self.counts["full disks"] += 1
+
+    async def check_kept(self):
+        """Every acknowledged turn is in its session, which goes on from there."""
+        async with client(self.server) as http:
+            for name, turns in self.kept.items():
+                if turns < len(self.turns):
+                    answer = await self.turn(http, name, self.turns[turns])
+                    assert self.content(answer.json()) == self.chain[turns], name
+                else:
+                    assert (await http.get(f"/v1/sessions/{name}")).status_code == 200
+
+
+@pytest.mark.torture
+def test_mixed_load_with_trouble_loses_and_mixes_nothing(folder, tmp_path):
+    database = tmp_path / "s.sqlite"
+    settings = {"sessions": str(database), "limits": {"send_seconds": 2.0}, "slots": 64}
+    with running(folder, tmp_path / "log", **settings) as server:
+        load = MixedLoad(server, database, MIXED_SECONDS)
+        asyncio.run(load.alone())
+        process = psutil.Process(server.process.pid)
+        idle, files = process.memory_info().rss, process.num_fds()
+        with watched(server) as times:
+            asyncio.run(load.run())
+        server.wait_for("mhesa_texts_active", 0)
+        server.wait_for("mhesa_texts_waiting", 0)
+        until = time.monotonic() + 60
+        while process.memory_info().rss > idle + 60e6 and time.monotonic() < until:
+            time.sleep(0.5)
+        memory = process.memory_info().rss - idle
+        assert process.num_fds() <= files
+    # Another process finds all that was acknowledged.
+    with running(folder, tmp_path / "log2", **settings) as server:
+        load.server = server
+        asyncio.run(load.check_kept())
+    report(
+        f"{MIXED_SECONDS:.0f} s of mixed load with a locked and a full database in between",
+        ", ".join(f"{number:,} {what}" for what, number in load.counts.items())
+        + "; every answer that of its solo run, no acknowledged write lost, file descriptors back; memory "
+        f"{memory / 1e6:.0f} MB above idle afterwards; `/health` p99 {p99(times):.3f} s, at most "
+        f"{max(times):.3f} s",
+    )
+    assert memory <= 60e6
+    assert load.counts["503"]

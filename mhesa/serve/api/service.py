@@ -147,7 +147,7 @@ class Service:
 
     def _encode_text(self, text: bytes) -> np.ndarray:
         """The tokens of a text; a long one in pieces, which takes little memory."""
-        if len(text) <= PIECE:
+        if len(text) <= PIECE or isinstance(self.tokenizer, Bytes):
             return self.tokenizer.encode_bytes(text).astype(self.id_type)
         pieces = (text[start : start + PIECE] for start in range(0, len(text), PIECE))
         blocks = encode_stream(self.tokenizer, self.token_bytes, pieces)
