@@ -115,6 +115,19 @@ def test_a_text_is_cut_at_its_first_stop(text, stops, cuts):
         assert len(whole) <= len(out) <= len(whole) + 2
 
 
+@pytest.mark.parametrize("text", [b"aab" * 40 + b"aaaac", b"abab" * 30 + b"abc", b"a" * 90])
+def test_stops_that_repeat_themselves_are_held_back_as_far_as_they_match(text):
+    stops = [b"aabaabaaaac", b"a" * 70 + b"b", b"ababababc", b"aaaaa" * 20]
+    matcher, out = StopMatcher(stops), b""
+    for end in range(1, len(text) + 1):
+        out += matcher.feed(text[end - 1 : end])
+        if matcher.stopped:
+            assert out == text[: text.index(next(stop for stop in stops if stop in text))]
+            break
+        lengths = (size for stop in stops for size in range(len(stop)) if text[:end].endswith(stop[:size]))
+        assert out == text[: end - max(lengths)]
+
+
 def test_what_cannot_become_a_stop_is_passed_on():
     assert StopMatcher([b"xx"]).feed(b"abc") == b"abc"
 

@@ -6,6 +6,8 @@ import codecs
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import repeat
 from typing import Literal
 
 from mhesa.errors import InputError
@@ -33,6 +35,8 @@ class StopMatcher:
         if b"" in stops:
             raise InputError("a stop string must not be empty")
         self.stops, self.held, self.stopped = tuple(stops), b"", False
+        # Of each stop string, how many bytes of its beginning are the end of the text.
+        self._lengths = [0] * len(self.stops)
         self._first_byte = re.compile(b"|".join(re.escape(stop[:1]) for stop in stops))
 
     def feed(self, piece: bytes) -> bytes:
@@ -42,7 +46,8 @@ class StopMatcher:
         text = self.held + piece
         found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
         self.stopped = bool(found)
-        end = min(found) if found else len(text) - partial_stop_length(text, self.stops)
+        self._lengths = list(map(match_length, self.stops, self._lengths, repeat(piece)))
+        end = min(found) if found else len(text) - max(self._lengths)
         self.held = b"" if found else text[end:]
         return text[:end]
 
@@ -52,14 +57,37 @@ class StopMatcher:
         return rest
 
 
-def partial_stop_length(text: bytes, stops: Sequence[bytes]) -> int:
-    """The length of the longest end of `text` that begins a stop string.
+def match_length(stop: bytes, length: int, piece: bytes) -> int:
+    """How many bytes at the end of a text are the beginning of a stop string that is not in the text.
 
-    >>> partial_stop_length(b"one, tw", [b"two", b"wow"])
+    The algorithm of Knuth, Morris and Pratt: a few steps a byte, however the two repeat themselves.
+
+    Args:
+        stop: the stop string.
+        length: how many there were before `piece`.
+        piece: what is new.
+
+    >>> match_length(b"two", match_length(b"two", 0, b"one, t"), b"tw")
     2
     """
-    lengths = ((stop, size) for stop in stops for size in range(1, min(len(text) + 1, len(stop))))
-    return max((size for stop, size in lengths if text.endswith(stop[:size])), default=0)
+    shorter = _shorter_matches(stop)
+    for byte in piece:
+        while length and (length == len(stop) or stop[length] != byte):
+            length = shorter[length]
+        length += stop[length] == byte
+    return length
+
+
+@lru_cache(maxsize=1024)
+def _shorter_matches(stop: bytes) -> list[int]:
+    """For each number of bytes that match: the next smaller number that match as well."""
+    shorter, length = [0, 0], 0
+    for byte in stop[1:]:
+        while length and stop[length] != byte:
+            length = shorter[length]
+        length += stop[length] == byte
+        shorter.append(length)
+    return shorter
 
 
 class Continuation:

@@ -281,15 +281,15 @@ def _rows_are_apart(shape: tuple[int, int, int], strides: tuple[int, ...]) -> bo
 
 
 def check_logits(logits: Tensor, num_tokens: int) -> None:
-    """Raise `InputError` unless logits are real numbers `(rows, num_tokens)`, on any device."""
+    """Raise `InputError` unless logits are real numbers `(rows, num_tokens)` or wider, on any device."""
     if (
         not _is_dense(logits)
         or logits.ndim != 2
-        or logits.shape[1] != num_tokens
+        or logits.shape[1] < num_tokens
         or not logits.is_floating_point()
         or logits.is_meta
     ):
-        raise InputError(f"logits must be numbers of (rows, {num_tokens}), not {_described(logits)}")
+        raise InputError(f"logits must be numbers of (rows, {num_tokens}) or wider, not {_described(logits)}")
 
 
 def check_weights(parameters: Iterable[Tensor]) -> None:

@@ -16,6 +16,7 @@ TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+ScoreUnit = Literal["token", "line", "text"]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
@@ -136,7 +137,7 @@ class ScoreRequest(RequestBody):
 
     model: str | None = None
     input: str | Texts = Field(description="A text, or several that are measured each by itself.")
-    by: Literal["token", "line", "text"] = Field("line", description="What each item of the answer is.")
+    by: ScoreUnit = Field("line", description="What each item of the answer is.")
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": "first line\nsecond line\n"}]})
 
@@ -322,7 +323,7 @@ class Score(BaseModel):
 
     object: Literal["score"]
     model: str
-    by: Literal["token", "line", "text"]
+    by: ScoreUnit
     data: list[ScoredText]
     usage: Usage
 

@@ -61,7 +61,7 @@ def _encode(service: Service, body: protocol.ScoreRequest) -> list[np.ndarray]:
     return prompts
 
 
-def _json(service: Service, jobs: list[Job], by: str, total: int) -> Iterator[str]:
+def _json(service: Service, jobs: list[Job], by: protocol.ScoreUnit, total: int) -> Iterator[str]:
     """The answer in JSON, in pieces."""
     usage = protocol.Usage(prompt_tokens=total, completion_tokens=0, total_tokens=total)
     whole = protocol.Score(object="score", model=service.settings.name, by=by, data=[], usage=usage)
