@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -17,6 +19,8 @@ from mhesa.serve.settings import Limits
 Body = TypeVar("Body", bound=RequestBody)
 # Members of a JSON object; `Limits.logit_biases` may allow more.
 MEMBERS = 4096
+# JSON objects of a body.
+OBJECTS = 1 << 15
 
 
 async def read_body(service: Service, request: Request, kind: type[Body]) -> Body:
@@ -33,9 +37,9 @@ async def read_body(service: Service, request: Request, kind: type[Body]) -> Bod
 
 def parse(content: bytes, kind: type[Body], limits: Limits) -> Body:
     """See `read_body`. Counts are checked before items: a list of a million wrong items costs nothing."""
-    check_members = partial(_check_members, most=max(MEMBERS, limits.logit_biases))
+    check = partial(_check_object, numbers=count(1), most=max(MEMBERS, limits.logit_biases))
     try:
-        value = json.loads(content, object_hook=check_members)
+        value = json.loads(content, object_hook=check)
     except (ValueError, RecursionError) as error:
         raise invalid("the body is not JSON", None, "invalid_json") from error
     if not isinstance(value, dict):
@@ -57,10 +61,13 @@ def _not_an_object() -> APIError:
     return invalid("the body must be a JSON object, sent with Content-Type: application/json", None)
 
 
-def _check_members(members: dict[str, Any], most: int) -> dict[str, Any]:
+def _check_object(members: dict[str, Any], numbers: Iterator[int], most: int) -> dict[str, Any]:
+    """Check one JSON object, while the body is read: the next of `numbers` is its own."""
     if len(members) > most:
         message = f"a JSON object may have at most {most:,} members, not {len(members):,}"
         raise invalid(message, None, "limit_exceeded")
+    if next(numbers) > OBJECTS:
+        raise invalid(f"the body may have at most {OBJECTS:,} JSON objects", None, "limit_exceeded")
     return members
 
 
