@@ -6,7 +6,8 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Each worker runs torch on one thread (tests/conftest.py).
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-OLDEST_TESTS := package cli data vocabulary hf_configuration hf_generation hf_modeling hf_tokenization serve
+OLDEST_TESTS := package cli data vocabulary session serve hf_configuration hf_generation hf_modeling \
+	hf_tokenization
 
 .PHONY: demo test test-oldest coverage torture dist clean
 
