@@ -172,6 +172,37 @@ def test_compiled_packing_checks_offsets_where_it_runs() -> None:
         scan(torch.tensor([0, 2, 500]))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_packing_compiles_to_shapes_that_do_not_depend_on_it(reverse: bool) -> None:
+    torch._dynamo.reset()
+    x, alpha, decay, skip, _ = arguments(batch=1, length=7)
+    state = torch.randn(4, *x.shape[2:], dtype=x.dtype, requires_grad=True)
+    tensors = [x, alpha, decay, skip, state]
+
+    def scan(x, alpha, decay, skip, state, offsets, backend):
+        return exponential_smoothing(
+            x,
+            alpha,
+            decay,
+            skip=skip,
+            initial_state=state,
+            cu_seqlens=offsets,
+            reverse=reverse,
+            return_final_state=True,
+            backend=backend,
+        )
+
+    compiled = torch.compile(scan, backend="aot_eager", fullgraph=True)
+    for offsets in ([0, 2, 5, 5, 7], [0, 0, 1, 7, 7]):
+        found = compiled(*tensors, torch.tensor(offsets), "chunked")
+        truth = scan(*tensors, torch.tensor(offsets), "reference")
+        torch.testing.assert_close(found, truth)
+        gradients = [torch.autograd.grad(y.sum() + 2 * final.sum(), tensors) for y, final in (found, truth)]
+        torch.testing.assert_close(*gradients)
+    without = compiled(*tensors[:4], None, torch.tensor(offsets), "chunked")
+    torch.testing.assert_close(without, scan(*tensors[:4], None, torch.tensor(offsets), "reference"))
+
+
 def test_export() -> None:
     class Scan(torch.nn.Module):
         def forward(self, x: Tensor, *rest: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from transformers import (
 
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.hf import ByteTokenizer, MhesaCache, MhesaConfig, MhesaForCausalLM, MhesaModel
+from mhesa.hf.cache import CACHE
 
 SIZES = {
     "vocab_size": 50,
@@ -350,6 +351,35 @@ def test_an_all_padding_batch(model):
 def test_a_mask_of_another_shape(model, ids, shape):
     with pytest.raises(ValueError, match=r"attention_mask must be \(3, 11\) or longer for this batch, not"):
         model(ids, attention_mask=torch.ones(shape))
+
+
+FORMS = {"fixed": {}, "adaptive": {"adaptive": True, "conv_size": 4}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_exported_graph_takes_any_padding(form):
+    """In operators of torch alone, so that it runs where this package is not installed."""
+    model = make(**FORMS[form])
+    ids, mask = padded("left")
+    program = torch.export.export(model, (ids,), {"attention_mask": mask})
+    assert not any("mhesa::" in str(node.target) for node in program.graph.nodes)
+    for side in ("left", "right", "scattered"):
+        ids, mask = padded(side)
+        expected = model(ids, attention_mask=mask).logits
+        torch.testing.assert_close(program.module()(ids, attention_mask=mask).logits, expected)
+
+
+def test_a_model_compiles_as_one_graph_with_padding():
+    torch._dynamo.reset()
+    model = make(**FORMS["adaptive"])
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for side in ("left", "scattered"):
+        ids, mask = padded(side)
+        labels = ids.masked_fill(mask == 0, -100)
+        ours, theirs = (run(ids, attention_mask=mask, labels=labels) for run in (compiled, model))
+        torch.testing.assert_close([ours.loss, ours.logits], [theirs.loss, theirs.logits])
+        for layer, expected in zip(ours[CACHE].layers, theirs[CACHE].layers, strict=True):
+            torch.testing.assert_close(layer.state, expected.state)
 
 
 # --- packing ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jsonschema_rs
 import numpy as np
 import pytest
 import torch
@@ -146,7 +147,6 @@ def test_a_model_without_a_template_says_so(tmp_path):
 
 
 def test_what_is_sent_is_what_is_declared(http):
-    jsonschema_rs = pytest.importorskip("jsonschema_rs")
     api = http.get("/openapi.json").json()
     for schema in api["components"]["schemas"].values():
         # A field that is not declared shall be an error.

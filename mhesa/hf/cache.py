@@ -123,7 +123,8 @@ class MhesaCache(Cache):
         Raises:
             ValueError: the cache holds another number of sequences.
         """
-        states = [state for layer in self.layers if (state := cast(MhesaCacheLayer, layer).state) is not None]
+        layers = cast(list[MhesaCacheLayer], self.layers)
+        states = [layer.state for layer in layers if layer.state is not None]
         if not states:
             return None
         if states[0].shape[0] != sequences:

@@ -114,7 +114,8 @@ class MhesaModel(MhesaPreTrainedModel):
             cache, past_key_values: the `MhesaCache` of the tokens before, by either name; this call updates
                 it.
             inputs_embeds: `(batch, length, hidden_size)` in place of `input_ids`.
-            use_cache: return the state; by default as the configuration says, except in training.
+            use_cache: return the state; by default as the configuration says, except in training and in an
+                exported graph.
             cu_seqlens: offsets of sequences packed into a batch of 1, `(sequences + 1,)`; the cache then
                 holds as many sequences. Taken from `cu_seq_lens_q`, or from `position_ids` that start
                 again at 0, as `DataCollatorWithFlattening` sends them, where not given.
@@ -165,7 +166,9 @@ class MhesaModel(MhesaPreTrainedModel):
 
     def _cache(self, given: MhesaCache | None, use_cache: bool | None) -> MhesaCache | None:
         if given is None:
-            wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+            wanted = use_cache
+            if use_cache is None:
+                wanted = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
             return MhesaCache(self.config) if wanted else None
         if use_cache is False:
             raise ValueError("the cache would be ignored with use_cache=False; leave one of them out")

@@ -70,6 +70,8 @@ def check_backend(name: str | None) -> None:
 def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True) -> Scan:
     """The scan function of the named backend, or of the best one if `name` is `None`.
 
+    In an exported graph the best one is `chunked`: the graph then runs where this package is not installed.
+
     Args:
         name: a backend, or `None`.
         device: that of the tensors.
@@ -79,7 +81,8 @@ def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True)
         InputError: the named backend is unknown or cannot serve; the message names those that can.
     """
     check_backend(name)
-    for known in BACKENDS if name is None else (name,):
+    best = ("chunked",) if torch.compiler.is_exporting() else BACKENDS
+    for known in best if name is None else (name,):
         if BACKENDS[known].serves(device, fixed_rates=fixed_rates):
             module = BACKENDS[known].module
             break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def _fast_length(n: int) -> int:
     return best
 
 
-@as_scan
+@partial(as_scan, fixed_rates=True)
 def scan(x: Tensor, alpha: Tensor, decay: Tensor, initial_state: Tensor | None) -> Tensor:
     """See `mhesa.ops.exponential_smoothing`."""
     powers = decay ** torch.arange(x.shape[1] + 1, device=x.device)[:, None]

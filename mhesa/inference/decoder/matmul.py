@@ -173,7 +173,8 @@ class _Int8:
     @staticmethod
     def add(builder: Any, total: Any, a: Any, b: Any) -> Any:
         if _processor_has("avx512vnni"):
-            a, b = builder.bitcast(a, _PAIRS_OF_I16), builder.bitcast(b, _PAIRS_OF_I16)
+            if llvmlite.binding.llvm_version_info >= (22,):
+                a, b = builder.bitcast(a, _PAIRS_OF_I16), builder.bitcast(b, _PAIRS_OF_I16)
             return _call(builder, "llvm.x86.avx512.vpdpwssd.512", _INTEGERS, total, a, b)
         half = ir.Constant(_INTEGERS, [16] * LANES)
         first = builder.mul(*(builder.ashr(builder.shl(side, half), half) for side in (a, b)))
