@@ -139,8 +139,8 @@ def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Co
     if resume:
         check_same_corpus(folder, source.sha256)
     else:
-        tokenizer = Path(settings.tokenizer)
-        inputs = [*(file.path for file in source.files), tokenizer, *tokenizer.glob("*")]
+        named = Path(settings.tokenizer)
+        inputs: list[Path | int] = [*(file.path for file in source.files), named, *named.glob("*")]
         check_inputs(folder, [*inputs, 0] if "-" in settings.sources else inputs)
     display = ProgressDisplay(console, Budget(settings.steps, settings.minutes))
     with display:
