@@ -170,6 +170,11 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path} is a folder, a device or a pipe; give a file")
 
 
+def check_output(output: Path | int, inputs: Iterable[Path | int]) -> None:
+    """Make sure that a file to be written is a plain file, and none to be read; see `check_outputs`."""
+    check_outputs([output], inputs)
+
+
 def check_outputs(outputs: Iterable[Path | int], inputs: Iterable[Path | int]) -> None:
     """Make sure that files to be written are plain files, and none of those to be read.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhesa.atomic_io import check_outputs
+from mhesa.atomic_io import check_output
 from mhesa.cli.common import (
     Backend,
     Device,
@@ -85,9 +85,9 @@ def score(
         raise InputError(f"--top must be at least 1, not {top}")
     files = _find(sources or ["-"])
     inputs = [file.path if file else 0 for file in files]
-    check_outputs([1], inputs)
+    check_output(1, inputs)
     if heatmap:
-        check_outputs([heatmap], [*inputs, *folder.iterdir()])
+        check_output(heatmap, [*inputs, *folder.iterdir()])
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     with ExitStack() as stack:
         stack.enter_context(interruptible())
