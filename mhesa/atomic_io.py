@@ -1,23 +1,33 @@
-"""Atomic writes: after a crash or a power cut, a file or folder is complete or absent.
+"""Files: atomic writes, one writer at a time, outputs that are no inputs, JSON of any content.
 
-Everything is written under a temporary name, synced to the disk and then renamed, which is atomic.
+After a crash or a power cut, a file or folder is complete or absent: everything is written under a temporary
+name, synced to the disk and then renamed, which is atomic.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import platform
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mhesa.errors import InputError
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 CHUNK = 1 << 20
 PARTIAL = ".partial"
+LOCK = ".lock"
 
 
 @contextmanager
@@ -29,8 +39,7 @@ def write_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         InputError: `path` exists and is not a file.
     """
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is a folder, a device or a pipe; give a file")
+    check_file(path)
     path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
@@ -70,23 +79,142 @@ def write_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def check_output(output: Path | int, inputs: Iterable[Path | int]) -> None:
-    """Make sure that a file to be written is none of those to be read.
+@contextmanager
+def only_writer_of_file(path: Path) -> Iterator[None]:
+    """Be the only one that writes a file; see `only_writer_of_folder`."""
+    check_file(path)
+    path = Path(os.path.realpath(path))
+    with _locked(path.with_name(f".{path.name}{LOCK}"), path):
+        yield
 
-    Args:
-        output: a path or the descriptor of an open file.
-        inputs: likewise.
+
+@contextmanager
+def only_writer_of_folder(folder: Path) -> Iterator[None]:
+    """Be the only one, among processes and threads that call this, that writes into a folder.
+
+    A folder that is not there is made, and removed if it is still empty at the end. The lock is a file that
+    says who holds it; the system frees it when the process ends, however it ends.
 
     Raises:
-        InputError: it is one: it would be destroyed, or read without end.
+        InputError: somebody else is writing; or the lock cannot be made.
+    """
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise InputError(f"{folder} is a file; give a folder to save to") from error
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        with _locked(folder / LOCK, folder):
+            yield
+    finally:
+        with suppress(OSError):
+            for one in made:
+                one.rmdir()
+
+
+@contextmanager
+def _locked(lock: Path, what: Path) -> Iterator[None]:
+    try:
+        descriptor = _open_locked(lock, what)
+    except OSError as error:
+        raise InputError(f"cannot write to {what}: {error.strerror} ({lock})") from error
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+        yield
+    finally:
+        # Removed while it is locked: who has opened it meanwhile sees that it is gone, and makes another.
+        with suppress(OSError):  # Windows does not remove open files
+            lock.unlink()
+        os.close(descriptor)
+
+
+def _open_locked(lock: Path, what: Path) -> int:
+    """The descriptor of a lock's file, locked."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            if not _try_lock(descriptor):
+                holder = os.read(descriptor, 300).decode("utf-8", "replace") or "another process"
+                raise InputError(f"{what} is being written by {holder}; wait for it, or write to another")
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock an open file, unless it is locked."""
+    try:
+        if sys.platform == "win32":
+            # A byte behind the content, which others have to read.
+            os.lseek(descriptor, CHUNK, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    finally:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    return True
+
+
+def check_file(path: Path) -> None:
+    """Raise `InputError` if there is something at `path` that is no plain file."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a folder, a device or a pipe; give a file")
+
+
+def check_output(output: Path | int, inputs: Iterable[Path | int]) -> None:
+    """Make sure that a file to be written is a plain file, and none to be read; see `check_outputs`."""
+    check_outputs([output], inputs)
+
+
+def check_outputs(outputs: Iterable[Path | int], inputs: Iterable[Path | int]) -> None:
+    """Make sure that files to be written are plain files, and none of those to be read.
+
+    Args:
+        outputs: paths, or descriptors of open files, which may also be terminals or pipes.
+        inputs: likewise; those that are not there are left out.
+
+    Raises:
+        InputError: one is: it would be destroyed, or read without end.
+    """
+    read = {_identity(one) for one in inputs} - {None}
+    for output in outputs:
+        if isinstance(output, Path):
+            check_file(output)
+        if _identity(output) in read:
+            name = "standard output" if isinstance(output, int) else output
+            raise InputError(f"{name} goes to a file that is to be read; write to another")
+
+
+def _identity(file: Path | int) -> tuple[int, int] | None:
+    """Device and inode, which all names of a plain file have in common; `None` if there is no such file."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+
+
+def read_json(path: Path) -> Any:
+    """The values in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, is no JSON, or is nested too deeply.
     """
     try:
-        written = os.stat(output)
-    except OSError:
-        return
-    if stat.S_ISREG(written.st_mode) and any(os.path.samestat(written, os.stat(one)) for one in inputs):
-        name = "standard output" if isinstance(output, int) else output
-        raise InputError(f"{name} goes to a file that is to be read; write to another")
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise InputError(f"{path} is broken: it is nested too deeply") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is broken: {getattr(error, 'strerror', None) or error}") from error
 
 
 def sync(path: Path) -> None:

@@ -19,6 +19,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from mhesa.errors import InputError
 
 T = TypeVar("T")
+# Whole numbers have 64 bits everywhere; Python's may have any number of digits, and then cannot be printed.
+LARGEST_INTEGER = 1 << 64
 
 # The types that are checked: the Python types that a value may have, and their name in an error.
 KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -139,6 +141,8 @@ def check_types(settings: Any) -> None:
         accepted, words = KINDS.get(setting.type, ((object,), ""))
         if not isinstance(value, accepted) or (isinstance(value, bool) and setting.type in (int, float)):
             raise InputError(f"{setting.name} must be {words}, not {value!r}")
+        if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
+            raise InputError(f"{setting.name} must be {words} of 64 bits")
 
 
 def check_ranges(settings: Any) -> None:

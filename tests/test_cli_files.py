@@ -1,16 +1,22 @@
 """Commands and the files they read and write: encodings, outputs that are inputs, runs below their text."""
 
+import hashlib
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
+from commands import FORKED, run_processes
 from serving import save_model
 
 import mhesa
 from mhesa import cli
+from mhesa.atomic_io import only_writer_of_folder
 from mhesa.errors import InputError
 
 COMMAND = [sys.executable, "-m", "mhesa"]
@@ -110,6 +116,211 @@ def test_a_file_under_two_names_is_scored_once(run, folder, text):
     code, out, _ = run("score", folder, text, text.parent / "link", text.parent, "--by", "document", "--json")
     assert code == 0
     assert len(out.splitlines()) == 1
+
+
+TRAIN = ("--steps", 2, *SIZES)
+
+
+@pytest.mark.parametrize(
+    "what", ["metrics", "a link", "a folder's file", "standard input", "tokenizer", "config"]
+)
+def test_a_run_does_not_replace_what_it_reads(run, tmp_path, what):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("metrics.jsonl", "checkpoints/text", "tokenizer.json", "config.json"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(LINES * 8 if name != "config.json" else b"dim: 8\n")
+    (tmp_path / "link").symlink_to(out / "metrics.jsonl")
+    (tmp_path / "text").write_bytes(LINES * 8)
+    named = {
+        "metrics": [out / "metrics.jsonl", "--text-field", "text"],
+        "a link": [tmp_path / "link"],
+        "a folder's file": [out / "checkpoints"],
+        "standard input": ["-"],
+        "tokenizer": [tmp_path / "text", "--tokenizer", out],
+        "config": [tmp_path / "text", "--config", out / "config.json"],
+    }[what]
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    mine = os.dup(0)
+    try:
+        if what == "standard input":
+            with (out / "metrics.jsonl").open() as file:
+                os.dup2(file.fileno(), 0)
+        code, _, err = run("train", *named, "--out", out, "--overwrite", *TRAIN, data=LINES * 8)
+    finally:
+        os.dup2(mine, 0)
+        os.close(mine)
+    assert code == 2, err.decode()
+    assert b"goes to a file that is to be read; write to another" in err
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+
+
+def test_outputs_that_are_no_plain_files_are_refused_at_once(run, folder, text, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null", tmp_path):
+        for arguments in (
+            ("score", folder, text, "--heatmap", path),
+            ("generate", folder, "--length", 1, "--session", path),
+        ):
+            assert "is a folder, a device or a pipe; give a file" in fails(run, *arguments)
+    for out in (tmp_path / "pipe", "/dev/null", text):
+        for more in ([], ["--overwrite"]):
+            assert "is a file; give a folder to save to" in fails(
+                run, "train", text, "--out", out, *TRAIN, *more
+            )
+
+
+def test_a_models_files_are_not_replaced(run, folder, text):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for name in ("config.json", "model.safetensors"):
+        for arguments in (
+            ("score", folder, text, "--heatmap", folder / name),
+            ("generate", folder, "--length", 1, "--session", folder / name),
+        ):
+            assert "goes to a file that is to be read" in fails(run, *arguments)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# One writer
+
+
+def train_for_long(settings):
+    mhesa.train(settings)
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_second_run_in_a_folder_is_refused(run, tmp_path):
+    out, source = tmp_path / "run", tmp_path / "text"
+    source.write_bytes(LINES * 8)
+    sizes = {"dim": 8, "depth": 1, "heads": 1, "dim_mhesa": 8, "context": 16, "device": "cpu"}
+    settings = mhesa.TrainingSettings(out=str(out), sources=(str(source),), steps=10**7, **sizes)
+    process = FORKED.Process(target=train_for_long, args=(settings,), daemon=True)
+    process.start()
+    try:
+        while not (out / "metrics.jsonl").exists():
+            assert process.is_alive()
+            time.sleep(0.05)
+        written = (out / "settings.json").read_bytes()
+        holder = f"{out} is being written by process {process.pid} on {platform.node()};"
+        for more in ([source], [source, "--overwrite"], ["--resume"]):
+            assert holder in fails(run, "train", *more, "--out", out, "--steps", 2)
+        with pytest.raises(InputError, match="is being written by process"):
+            mhesa.train(replace(settings, steps=2), overwrite=True)
+        assert (out / "settings.json").read_bytes() == written
+    finally:
+        process.kill()
+        process.join()
+    code, _, err = run("train", source, "--out", out, "--overwrite", *TRAIN)
+    assert code == 0, err.decode()
+    assert not (out / ".lock").exists()
+
+
+def test_every_process_of_a_group_is_refused(tmp_path):
+    source = tmp_path / "text"
+    source.write_bytes(LINES * 8)
+    with only_writer_of_folder(tmp_path / "run"):
+        done = run_processes(2, "train", source, "--out", tmp_path / "run", *TRAIN)
+    assert done.returncode == 2
+    assert f"is being written by process {os.getpid()}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(run, tmp_path):
+    fails(run, "train", tmp_path / "nothing", "--out", tmp_path / "a" / "b", *TRAIN)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_second_to_write_a_session_is_refused(run, folder, tmp_path):
+    path = tmp_path / "sessions" / "talk"
+    path.parent.mkdir()
+    reader = mhesa.Reader(*mhesa.load(folder))
+    with mhesa.Session.open(path, reader) as session:
+        session.feed("mine")
+        refused = fails(run, "generate", folder, "--session", path, "--length", 1, "--prompt", "lost")
+        assert f"is being written by process {os.getpid()} on {platform.node()}" in refused
+    assert run("generate", folder, "--session", path, "--length", 1, "--prompt", "next")[0] == 0
+    assert mhesa.Session.load(path, reader).position in (8, 9)
+    assert [file.name for file in path.parent.iterdir()] == ["talk"]
+
+
+# JSON and YAML of any depth
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 50_000,
+        "{a: " * 10_000,
+        "dim: 8\n" * 100_000,
+        "lr: 1" + "0" * 6000,
+        "steps: 0x" + "f" * 20_000,
+        "steps: " + "59:" * 5000 + "1",
+        'dim: !!int ""',
+        "dim: !!bool maybe",
+        "dim: !!timestamp soon",
+        "lr: [[1, 2], 3]",
+        "sources: {a: b}",
+        "sources: !!pairs [a: [b, c]]",
+        "sources: !!set {a}",
+        "? [a]\n: b",
+        BOMB + "lr: *i",
+        "\x00",
+    ],
+    ids=lambda content: content[:16],
+)
+def test_settings_of_any_depth_and_size_are_refused_in_a_line(run, tmp_path, content):
+    path = tmp_path / "settings.yaml"
+    path.write_text(content)
+    err = fails(run, "train", "--config", path, "--out", tmp_path / "run")
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "settings.json",
+        "manifest.json",
+        "progress.json",
+    ],
+)
+def test_a_folders_json_of_any_depth_is_refused_in_a_line(run, tmp_path, name):
+    (tmp_path / "text").write_bytes(LINES * 8)
+    out = tmp_path / "run"
+    code, _, err = run("train", tmp_path / "text", "--out", out, *TRAIN)
+    assert code == 0, err.decode()
+    below = out / "checkpoints" / "step-2" if name in ("manifest.json", "progress.json") else out
+    (below / name).write_text(DEEP)
+    if name == "progress.json":
+        files = json.loads((below / "manifest.json").read_text())
+        files["files"][name] = {"bytes": len(DEEP), "sha256": hashlib.sha256(DEEP.encode()).hexdigest()}
+        (below / "manifest.json").write_text(json.dumps(files))
+    commands = {
+        "config.json": [("generate", out)],
+        "tokenizer_config.json": [("generate", out), ("train", tmp_path / "text", "--tokenizer", out)],
+        "tokenizer.json": [("generate", out), ("train", tmp_path / "text", "--tokenizer", out)],
+        "settings.json": [("config", out), ("train", "--resume", "--out", out, "--steps", 3)],
+    }.get(name, [("train", "--resume", "--out", out, "--steps", 3)])
+    for command in commands:
+        more = ["--out", tmp_path / "other"] if command[0] == "train" and "--out" not in command else []
+        err = fails(run, *command, *more)
+        assert len(err.splitlines()) == 1
+        assert name in err or "nested too deeply" in err
 
 
 # Rows

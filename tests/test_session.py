@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import platform
 import re
 
 import numpy as np
@@ -212,3 +213,69 @@ def test_a_full_disk_leaves_the_old_file(reader, tmp_path, monkeypatch):
         session.save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["talk.session"]
+
+
+def test_a_file_that_changed_since_it_was_read_is_not_replaced(reader, tmp_path):
+    path = tmp_path / "talk.session"
+    Session(reader).save(path)
+    (tmp_path / "link").symlink_to(path)
+    first, second = Session.load(path, reader), Session.load(tmp_path / "link", reader)
+    fork = second.fork()
+    first.feed("the first one's text")
+    first.save(path)
+    written = path.read_bytes()
+    for late in (second, fork):
+        late.feed("the other's")
+        for name in (path, tmp_path / "link"):
+            with pytest.raises(InputError, match="has changed since it was read; load it again, or save to"):
+                late.save(name)
+    assert path.read_bytes() == written
+    second.save(tmp_path / "other")
+    first.feed("more")
+    first.save(path)
+    # Who never read the file says that it is to be replaced.
+    Session(reader).save(path)
+    assert Session.load(path, reader).position == 0
+    path.unlink()
+    with pytest.raises(InputError, match="has changed since it was read"):
+        first.save(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "other"]
+
+
+def test_a_session_is_open_once(reader, tmp_path):
+    path = tmp_path / "talk.session"
+    holder = f"process {os.getpid()} on {platform.node()}"
+    for length in (4, 8):
+        with Session.open(path, reader) as session:
+            session.feed("text")
+            for late in (Session(reader).save, lambda path: Session.open(path, reader).__enter__()):
+                with pytest.raises(InputError, match=rf"talk.session is being written by {holder}; wait"):
+                    late(path)
+        assert Session.load(path, reader).position == length
+        assert [file.name for file in tmp_path.iterdir()] == ["talk.session"]
+    for name in (path, tmp_path / "new"):
+        with pytest.raises(InputError, match="has changed"), Session.open(name, reader):
+            name.write_bytes(b"of another program")
+    assert path.read_bytes() == (tmp_path / "new").read_bytes() == b"of another program"
+    with (
+        pytest.raises(InputError, match="is a folder, a device or a pipe"),
+        Session.open("/dev/null", reader),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("method", ["feed_ids", "score_ids"])
+def test_ids_are_checked_before_any_is_read(reader, method):
+    session = Session(reader)
+    session.feed("text")
+    before = ended_at(session)
+    for ids, error in [
+        (torch.tensor([97, 257]), IndexError),
+        (torch.tensor([-1, 97]), IndexError),
+        (torch.tensor([97], dtype=torch.int32), InputError),
+        (torch.tensor([[97]]), InputError),
+        ([97], InputError),
+    ]:
+        with pytest.raises(error, match="ids must be"):
+            getattr(session, method)(ids)
+        assert same(ended_at(session), before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,26 +79,23 @@ def generate(
         raise InputError("a stop text must not be empty")
     if session is not None and not os.access(session.parent, os.W_OK):
         raise InputError(f"cannot write {session}: its folder is missing or read-only")
-    if prompt == "-":
-        check_output(1, [0])
+    read: list[Path | int] = [0] if prompt == "-" else []
+    check_output(1, read)
+    if session is not None:
+        check_output(session, [*read, *folder.iterdir()])
     drawing = Sampling(**sampling)
     TokenSampler(drawing, seed)  # refuses a bad seed before anything is written
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
-    known = session is not None and session.exists()
-    text = Session.load(session, reader) if session and known else Session(reader)
     given = standard_input() if prompt == "-" else [prompt.encode("utf-8", "surrogateescape")]
-    with interruptible():
-        try:
-            for blocks in encode_stream(reader.tokenizer, reader.token_bytes, given):
-                for block in blocks:
-                    text.feed_ids(torch.from_numpy(block.ids.astype("int64")))
-                if echo:
-                    write(block.text for block in blocks)
-            write(
-                part.encode()
-                for part in text.stream(max_new_tokens=length, sampling=drawing, seed=seed, stop=stop or ())
-            )
-        finally:
-            if session:
-                text.save(session)
-        sys.stdout.write("\n")
+    opened = Session.open(session, reader) if session else nullcontext(Session(reader))
+    with interruptible(), opened as text:
+        for blocks in encode_stream(reader.tokenizer, reader.token_bytes, given):
+            for block in blocks:
+                text.feed_ids(torch.from_numpy(block.ids.astype("int64")))
+            if echo:
+                write(block.text for block in blocks)
+        write(
+            part.encode()
+            for part in text.stream(max_new_tokens=length, sampling=drawing, seed=seed, stop=stop or ())
+        )
+    sys.stdout.write("\n")

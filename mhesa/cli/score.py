@@ -87,7 +87,7 @@ def score(
     inputs = [file.path if file else 0 for file in files]
     check_output(1, inputs)
     if heatmap:
-        check_output(heatmap, inputs)
+        check_output(heatmap, [*inputs, *folder.iterdir()])
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     with ExitStack() as stack:
         stack.enter_context(interruptible())

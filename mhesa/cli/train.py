@@ -58,6 +58,7 @@ def train(
     from mhesa.training import train as run
     from mhesa.training.config import load_config
     from mhesa.training.distributed import rank
+    from mhesa.training.folder import check_inputs
 
     given = {} if config is None else load_config(config)
     given |= {name: value for name, value in settings.items() if _was_given(context_, name)}
@@ -68,6 +69,8 @@ def train(
     if resume and overwrite:
         raise InputError("give --resume or --overwrite, not both")
     chosen = TrainingSettings.resumed(given) if resume else TrainingSettings(**given)
+    if config is not None:
+        check_inputs(Path(chosen.out), [config])
     console = Console(stderr=True)
     if resolve_device(chosen.device) == "cpu":
         keep_memory()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mhesa.atomic_io import write_file
+from mhesa.atomic_io import only_writer_of_file, sha256, write_file
 from mhesa.errors import InputError
 from mhesa.inference.continuation import Continuation, TextCursor
 from mhesa.inference.decoder import Decoder
@@ -23,6 +25,7 @@ from mhesa.inference.evaluation import surprisals
 from mhesa.inference.generation import write
 from mhesa.inference.sampling import Sampling, TokenSampler
 from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.ops.checks import check_ids
 from mhesa.tokenizers.base import Tokenizer
 
 FORMAT = "mhesa session 1"
@@ -108,6 +111,8 @@ class Session:
         self.reader = reader
         # Every text follows an end-of-text token.
         self._memory = SessionState(reader.decoder.initial_state(1), reader.tokenizer.eos_token_id, 0)
+        # The content of files when this session last read or wrote them, as SHA-256; `None`: not there.
+        self._seen: dict[str, str | None] = {}
 
     @property
     def position(self) -> int:
@@ -124,7 +129,13 @@ class Session:
         self.feed_ids(self._ids(text))
 
     def feed_ids(self, ids: Tensor) -> None:
-        """Read some tokens, int64 `(tokens,)`."""
+        """Read some tokens, int64 `(tokens,)`.
+
+        Raises:
+            InputError: ids of another type or shape.
+            IndexError: an id outside the vocabulary; nothing is read.
+        """
+        self._check(ids)
         if len(ids):
             self.reader.decoder.prefill(self._inputs(ids)[None], self._memory.state)
             self._advance(ids)
@@ -138,7 +149,8 @@ class Session:
         return self.score_ids(self._ids(text))
 
     def score_ids(self, ids: Tensor) -> np.ndarray:
-        """Read tokens, int64 `(tokens,)`, and measure the surprisal of each; see `score`."""
+        """Read tokens, int64 `(tokens,)`, and measure the surprisal of each; see `score` and `feed_ids`."""
+        self._check(ids)
         if not len(ids):
             return np.zeros(0, dtype=np.float32)
         bits = surprisals(self.reader.decoder, self._inputs(ids), ids, self._memory.state)
@@ -185,7 +197,7 @@ class Session:
             stops=[string.encode("utf-8", "surrogateescape") for string in stop],
         )
         cursor = TextCursor(text)
-        prompts = [torch.tensor([memory.token])]
+        prompts = [torch.tensor([memory.token], device="cpu")]
         for _, token in write(
             self.reader.decoder, prompts, [text], memory.state, num_tokens=self.reader.num_tokens
         ):
@@ -198,26 +210,62 @@ class Session:
         """A copy of the session; the two go on independently."""
         other = Session(self.reader)
         other._memory = replace(self._memory, state=self._memory.state.clone())
+        other._seen = dict(self._seen)
         return other
 
     def save(self, path: str | Path) -> None:
         """Write the session to a safetensors file, whole or not at all.
 
         Raises:
-            InputError: the file cannot be written.
+            InputError: the file cannot be written; or somebody else is writing it, or has written it since
+                this session read or wrote it.
         """
-        memory = self._memory
+        with only_writer_of_file(Path(path)):
+            self._write(Path(path))
+
+    def _write(self, path: Path) -> None:
+        memory, name = self._memory, os.path.realpath(path)
+        if name in self._seen and self._seen[name] != _digest(path):
+            raise InputError(f"{path} has changed since it was read; load it again, or save to another file")
         details = {
             "format": FORMAT,
             "fingerprint": self.reader.fingerprint,
             "token": str(memory.token),
             "position": str(memory.position),
         }
+        data = save({"state": memory.state[:, 0].cpu().contiguous()}, metadata=details)
         try:
-            with write_file(Path(path)) as file:
-                file.write(save({"state": memory.state[:, 0].cpu().contiguous()}, metadata=details))
+            with write_file(path) as file:
+                file.write(data)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
+        self._seen[name] = hashlib.sha256(data).hexdigest()
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | Path, reader: Reader) -> Iterator[Session]:
+        """A context with the saved session, or a new one if there is no file; saves it at the end.
+
+        Nobody else can open or save the file in the meantime.
+
+        Args:
+            path: the file.
+            reader: the model that the session is with.
+
+        Raises:
+            InputError: as `load` and `save` do.
+        """
+        path = Path(path)
+        with only_writer_of_file(path):
+            if path.exists():
+                session = cls.load(path, reader)
+            else:
+                session = cls(reader)
+                session._seen[os.path.realpath(path)] = None
+            try:
+                yield session
+            finally:
+                session._write(path)
 
     @classmethod
     def load(cls, path: str | Path, reader: Reader) -> Session:
@@ -231,6 +279,8 @@ class Session:
             InputError: the file is missing, damaged, no session, or another model's.
         """
         session = cls(reader)
+        # The digest first: if the file changes before it is read, `save` will refuse to replace it.
+        session._seen[os.path.realpath(path)] = _digest(Path(path))
         state, details = _read(Path(path))
         if details.get("format") != FORMAT:
             raise InputError(f"{path} is no saved session")
@@ -252,9 +302,13 @@ class Session:
         data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
         return torch.from_numpy(self.reader.tokenizer.encode_bytes(data).astype("int64"))
 
+    def _check(self, ids: Tensor) -> None:
+        """Check all ids before any is read, for the last one is read by the next call."""
+        check_ids(ids, self.reader.decoder.device, self.reader.decoder.num_tokens)
+
     def _inputs(self, ids: Tensor) -> Tensor:
         """The tokens whose predictions are for `ids`: the last one, and all of `ids` but the last."""
-        return torch.cat([torch.tensor([self._memory.token]), ids[:-1]])
+        return torch.cat([ids.new_tensor([self._memory.token]), ids[:-1]])
 
     def _advance(self, ids: Tensor) -> None:
         self._memory.token = int(ids[-1])
@@ -273,10 +327,20 @@ def fingerprint(model: GatedExponentialSmoothingLM) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """The state in a saved session, empty if there is none, and the metadata."""
+def _digest(path: Path) -> str | None:
+    """The SHA-256 of a saved session, `None` if there is none."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no file; give the file of a saved session")
+    try:
+        return sha256(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
+    """The state in a saved session, empty if there is none, and the metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             state = file.get_tensor("state") if "state" in file.keys() else torch.empty(0)  # noqa: SIM118

@@ -267,7 +267,7 @@ def check_state(state: Tensor, shape: tuple[int, int, int], dtype: torch.dtype, 
         )
 
 
-def _rows_are_apart(shape: tuple[int, int, int], strides: tuple[int, ...]) -> bool:
+def _rows_are_apart(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether rows of the last dimension are contiguous, and no two of them share memory."""
     depth, batch, width = shape
     by_layer, by_sequence, by_value = strides

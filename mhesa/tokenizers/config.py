@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhesa.atomic_io import write_file
+from mhesa.atomic_io import read_json, write_file
 from mhesa.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,10 +25,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / TOKENIZER_CONFIG
     if not path.exists():
         return {}
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is broken: {error}") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} is broken: it holds no settings")
     return values

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mhesa.atomic_io import sha256, write_folder
+from mhesa.atomic_io import read_json, sha256, write_folder
 from mhesa.errors import InputError, TrainingError
 
 MANIFEST = "manifest.json"
@@ -107,13 +107,15 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, `None` if nothing is. Reads every byte."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        files = read_json(path / MANIFEST)["files"]
         for name, expected in files.items():
             file = path / os.path.basename(name)
             if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
                 return f"{file} is damaged"
     except (TypeError, KeyError, AttributeError):
         return f"{path / MANIFEST} is damaged: it does not list files"
+    except InputError as error:
+        return str(error)
     except (OSError, ValueError) as error:
         return f"{path / MANIFEST} is damaged: {error}"
     return None
@@ -126,8 +128,8 @@ def load_progress(path: Path) -> Progress:
         InputError: the file holds something else.
     """
     try:
-        return Progress(**json.loads((path / PROGRESS).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return Progress(**read_json(path / PROGRESS))
+    except TypeError as error:
         raise InputError(f"{path / PROGRESS} is damaged: {error}") from error
 
 

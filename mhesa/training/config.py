@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import yaml
 
 from mhesa.errors import InputError
 from mhesa.training.settings import BY_PANEL, TrainingSettings
+
+# Bytes of a file of settings. All of them take a few hundred; PyYAML reads a megabyte in about ten seconds.
+LARGEST = 1 << 16
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
@@ -18,10 +22,17 @@ def load_config(path: str | Path) -> dict[str, Any]:
         InputError: the file cannot be read, is not YAML, or names an unknown setting.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        if os.path.getsize(path) > LARGEST:
+            raise InputError(f"{path} is too large for a file of settings")
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except InputError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply to be read") from error
+    # The last three: what PyYAML raises for a value that does not fit its tag, as in `!!int ""`.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings; write lines such as: dim: 128")
@@ -31,8 +42,15 @@ def load_config(path: str | Path) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in types:
             raise InputError(f"{path} names an unknown setting {key}; there are {', '.join(sorted(types))}")
+        if isinstance(value, (dict, set)) or (isinstance(value, list) and any(map(_is_nested, value))):
+            raise InputError(f"{path} gives {key} a value with values in it; write one value, or a list")
         found[name] = _converted(types[name], value)
     return found
+
+
+def _is_nested(value: Any) -> bool:
+    # A few bytes can name a list of lists that would fill the memory as text.
+    return isinstance(value, (dict, list, tuple, set))
 
 
 def _converted(kind: type, value: Any) -> Any:

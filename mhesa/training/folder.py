@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 
 import mhesa
-from mhesa.atomic_io import remove, write_file
+from mhesa.atomic_io import check_outputs, only_writer_of_folder, read_json, remove, write_file
 from mhesa.data.sources import RUN_FILES
 from mhesa.errors import InputError
 from mhesa.training import checkpoint
+from mhesa.training.distributed import broadcast, rank
 from mhesa.training.schedule import Budget
 from mhesa.training.settings import SETTINGS, TrainingSettings
 
@@ -34,10 +36,33 @@ CHANGEABLE = frozenset(
 )
 
 
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the first process locks it for all.
+
+    Raises:
+        InputError: in every process: another run is writing into the folder, or it cannot be written to.
+    """
+    with ExitStack() as stack:
+        refusal = ""
+        if rank() == 0:
+            try:
+                stack.enter_context(only_writer_of_folder(folder))
+            except InputError as error:
+                refusal = str(error)
+        if refusal := broadcast(refusal):
+            raise InputError(refusal)
+        yield
+
+
+def check_inputs(folder: Path, inputs: Iterable[Path | int]) -> None:
+    """Raise `InputError` if a run in `folder` would delete or replace one of the files that it reads."""
+    written = [path for name in RUN_FILES for path in [folder / name, *(folder / name).rglob("*")]]
+    check_outputs([path for path in written if path.is_file()], inputs)
+
+
 def check_free(folder: Path) -> None:
-    """Raise `InputError` if the folder is a file, or holds a run."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder to save to")
+    """Raise `InputError` if the folder holds a run."""
     if any((folder / name).exists() for name in RUN_FILES):
         raise InputError(
             f"{folder} already holds a run; continue it with --resume or replace it with --overwrite"
@@ -81,8 +106,8 @@ def checkpoint_to_resume(
 
 def check_same_corpus(folder: Path, sha256: str) -> None:
     """Raise `InputError` unless the run in `folder` was trained on text of this digest."""
-    recorded = json.loads((folder / SETTINGS).read_text()).get("corpus", {}).get("sha256")
-    if recorded != sha256:
+    corpus = read_json(folder / SETTINGS).get("corpus")
+    if not isinstance(corpus, dict) or corpus.get("sha256") != sha256:
         raise InputError(
             f"the text is not the one that the run in {folder} was trained on; give it the same sources"
         )
@@ -116,7 +141,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for line in (folder / METRICS).read_text().splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return rows
 

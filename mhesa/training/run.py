@@ -42,8 +42,10 @@ from mhesa.training.folder import (
     CURVE,
     append_metrics,
     check_free,
+    check_inputs,
     check_same_corpus,
     checkpoint_to_resume,
+    only_run_in,
     prepare,
     read_metrics,
 )
@@ -98,14 +100,18 @@ def train(
     join_processes(resolve_device(settings.device))
     settings = settings.resolve()
     console = console if console is not None and rank() == 0 else Console(quiet=True)
-    run = begin(settings, resume, overwrite, console)
-    device = torch.device(settings.device)
+    with only_run_in(Path(settings.out)):
+        return _train(begin(settings, resume, overwrite, console), phase)
+
+
+def _train(run: Run, phase: Phase) -> Summary:
+    device = torch.device(run.settings.device)
     with (
         # Leave torch's global generators as they were.
         torch.random.fork_rng([device] if device.type in ("cuda", "xpu") else [], device_type=device.type),
         StopOnSignal() as signals,
         run.display,
-        reporter(settings) as report,
+        reporter(run.settings) as report,
     ):
         try:
             return run.train(signals, report, phase)
@@ -132,6 +138,10 @@ def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Co
     source = Source(settings.sources, text_field=settings.text_field, holdout=settings.holdout)
     if resume:
         check_same_corpus(folder, source.sha256)
+    else:
+        named = Path(settings.tokenizer)
+        inputs: list[Path | int] = [*(file.path for file in source.files), named, *named.glob("*")]
+        check_inputs(folder, [*inputs, 0] if "-" in settings.sources else inputs)
     display = ProgressDisplay(console, Budget(settings.steps, settings.minutes))
     with display:
         tokenizer = load_tokenizer(folder) if resume else make_tokenizer(settings, source)

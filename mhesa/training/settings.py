@@ -310,17 +310,19 @@ class TrainingSettings(ModelSizes):
         Raises:
             InputError: the file is missing or holds something else.
         """
+        from mhesa.atomic_io import read_json
+
+        if not path.is_file():
+            raise InputError(f"{path.parent} holds no training run: it has no {path.name}")
         try:
-            values = json.loads(path.read_text())["settings"]
+            values = read_json(path)["settings"]
             unknown = set(values) - {field.name for field in fields(cls)}
             if unknown:
                 raise InputError(f"{path} holds unknown settings: {', '.join(sorted(unknown))}")
             return cls(**{**BEFORE_ADAPTIVE, **values, "sources": tuple(values["sources"])})
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{path.parent} holds no training run: it has no {path.name}") from error
         except (TypeError, KeyError) as error:
             raise InputError(f"{path} does not hold the settings of a training run") from error
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise InputError(f"{path} does not hold the settings of a training run: {error}") from error
 
     @classmethod
