@@ -46,18 +46,18 @@ serve(Service(*load(sys.argv[1]), Settings(name="tiny", port=0, **given)))
 """
 
 
-def save_model(folder: Path, chat: bool = True) -> Path:
+def save_model(folder: Path, tokenizer=None, template: str | None = TEMPLATE) -> Path:
     """A model of random weights that are large enough for its predictions to be clear."""
     torch.manual_seed(0)
-    model = MhesaForCausalLM(MhesaConfig(hidden_size=32, num_hidden_layers=2, heads=4, dim_mhesa=16))
+    tokenizer = tokenizer or ByteTokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "heads": 4}
+    model = MhesaForCausalLM(MhesaConfig(**sizes, dim_mhesa=16))
     with torch.no_grad():
         model.to_logits.weight.normal_(std=2)
         # Greedy texts never end by themselves.
-        model.to_logits.weight[256] = 0
+        model.to_logits.weight[tokenizer.eos_token_id] = 0
     model.save_pretrained(folder)
-    tokenizer = ByteTokenizer()
-    if chat:
-        tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
 

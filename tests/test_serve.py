@@ -135,7 +135,7 @@ def test_what_the_template_refuses_is_the_clients_fault(client):
 
 
 def test_a_model_without_a_template_says_so(tmp_path):
-    plain = save_model(tmp_path / "plain", chat=False)
+    plain = save_model(tmp_path / "plain", template=None)
     with in_process(plain) as http:
         answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
     assert answer.status_code == 400

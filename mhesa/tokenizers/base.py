@@ -49,6 +49,10 @@ class Tokenizer(ABC):
         """Write the files that `open_tokenizer` and transformers' `AutoTokenizer` read."""
 
     @abstractmethod
+    def special_tokens(self) -> dict[int, str]:
+        """The texts of the special tokens by their ids."""
+
+    @abstractmethod
     def _pieces(self) -> Mapping[int, bytes]:
         """The bytes of every token, none for a special one."""
 

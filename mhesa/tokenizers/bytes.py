@@ -81,6 +81,13 @@ class Bytes(Tokenizer):
         }
         write_config(Path(folder), BYTE_TOKENIZER, self, added_tokens_decoder=tokens)
 
+    def special_tokens(self) -> dict[int, str]:
+        """The texts of the special tokens by their ids."""
+        return {index: token.content for index, token in self._added_tokens().items() if token.special}
+
+    def _added_tokens(self) -> Mapping[int, AddedToken]:
+        return self.added_tokens
+
     def _pieces(self) -> dict[int, bytes]:
         added = {i: b"" if it.special else to_bytes(it.content) for i, it in self.added_tokens.items()}
         return PIECES | added

@@ -88,6 +88,11 @@ class TextTokenizer(base.Tokenizer):
         with write_file(folder / TOKENIZER) as file:
             file.write(self.tokenizer.to_str(pretty=True).encode())
 
+    def special_tokens(self) -> dict[int, str]:
+        """The texts of the special tokens by their ids."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {index: token.content for index, token in added.items() if token.special}
+
     @cached_property
     def _with_special_tokens(self) -> Tokenizer:
         """A copy that recognises special tokens in a text."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import jinja2
@@ -37,7 +35,7 @@ class Plan:
         top: how many of the likeliest tokens to give beside each; `None` gives no log-probabilities.
         sampling, stops: how to draw tokens, and what ends a text.
         answer: makes the answer.
-        echo: the prompts are part of the answer.
+        echoed: the bytes of each prompt, if they are part of the answer.
     """
 
     prompts: list[np.ndarray]
@@ -46,13 +44,13 @@ class Plan:
     top: int | None
     sampling: Sampling
     stops: list[bytes]
-    answer: Callable[..., Answer]
-    echo: bool = False
+    answer: type[Answer]
+    echoed: list[bytes] | None = None
 
     @property
     def score(self) -> bool:
         """Whether the tokens of the prompts get log-probabilities."""
-        return self.echo and self.top is not None
+        return self.echoed is not None and self.top is not None
 
 
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
@@ -74,9 +72,7 @@ def _plan_completions(service: Service, body: CompletionRequest) -> Plan:
     limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     check_limit(limit, "max_tokens", limits.max_tokens)
     check_limit(body.logprobs or 0, "logprobs", limits.logprobs)
-    echo = bool(body.echo)
-    answer = partial(CompletionAnswer, echo=echo)
-    return _plan(service, body, prompts, limit, body.logprobs, answer, echo)
+    return _plan(service, body, prompts, limit, body.logprobs, CompletionAnswer, bool(body.echo))
 
 
 def _plan_chat(service: Service, body: ChatRequest) -> Plan:
@@ -98,7 +94,7 @@ def _plan(
     prompts: list[np.ndarray],
     limit: int,
     top: int | None,
-    answer: Callable[..., Answer],
+    answer: type[Answer],
     echo: bool = False,
 ) -> Plan:
     limits, n = service.settings.limits, body.n or 1
@@ -116,7 +112,9 @@ def _plan(
         raise invalid("stream_options is for streams only", "stream_options")
     if body.session and texts != 1:
         raise invalid("a session takes one prompt and n=1", "session")
-    return Plan(prompts, n, limit, top, _sampling(service, body), _stops(service, body), answer, echo)
+    sampling, stops = _sampling(service, body), _stops(service, body)
+    echoed = [service.decode(prompt) for prompt in prompts] if echo else None
+    return Plan(prompts, n, limit, top, sampling, stops, answer, echoed)
 
 
 async def _write(service: Service, request: Request, body: GenerationRequest, plan: Plan) -> Response:
@@ -131,7 +129,8 @@ async def _write(service: Service, request: Request, body: GenerationRequest, pl
         if lease is not None:
             lease.release()
         raise
-    answer = plan.answer(submission, lease, top=plan.top, options=body.stream_options or StreamOptions())
+    options = body.stream_options or StreamOptions()
+    answer = plan.answer(submission, plan.prompts, lease, top=plan.top, options=options, echoed=plan.echoed)
     if body.stream:
         return EventStream(answer)
     try:

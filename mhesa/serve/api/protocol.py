@@ -180,11 +180,11 @@ class TextObject(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Log-probabilities in nats, token by token."""
+    """Log-probabilities in nats, token by token; null for a token that begins a text."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
