@@ -27,7 +27,7 @@ FOREVER = {"prompt": "x", "max_tokens": ENDLESS, "temperature": 0}
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['alice']}\r\n"
 TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role == 'poet' %}{{ raise_exception('no such role') }}{% endif %}"
+    "{% if message.role == 'developer' %}{{ raise_exception('no such role') }}{% endif %}"
     "{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 )
 # A server with settings that the command line does not offer.

@@ -41,16 +41,17 @@ BAD = [
     ({"prompt": "x", "max_tokens": 10**400}, 400, "invalid_value"),
     ({"prompt": "x", "temperature": -1}, 400, "invalid_value"),
     ({"prompt": "x", "temperature": float("nan")}, 400, "invalid_value"),
-    ({"prompt": "x", "top_p": 0}, 400, "invalid_value"),
+    ({"prompt": "x", "top_p": -0.1}, 400, "invalid_value"),
     ({"prompt": "x", "n": 0}, 400, "invalid_value"),
     ({"prompt": "x", "n": 1000}, 400, "limit_exceeded"),
     ({"prompt": ["x"] * 20, "n": 2}, 400, "limit_exceeded"),
     ({"prompt": "x", "stop": ["a"] * 17}, 400, "limit_exceeded"),
     ({"prompt": "x", "stop": ["a" * 257]}, 400, "limit_exceeded"),
-    ({"prompt": "x", "stop": ""}, 400, "invalid_value"),
+    ({"prompt": "x", "stop": ["a", ""]}, 400, "invalid_value"),
     ({"prompt": "x", "logprobs": 21}, 400, "limit_exceeded"),
-    ({"prompt": "x", "seed": -1}, 400, "invalid_value"),
-    ({"prompt": "x", "stream_options": {}}, 400, "invalid_value"),
+    ({"prompt": "x", "seed": 1 << 63}, 400, "invalid_value"),
+    ({"prompt": "x", "seed": -(1 << 63) - 1}, 400, "invalid_value"),
+    ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "invalid_value"),
     ({"prompt": "x", "presence_penalty": 3}, 400, "invalid_value"),
     ({"prompt": "x", "frequency_penalty": float("nan")}, 400, "invalid_value"),
     ({"prompt": "x", "logit_bias": {"257": 1}}, 400, "invalid_value"),
@@ -60,6 +61,7 @@ BAD = [
     ({"prompt": "x", "best_of": 2}, 400, "unknown_parameter"),
     ({"prompt": "x", "suffix": "y"}, 400, "invalid_value"),
     ({"prompt": "x", "temprature": 1}, 400, "unknown_parameter"),
+    ({"prompt": "x", "temprature": None}, 400, "unknown_parameter"),
     ({"prompt": "x", "\ud800\r\n": 1}, 400, "invalid_value"),
     ({"prompt": "x", "session": "../x"}, 400, "invalid_value"),
     ({"prompt": "x", "session": "x", "n": 2}, 400, "invalid_value"),
@@ -81,6 +83,36 @@ def test_what_cannot_be_is_refused_in_openais_shape(http, body, status, code):
     assert "\n" not in error["message"]
     assert "/work" not in answer.text
     assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"store": True}, "store"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "poet", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user\nassistant", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": None, "refusal": "no"}]}, "refusal"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "tool_calls"),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_what_a_chat_cannot_have_is_refused_by_name(http, body, name):
+    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]} | body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == name
+    assert name in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +141,7 @@ def test_openais_client_raises_its_own_errors(http):
     with pytest.raises(openai.NotFoundError, match="there is no such model"):
         complete(client, model="gpt-4")
     with pytest.raises(openai.BadRequestError, match="top_p"):
-        complete(client, top_p=0)
+        complete(client, top_p=2)
     with pytest.raises(openai.AuthenticationError):
         complete(client.with_options(api_key="wrong"))
     assert [model.id for model in client.models.list()] == ["tiny"]

@@ -82,7 +82,7 @@ def _plan_chat(service: Service, body: ChatRequest) -> Plan:
     limit = body.max_completion_tokens or body.max_tokens or limits.max_tokens
     check_limit(limit, "max_completion_tokens", limits.max_tokens)
     check_limit(body.top_logprobs or 0, "top_logprobs", limits.logprobs)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     top = (body.top_logprobs or 0) if body.logprobs else None
     return _plan(service, body, [prompt], limit, top, ChatAnswer)
@@ -108,7 +108,7 @@ def _plan(
         written = 0 if body.stream else texts * limit
         entries = (written + (tokens * n if echo else 0)) * (top + 1)
         check_limit(entries, "logprobs in one answer", limits.logprob_entries)
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options and body.stream_options.model_dump(exclude_defaults=True) and not body.stream:
         raise invalid("stream_options is for streams only", "stream_options")
     if body.session and texts != 1:
         raise invalid("a session takes one prompt and n=1", "session")
@@ -208,8 +208,7 @@ def _render(service: Service, body: ChatRequest) -> np.ndarray:
         raise invalid("this model has no chat template; use /v1/completions", "messages", "no_chat_template")
     messages = []
     for message in body.messages:
-        parts = message.content
-        content = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        content = message.text()
         if str(tokenizer.eos_token) in content:
             raise invalid(f"a message must not hold {tokenizer.eos_token}", "messages")
         messages.append({"role": message.role, "content": content})
@@ -224,8 +223,11 @@ def _sampling(service: Service, body: GenerationRequest) -> Sampling:
     names = {field.name for field in fields(Sampling)} - {"logit_bias"}
     biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
     service.check_token(max(biases, default=0), "logit_bias")
+    given = body.model_dump(include=names, exclude_none=True)
+    if body.top_p == 0:
+        given |= {"top_p": 1, "top_k": 1}
     try:
-        return Sampling(**body.model_dump(include=names, exclude_none=True), logit_bias=biases)
+        return Sampling(**given, logit_bias=biases)
     except InputError as error:
         raise invalid(str(error), str(error).split()[0]) from error
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from mhesa.inference.continuation import FinishReason
 
 SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SessionName = Annotated[str, StringConstraints(pattern=SESSION_NAME)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), AfterValidator(lambda seed: seed % (1 << 64))]
 # Lists stop at their first wrong item: an error for each of a million items would take a gigabyte.
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -18,11 +27,56 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
+# What clients send in a field that they do not use.
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+# Values that ask for nothing, of fields that this server does not have, or that say "as if not there".
+IGNORED_VALUES: dict[str, tuple[Any, ...]] = {
+    "seed": (-1,),
+    "top_k": (-1,),
+    "best_of": (*EMPTY, 1),
+    "function_call": (*EMPTY, "none", "auto"),
+    "include_obfuscation": (*EMPTY, True, False),
+    "parallel_tool_calls": (*EMPTY, True, False),
+    "prompt_cache_retention": (*EMPTY, "in_memory", "in-memory"),
+    "reasoning_effort": (*EMPTY, "none", "medium"),
+    "tool_choice": (*EMPTY, "none", "auto"),
+    "verbosity": (*EMPTY, "medium"),
+    # Without members it asks for a search.
+    "web_search_options": (None,),
+    **dict.fromkeys(
+        ("audio", "functions", "moderation", "prediction", "prompt_cache_options", "tools"), EMPTY
+    ),
+    # Of a message, which a client may send back as it was received.
+    **dict.fromkeys(
+        ("annotations", "parsed", "prompt_cache_breakpoint", "refusal", "tool_call_id", "tool_calls"), EMPTY
+    ),
+}
+
 
 class RequestBody(BaseModel):
-    """A request's body; an unknown field is an error."""
+    """A request's body; an unknown field is an error.
+
+    As in OpenAI's API, an optional field that is null or empty is the same as one that is not there. So are
+    fields of OpenAI's that this server does not have, if they ask for nothing.
+    """
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if not cls._asks_for_nothing(name, value)}
+
+    @classmethod
+    def _asks_for_nothing(cls, name: str, value: Any) -> bool:
+        if value in IGNORED_VALUES.get(name, ()):
+            return True
+        field = cls.model_fields.get(name)
+        if field is None or field.is_required():
+            return False
+        return value is None or (field.default is None and value in EMPTY)
 
 
 class StreamOptions(RequestBody):
@@ -37,13 +91,13 @@ class GenerationRequest(RequestBody):
 
     model: str | None = Field(None, description="The model's name; the one that is served if omitted.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=1 << 31)
+    top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token.")
+    top_k: int | None = Field(None, ge=0, le=1 << 31, description="0 and -1 are all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     n: int | None = Field(None, ge=1, le=1 << 31, description="How many texts for each prompt.")
     stop: str | Texts | None = Field(None, description="A text ends before the first of these.")
-    seed: Seed | None = Field(None, description="Makes the texts repeatable.")
+    seed: Seed | None = Field(None, description="Makes the texts repeatable; -1 is the same as none.")
     stream: bool | None = Field(None, description="Send the text as it is written, as server-sent events.")
     stream_options: StreamOptions | None = None
     session: SessionName | None = Field(
@@ -99,9 +153,22 @@ class TextPart(RequestBody):
 class Message(RequestBody):
     """A turn of a conversation."""
 
-    role: str = Field(max_length=64)
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
+        "", description="Only an assistant's may be null or missing."
+    )
     name: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise ValueError(f"content of a message with the role {self.role} must be a text")
+        return self
+
+    def text(self) -> str:
+        """The content as one text."""
+        parts = self.content
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
 
 class TextFormat(RequestBody):

@@ -54,7 +54,10 @@ class Guard:
         fields: dict[str, Any] = {}
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["log_fields"] = fields
-        status = 0
+        method, status = scope["method"], 0
+        if method == "HEAD":
+            # Routes know GET; of their answers only the head is sent.
+            scope = {**scope, "method": "GET"}
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -62,6 +65,8 @@ class Guard:
                 status = message["status"]
                 own = [(b"x-request-id", request_id.encode()), *HEADERS]
                 message = {**message, "headers": [*message["headers"], *own]}
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -86,7 +91,7 @@ class Guard:
                     "request",
                     id=request_id,
                     client=state.get("client"),
-                    method=scope["method"][:16],
+                    method=method[:16],
                     route=route,
                     status=status,
                     ms=round(seconds * 1000, 1),

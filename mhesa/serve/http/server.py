@@ -30,6 +30,9 @@ from mhesa.serve.settings import Limits
 SWITCH_SECONDS = 0.0001
 # New objects after which garbage is collected; Python's default is 700.
 COLLECT_AFTER = 50_000
+# How long a connection may be idle: longer than the pools of clients (15 to 90 s) keep one, so that they do
+# not write into a connection that the server is closing.
+KEEP_ALIVE_SECONDS = 120
 # Time between two deletions of expired sessions.
 EXPIRE_SECONDS = 600
 # Time between two releases of memory that requests have used.
@@ -66,6 +69,7 @@ def serve(service: Service) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.limits.drain_seconds) + 5,
     )
     try:
