@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,7 +17,13 @@ from mhesa.inference.sampling import Sampling, TokenSampler
 from mhesa.serve.api.answers import Answer, ChatAnswer, CompletionAnswer, EventStream
 from mhesa.serve.api.errors import check_limit, invalid
 from mhesa.serve.api.lease import SessionLease
-from mhesa.serve.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
+from mhesa.serve.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Message,
+    StreamOptions,
+)
 from mhesa.serve.api.service import Service, prepend, queue_of, utf8
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
@@ -78,7 +85,7 @@ def _plan_completions(service: Service, body: CompletionRequest) -> Plan:
 def _plan_chat(service: Service, body: ChatRequest) -> Plan:
     limits = service.settings.limits
     service.check_model(body.model)
-    prompt = _render(service, body)
+    prompt = render(service, body.messages)
     limit = body.max_completion_tokens or body.max_tokens or limits.max_tokens
     check_limit(limit, "max_completion_tokens", limits.max_tokens)
     check_limit(body.top_logprobs or 0, "top_logprobs", limits.logprobs)
@@ -201,22 +208,30 @@ def _with_first_token(ids: np.ndarray, end: int, last: int | None) -> np.ndarray
     return ids if len(ids) and ids[0] == end else prepend(end, ids)
 
 
-def _render(service: Service, body: ChatRequest) -> np.ndarray:
-    """The tokens of a conversation, in the form of the model's chat template."""
+def render(
+    service: Service, conversation: Sequence[Message], add_generation_prompt: bool = True
+) -> np.ndarray:
+    """The tokens of a conversation in the form of the model's chat template, `(tokens,)`.
+
+    Raises:
+        APIError: there is no template, or it refuses the conversation.
+    """
     tokenizer = service.tokenizer
     if not tokenizer.chat_template:
         raise invalid("this model has no chat template; use /v1/completions", "messages", "no_chat_template")
     messages = []
-    for message in body.messages:
-        content = message.text()
-        if str(tokenizer.eos_token) in content:
-            raise invalid(f"a message must not hold {tokenizer.eos_token}", "messages")
-        messages.append({"role": message.role, "content": content})
+    for message in conversation:
+        given = {"role": message.role, "content": message.text(), "name": message.name or ""}
+        for text in given.values():
+            utf8(text, "messages")
+        messages.append({name: text for name, text in given.items() if text or name != "name"})
     try:
-        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:
         raise invalid(f"the chat template refuses: {error}"[:500], "messages") from error
-    return service.encode([int(token) for token in ids], "messages")
+    except InputError as error:
+        raise invalid(str(error), "messages") from error
+    return service.encode(ids, "messages")
 
 
 def _sampling(service: Service, body: GenerationRequest) -> Sampling:

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from mhesa.inference.continuation import FinishReason
+from mhesa.tokenizers.chat import Role
 
 SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SessionName = Annotated[str, StringConstraints(pattern=SESSION_NAME)]
@@ -153,7 +154,7 @@ class TextPart(RequestBody):
 class Message(RequestBody):
     """A turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Role
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
         "", description="Only an assistant's may be null or missing."
     )
