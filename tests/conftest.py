@@ -148,6 +148,20 @@ def http(server):
         yield client
 
 
+@pytest.fixture(scope="session", params=["bytes", "bpe"])
+def served(request, folder, tmp_path_factory):
+    """A server in this process of a model with bytes or a vocabulary, and the model itself."""
+    from serving import WORDS, in_process, save_model
+
+    from mhesa import Reader, load
+    from mhesa.tokenizers import train_bpe
+
+    if request.param == "bpe":
+        folder = save_model(tmp_path_factory.mktemp("bpe") / "tiny", train_bpe([WORDS.encode()] * 9, 300))
+    with in_process(folder, slots=64) as http:
+        yield http, Reader(*load(folder))
+
+
 @pytest.fixture(scope="session")
 def greedy(folder):
     """What transformers writes."""

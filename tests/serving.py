@@ -23,6 +23,7 @@ from mhesa.serve.settings import Limits, Settings
 
 KEYS = {"alice": "alice-key-0123456789", "bob": "bob-key-0123456789ab"}
 ENDLESS = 1 << 30
+WORDS = "né the cat, 日本 dog; sat on 🙂 mats and the rest\nof it was not there "
 FOREVER = {"prompt": "x", "max_tokens": ENDLESS, "temperature": 0}
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['alice']}\r\n"
 TEMPLATE = (

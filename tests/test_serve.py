@@ -306,7 +306,9 @@ def test_what_is_sent_is_what_is_declared(http):
                 check("post", path, "text/event-stream", json.loads(event.removeprefix("data: ")))
     http.post("/v1/completions", json={"prompt": "x", "session": "declared"})
     check("post", "/v1/score", "application/json", http.post("/v1/score", json={"input": ["a\nb"]}).json())
-    for path in ("/v1/models", "/v1/sessions", "/health"):
+    check("post", "/tokenize", "application/json", http.post("/tokenize", json={"prompt": "a"}).json())
+    check("post", "/detokenize", "application/json", http.post("/detokenize", json={"tokens": [1]}).json())
+    for path in ("/v1/models", "/v1/sessions", "/health", "/tokenizer_info"):
         check("get", path, "application/json", http.get(path).json())
 
 

@@ -6,21 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from serving import in_process, save_model
+from serving import WORDS
 
-from mhesa import Reader, Session, load
-from mhesa.tokenizers import train_bpe
-
-WORDS = "né the cat, 日本 dog; sat on 🙂 mats and the rest\nof it was not there "
-
-
-@pytest.fixture(scope="module", params=["bytes", "bpe"])
-def served(request, folder, tmp_path_factory):
-    """A server of a model with bytes or a vocabulary, and the model itself."""
-    if request.param == "bpe":
-        folder = save_model(tmp_path_factory.mktemp("bpe") / "tiny", train_bpe([WORDS.encode()] * 9, 300))
-    with in_process(folder, slots=64) as http:
-        yield http, Reader(*load(folder))
+from mhesa import Session
 
 
 def complete(http, **body):

@@ -167,14 +167,6 @@ class Answer(ABC):
             fields["usage"] = None
         return self.chunk(**fields, object=self.chunk_object, choices=list(choices))
 
-    def _token_name(self, token: int) -> str:
-        """A token as text; escaped where its bytes are not whole characters."""
-        piece = self.service.special_tokens.get(token, "").encode() or self.service.token_bytes[token]
-        try:
-            return piece.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
-
 
 class CompletionAnswer(Answer):
     """OpenAI's `text_completion`."""
@@ -210,18 +202,18 @@ class CompletionAnswer(Answer):
 
     def _logprobs(self, index: int, scores: list[TokenScore]) -> protocol.CompletionLogprobs:
         characters, token_bytes = self.characters[index], self.service.token_bytes
-        likeliest = [
-            {self._token_name(token): value for token, value in [*score.top, (score.token, score.logprob)]}
-            if score.logprob is not None
-            else None
-            for score in scores
-        ]
         return protocol.CompletionLogprobs(
-            tokens=[self._token_name(score.token) for score in scores],
+            tokens=[self.service.token_name(score.token) for score in scores],
             token_logprobs=[score.logprob for score in scores],
-            top_logprobs=likeliest if self.top else None,
+            top_logprobs=[self._likeliest(score) for score in scores] if self.top else None,
             text_offset=[characters.add(token_bytes[score.token]) for score in scores],
         )
+
+    def _likeliest(self, score: TokenScore) -> dict[str, float] | None:
+        if score.logprob is None:
+            return None
+        pairs = [*score.top, (score.token, score.logprob)]
+        return {self.service.token_name(token): value for token, value in pairs}
 
 
 class ChatAnswer(Answer):
@@ -274,7 +266,7 @@ class ChatAnswer(Answer):
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         piece = self.service.token_bytes[token]
-        return {"token": self._token_name(token), "logprob": logprob, "bytes": list(piece)}
+        return {"token": self.service.token_name(token), "logprob": logprob, "bytes": list(piece)}
 
 
 class EventStream(Response):

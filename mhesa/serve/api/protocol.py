@@ -44,6 +44,10 @@ IGNORED_VALUES: dict[str, tuple[Any, ...]] = {
     "verbosity": (*EMPTY, "medium"),
     # Without members it asks for a search.
     "web_search_options": (None,),
+    # Of vLLM's and llama.cpp's requests to tokenise.
+    "continue_final_message": (None, False),
+    "with_pieces": (None, False),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "mm_processor_kwargs"), EMPTY),
     **dict.fromkeys(
         ("audio", "functions", "moderation", "prediction", "prompt_cache_options", "tools"), EMPTY
     ),
@@ -207,6 +211,46 @@ class ScoreRequest(RequestBody):
     by: Literal["token", "line", "text"] = Field("line", description="What each item of the answer is.")
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": "first line\nsecond line\n"}]})
+
+
+class TokenizeRequest(RequestBody):
+    """A text or a conversation to tokenise: one of `prompt`, `content` and `messages`."""
+
+    model: str | None = None
+    prompt: str = Field("", description="A text.")
+    content: str = Field("", description="A text, as llama.cpp's clients call it.")
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, description="A conversation, in the form of the model's chat template."
+    )
+    add_generation_prompt: bool = Field(
+        default=True, description="End a conversation with the words that begin an answer."
+    )
+    parse_special: bool = Field(
+        default=True,
+        description="Make tokens of the names of special tokens in a text. Completions never do.",
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Nothing is added to a text: the server itself begins it with an end of text."
+    )
+    add_special: bool | None = Field(None, description="The same, as llama.cpp's clients call it.")
+    return_token_strs: bool | None = Field(None, description="Give the texts of the tokens too.")
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Once upon a time"}]})
+
+    @model_validator(mode="after")
+    def _has_one_text(self) -> TokenizeRequest:
+        if len(self.model_fields_set & {"prompt", "content", "messages"}) != 1:
+            raise ValueError("give one of prompt, content and messages")
+        return self
+
+
+class DetokenizeRequest(RequestBody):
+    """Tokens to make a text of."""
+
+    model: str | None = None
+    tokens: TokenIds
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [79, 110, 99, 101]}]})
 
 
 class ForkRequest(RequestBody):
@@ -393,6 +437,31 @@ class Score(BaseModel):
     by: Literal["token", "line", "text"]
     data: list[ScoredText]
     usage: Usage
+
+
+class Tokens(BaseModel):
+    """The tokens of a text, and the largest number that a prompt may have."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None
+
+
+class Detokenized(BaseModel):
+    """The text of tokens, under the names that vLLM and llama.cpp give it; special tokens by name."""
+
+    prompt: str
+    content: str
+
+
+class TokenizerInfo(BaseModel):
+    """The tokenizer's special tokens and its chat template."""
+
+    bos_token: str
+    eos_token: str
+    pad_token: str
+    chat_template: str | None
 
 
 class SessionInfo(BaseModel):

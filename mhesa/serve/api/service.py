@@ -162,6 +162,14 @@ class Service:
         pieces = (map(self.token_bytes.__getitem__, ids[start : start + PIECE].tolist()) for start in starts)
         return b"".join(map(b"".join, pieces))
 
+    def token_name(self, token: int) -> str:
+        """A token as text; escaped where its bytes are not whole characters."""
+        piece = self.special_tokens.get(token, "").encode() or self.token_bytes[token]
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
 
 def _release_memory() -> None:
     # Errors and their tracebacks refer to one another, and to the request.
