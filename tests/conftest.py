@@ -120,7 +120,8 @@ def server(folder, tmp_path_factory):
 
     log = tmp_path_factory.mktemp("log") / "log"
     limits = {"max_tokens": ENDLESS, "receive_seconds": 1.0, "send_seconds": 1.0}
-    with running(folder, log, limits=limits, slots=32, queue=32) as server:
+    settings = {"limits": limits, "slots": 32, "queue": 32, "allow_origins": ["http://localhost:8123"]}
+    with running(folder, log, **settings) as server:
         yield server
         assert {event["event"] for event in server.events()} <= {"listening", "request"}
 

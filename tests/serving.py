@@ -18,7 +18,7 @@ from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM
 from mhesa.model.loading import load
 from mhesa.serve.api.app import create_app
 from mhesa.serve.api.service import Service
-from mhesa.serve.http.guard import Guard
+from mhesa.serve.http.guard import protect
 from mhesa.serve.settings import Limits, Settings
 
 KEYS = {"alice": "alice-key-0123456789", "bob": "bob-key-0123456789ab"}
@@ -120,7 +120,7 @@ def in_process(folder: Path, key: str | None = KEYS["alice"], limits=None, **set
     service = Service(*load(folder), Settings("tiny", limits=limits, **{"keys": KEYS} | settings))
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
-        with TestClient(Guard(create_app(service), service), "http://localhost", headers=headers) as client:
+        with TestClient(protect(create_app(service), service), "http://localhost", headers=headers) as client:
             yield client
     finally:
         service.close()

@@ -28,7 +28,7 @@ from mhesa.serve.sessions import SessionError, SessionRecord
 STATUSES = {
     400: "The request is wrong.",
     401: "There is no valid API key.",
-    403: "Without API keys the server answers requests to localhost only.",
+    403: "The web page's origin is not allowed; or there are no API keys and the host is not localhost.",
     404: "There is no such thing.",
     409: "A session is in use, exists already or belongs to another model.",
     413: "The body is too large.",

@@ -20,7 +20,7 @@ from mhesa.errors import InputError
 from mhesa.serve.api.app import create_app
 from mhesa.serve.api.errors import APIError
 from mhesa.serve.api.service import Service
-from mhesa.serve.http.guard import Guard
+from mhesa.serve.http.guard import protect
 from mhesa.serve.logs import log, redirect_logger
 from mhesa.serve.sessions import SessionError
 from mhesa.serve.settings import Limits
@@ -59,7 +59,7 @@ def serve(service: Service) -> None:
     redirect_logger("uvicorn.error", logging.CRITICAL)
     settings = service.settings
     config = uvicorn.Config(
-        Guard(create_app(service), service),
+        protect(create_app(service), service),
         host=settings.host,
         port=settings.port,
         http=_protocol(settings.limits),
