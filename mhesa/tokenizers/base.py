@@ -92,6 +92,7 @@ class Tokenizer(ABC):
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 eos_token_id=self.eos_token_id,
+                pad_token_id=self.pad_token_id,
                 special_tokens=self.special_tokens(),
             )
         )

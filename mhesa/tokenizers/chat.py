@@ -49,6 +49,7 @@ def render_chat(
     *,
     add_generation_prompt: bool,
     eos_token_id: int,
+    pad_token_id: int,
     special_tokens: Mapping[int, str],
 ) -> str:
     r"""The text of a conversation, in which a mark stands for each special token of the template.
@@ -59,8 +60,8 @@ def render_chat(
         template: a Jinja template, which sees `messages` and `add_generation_prompt` as variables.
         messages: a `role` and a `content` each.
         add_generation_prompt: end with the words that begin an answer.
-        eos_token_id: the token that begins and ends texts; templates see it as `bos_token`, `eos_token` and
-            `pad_token`.
+        eos_token_id: the token that begins and ends texts; templates see it as `bos_token` and `eos_token`.
+        pad_token_id: the token that fills rows; templates see it as `pad_token`.
         special_tokens: the texts of the special tokens by their ids.
 
     Raises:
@@ -69,10 +70,8 @@ def render_chat(
 
     >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
     >>> messages = [{"role": "user", "content": "What is <end>?"}]
-    >>> special = {9: "<end>"}
-    >>> text = render_chat(
-    ...     template, messages, add_generation_prompt=False, eos_token_id=9, special_tokens=special
-    ... )
+    >>> special = {"eos_token_id": 9, "pad_token_id": 9, "special_tokens": {9: "<end>"}}
+    >>> text = render_chat(template, messages, add_generation_prompt=False, **special)
     >>> text == "user: What is <end>?" + mark(9)
     True
     """
@@ -86,7 +85,7 @@ def render_chat(
         documents=None,
         bos_token=end,
         eos_token=end,
-        pad_token=end,
+        pad_token=mark(pad_token_id),
     )
     return _Marks(special_tokens).join_parts(text)
 

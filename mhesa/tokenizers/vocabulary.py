@@ -93,7 +93,7 @@ class TextTokenizer(base.Tokenizer):
         """The texts of the special tokens by their ids."""
         added = self.tokenizer.get_added_tokens_decoder()
         special = {index: token.content for index, token in added.items() if token.special}
-        return special | {self.eos_token_id: self.eos_token}
+        return special | {self.eos_token_id: self.eos_token, self.pad_token_id: self.pad_token}
 
     def _encode_marked(self, text: str) -> list[int]:
         tokenizer, ids = self._with_marks
@@ -116,7 +116,8 @@ class TextTokenizer(base.Tokenizer):
             copy.add_special_tokens([AddedToken(mark(token), normalized=False, **flags)])
         names = {mark(token): token for token in special}
         names |= {added[token].content: token for token in added.keys() - special.keys()}
-        return copy, {copy.token_to_id(name): token for name, token in names.items()}
+        ids = copy.get_vocab(with_added_tokens=True)
+        return copy, {ids[name]: token for name, token in names.items()}
 
     @cached_property
     def _special_but_unknown(self) -> set[int]:

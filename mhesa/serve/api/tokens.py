@@ -40,9 +40,12 @@ def detokenize(service: Service, body: protocol.DetokenizeRequest) -> bytes:
 
 def tokenizer_info(service: Service) -> protocol.TokenizerInfo:
     """What a client needs to know of the tokenizer."""
-    end = str(service.tokenizer.eos_token)
+    tokenizer = service.tokenizer
     return protocol.TokenizerInfo(
-        bos_token=end, eos_token=end, pad_token=end, chat_template=service.tokenizer.chat_template
+        bos_token=tokenizer.eos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        chat_template=tokenizer.chat_template,
     )
 
 
