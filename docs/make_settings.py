@@ -32,7 +32,10 @@ def main() -> None:
         f"In `config.json` and `MhesaConfig`, {names}."
     )
     table(settings_of(ModelConfig))
-    print("\n## Serving\n\nFields of `mhesa.serve.settings.Settings`, and options of `mhesa serve`.")
+    print(
+        "\n## Serving\n\nFields of `mhesa.serve.settings.Settings`, and options of `mhesa serve` "
+        "(`allow_origins` is `--allow-origin`, which may be repeated)."
+    )
     table(settings_of(Settings))
     print(
         "\n### Limits\n\nFields of `mhesa.serve.settings.Limits`: the most that one request may have. "

@@ -120,7 +120,8 @@ def server(folder, tmp_path_factory):
 
     log = tmp_path_factory.mktemp("log") / "log"
     limits = {"max_tokens": ENDLESS, "receive_seconds": 1.0, "send_seconds": 1.0}
-    with running(folder, log, limits=limits, slots=32, queue=32) as server:
+    settings = {"limits": limits, "slots": 32, "queue": 32, "allow_origins": ["http://localhost:8123"]}
+    with running(folder, log, **settings) as server:
         yield server
         assert {event["event"] for event in server.events()} <= {"listening", "request"}
 
@@ -146,6 +147,20 @@ def http(server):
     """A client that sends what it is told."""
     with server.client() as client:
         yield client
+
+
+@pytest.fixture(scope="session", params=["bytes", "bpe"])
+def served(request, folder, tmp_path_factory):
+    """A server in this process of a model with bytes or a vocabulary, and the model itself."""
+    from serving import WORDS, in_process, save_model
+
+    from mhesa import Reader, load
+    from mhesa.tokenizers import train_bpe
+
+    if request.param == "bpe":
+        folder = save_model(tmp_path_factory.mktemp("bpe") / "tiny", train_bpe([WORDS.encode()] * 9, 300))
+    with in_process(folder, slots=64) as http:
+        yield http, Reader(*load(folder))
 
 
 @pytest.fixture(scope="session")

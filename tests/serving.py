@@ -18,16 +18,17 @@ from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM
 from mhesa.model.loading import load
 from mhesa.serve.api.app import create_app
 from mhesa.serve.api.service import Service
-from mhesa.serve.http.guard import Guard
+from mhesa.serve.http.guard import protect
 from mhesa.serve.settings import Limits, Settings
 
 KEYS = {"alice": "alice-key-0123456789", "bob": "bob-key-0123456789ab"}
 ENDLESS = 1 << 30
+WORDS = "né the cat, 日本 dog; sat on 🙂 mats and the rest\nof it was not there "
 FOREVER = {"prompt": "x", "max_tokens": ENDLESS, "temperature": 0}
 HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['alice']}\r\n"
 TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role == 'poet' %}{{ raise_exception('no such role') }}{% endif %}"
+    "{% if message.role == 'developer' %}{{ raise_exception('no such role') }}{% endif %}"
     "{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 )
 # A server with settings that the command line does not offer.
@@ -46,18 +47,18 @@ serve(Service(*load(sys.argv[1]), Settings(name="tiny", port=0, **given)))
 """
 
 
-def save_model(folder: Path, chat: bool = True) -> Path:
+def save_model(folder: Path, tokenizer=None, template: str | None = TEMPLATE) -> Path:
     """A model of random weights that are large enough for its predictions to be clear."""
     torch.manual_seed(0)
-    model = MhesaForCausalLM(MhesaConfig(hidden_size=32, num_hidden_layers=2, heads=4, dim_mhesa=16))
+    tokenizer = tokenizer or ByteTokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "heads": 4}
+    model = MhesaForCausalLM(MhesaConfig(**sizes, dim_mhesa=16))
     with torch.no_grad():
         model.to_logits.weight.normal_(std=2)
         # Greedy texts never end by themselves.
-        model.to_logits.weight[256] = 0
+        model.to_logits.weight[tokenizer.eos_token_id] = 0
     model.save_pretrained(folder)
-    tokenizer = ByteTokenizer()
-    if chat:
-        tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -119,7 +120,7 @@ def in_process(folder: Path, key: str | None = KEYS["alice"], limits=None, **set
     service = Service(*load(folder), Settings("tiny", limits=limits, **{"keys": KEYS} | settings))
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
-        with TestClient(Guard(create_app(service), service), "http://localhost", headers=headers) as client:
+        with TestClient(protect(create_app(service), service), "http://localhost", headers=headers) as client:
             yield client
     finally:
         service.close()

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhesa.errors import InputError
@@ -38,6 +38,7 @@ def write(tokens, stops=(), limit=1000, reads=(), pieces=PIECES):
     return text, read
 
 
+@settings(deadline=None)
 @given(TOKENS, STOPS, st.integers(1, 40), st.sets(st.integers(0, 40)))
 def test_a_text_is_what_comes_before_its_first_ending(tokens, stops, limit, reads):
     _, read = write(tokens, stops, limit, reads)
@@ -96,6 +97,7 @@ def matched(pieces, stops):
     return [*out, matcher.flush()]
 
 
+@settings(deadline=None)
 @given(
     text=st.binary(max_size=30),
     stops=st.lists(st.binary(min_size=1, max_size=3), max_size=3),

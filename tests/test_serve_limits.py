@@ -123,6 +123,15 @@ def test_what_takes_too_long_is_ended(folder):
         wait_for(http, "mhesa_texts_active", 0)
 
 
+def test_an_idle_connection_stays_open(server):
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
+        connection.settimeout(60)
+        for idle in (0, 6):  # Uvicorn's own limit is 5 seconds, ours for an unfinished request is 1 here.
+            time.sleep(idle)
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
 # Large requests
 
 WORDS = ("some words of a line that is not long\nand more, 123;\n" * 20_000)[: 960 * 1024]

@@ -154,6 +154,31 @@ def test_the_api_is_described_for_a_person(page, server, tmp_path, scheme, width
     page.screenshot(path=tmp_path / f"docs-{scheme}-{width}.png", full_page=True)
 
 
+FETCH = """async ([url, key]) => {
+  const headers = { "Authorization": `Bearer ${key}`, "Content-Type": "application/json" };
+  const body = JSON.stringify({ prompt: "7 bottles", max_tokens: 5, temperature: 0 });
+  try {
+    const answer = await fetch(url + "/v1/completions", { method: "POST", headers, body });
+    return (await answer.json()).choices[0].text;
+  } catch (error) { return String(error); }
+}"""
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:8123", "http://localhost:8124"])
+def test_a_page_of_another_origin_needs_to_be_allowed(browser, server, origin):
+    # Chromium asks its user before a page may reach this machine.
+    context = browser.new_context(permissions=["local-network-access"])
+    page = context.new_page()
+    page.route(f"{origin}/", lambda route: route.fulfill(body="<p>here", content_type="text/html"))
+    page.goto(f"{origin}/")
+    found = page.evaluate(FETCH, [server.url, KEYS["alice"]])
+    with server.client() as http:
+        body = {"prompt": "7 bottles", "max_tokens": 5, "temperature": 0}
+        expected = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert found == (expected if origin == "http://localhost:8123" else "TypeError: Failed to fetch")
+    context.close()
+
+
 # Contrast as WCAG 2 defines it, of an element's text against the nearest background behind it.
 CONTRAST = """name => {
   const numbers = color => color.match(/[0-9.]+/g).map(Number);

@@ -41,16 +41,17 @@ BAD = [
     ({"prompt": "x", "max_tokens": 10**400}, 400, "invalid_value"),
     ({"prompt": "x", "temperature": -1}, 400, "invalid_value"),
     ({"prompt": "x", "temperature": float("nan")}, 400, "invalid_value"),
-    ({"prompt": "x", "top_p": 0}, 400, "invalid_value"),
+    ({"prompt": "x", "top_p": -0.1}, 400, "invalid_value"),
     ({"prompt": "x", "n": 0}, 400, "invalid_value"),
     ({"prompt": "x", "n": 1000}, 400, "limit_exceeded"),
     ({"prompt": ["x"] * 20, "n": 2}, 400, "limit_exceeded"),
     ({"prompt": "x", "stop": ["a"] * 17}, 400, "limit_exceeded"),
     ({"prompt": "x", "stop": ["a" * 257]}, 400, "limit_exceeded"),
-    ({"prompt": "x", "stop": ""}, 400, "invalid_value"),
+    ({"prompt": "x", "stop": ["a", ""]}, 400, "invalid_value"),
     ({"prompt": "x", "logprobs": 21}, 400, "limit_exceeded"),
-    ({"prompt": "x", "seed": -1}, 400, "invalid_value"),
-    ({"prompt": "x", "stream_options": {}}, 400, "invalid_value"),
+    ({"prompt": "x", "seed": 1 << 63}, 400, "invalid_value"),
+    ({"prompt": "x", "seed": -(1 << 63) - 1}, 400, "invalid_value"),
+    ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "invalid_value"),
     ({"prompt": "x", "presence_penalty": 3}, 400, "invalid_value"),
     ({"prompt": "x", "frequency_penalty": float("nan")}, 400, "invalid_value"),
     ({"prompt": "x", "logit_bias": {"257": 1}}, 400, "invalid_value"),
@@ -60,6 +61,7 @@ BAD = [
     ({"prompt": "x", "best_of": 2}, 400, "unknown_parameter"),
     ({"prompt": "x", "suffix": "y"}, 400, "invalid_value"),
     ({"prompt": "x", "temprature": 1}, 400, "unknown_parameter"),
+    ({"prompt": "x", "temprature": None}, 400, "unknown_parameter"),
     ({"prompt": "x", "\ud800\r\n": 1}, 400, "invalid_value"),
     ({"prompt": "x", "session": "../x"}, 400, "invalid_value"),
     ({"prompt": "x", "session": "x", "n": 2}, 400, "invalid_value"),
@@ -81,6 +83,36 @@ def test_what_cannot_be_is_refused_in_openais_shape(http, body, status, code):
     assert "\n" not in error["message"]
     assert "/work" not in answer.text
     assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"store": True}, "store"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "poet", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user\nassistant", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": None, "refusal": "no"}]}, "refusal"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "tool_calls"),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_what_a_chat_cannot_have_is_refused_by_name(http, body, name):
+    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]} | body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == name
+    assert name in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +141,7 @@ def test_openais_client_raises_its_own_errors(http):
     with pytest.raises(openai.NotFoundError, match="there is no such model"):
         complete(client, model="gpt-4")
     with pytest.raises(openai.BadRequestError, match="top_p"):
-        complete(client, top_p=0)
+        complete(client, top_p=2)
     with pytest.raises(openai.AuthenticationError):
         complete(client.with_options(api_key="wrong"))
     assert [model.id for model in client.models.list()] == ["tiny"]
@@ -173,6 +205,72 @@ def test_without_keys_only_this_machines_names_are_answered(folder):
         assert "sent with Content-Type: application/json" in answer.json()["error"]["message"]
 
 
+ORIGINS = [
+    (None, 200, None),
+    ("http://localhost", 200, None),
+    ("http://localhost:81", 403, None),
+    ("https://page.example", 200, "https://page.example"),
+    ("http://page.example", 403, None),
+    ("https://page.example.forged", 403, None),
+    ("null", 403, None),
+]
+
+
+@pytest.mark.parametrize("key", [KEYS["alice"], None])
+def test_pages_of_other_origins_need_to_be_allowed(folder, key):
+    origins = ("https://page.example", "app://notes")
+    with in_process(folder, key=key, keys=KEYS if key else {}, allow_origins=origins) as http:
+        for origin, status, allowed in ORIGINS:
+            headers = {} if origin is None else {"Origin": origin}
+            for path in ("/v1/models", "/nope"):
+                answer = http.get(path, headers=headers)
+                assert answer.status_code in (status, 404), (origin, path)
+                assert answer.headers.get("access-control-allow-origin") == allowed
+            answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers=headers)
+            assert answer.status_code == status
+            if status == 403:
+                assert answer.json()["error"]["code"] == "origin_not_allowed"
+                assert "--allow-origin" in answer.json()["error"]["message"]
+        # An error can be read by the page too.
+        refused = http.post("/v1/completions", content=b"{", headers={"Origin": "app://notes"})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (400, "app://notes")
+
+
+def test_a_browser_may_ask_first_without_a_key(folder):
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+    }
+    with in_process(folder, key=None, allow_origins=("https://page.example",)) as http:
+        answer = http.options("/v1/completions", headers=asked | {"Origin": "https://page.example"})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://page.example"
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        for name in ("authorization", "content-type", "x-stainless-lang"):
+            assert name in answer.headers["access-control-allow-headers"]
+        answer = http.options("/v1/completions", headers=asked | {"Origin": "https://forged.example"})
+        assert answer.status_code == 400
+        assert "access-control-allow-origin" not in answer.headers
+        # The request itself needs a key.
+        assert http.get("/v1/models", headers={"Origin": "https://page.example"}).status_code == 401
+    with in_process(folder, key=None, keys={}, allow_origins=("*",)) as http:
+        answer = http.options("/v1/completions", headers=asked | {"Origin": "https://any.example"})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
+        assert http.get("/v1/models", headers={"Origin": "null"}).status_code == 200
+
+
+def test_no_page_is_allowed_unless_asked_for(http):
+    headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    assert http.options("/v1/completions", headers=headers).status_code == 403
+    answer = http.get("/v1/models", headers=headers)
+    assert answer.status_code == 403
+    assert not any(name.startswith("access-control") for name in answer.headers)
+    # Nor may a form be sent, which a browser does without asking.
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        answer = http.post("/v1/completions", content=b'{"prompt": "x"}', headers={"Content-Type": kind})
+        assert answer.status_code == 400
+
+
 def test_a_server_that_is_open_to_the_network_without_keys_is_refused(folder):
     done = subprocess.run(
         [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", "0", "--host", "0.0.0.0"],
@@ -208,6 +306,8 @@ def test_an_address_in_use_is_told_in_one_line(folder):
         ({"queue": -1}, "queue must be at least 0"),
         ({"limits": Limits(max_tokens=0)}, "max_tokens must be at least 1"),
         ({"limits": Limits(request_seconds=math.nan)}, "timeout must be a positive number"),
+        ({"allow_origins": ("https://example.org/",)}, "an origin is https://host"),
+        ({"allow_origins": ("example.org",)}, "not example.org"),
         ({"host": "::"}, "can be reached from other machines"),
     ],
 )

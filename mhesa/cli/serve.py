@@ -26,6 +26,12 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="API keys of clients, one 'name: key' a line.")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="Let web pages of this origin use the server; * is any origin. Repeatable."
+        ),
+    ] = None,
     quantize: Quantize = None,
     device: Device = "cpu",
     backend: Backend = None,
@@ -51,7 +57,13 @@ def serve(
 
     limits = Limits(max_tokens=given.pop("max_tokens"), request_seconds=given.pop("timeout"))
     name = given.pop("name") or folder.absolute().name
-    settings = Settings(name=name, keys=read_keys(keys) if keys else {}, limits=limits, **given)
+    settings = Settings(
+        name=name,
+        keys=read_keys(keys) if keys else {},
+        allow_origins=tuple(allow_origin or ()),
+        limits=limits,
+        **given,
+    )
     model, tokenizer = load(folder, device=device, backend=backend)
     if settings.sessions is not None:
         check_output(settings.sessions, [*folder.iterdir(), *([keys] if keys else [])])

@@ -84,6 +84,9 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
         pieces = token_splitter(added).split(text)
         return [token for piece in pieces for token in ([piece] if piece in added else self._tokenize(piece))]
 
+    def _added_tokens(self) -> dict[int, AddedToken]:
+        return self._added_tokens_decoder
+
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a token, or the ids of a list of them; `None` for an unknown token."""
         vocabulary = self.get_vocab()

@@ -98,15 +98,15 @@ class Continuation:
     Args:
         sampler: draws the tokens.
         limit: the largest number of tokens.
-        end: the token that ends the text; it is not part of it.
+        end: the token that ends the text; it has no bytes.
         decode: gives the bytes of a token; `None` keeps no text.
         stops: the text ends before the first of these.
         top: how many of the likeliest tokens to record beside each; `None` records no log-probabilities.
 
     Attributes:
         pieces, scores: bytes and scored tokens that no cursor has read yet.
-        size: bytes of the text so far, including those held back by a possible stop string.
-        count: tokens of the text so far.
+        size: bytes of the tokens so far, including those held back by a possible stop string.
+        count: tokens drawn, including one that ended the text.
         last: the token drawn last.
         finish: why the text has ended; `None` as long as it goes on.
         error: set if the model's logits are not numbers.
@@ -137,21 +137,16 @@ class Continuation:
         self.error: FloatingPointError | None = None
         self._decode, self._matcher = decode, StopMatcher(stops)
 
-    @property
-    def drawn(self) -> int:
-        """Tokens drawn, including the end-of-text token that ended the text."""
-        return self.count + (self.last is not None and self.last == self.end)
-
     def take(self, token: int) -> None:
         """Add a token that was drawn; -1 says that none could be drawn."""
         if token < 0:
             self.error = FloatingPointError("the model's logits are not numbers; its weights may be broken")
             return
         self.last = token
+        self.count += 1
         if token == self.end:
             self._finish("stop")
             return
-        self.count += 1
         if self._decode is not None:
             piece = self._decode(token)
             self.size += len(piece)
@@ -171,21 +166,33 @@ class TextCursor:
     """Reads a continuation as it grows, in whole characters.
 
     What it has read is not kept: a continuation can have one cursor only.
+
+    Args:
+        text: what to read.
+        before: bytes to read first, together with the text's own first ones.
     """
 
-    def __init__(self, text: Continuation) -> None:
+    def __init__(self, text: Continuation, before: bytes = b"") -> None:
         self.text = text
         self.finish: FinishReason | None = None
-        self._seen = 0
+        self._before, self._seen = before, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def read(self) -> tuple[str, list[TokenScore]]:
-        """What is new: text, and the tokens that begin in it. `finish` is set once there is no more."""
+        """What is new: text, and the scores of the tokens that begin in it.
+
+        Scores never come without text, except at the end: then all that are left come, also those of tokens
+        of a stop string and of the end of text. `finish` is set once there is no more.
+        """
         text = self.text
         self.finish = text.finish
         new = b"".join([text.pieces.popleft() for _ in range(len(text.pieces))])
+        if not new and self.finish is None:
+            return "", []
         self._seen += len(new)
+        characters = self._decoder.decode(self._before + new, self.finish is not None)
+        self._before = b""
         scores = []
-        while text.scores and text.scores[0].start < self._seen:
+        while text.scores and (self.finish or (characters and text.scores[0].start < self._seen)):
             scores.append(text.scores.popleft())
-        return self._decoder.decode(new, self.finish is not None), scores
+        return characters, scores

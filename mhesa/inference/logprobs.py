@@ -17,13 +17,13 @@ class TokenScore(NamedTuple):
     Args:
         start: where its bytes begin in the text.
         token: its id.
-        logprob: in nats.
+        logprob: in nats; `None` for the first token of a text, which nothing predicts.
         top: the likeliest tokens in its place and their log-probabilities, the likeliest first.
     """
 
     start: int
     token: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
 
 

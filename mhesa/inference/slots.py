@@ -100,7 +100,7 @@ def _note_scores(logits: Tensor, texts: list[Continuation], tokens: list[int]) -
     wanted = [
         row
         for row, (text, token) in enumerate(zip(texts, tokens, strict=True))
-        if text.top is not None and token >= 0 and token != text.end
+        if text.top is not None and token >= 0
     ]
     if not wanted:
         return

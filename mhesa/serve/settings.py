@@ -1,6 +1,7 @@
 """A server's settings, limits and API keys."""
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from mhesa.errors import InputError
 from mhesa.settings import AT_LEAST_1, Doc, Range, check_ranges, documented
 
 PORTS = Range("0 to 65535", range(1 << 16).__contains__)
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[a-z0-9.:_\[\]-]+")
 NOT_NEGATIVE = Range("at least 0", lambda value: value >= 0)
 
 
@@ -62,6 +64,10 @@ class Settings:
     sessions: Annotated[
         Path | None, Doc("SQLite file that keeps sessions; if omitted, they are in memory.", metavar="FILE")
     ] = None
+    allow_origins: Annotated[
+        tuple[str, ...],
+        Doc("Origins of web pages that may use the server, such as https://example.org; * is any."),
+    ] = ()
     slots: Annotated[int, Doc("Texts to write at the same time.", AT_LEAST_1)] = 1024
     queue: Annotated[int, Doc("Texts that may wait for a slot.", NOT_NEGATIVE)] = 1024
     limits: Annotated[Limits, Doc("The limits of a request, see `Limits`.")] = Limits()
@@ -71,6 +77,9 @@ class Settings:
         check_ranges(self.limits)
         if not 0 < self.limits.request_seconds < float("inf"):
             raise InputError(f"timeout must be a positive number, not {self.limits.request_seconds}")
+        for origin in self.allow_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise InputError(f"an origin is https://host, http://host:port or *, not {origin}")
         if not self.keys and not is_loopback(self.host):
             raise InputError(
                 f"{self.host} can be reached from other machines: give --keys FILE, or stay on 127.0.0.1"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mhesa.tokenizers.chat import Messages, render_chat
+from mhesa.tokenizers.chat import Messages, mark_special_tokens, render_chat
 
 
 class Tokenizer(ABC):
@@ -49,12 +49,16 @@ class Tokenizer(ABC):
         """Write the files that `open_tokenizer` and transformers' `AutoTokenizer` read."""
 
     @abstractmethod
+    def special_tokens(self) -> dict[int, str]:
+        """The texts of the special tokens by their ids."""
+
+    @abstractmethod
     def _pieces(self) -> Mapping[int, bytes]:
         """The bytes of every token, none for a special one."""
 
     @abstractmethod
-    def _encode_with_special_tokens(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens are recognised."""
+    def _encode_marked(self, text: str) -> list[int]:
+        """The ids of a text in which marks stand for special tokens, see `mhesa.tokenizers.chat`."""
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """The ids of one text, see `encode_batch`."""
@@ -69,7 +73,9 @@ class Tokenizer(ABC):
         return self._join(ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids, self._pieces())
 
     def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> Any:
-        """The ids of a conversation, a list; special tokens in the template's text become their ids.
+        """The ids of a conversation, a list.
+
+        The template's special tokens become their ids; the text of messages is text, whatever it says.
 
         Args:
             messages: a `role` and a `content` each.
@@ -77,16 +83,27 @@ class Tokenizer(ABC):
 
         Raises:
             jinja2.TemplateError: the template is wrong, or refuses the conversation.
+            InputError: a message that cannot be encoded.
         """
         assert self.chat_template is not None, "the tokenizer has no chat template"
-        return self._encode_with_special_tokens(
+        return self._encode_marked(
             render_chat(
                 self.chat_template,
                 messages,
                 add_generation_prompt=add_generation_prompt,
-                eos_token=self.eos_token,
+                eos_token_id=self.eos_token_id,
+                pad_token_id=self.pad_token_id,
+                special_tokens=self.special_tokens(),
             )
         )
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """The ids of a text in which the texts of special tokens become these tokens.
+
+        Raises:
+            InputError: a text that cannot be encoded.
+        """
+        return self._encode_marked(mark_special_tokens(text, self.special_tokens()))
 
     def _join(self, ids: Iterable[int], pieces: Mapping[int, bytes]) -> bytes:
         try:

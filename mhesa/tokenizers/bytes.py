@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from mhesa.tokenizers.base import Tokenizer
+from mhesa.tokenizers.chat import mark
 from mhesa.tokenizers.config import write_config
 
 BYTE_TOKENIZER = "ByteTokenizer"
@@ -81,16 +82,26 @@ class Bytes(Tokenizer):
         }
         write_config(Path(folder), BYTE_TOKENIZER, self, added_tokens_decoder=tokens)
 
+    def special_tokens(self) -> dict[int, str]:
+        """The texts of the special tokens by their ids."""
+        special = {index: token.content for index, token in self._added_tokens().items() if token.special}
+        return special | {self.eos_token_id: self.eos_token, self.pad_token_id: self.pad_token}
+
+    def _added_tokens(self) -> Mapping[int, AddedToken]:
+        return self.added_tokens
+
     def _pieces(self) -> dict[int, bytes]:
         added = {i: b"" if it.special else to_bytes(it.content) for i, it in self.added_tokens.items()}
         return PIECES | added
 
-    def _encode_with_special_tokens(self, text: str) -> list[int]:
-        ids = {token.content: index for index, token in self.added_tokens.items()}
-        found: list[int] = []
-        for piece in token_splitter(ids).split(text):
-            found += [ids[piece]] if piece in ids else to_bytes(piece)
-        return found
+    def _encode_marked(self, text: str) -> list[int]:
+        special = self.special_tokens()
+        tokens = {it.content: i for i, it in self._added_tokens().items() if i not in special}
+        tokens |= {mark(token): token for token in special}
+        ids: list[int] = []
+        for piece in token_splitter(tokens).split(text):
+            ids += [tokens[piece]] if piece in tokens else to_bytes(piece)
+        return ids
 
 
 def to_bytes(text: str) -> bytes:

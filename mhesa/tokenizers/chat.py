@@ -1,60 +1,162 @@
-"""Chat templates: a conversation as text, by a Jinja template as transformers takes them."""
+"""Chat templates: a conversation as text, by a Jinja template as transformers takes them.
+
+Only the template makes special tokens, whatever the messages say. In its own text each special token is
+replaced by a mark before it runs, and only marks become special tokens afterwards. A message cannot hold a
+mark: it begins with a code point that Unicode keeps for such uses, which messages may not have.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mhesa.errors import InputError
+
 Messages = Sequence[Mapping[str, str]]
+Role = Literal["system", "developer", "user", "assistant"]
+# The beginning and the end of a mark, and the end of a part of one.
+START, END, PART = "\ufdd0", "\ufdd1", "\ufdd2"
+MARK = re.compile(f"{START}([0-9]+){END}")
 
 
-def render_chat(template: str, messages: Messages, *, add_generation_prompt: bool, eos_token: str) -> str:
-    r"""The text of a conversation.
+def mark(token: int) -> str:
+    """What stands for a special token in the text of a conversation."""
+    return f"{START}{token}{END}"
+
+
+def mark_special_tokens(text: str, special_tokens: Mapping[int, str]) -> str:
+    """Replace the texts of special tokens by their marks.
+
+    Raises:
+        InputError: the text holds a code point of marks.
+    """
+    _check(text)
+    return _Marks(special_tokens).replace(text)
+
+
+def render_chat(
+    template: str,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool,
+    eos_token_id: int,
+    pad_token_id: int,
+    special_tokens: Mapping[int, str],
+) -> str:
+    r"""The text of a conversation, in which a mark stands for each special token of the template.
 
     The template runs in Jinja's sandbox: it comes from a model's folder and is not trusted.
 
     Args:
-        template: a Jinja template, which sees the other arguments as variables.
+        template: a Jinja template, which sees `messages` and `add_generation_prompt` as variables.
         messages: a `role` and a `content` each.
         add_generation_prompt: end with the words that begin an answer.
-        eos_token: the token that begins and ends texts; templates see it as `bos_token`, `eos_token` and
-            `pad_token`.
+        eos_token_id: the token that begins and ends texts; templates see it as `bos_token` and `eos_token`.
+        pad_token_id: the token that fills rows; templates see it as `pad_token`.
+        special_tokens: the texts of the special tokens by their ids.
 
     Raises:
         jinja2.TemplateError: the template is wrong, or refuses the conversation.
+        InputError: a message holds a code point of marks.
 
-    >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    >>> render_chat(template, [{"role": "user", "content": "Hi"}], add_generation_prompt=False, eos_token="")
-    'user: Hi\n'
+    >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+    >>> messages = [{"role": "user", "content": "What is <end>?"}]
+    >>> special = {"eos_token_id": 9, "pad_token_id": 9, "special_tokens": {9: "<end>"}}
+    >>> text = render_chat(template, messages, add_generation_prompt=False, **special)
+    >>> text == "user: What is <end>?" + mark(9)
+    True
     """
-    return _compile(template).render(
+    for message in messages:
+        _check(*message.values())
+    end = mark(eos_token_id)
+    text = _compile(template, tuple(special_tokens.items())).render(
         messages=messages,
         add_generation_prompt=add_generation_prompt,
         tools=None,
         documents=None,
-        bos_token=eos_token,
-        eos_token=eos_token,
-        pad_token=eos_token,
+        bos_token=end,
+        eos_token=end,
+        pad_token=mark(pad_token_id),
     )
+    return _Marks(special_tokens).join_parts(text)
+
+
+def _check(*texts: Any) -> None:
+    for text in texts:
+        for code in (START, END, PART):
+            if isinstance(text, str) and code in text:
+                raise InputError(f"a text must not hold U+{ord(code):04X}, which is no character")
+
+
+class _Marks:
+    """Replaces special tokens in a template by marks.
+
+    Args:
+        special_tokens: the texts of the special tokens by their ids.
+    """
+
+    def __init__(self, special_tokens: Mapping[int, str]) -> None:
+        self.ids = {text: token for token, text in special_tokens.items()}
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+    def replace(self, text: str) -> str:
+        """Replace whole special tokens."""
+        return self.pattern.sub(lambda match: mark(self.ids[match[0]]), text) if self.ids else text
+
+    def replace_literal(self, text: str) -> str:
+        """Replace special tokens in a string of a template.
+
+        Some templates put a role between two strings to make a special token, `'<|' + message.role + '|>'`:
+        the parts get a code of their own, for `join_parts`.
+        """
+        text = self.replace(text)
+        for before, _, after, _ in self._made_of_roles():
+            if text.endswith(before):
+                text = text[: -len(before)] + PART + before
+            if text.startswith(after):
+                text = after + PART + text[len(after) :]
+        return text
+
+    def join_parts(self, text: str) -> str:
+        """Replace the special tokens that were made of a role between two parts."""
+        if PART in text:
+            for before, role, after, token in self._made_of_roles():
+                text = text.replace(PART + before + role + after + PART, mark(token))
+        return text.replace(PART, "")
+
+    def _made_of_roles(self) -> Iterator[tuple[str, str, str, int]]:
+        for text, token in self.ids.items():
+            for role in get_args(Role):
+                before, found, after = text.partition(role)
+                if found and before and after:
+                    yield before, role, after, token
 
 
 @lru_cache(maxsize=8)
-def _compile(template: str) -> Template:
+def _compile(template: str, special_tokens: tuple[tuple[int, str], ...]) -> Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    tree, marks = environment.parse(template), _Marks(dict(special_tokens))
+    for data in tree.find_all(nodes.TemplateData):
+        data.data = marks.replace_literal(data.data)
+    for constant in tree.find_all(nodes.Const):
+        if isinstance(constant.value, str):
+            constant.value = marks.replace_literal(constant.value)
+    return environment.from_string(tree)
 
 
 class _GenerationBlocks(Extension):

@@ -16,6 +16,7 @@ from mhesa.atomic_io import write_file
 from mhesa.errors import InputError
 from mhesa.tokenizers import base
 from mhesa.tokenizers.bytes import END_OF_TEXT
+from mhesa.tokenizers.chat import mark
 from mhesa.tokenizers.config import write_config
 
 TOKENIZER = "tokenizer.json"
@@ -88,14 +89,41 @@ class TextTokenizer(base.Tokenizer):
         with write_file(folder / TOKENIZER) as file:
             file.write(self.tokenizer.to_str(pretty=True).encode())
 
-    @cached_property
-    def _with_special_tokens(self) -> Tokenizer:
-        """A copy that recognises special tokens in a text."""
-        return Tokenizer.from_str(self.tokenizer.to_str())
+    def special_tokens(self) -> dict[int, str]:
+        """The texts of the special tokens by their ids."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = {index: token.content for index, token in added.items() if token.special}
+        return special | {self.eos_token_id: self.eos_token, self.pad_token_id: self.pad_token}
 
-    def _encode_with_special_tokens(self, text: str) -> list[int]:
-        ids: list[int] = self._with_special_tokens.encode(text, add_special_tokens=False).ids
-        return ids
+    def _encode_marked(self, text: str) -> list[int]:
+        tokenizer, ids = self._with_marks
+        found = tokenizer.encode(text, add_special_tokens=False).ids
+        for token in (set(found) - ids.keys()) & self._special_but_unknown:
+            name = self.tokenizer.id_to_token(token)
+            raise InputError(f"this tokenizer cannot tell the text {name} from the token of that name")
+        return [ids.get(token, token) for token in found]
+
+    @cached_property
+    def _with_marks(self) -> tuple[Tokenizer, dict[int, int]]:
+        """A copy that recognises marks instead of special tokens, and our ids of its added tokens."""
+        added, special = self.tokenizer.get_added_tokens_decoder(), self.special_tokens()
+        whole = json.loads(self.tokenizer.to_str())
+        whole["added_tokens"] = [token for token in whole["added_tokens"] if token["id"] not in special]
+        copy = Tokenizer.from_str(json.dumps(whole))
+        for token in special:
+            strips = ("single_word", "lstrip", "rstrip")
+            flags = {name: getattr(added[token], name) for name in strips} if token in added else {}
+            copy.add_special_tokens([AddedToken(mark(token), normalized=False, **flags)])
+        names = {mark(token): token for token in special}
+        names |= {added[token].content: token for token in added.keys() - special.keys()}
+        ids = copy.get_vocab(with_added_tokens=True)
+        return copy, {ids[name]: token for name, token in names.items()}
+
+    @cached_property
+    def _special_but_unknown(self) -> set[int]:
+        """The special tokens but the one that stands for unknown text."""
+        unknown = getattr(self.tokenizer.model, "unk_token", None)
+        return {token for token, text in self.special_tokens().items() if text != unknown}
 
     def _encode_any(self, data: bytes) -> np.ndarray:
         text = data.decode("utf-8", "surrogateescape")

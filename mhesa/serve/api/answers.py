@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -31,9 +33,11 @@ class Answer(ABC):
 
     Args:
         submission: the jobs that write the texts.
+        prompts: each job's tokens as the client sent them, `(tokens,)`.
         lease: the session that they continue.
         top: how many of the likeliest tokens to give beside each; `None` gives no log-probabilities.
         options: what a stream sends beside the text.
+        echoed: the bytes of each job's prompt, to put before its texts; `None` puts nothing there.
 
     Attributes:
         prefix: of the answer's id.
@@ -50,12 +54,15 @@ class Answer(ABC):
     def __init__(
         self,
         submission: Submission,
+        prompts: Sequence[np.ndarray],
         lease: SessionLease | None,
         *,
         top: int | None,
         options: protocol.StreamOptions,
+        echoed: Sequence[bytes] | None = None,
     ) -> None:
-        self.submission, self.lease, self.top, self.options = submission, lease, top, options
+        self.submission, self.prompts, self.lease = submission, prompts, lease
+        self.top, self.options = top, options
         self.service = submission.service
         self.log_fields: dict[str, Any] = submission.request.state.log_fields
         self.head: dict[str, Any] = {
@@ -63,8 +70,12 @@ class Answer(ABC):
             "created": int(time.time()),
             "model": self.service.settings.name,
         }
-        # The texts in the order of the answer, each with its job.
-        self.cursors = [(job, TextCursor(text)) for job in submission.jobs for text in job.texts]
+        # The texts in the order of the answer.
+        self.cursors = [
+            TextCursor(text, before)
+            for job, before in zip(submission.jobs, echoed or repeat(b""), strict=False)
+            for text in job.texts
+        ]
 
     @abstractmethod
     def _choice(
@@ -84,9 +95,7 @@ class Answer(ABC):
 
     def size(self) -> int:
         """How much there is to make an answer of: tokens, log-probabilities and echoed prompts."""
-        tokens = sum(
-            self._echoed(index) + cursor.text.count for index, (_, cursor) in enumerate(self.cursors)
-        )
+        tokens = sum(self._echoed(index) + cursor.text.count for index, cursor in enumerate(self.cursors))
         return tokens * (1 if self.top is None else 2 + self.top)
 
     def _echoed(self, index: int) -> int:
@@ -99,7 +108,7 @@ class Answer(ABC):
         return "".join(with_items(whole, "choices", self._choices())).encode()
 
     def _choices(self) -> Iterator[str]:
-        for index, (_, cursor) in enumerate(self.cursors):
+        for index, cursor in enumerate(self.cursors):
             choice = self._choice(index, *cursor.read(), cursor.finish)
             yield "," * (index > 0) + choice.model_dump_json()
 
@@ -117,8 +126,7 @@ class Answer(ABC):
 
     def usage(self) -> protocol.Usage:
         """Numbers of tokens so far."""
-        # Without the first token of each job, which precedes the prompt.
-        read = sum(len(job.ids) - 1 for job in self.submission.jobs)
+        read = sum(map(len, self.prompts))
         written = sum(text.count for job in self.submission.jobs for text in job.texts)
         return protocol.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
@@ -127,7 +135,7 @@ class Answer(ABC):
         for index in range(len(self.cursors)):
             for event in self._opening(index):
                 yield _json(event)
-        unfinished = dict(enumerate(cursor for _, cursor in self.cursors))
+        unfinished = dict(enumerate(self.cursors))
         while unfinished:
             await self.submission.progress()
             for index, cursor in list(unfinished.items()):
@@ -159,39 +167,24 @@ class Answer(ABC):
             fields["usage"] = None
         return self.chunk(**fields, object=self.chunk_object, choices=list(choices))
 
-    def _token_name(self, token: int) -> str:
-        """A token as text; escaped where its bytes are not whole characters."""
-        if token == self.service.tokenizer.eos_token_id:
-            return str(self.service.tokenizer.eos_token)
-        piece = self.service.token_bytes[token]
-        try:
-            return piece.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
-
 
 class CompletionAnswer(Answer):
-    """OpenAI's `text_completion`.
-
-    Args:
-        echo: put the prompt before each text.
-        others: see `Answer`.
-    """
+    """OpenAI's `text_completion`."""
 
     prefix = "cmpl"
     response, response_object = protocol.Completion, "text_completion"
     chunk, chunk_object = protocol.CompletionChunk, "text_completion"
 
-    def __init__(self, *args: Any, echo: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # The jobs whose prompts are still to be put before their texts.
-        self.echoes: dict[int, Job] = dict(enumerate(job for job, _ in self.cursors)) if echo else {}
-        # The length of each text so far, in characters.
-        self.offsets = [0] * len(self.cursors)
+    def __init__(self, *args: Any, echoed: Sequence[bytes] | None, **kwargs: Any) -> None:
+        super().__init__(*args, echoed=echoed, **kwargs)
+        jobs = zip(self.submission.jobs, self.prompts, strict=True)
+        sources = enumerate(pair for pair in jobs for _ in pair[0].texts)
+        # The prompts whose tokens are still to be put before those of their texts.
+        self.echoes: dict[int, tuple[Job, np.ndarray]] = {} if echoed is None else dict(sources)
+        self.characters = [CharacterCounter() for _ in self.cursors]
 
     def _echoed(self, index: int) -> int:
-        job = self.echoes.get(index)
-        return len(job.ids) if job else 0
+        return len(self.echoes[index][1]) if index in self.echoes else 0
 
     def _events(
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
@@ -201,31 +194,26 @@ class CompletionAnswer(Answer):
     def _choice(
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
     ) -> protocol.CompletionChoice:
-        if job := self.echoes.pop(index, None):
-            prompt = self.service.decode(job.ids[1:])
-            text = prompt.decode("utf-8", "replace") + text
-            scores = (_prompt_scores(job) if job.score else []) + scores
+        echoed = self.echoes.pop(index, None)
+        if echoed and self.top is not None:
+            scores = _prompt_scores(*echoed) + scores
         logprobs = None if self.top is None else self._logprobs(index, scores)
         return protocol.CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
 
     def _logprobs(self, index: int, scores: list[TokenScore]) -> protocol.CompletionLogprobs:
-        offsets, at = [], self.offsets[index]
-        for score in scores:
-            piece = self.service.token_bytes[score.token]
-            # A token that continues a character has that character's offset.
-            offsets.append(at - bool(at and piece and piece[0] & 0xC0 == 0x80))
-            at += sum(byte & 0xC0 != 0x80 for byte in piece)
-        self.offsets[index] = at
-        likeliest = [
-            {self._token_name(token): value for token, value in [*score.top, (score.token, score.logprob)]}
-            for score in scores
-        ]
+        characters, token_bytes = self.characters[index], self.service.token_bytes
         return protocol.CompletionLogprobs(
-            tokens=[self._token_name(score.token) for score in scores],
+            tokens=[self.service.token_name(score.token) for score in scores],
             token_logprobs=[score.logprob for score in scores],
-            top_logprobs=likeliest if self.top else None,
-            text_offset=offsets,
+            top_logprobs=[self._likeliest(score) for score in scores] if self.top else None,
+            text_offset=[characters.add(token_bytes[score.token]) for score in scores],
         )
+
+    def _likeliest(self, score: TokenScore) -> dict[str, float] | None:
+        if score.logprob is None:
+            return None
+        pairs = [*score.top, (score.token, score.logprob)]
+        return {self.service.token_name(token): value for token, value in pairs}
 
 
 class ChatAnswer(Answer):
@@ -249,7 +237,7 @@ class ChatAnswer(Answer):
     def _events(
         self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
     ) -> Iterator[BaseModel]:
-        if text:
+        if text or scores:
             yield self._event(index, protocol.ChatDelta(content=text), self._logprobs(scores))
         if finish:
             yield self._event(index, protocol.ChatDelta(), None, finish)
@@ -276,9 +264,9 @@ class ChatAnswer(Answer):
         ]
         return protocol.ChatLogprobs(content=content, refusal=None)
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         piece = self.service.token_bytes[token]
-        return {"token": self._token_name(token), "logprob": logprob, "bytes": list(piece)}
+        return {"token": self.service.token_name(token), "logprob": logprob, "bytes": list(piece)}
 
 
 class EventStream(Response):
@@ -316,6 +304,34 @@ def _json(event: BaseModel) -> str:
     return event.model_dump_json(exclude_unset=True, ensure_ascii=True)
 
 
-def _prompt_scores(job: Job) -> list[TokenScore]:
-    rows = zip(job.ids[1:].tolist(), job.logprobs.tolist(), job.likeliest or repeat([]), strict=False)
-    return [TokenScore(0, *row) for row in rows]
+class CharacterCounter:
+    r"""Counts the characters of a text that grows token by token.
+
+    A byte that is no part of a character counts as one, U+FFFD, as `bytes.decode` with "replace" makes it.
+
+    >>> counter = CharacterCounter()
+    >>> [counter.add(piece) for piece in (b"n", b"\xc3", b"\xa9", b"\xff", b"!")]
+    [0, 1, 1, 2, 3]
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, piece: bytes) -> int:
+        """Add a token's bytes; returns the index of the character in which they begin."""
+        self._count += len(self._decoder.decode(piece[:1]))
+        is_complete = piece and not self._decoder.getstate()[0]
+        start = self._count - 1 if is_complete else self._count
+        self._count += len(self._decoder.decode(piece[1:]))
+        return start
+
+
+def _prompt_scores(job: Job, prompt: np.ndarray) -> list[TokenScore]:
+    """The scores of a prompt's tokens."""
+    values: list[float | None] = job.logprobs.tolist()
+    likeliest = job.likeliest or [[] for _ in values]
+    if len(prompt) == len(job.ids):
+        # The client's own first token begins the text: nothing predicts it.
+        values, likeliest = [None, *values], [[], *likeliest]
+    return [TokenScore(0, *row) for row in zip(prompt.tolist(), values, likeliest, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -14,19 +15,20 @@ from starlette.responses import Response
 
 import mhesa
 from mhesa.serve.api import metrics, protocol
-from mhesa.serve.api.body import read_body
+from mhesa.serve.api.body import Body, read_body
 from mhesa.serve.api.completions import chat, complete
 from mhesa.serve.api.errors import APIError, ClientGone, session_error, validation_error
 from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.page import page
 from mhesa.serve.api.scores import score
 from mhesa.serve.api.service import Service
+from mhesa.serve.api.tokens import detokenize, tokenize, tokenizer_info
 from mhesa.serve.sessions import SessionError, SessionRecord
 
 STATUSES = {
     400: "The request is wrong.",
     401: "There is no valid API key.",
-    403: "Without API keys the server answers requests to localhost only.",
+    403: "The web page's origin is not allowed; or there are no API keys and the host is not localhost.",
     404: "There is no such thing.",
     409: "A session is in use, exists already or belongs to another model.",
     413: "The body is too large.",
@@ -57,6 +59,7 @@ def create_app(service: Service) -> FastAPI:
     _add_pages(app, service)
     _add_models(app, service)
     _add_generation(app, service)
+    _add_tokens(app, service)
     _add_sessions(app, service)
     _describe_bodies(app)
     return app
@@ -151,6 +154,8 @@ def _describe_bodies(app: FastAPI) -> None:
         protocol.CompletionRequest,
         protocol.ChatRequest,
         protocol.ScoreRequest,
+        protocol.TokenizeRequest,
+        protocol.DetokenizeRequest,
         protocol.ForkRequest,
     ):
         _describe(schemas, body, "validation")
@@ -188,6 +193,36 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def scores(request: Request) -> Response:
         """Measure the surprisal of each token or line of a text, in bits."""
         return await score(service, request, await read_body(service, request, protocol.ScoreRequest))
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    tokenizer = tokenizer_info(service)
+
+    async def answer(request: Request, kind: type[Body], make: Callable[[Service, Body], bytes]) -> Response:
+        body = await read_body(service, request, kind)
+        content = await service.run_sized(request.state.body_bytes, make, service, body)
+        return Response(content, media_type="application/json")
+
+    @app.post(
+        "/tokenize", response_model=protocol.Tokens, openapi_extra=_request_body(protocol.TokenizeRequest)
+    )
+    async def make_tokens(request: Request) -> Response:
+        """Make tokens of a text or a conversation."""
+        return await answer(request, protocol.TokenizeRequest, tokenize)
+
+    @app.post(
+        "/detokenize",
+        response_model=protocol.Detokenized,
+        openapi_extra=_request_body(protocol.DetokenizeRequest),
+    )
+    async def make_text(request: Request) -> Response:
+        """Make a text of tokens."""
+        return await answer(request, protocol.DetokenizeRequest, detokenize)
+
+    @app.get("/tokenizer_info")
+    async def show_tokenizer() -> protocol.TokenizerInfo:
+        """What is known of the tokenizer."""
+        return tokenizer
 
 
 def _add_sessions(app: FastAPI, service: Service) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import jinja2
@@ -18,7 +17,13 @@ from mhesa.inference.sampling import Sampling, TokenSampler
 from mhesa.serve.api.answers import Answer, ChatAnswer, CompletionAnswer, EventStream
 from mhesa.serve.api.errors import check_limit, invalid
 from mhesa.serve.api.lease import SessionLease
-from mhesa.serve.api.protocol import ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
+from mhesa.serve.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Message,
+    StreamOptions,
+)
 from mhesa.serve.api.service import Service, prepend, queue_of, utf8
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
@@ -37,7 +42,7 @@ class Plan:
         top: how many of the likeliest tokens to give beside each; `None` gives no log-probabilities.
         sampling, stops: how to draw tokens, and what ends a text.
         answer: makes the answer.
-        echo: the prompts are part of the answer.
+        echoed: the bytes of each prompt, if they are part of the answer.
     """
 
     prompts: list[np.ndarray]
@@ -46,13 +51,13 @@ class Plan:
     top: int | None
     sampling: Sampling
     stops: list[bytes]
-    answer: Callable[..., Answer]
-    echo: bool = False
+    answer: type[Answer]
+    echoed: list[bytes] | None = None
 
     @property
     def score(self) -> bool:
         """Whether the tokens of the prompts get log-probabilities."""
-        return self.echo and self.top is not None
+        return self.echoed is not None and self.top is not None
 
 
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
@@ -74,19 +79,17 @@ def _plan_completions(service: Service, body: CompletionRequest) -> Plan:
     limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     check_limit(limit, "max_tokens", limits.max_tokens)
     check_limit(body.logprobs or 0, "logprobs", limits.logprobs)
-    echo = bool(body.echo)
-    answer = partial(CompletionAnswer, echo=echo)
-    return _plan(service, body, prompts, limit, body.logprobs, answer, echo)
+    return _plan(service, body, prompts, limit, body.logprobs, CompletionAnswer, bool(body.echo))
 
 
 def _plan_chat(service: Service, body: ChatRequest) -> Plan:
     limits = service.settings.limits
     service.check_model(body.model)
-    prompt = _render(service, body)
+    prompt = render(service, body.messages)
     limit = body.max_completion_tokens or body.max_tokens or limits.max_tokens
     check_limit(limit, "max_completion_tokens", limits.max_tokens)
     check_limit(body.top_logprobs or 0, "top_logprobs", limits.logprobs)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     top = (body.top_logprobs or 0) if body.logprobs else None
     return _plan(service, body, [prompt], limit, top, ChatAnswer)
@@ -98,7 +101,7 @@ def _plan(
     prompts: list[np.ndarray],
     limit: int,
     top: int | None,
-    answer: Callable[..., Answer],
+    answer: type[Answer],
     echo: bool = False,
 ) -> Plan:
     limits, n = service.settings.limits, body.n or 1
@@ -112,11 +115,13 @@ def _plan(
         written = 0 if body.stream else texts * limit
         entries = (written + (tokens * n if echo else 0)) * (top + 1)
         check_limit(entries, "logprobs in one answer", limits.logprob_entries)
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options and body.stream_options.model_dump(exclude_defaults=True) and not body.stream:
         raise invalid("stream_options is for streams only", "stream_options")
     if body.session and texts != 1:
         raise invalid("a session takes one prompt and n=1", "session")
-    return Plan(prompts, n, limit, top, _sampling(service, body), _stops(service, body), answer, echo)
+    sampling, stops = _sampling(service, body), _stops(service, body)
+    echoed = [service.decode(prompt) for prompt in prompts] if echo else None
+    return Plan(prompts, n, limit, top, sampling, stops, answer, echoed)
 
 
 async def _write(service: Service, request: Request, body: GenerationRequest, plan: Plan) -> Response:
@@ -131,7 +136,8 @@ async def _write(service: Service, request: Request, body: GenerationRequest, pl
         if lease is not None:
             lease.release()
         raise
-    answer = plan.answer(submission, lease, top=plan.top, options=body.stream_options or StreamOptions())
+    options = body.stream_options or StreamOptions()
+    answer = plan.answer(submission, plan.prompts, lease, top=plan.top, options=options, echoed=plan.echoed)
     if body.stream:
         return EventStream(answer)
     try:
@@ -202,31 +208,41 @@ def _with_first_token(ids: np.ndarray, end: int, last: int | None) -> np.ndarray
     return ids if len(ids) and ids[0] == end else prepend(end, ids)
 
 
-def _render(service: Service, body: ChatRequest) -> np.ndarray:
-    """The tokens of a conversation, in the form of the model's chat template."""
+def render(
+    service: Service, conversation: Sequence[Message], add_generation_prompt: bool = True
+) -> np.ndarray:
+    """The tokens of a conversation in the form of the model's chat template, `(tokens,)`.
+
+    Raises:
+        APIError: there is no template, or it refuses the conversation.
+    """
     tokenizer = service.tokenizer
     if not tokenizer.chat_template:
         raise invalid("this model has no chat template; use /v1/completions", "messages", "no_chat_template")
     messages = []
-    for message in body.messages:
-        parts = message.content
-        content = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        if str(tokenizer.eos_token) in content:
-            raise invalid(f"a message must not hold {tokenizer.eos_token}", "messages")
-        messages.append({"role": message.role, "content": content})
+    for message in conversation:
+        given = {"role": message.role, "content": message.text(), "name": message.name or ""}
+        for text in given.values():
+            utf8(text, "messages")
+        messages.append({name: text for name, text in given.items() if text or name != "name"})
     try:
-        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:
         raise invalid(f"the chat template refuses: {error}"[:500], "messages") from error
-    return service.encode([int(token) for token in ids], "messages")
+    except InputError as error:
+        raise invalid(str(error), "messages") from error
+    return service.encode(ids, "messages")
 
 
 def _sampling(service: Service, body: GenerationRequest) -> Sampling:
     names = {field.name for field in fields(Sampling)} - {"logit_bias"}
     biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
     service.check_token(max(biases, default=0), "logit_bias")
+    given = body.model_dump(include=names, exclude_none=True)
+    if body.top_p == 0:
+        given |= {"top_p": 1, "top_k": 1}
     try:
-        return Sampling(**body.model_dump(include=names, exclude_none=True), logit_bias=biases)
+        return Sampling(**given, logit_bias=biases)
     except InputError as error:
         raise invalid(str(error), str(error).split()[0]) from error
 

@@ -34,7 +34,7 @@ class SessionLease:
         token = int(job.ids[-1]) if text.last is None else text.last
         before = self.stored.position if self.stored else 0
         # The job's first token was the session's last.
-        position = before + len(job.ids) - 1 + text.drawn
+        position = before + len(job.ids) - 1 + text.count
         stored = SessionState(self.service.engine.state(job), token, position)
         await self.service.run_in_disk_thread(self.service.sessions.save, self.client, self.name, stored)
 

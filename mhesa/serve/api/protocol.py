@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from mhesa.inference.continuation import FinishReason
+from mhesa.tokenizers.chat import Role
 
 SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SessionName = Annotated[str, StringConstraints(pattern=SESSION_NAME)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), AfterValidator(lambda seed: seed % (1 << 64))]
 # Lists stop at their first wrong item: an error for each of a million items would take a gigabyte.
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -19,11 +29,60 @@ TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 ScoreUnit = Literal["token", "line", "text"]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
+# What clients send in a field that they do not use.
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+# Values that ask for nothing, of fields that this server does not have, or that say "as if not there".
+IGNORED_VALUES: dict[str, tuple[Any, ...]] = {
+    "seed": (-1,),
+    "top_k": (-1,),
+    "best_of": (*EMPTY, 1),
+    "function_call": (*EMPTY, "none", "auto"),
+    "include_obfuscation": (*EMPTY, True, False),
+    "parallel_tool_calls": (*EMPTY, True, False),
+    "prompt_cache_retention": (*EMPTY, "in_memory", "in-memory"),
+    "reasoning_effort": (*EMPTY, "none", "medium"),
+    "tool_choice": (*EMPTY, "none", "auto"),
+    "verbosity": (*EMPTY, "medium"),
+    # Without members it asks for a search.
+    "web_search_options": (None,),
+    # Of vLLM's and llama.cpp's requests to tokenise.
+    "continue_final_message": (None, False),
+    "with_pieces": (None, False),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "mm_processor_kwargs"), EMPTY),
+    **dict.fromkeys(
+        ("audio", "functions", "moderation", "prediction", "prompt_cache_options", "tools"), EMPTY
+    ),
+    # Of a message, which a client may send back as it was received.
+    **dict.fromkeys(
+        ("annotations", "parsed", "prompt_cache_breakpoint", "refusal", "tool_call_id", "tool_calls"), EMPTY
+    ),
+}
+
 
 class RequestBody(BaseModel):
-    """A request's body; an unknown field is an error."""
+    """A request's body; an unknown field is an error.
+
+    As in OpenAI's API, an optional field that is null or empty is the same as one that is not there. So are
+    fields of OpenAI's that this server does not have, if they ask for nothing.
+    """
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if not cls._asks_for_nothing(name, value)}
+
+    @classmethod
+    def _asks_for_nothing(cls, name: str, value: Any) -> bool:
+        if value in IGNORED_VALUES.get(name, ()):
+            return True
+        field = cls.model_fields.get(name)
+        if field is None or field.is_required():
+            return False
+        return value is None or (field.default is None and value in EMPTY)
 
 
 class StreamOptions(RequestBody):
@@ -38,13 +97,13 @@ class GenerationRequest(RequestBody):
 
     model: str | None = Field(None, description="The model's name; the one that is served if omitted.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=1 << 31)
+    top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token.")
+    top_k: int | None = Field(None, ge=0, le=1 << 31, description="0 and -1 are all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     n: int | None = Field(None, ge=1, le=1 << 31, description="How many texts for each prompt.")
     stop: str | Texts | None = Field(None, description="A text ends before the first of these.")
-    seed: Seed | None = Field(None, description="Makes the texts repeatable.")
+    seed: Seed | None = Field(None, description="Makes the texts repeatable; -1 is the same as none.")
     stream: bool | None = Field(None, description="Send the text as it is written, as server-sent events.")
     stream_options: StreamOptions | None = None
     session: SessionName | None = Field(
@@ -100,9 +159,22 @@ class TextPart(RequestBody):
 class Message(RequestBody):
     """A turn of a conversation."""
 
-    role: str = Field(max_length=64)
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    role: Role
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
+        "", description="Only an assistant's may be null or missing."
+    )
     name: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise ValueError(f"content of a message with the role {self.role} must be a text")
+        return self
+
+    def text(self) -> str:
+        """The content as one text."""
+        parts = self.content
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
 
 class TextFormat(RequestBody):
@@ -140,6 +212,46 @@ class ScoreRequest(RequestBody):
     by: ScoreUnit = Field("line", description="What each item of the answer is.")
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": "first line\nsecond line\n"}]})
+
+
+class TokenizeRequest(RequestBody):
+    """A text or a conversation to tokenise: one of `prompt`, `content` and `messages`."""
+
+    model: str | None = None
+    prompt: str = Field("", description="A text.")
+    content: str = Field("", description="A text, as llama.cpp's clients call it.")
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, description="A conversation, in the form of the model's chat template."
+    )
+    add_generation_prompt: bool = Field(
+        default=True, description="End a conversation with the words that begin an answer."
+    )
+    parse_special: bool = Field(
+        default=True,
+        description="Make tokens of the names of special tokens in a text. Completions never do.",
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Nothing is added to a text: the server itself begins it with an end of text."
+    )
+    add_special: bool | None = Field(None, description="The same, as llama.cpp's clients call it.")
+    return_token_strs: bool | None = Field(None, description="Give the texts of the tokens too.")
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Once upon a time"}]})
+
+    @model_validator(mode="after")
+    def _has_one_text(self) -> TokenizeRequest:
+        if len(self.model_fields_set & {"prompt", "content", "messages"}) != 1:
+            raise ValueError("give one of prompt, content and messages")
+        return self
+
+
+class DetokenizeRequest(RequestBody):
+    """Tokens to make a text of."""
+
+    model: str | None = None
+    tokens: TokenIds
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [79, 110, 99, 101]}]})
 
 
 class ForkRequest(RequestBody):
@@ -181,11 +293,11 @@ class TextObject(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Log-probabilities in nats, token by token."""
+    """Log-probabilities in nats, token by token; null for a token that begins a text."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -326,6 +438,31 @@ class Score(BaseModel):
     by: ScoreUnit
     data: list[ScoredText]
     usage: Usage
+
+
+class Tokens(BaseModel):
+    """The tokens of a text, and the largest number that a prompt may have."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None
+
+
+class Detokenized(BaseModel):
+    """The text of tokens, under the names that vLLM and llama.cpp give it; special tokens by name."""
+
+    prompt: str
+    content: str
+
+
+class TokenizerInfo(BaseModel):
+    """The tokenizer's special tokens and its chat template."""
+
+    bos_token: str
+    eos_token: str
+    pad_token: str
+    chat_template: str | None
 
 
 class SessionInfo(BaseModel):

@@ -56,6 +56,7 @@ class Service:
         self.token_bytes = token_bytes(tokenizer, model.token_emb.num_embeddings)
         self.id_type = np.dtype(np.uint16 if len(self.token_bytes) <= 1 << 16 else np.int32)
         self.token_sizes = np.array([len(token) for token in self.token_bytes])
+        self.special_tokens = tokenizer.special_tokens()
         self.sessions = Sessions(
             settings.sessions,
             model=fingerprint(model),
@@ -160,6 +161,14 @@ class Service:
         starts = range(0, len(ids), PIECE)
         pieces = (map(self.token_bytes.__getitem__, ids[start : start + PIECE].tolist()) for start in starts)
         return b"".join(map(b"".join, pieces))
+
+    def token_name(self, token: int) -> str:
+        """A token as text; escaped where its bytes are not whole characters."""
+        piece = self.special_tokens.get(token, "").encode() or self.token_bytes[token]
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def _release_memory() -> None:

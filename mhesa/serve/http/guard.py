@@ -10,10 +10,11 @@ import hmac
 import time
 import traceback
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mhesa.serve.api.errors import APIError, stopping
@@ -29,6 +30,21 @@ DRAINED_BODIES = 16
 DRAIN_SECONDS = 2.0
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="mhesa: any name, and an API key for the password"'}
+
+
+def protect(app: ASGIApp, service: Service) -> ASGIApp:
+    """The application behind a `Guard`, and usable by web pages of the origins that the settings allow."""
+    guard, origins = Guard(app, service), service.settings.allow_origins
+    if not origins:
+        return guard
+    # It answers a browser's question whether a page may send a request, which comes without a key.
+    return CORSMiddleware(
+        guard,
+        allow_origins=origins,
+        allow_methods=("GET", "HEAD", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after"),
+    )
 
 
 class Guard:
@@ -54,7 +70,10 @@ class Guard:
         fields: dict[str, Any] = {}
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["log_fields"] = fields
-        status = 0
+        method, status = scope["method"], 0
+        if method == "HEAD":
+            # Routes know GET; of their answers only the head is sent.
+            scope = {**scope, "method": "GET"}
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -62,6 +81,8 @@ class Guard:
                 status = message["status"]
                 own = [(b"x-request-id", request_id.encode()), *HEADERS]
                 message = {**message, "headers": [*message["headers"], *own]}
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -86,7 +107,7 @@ class Guard:
                     "request",
                     id=request_id,
                     client=state.get("client"),
-                    method=scope["method"][:16],
+                    method=method[:16],
                     route=route,
                     status=status,
                     ms=round(seconds * 1000, 1),
@@ -97,6 +118,7 @@ class Guard:
         """The client's name; raises `APIError` if it has no access."""
         if scope["path"] in OPEN:
             return ""
+        _check_origin(headers, self.service.settings.allow_origins)
         if self.keys:
             client = self._client(headers.get(b"authorization", b""))
         else:
@@ -179,6 +201,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again
+
+
+def _check_origin(headers: dict[bytes, bytes], allowed: Sequence[str]) -> None:
+    """Refuse what a browser sends for a page of another origin, unless that is allowed.
+
+    A browser sends simple requests without asking first, and a user's password with them.
+    """
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    own = origin.partition("://")[2] == headers.get(b"host", b"").decode("latin-1")
+    if origin and not own and "*" not in allowed and origin not in allowed:
+        message = f"pages of {origin[:200]} may not use this server; its --allow-origin can allow them"
+        raise APIError(403, message, code="origin_not_allowed")
 
 
 def _check_host(header: bytes) -> None:

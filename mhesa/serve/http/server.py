@@ -20,7 +20,7 @@ from mhesa.errors import InputError
 from mhesa.serve.api.app import create_app
 from mhesa.serve.api.errors import APIError
 from mhesa.serve.api.service import Service
-from mhesa.serve.http.guard import Guard
+from mhesa.serve.http.guard import protect
 from mhesa.serve.logs import log, redirect_logger
 from mhesa.serve.sessions import SessionError
 from mhesa.serve.settings import Limits
@@ -30,6 +30,9 @@ from mhesa.serve.settings import Limits
 SWITCH_SECONDS = 0.0001
 # New objects after which garbage is collected; Python's default is 700.
 COLLECT_AFTER = 50_000
+# How long a connection may be idle: longer than the pools of clients (15 to 90 s) keep one, so that they do
+# not write into a connection that the server is closing.
+KEEP_ALIVE_SECONDS = 120
 # Time between two deletions of expired sessions.
 EXPIRE_SECONDS = 600
 # Time between two releases of memory that requests have used.
@@ -56,7 +59,7 @@ def serve(service: Service) -> None:
     redirect_logger("uvicorn.error", logging.CRITICAL)
     settings = service.settings
     config = uvicorn.Config(
-        Guard(create_app(service), service),
+        protect(create_app(service), service),
         host=settings.host,
         port=settings.port,
         http=_protocol(settings.limits),
@@ -66,6 +69,7 @@ def serve(service: Service) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.limits.drain_seconds) + 5,
     )
     try:
