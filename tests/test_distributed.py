@@ -15,8 +15,9 @@ from commands import run_processes
 from safetensors.torch import load_file
 
 from mhesa.data import Windows
-from mhesa.training import TrainingSettings, batches, train
+from mhesa.training import TrainingSettings, train
 from mhesa.training.batches import Batches
+from mhesa.training.distributed import Grid
 
 OPTIONS = {
     "steps": 30,
@@ -109,6 +110,51 @@ def test_what_two_saved_others_resume(two, tmp_path, processes, options):
     assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in expected)
 
 
+@pytest.fixture(scope="module")
+def shared(one, tmp_path_factory):
+    """The run of `one` by two processes that share every window, whose context they do not divide."""
+    out = tmp_path_factory.mktemp("shared") / "run"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    arguments = (*one.sources, "--out", out, "--carry-state", *options, "--context", 33)
+    done = run_processes(2, "train", *arguments, "--context-parallel", 2, "--eval-every", 30)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, 2 to a window" in done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(one, tmp_path_factory):
+    """The run of `shared` by one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    train(replace(one, out=str(out), context=33, eval_every=30))
+    return out
+
+
+def held_out(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["held_out_bits_per_byte"] for row in rows if "held_out_bits_per_byte" in row]
+
+
+def test_processes_that_share_windows_are_one(alone, shared):
+    assert_same_curve(shared, losses(alone))
+    assert len(held_out(shared)) == 2
+    assert held_out(shared) == pytest.approx(held_out(alone), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("processes", "columns", "options"),
+    [(4, 2, []), (4, 4, ["--fsdp"]), (1, 1, [])],
+    ids=["2 x 2", "4, sharded", "1"],
+)
+def test_what_they_saved_others_resume(shared, tmp_path, processes, columns, options):
+    out = back_to_step_10(shared, tmp_path / "run")
+    resume = ["train", "--resume", "--out", out, "--context-parallel", columns, *options]
+    done = run_processes(processes, *resume)
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(out, losses(shared))
+    assert held_out(out) == pytest.approx(held_out(shared), abs=1e-4)
+
+
 SHARDED = """
 from mhesa.model.config import ModelConfig
 from mhesa.training.distributed import distribute, is_sharded, join_processes, model_state, rank
@@ -141,13 +187,12 @@ def test_sharded_weights_are_held_once(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_no_window_is_read_twice_and_none_is_left_out(monkeypatch, processes, accumulate):
+def test_no_window_is_read_twice_and_none_is_left_out(processes, accumulate):
     windows = Windows(np.arange(1000), context=10, rows=8, seed=0)
-    monkeypatch.setattr(batches, "processes", lambda: processes)
     read = []
-    for rank in range(processes):
-        monkeypatch.setattr(batches, "rank", lambda rank=rank: rank)
-        micro_batches = Batches(windows, accumulate=accumulate, eos_token_id=None).read(3)
+    for row in range(processes):
+        grid = Grid(rows=processes, row=row)
+        micro_batches = Batches(windows, accumulate=accumulate, eos_token_id=None, grid=grid).read(3)
         assert len(micro_batches) == accumulate
         for batch in micro_batches:
             read += batch.ids[:, 0].tolist()
@@ -159,3 +204,37 @@ def test_a_batch_that_cannot_be_shared_is_refused(one, tmp_path):
     assert done.returncode == 2
     assert "batch_size 3 cannot be divided into 1 micro-batches for 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "options", "message"),
+    [
+        (2, ("--context-parallel", 3), "context_parallel 3 does not divide the number of processes, 2"),
+        (1, ("--context-parallel", 2), "context_parallel 2 does not divide the number of processes, 1"),
+        (1, ("--context-parallel", 9, "--context", 8), "context 8 is shorter than context_parallel 9"),
+        (1, ("--context-parallel", 2, "--compile"), "compile cannot be used with context_parallel"),
+    ],
+)
+def test_windows_that_cannot_be_shared_are_refused(one, tmp_path, processes, options, message):
+    done = run_processes(processes, "train", *one.sources, "--out", tmp_path / "run", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_score_a_text_together(shared, one, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(Path(*one.sources).read_bytes()[:20_001])
+    for command in (["eval", shared, text, "--json"], ["score", shared, text, "--top", 3, "--json"]):
+        alone, together = (run_processes(count, *command) for count in (1, 3))
+        assert (alone.returncode, together.returncode) == (0, 0), together.stderr
+        for expected, found in zip(
+            *(out.splitlines() for out in (alone.stdout, together.stdout)), strict=True
+        ):
+            assert json.loads(found) == pytest.approx(json.loads(expected), rel=1e-4)
+
+
+def test_processes_cannot_score_standard_input(shared):
+    done = run_processes(2, "score", shared)
+    assert done.returncode == 2
+    assert "many processes cannot share standard input" in done.stderr

@@ -9,6 +9,7 @@ import atexit
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -70,6 +71,36 @@ def barrier() -> None:
     """Wait for all processes."""
     if processes() > 1:
         dist.barrier()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The processes as rows and columns: a row shares its windows, and each column holds a stretch of them.
+
+    Args:
+        rows, row: how many rows there are, and the index of this process's.
+        columns, column: how many processes share a window, and the index of this process among them.
+        group: the processes of this row; `None` if there is one column.
+    """
+
+    rows: int = 1
+    row: int = 0
+    columns: int = 1
+    column: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+ONE_PROCESS = Grid()
+
+
+def arrange(device: str, columns: int) -> Grid:
+    """The grid of all processes, `columns` wide; neighbours share a window. All processes must call this."""
+    if columns == 1:
+        return Grid(rows=processes(), row=rank())
+    shape = (processes() // columns, columns)
+    mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("data", "context"))
+    row, column = divmod(rank(), columns)
+    return Grid(shape[0], row, columns, column, mesh.get_group("context"))
 
 
 def maximum(values: Sequence[float]) -> list[float]:
