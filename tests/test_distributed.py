@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from mhesa.data import Windows
 from mhesa.training import TrainingSettings, train
 from mhesa.training.batches import Batches
+from mhesa.training.checkpoint import newest
 from mhesa.training.distributed import Grid
 
 OPTIONS = {
@@ -220,6 +223,25 @@ def test_windows_that_cannot_be_shared_are_refused(one, tmp_path, processes, opt
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [("--context-parallel", 2), ()], ids=["shared windows", "DDP"])
+def test_a_process_that_dies_ends_the_others(one, tmp_path, options):
+    out = tmp_path / "run"
+
+    def kill_the_second(processes):
+        while processes[1].is_alive() and not list((out / "checkpoints").glob("step-*")):
+            time.sleep(0.05)
+        os.kill(processes[1].pid, signal.SIGKILL)
+
+    sizes = ("--dim", 16, "--depth", 1, "--dim-mhesa", 32, "--save-every", 1, "--steps", 10**6)
+    arguments = ("train", *one.sources, "--out", out, *sizes, *options)
+    done = run_processes(2, *arguments, meanwhile=kill_the_second)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert "another process ended or does not answer" in line
+    assert newest(out / "checkpoints")[1] == []
 
 
 def test_processes_score_a_text_together(shared, one, tmp_path):

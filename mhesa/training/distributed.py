@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from mhesa.errors import TrainingError
 from mhesa.model.lm import GatedExponentialSmoothingLM
 
 T = TypeVar("T")
@@ -55,6 +56,18 @@ def join_processes(device: str) -> None:
 def _leave_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def expect_processes(remedy: str) -> Iterator[None]:
+    """Raise `TrainingError`, with `remedy`, where an exchange fails for lack of another process."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch gives the errors of gloo no class of their own.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise TrainingError(f"another process ended or does not answer; {remedy}") from error
 
 
 def processes() -> int:

@@ -32,6 +32,7 @@ from mhesa.training.distributed import (
     arrange,
     barrier,
     broadcast,
+    expect_processes,
     is_sharded,
     join_processes,
     model_state,
@@ -109,6 +110,7 @@ def train(
         StopOnSignal() as signals,
         run.display,
         reporter(settings) as report,
+        expect_processes(f"the checkpoints in {run.folder} are whole, and --resume goes on from the newest"),
     ):
         try:
             return run.train(signals, report, phase)
