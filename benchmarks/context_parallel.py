@@ -116,7 +116,7 @@ def _row(length: int, count: int, found: list[dict[str, float]], one: Row | None
 
 def _run(case: Case, count: int) -> list[dict[str, float]]:
     """What each of `count` new processes finds."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     results: Any = context.SimpleQueue()
     with TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
@@ -129,7 +129,7 @@ def _run(case: Case, count: int) -> list[dict[str, float]]:
         for process in started:
             process.join()
     if any(process.exitcode for process in started):
-        raise RuntimeError(f"a process of {count} failed")
+        raise RuntimeError(f"one of {count} processes failed")
     return [results.get() for _ in started]
 
 

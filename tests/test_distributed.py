@@ -17,6 +17,7 @@ from commands import run_processes
 from safetensors.torch import load_file
 
 from mhesa.data import Windows
+from mhesa.errors import InputError
 from mhesa.training import TrainingSettings, train
 from mhesa.training.batches import Batches
 from mhesa.training.checkpoint import newest
@@ -209,20 +210,24 @@ def test_a_batch_that_cannot_be_shared_is_refused(one, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_windows_that_cannot_be_shared_are_refused(one, tmp_path):
+    done = run_processes(2, "train", *one.sources, "--out", tmp_path / "run", "--context-parallel", 3)
+    assert done.returncode == 2
+    assert "context_parallel 3 does not divide the number of processes, 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
-    ("processes", "options", "message"),
+    ("changes", "message"),
     [
-        (2, ("--context-parallel", 3), "context_parallel 3 does not divide the number of processes, 2"),
-        (1, ("--context-parallel", 2), "context_parallel 2 does not divide the number of processes, 1"),
-        (1, ("--context-parallel", 9, "--context", 8), "context 8 is shorter than context_parallel 9"),
-        (1, ("--context-parallel", 2, "--compile"), "compile cannot be used with context_parallel"),
+        ({"context_parallel": 2}, "context_parallel 2 does not divide the number of processes, 1"),
+        ({"context_parallel": 33}, "context 32 is shorter than context_parallel 33"),
+        ({"context_parallel": 2, "compile": True}, "compile cannot be used with context_parallel"),
     ],
 )
-def test_windows_that_cannot_be_shared_are_refused(one, tmp_path, processes, options, message):
-    done = run_processes(processes, "train", *one.sources, "--out", tmp_path / "run", *options)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert not (tmp_path / "run").exists()
+def test_settings_that_cannot_be_are_refused(one, changes, message):
+    with pytest.raises(InputError, match=message):
+        replace(one, **changes).resolve()
 
 
 @pytest.mark.parametrize("options", [("--context-parallel", 2), ()], ids=["shared windows", "DDP"])
@@ -244,16 +249,21 @@ def test_a_process_that_dies_ends_the_others(one, tmp_path, options):
     assert newest(out / "checkpoints")[1] == []
 
 
-def test_processes_score_a_text_together(shared, one, tmp_path):
+@pytest.mark.parametrize(
+    "command", [("eval", "--json"), ("score", "--top", 3, "--json")], ids=["eval", "score"]
+)
+def test_processes_read_a_text_together(shared, one, tmp_path, run, command):
     text = tmp_path / "text.txt"
     text.write_bytes(Path(*one.sources).read_bytes()[:20_001])
-    for command in (["eval", shared, text, "--json"], ["score", shared, text, "--top", 3, "--json"]):
-        alone, together = (run_processes(count, *command) for count in (1, 3))
-        assert (alone.returncode, together.returncode) == (0, 0), together.stderr
-        for expected, found in zip(
-            *(out.splitlines() for out in (alone.stdout, together.stdout)), strict=True
-        ):
-            assert json.loads(found) == pytest.approx(json.loads(expected), rel=1e-4)
+    name, *options = command
+    code, expected, _ = run(name, shared, text, *options)
+    done = run_processes(3, name, shared, text, *options)
+    assert (code, done.returncode) == (0, 0), done.stderr
+    for mine, theirs in zip(expected.decode().splitlines(), done.stdout.splitlines(), strict=True):
+        mine, theirs = json.loads(mine), json.loads(theirs)
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert theirs[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4))
 
 
 def test_processes_cannot_score_standard_input(shared):

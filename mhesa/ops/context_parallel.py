@@ -91,7 +91,7 @@ class ContextParallel:
 
     def from_last(self, tensor: Tensor) -> Tensor:
         """The last process's tensor, in every process; all have one shape."""
-        tensor = tensor.contiguous()
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
         dist.broadcast(tensor, group=self.group, group_src=self.size - 1)
         return tensor
 
@@ -148,10 +148,14 @@ def receive_gradient(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """A scan's results; going backward adds the other processes' share to the gradient of `final_state`."""
-    results: tuple[Tensor, Tensor] = _ReceiveGradient.apply(
-        y, final_state, decay, cu_seqlens, reverse, scan, parallel
+    results: tuple[Tensor, Tensor] = _apply(
+        _ReceiveGradient, y, final_state, decay, cu_seqlens, reverse, scan, parallel
     )
     return results
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
 
 
 class _ReceiveGradient(Function):
@@ -208,7 +212,7 @@ def _received(
         pairs = []
         for sequence in leaving.tolist():
             rows = slice(offsets[sequence], offsets[sequence + 1])
-            rates = (_rows(rate, rows) for rate in (alpha, decay))
+            rates = _rows(alpha, rows), _rows(decay, rows)
             pairs.append(_transition(scan, x[:, rows], *rates, start[sequence, None], reverse))
         product, end = (torch.cat(values) for values in zip(*pairs, strict=True))
     through = (first == last) & continues
@@ -275,7 +279,7 @@ def receive_values(parallel: ContextParallel, values: Tensor, lengths: Tensor) -
     tail = values.shape[1]
     # How many of a stretch's last values are its own; behind shorter ones are those of the stretch before.
     own = torch.where((first == last) & continues, lengths[last].clamp(max=tail), tail)
-    received = _ReceiveValues.apply(values[last], own, continues, parallel)
+    received = _apply(_ReceiveValues, values[last], own, continues, parallel)
     return torch.zeros_like(values).index_copy(0, first, received)
 
 
