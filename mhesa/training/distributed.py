@@ -65,7 +65,7 @@ def expect_processes(remedy: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # torch gives the errors of gloo no class of their own.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if processes() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise TrainingError(f"another process ended or does not answer; {remedy}") from error
 
