@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from groups import process_group
 
+from mhesa.errors import InputError
 from mhesa.inference.parallel import ParallelDecoder
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops import context_parallel, exponential_smoothing
@@ -292,5 +293,5 @@ def test_a_text_is_scored_by_all(run, processes):
 def test_what_cannot_be_is_refused(names, arguments, message):
     parallel = ContextParallel(None, **dict.fromkeys(names, torch.tensor([0])))
     rates = torch.rand(2), torch.rand(2)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         exponential_smoothing(torch.rand(1, 4, 2, 3), *rates, context_parallel=parallel, **arguments)

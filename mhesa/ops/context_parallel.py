@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from mhesa.errors import InputError
 from mhesa.ops.backends import Scan
 
 if TYPE_CHECKING:
@@ -67,14 +68,14 @@ class ContextParallel:
         return dist.get_rank(self.group)
 
     def check(self, *, packed: bool, reverse: bool) -> None:
-        """Raise `ValueError` unless this fits packed or unpacked sequences in that direction."""
+        """Raise `InputError` unless this fits packed or unpacked sequences in that direction."""
         given = [value is not None for value in (self.first, self.last, self.continues)]
         if packed and not all(given):
-            raise ValueError("with cu_seqlens, context_parallel needs first, last and continues")
+            raise InputError("with cu_seqlens, context_parallel needs first, last and continues")
         if not packed and any(given):
-            raise ValueError("without cu_seqlens, context_parallel takes no first, last and continues")
+            raise InputError("without cu_seqlens, context_parallel takes no first, last and continues")
         if packed and reverse:
-            raise ValueError("packed sequences over several processes cannot run in reverse")
+            raise InputError("packed sequences over several processes cannot run in reverse")
 
     def stretches(self, sequences: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """`first`, `last` and `continues`, `(stretches,)` each; unpacked, every sequence is a stretch."""
