@@ -105,9 +105,9 @@ def _row(length: int, count: int, found: list[dict[str, float]], one: Row | None
         length=length,
         processes=count,
         tokens_per_second=tokens_per_second,
-        over_one=one and tokens_per_second / one.tokens_per_second,
+        over_one=None if one is None else tokens_per_second / one.tokens_per_second,
         gibibytes=gibibytes,
-        memory_over_one=one and gibibytes / one.gibibytes,
+        memory_over_one=None if one is None else gibibytes / one.gibibytes,
         sent=sent,
         sent_over_state=sent / state,
         loss=sum(part["loss"] for part in found) / length,
@@ -256,7 +256,15 @@ def on_paper(config: ModelConfig = LARGE) -> list[Paper]:
                 2 * config.depth * (len(messages) * rounds * link.latency + transfers)
                 for rounds in (gpus - 1, math.ceil(math.log2(gpus)))
             )
-            tokens = [round(19 * seconds / seconds_a_token) for seconds in (ring, doubling)]
-            ring_attention = round(6 * FLOPS / link.bandwidth)
-            rows.append(Paper(gpus, link.name, 1e3 * ring, 1e3 * doubling, *tokens, ring_attention))
+            rows.append(
+                Paper(
+                    gpus=gpus,
+                    link=link.name,
+                    ring=1e3 * ring,
+                    doubling=1e3 * doubling,
+                    tokens_ring=round(19 * ring / seconds_a_token),
+                    tokens_doubling=round(19 * doubling / seconds_a_token),
+                    ring_attention=round(6 * FLOPS / link.bandwidth),
+                )
+            )
     return rows
