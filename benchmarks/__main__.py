@@ -203,6 +203,54 @@ def serve(
     _finish("serve", {"load": rows}, as_json, save)
 
 
+@app.command(name="context_parallel")
+def context_parallel(
+    length: Annotated[
+        list[int] | None, typer.Option(min=8, help="Tokens of the sequence; 65536 and 262144 if omitted.")
+    ] = None,
+    processes: Annotated[
+        list[int] | None, typer.Option(min=1, help="Processes that share it; 1, 2 and 4 if omitted.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps that are timed, after one that is not.")] = 3,
+    precision: Annotated[str, typer.Option(metavar="fp32|bf16", help="Of the matrix products.")] = "fp32",
+    recompute: Annotated[bool, typer.Option("--recompute", help="As in mhesa train.")] = False,
+    as_json: AsJson = False,
+    save: Save = False,
+) -> None:
+    """Time training steps on one sequence that several processes share, one core each, with gloo.
+
+    The model is that of `mhesa train` (dim 128, depth 4). Memory is the peak of a process, Python and torch
+    included. More processes than cores take turns. A second table says what larger groups of GPUs would spend
+    on exchanges, by the sizes of messages.
+
+    Example:
+
+        python -m benchmarks context_parallel --length 65536 --processes 1 --processes 2
+    """
+    from benchmarks.context_parallel import bench_context_parallel, on_paper
+
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f"precision must be fp32 or bf16, not {precision}")
+    lengths, counts = length or [1 << 16, 1 << 18], processes or [1, 2, 4]
+    tables: dict[str, list[Any]] = {"sequences": []}
+    with progress("timing", len(lengths) * len(counts)) as advance:
+        for row in bench_context_parallel(
+            lengths,
+            counts,
+            recompute=recompute,
+            precision=precision,
+            rounds=rounds,
+            on_case=lambda: advance(1),
+        ):
+            tables["sequences"].append(row)
+            if not as_json:
+                _show("sequences", [row])
+    tables["paper"] = on_paper()
+    if not as_json:
+        _show("paper", tables["paper"])
+    _finish("context_parallel", tables, as_json, save)
+
+
 @app.command()
 def learning(
     part: Annotated[

@@ -123,6 +123,33 @@ TABLES = {
         identity=("parameters", "name", "precision", "batch"),
         figure="tokens_per_second",
     ),
+    "sequences": Table(
+        {
+            "tokens": "{length:,}",
+            "processes": "{processes}",
+            "tokens/s": "{tokens_per_second:,.0f}",
+            "over one": "{over_one:.2f}",
+            "GiB a process": "{gibibytes:.2f}",
+            "over one's": "{memory_over_one:.2f}",
+            "bytes sent a layer": "{sent:,.0f}",
+            "over the state": "{sent_over_state:.2f}",
+            "loss": "{loss:.5f}",
+        },
+        identity=("length", "processes"),
+        figure="tokens_per_second",
+    ),
+    "paper": Table(
+        {
+            "GPUs": "{gpus:,}",
+            "link": "{link}",
+            "ms, rings": "{ring:.1f}",
+            "ms, doubling": "{doubling:.1f}",
+            "tokens a GPU for 5 %, rings": "{tokens_ring:,}",
+            "doubling": "{tokens_doubling:,}",
+            "ring attention": "{ring_attention:,}",
+        },
+        identity=("gpus", "link"),
+    ),
     "memory": Table(
         {"session of": "{name}", "tokens": "{context:,}", "bytes": "{bytes:,}"},
         identity=("name", "context"),

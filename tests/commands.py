@@ -34,20 +34,23 @@ def run_command(*arguments, data=b"", text=False):
     return done
 
 
-def run_processes(count, *arguments):
-    """Run `mhesa` in processes that find each other as those of `torchrun` do: the first one's outcome."""
+def run_processes(count, *arguments, meanwhile=lambda processes: None):
+    """Run `mhesa` in processes that find each other as those of `torchrun` do: the first one's outcome.
+
+    `meanwhile` is called with the processes while they run.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     group = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     ranks = [{"RANK": rank, "LOCAL_RANK": rank} | group for rank in range(count)]
     variables = [os.environ | {name: str(value) for name, value in rank.items()} for rank in ranks]
-    done = _run(variables, arguments, b"")[0]
+    done = _run(variables, arguments, b"", meanwhile)[0]
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     return done
 
 
-def _run(environments, arguments, data):
+def _run(environments, arguments, data, meanwhile=lambda processes: None):
     arguments = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as name:
         processes = []
@@ -58,6 +61,7 @@ def _run(environments, arguments, data):
             process = FORKED.Process(target=_main, args=(folder, arguments, environment, os.getcwd()))
             process.start()
             processes.append((process, folder))
+        meanwhile([process for process, _ in processes])
         done = []
         for process, folder in processes:
             process.join(SECONDS)

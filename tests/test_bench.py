@@ -7,11 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from commands import FORKED  # noqa: F401 - benchmarks fork from the server that it sets up
 
 from benchmarks import lengths, ops, results, train
 from benchmarks.__main__ import main
 from benchmarks.bandwidth import readers
 from benchmarks.compare import HERE, compare
+from benchmarks.context_parallel import bench_context_parallel, on_paper
 from benchmarks.decode import Sizes as DecoderSizes
 from benchmarks.decode import bench_steps
 from benchmarks.lengths import bench_lengths
@@ -60,6 +62,20 @@ def test_a_wrong_operator_has_no_row(monkeypatch):
         ("forward", "wrong gradient"),
         ("forward+backward", "clone"),
     }
+
+
+def test_processes_that_share_a_sequence_are_measured():
+    one, two = bench_context_parallel([64], [1, 2], rounds=1)
+    assert (one.sent, one.over_one) == (0, None)
+    assert two.loss == pytest.approx(one.loss, rel=1e-5)
+    assert 0 < two.sent_over_state <= 4
+    assert two.memory_over_one > 0
+
+
+def test_larger_groups_on_paper_spend_more():
+    rows = on_paper()
+    assert [row.gpus for row in rows] == sorted(row.gpus for row in rows)
+    assert all(row.doubling < row.ring for row in rows)
 
 
 TINY = Sizes(num_tokens=50, dim=16, depth=2, heads=2, dim_mhesa=8, batch=2, length=32)

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,11 @@ from commands import run_processes
 from safetensors.torch import load_file
 
 from mhesa.data import Windows
-from mhesa.training import TrainingSettings, batches, train
+from mhesa.errors import InputError
+from mhesa.training import TrainingSettings, train
 from mhesa.training.batches import Batches
+from mhesa.training.checkpoint import newest
+from mhesa.training.distributed import Grid
 
 OPTIONS = {
     "steps": 30,
@@ -109,6 +114,51 @@ def test_what_two_saved_others_resume(two, tmp_path, processes, options):
     assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in expected)
 
 
+@pytest.fixture(scope="module")
+def shared(one, tmp_path_factory):
+    """The run of `one` by two processes that share every window, whose context they do not divide."""
+    out = tmp_path_factory.mktemp("shared") / "run"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    arguments = (*one.sources, "--out", out, "--carry-state", *options, "--context", 33)
+    done = run_processes(2, "train", *arguments, "--context-parallel", 2, "--eval-every", 30)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, 2 to a window" in done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(one, tmp_path_factory):
+    """The run of `shared` by one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    train(replace(one, out=str(out), context=33, eval_every=30))
+    return out
+
+
+def held_out(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["held_out_bits_per_byte"] for row in rows if "held_out_bits_per_byte" in row]
+
+
+def test_processes_that_share_windows_are_one(alone, shared):
+    assert_same_curve(shared, losses(alone))
+    assert len(held_out(shared)) == 2
+    assert held_out(shared) == pytest.approx(held_out(alone), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("processes", "columns", "options"),
+    [(4, 2, []), (4, 4, ["--fsdp"]), (1, 1, [])],
+    ids=["2 x 2", "4, sharded", "1"],
+)
+def test_what_they_saved_others_resume(shared, tmp_path, processes, columns, options):
+    out = back_to_step_10(shared, tmp_path / "run")
+    resume = ["train", "--resume", "--out", out, "--context-parallel", columns, *options]
+    done = run_processes(processes, *resume)
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(out, losses(shared))
+    assert held_out(out) == pytest.approx(held_out(shared), abs=1e-4)
+
+
 SHARDED = """
 from mhesa.model.config import ModelConfig
 from mhesa.training.distributed import distribute, is_sharded, join_processes, model_state, rank
@@ -141,13 +191,12 @@ def test_sharded_weights_are_held_once(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_no_window_is_read_twice_and_none_is_left_out(monkeypatch, processes, accumulate):
+def test_no_window_is_read_twice_and_none_is_left_out(processes, accumulate):
     windows = Windows(np.arange(1000), context=10, rows=8, seed=0)
-    monkeypatch.setattr(batches, "processes", lambda: processes)
     read = []
-    for rank in range(processes):
-        monkeypatch.setattr(batches, "rank", lambda rank=rank: rank)
-        micro_batches = Batches(windows, accumulate=accumulate, eos_token_id=None).read(3)
+    for row in range(processes):
+        grid = Grid(rows=processes, row=row)
+        micro_batches = Batches(windows, accumulate=accumulate, eos_token_id=None, grid=grid).read(3)
         assert len(micro_batches) == accumulate
         for batch in micro_batches:
             read += batch.ids[:, 0].tolist()
@@ -159,3 +208,65 @@ def test_a_batch_that_cannot_be_shared_is_refused(one, tmp_path):
     assert done.returncode == 2
     assert "batch_size 3 cannot be divided into 1 micro-batches for 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_windows_that_cannot_be_shared_are_refused(one, tmp_path):
+    done = run_processes(2, "train", *one.sources, "--out", tmp_path / "run", "--context-parallel", 3)
+    assert done.returncode == 2
+    assert "context_parallel 3 does not divide the number of processes, 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_parallel": 2}, "context_parallel 2 does not divide the number of processes, 1"),
+        ({"context_parallel": 33}, "context 32 is shorter than context_parallel 33"),
+        ({"context_parallel": 2, "compile": True}, "compile cannot be used with context_parallel"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(one, changes, message):
+    with pytest.raises(InputError, match=message):
+        replace(one, **changes).resolve()
+
+
+@pytest.mark.parametrize("options", [("--context-parallel", 2), ()], ids=["shared windows", "DDP"])
+def test_a_process_that_dies_ends_the_others(one, tmp_path, options):
+    out = tmp_path / "run"
+
+    def kill_the_second(processes):
+        while processes[1].is_alive() and not list((out / "checkpoints").glob("step-*")):
+            time.sleep(0.05)
+        os.kill(processes[1].pid, signal.SIGKILL)
+
+    sizes = ("--dim", 16, "--depth", 1, "--dim-mhesa", 32, "--save-every", 1, "--steps", 10**6)
+    arguments = ("train", *one.sources, "--out", out, *sizes, *options)
+    done = run_processes(2, *arguments, meanwhile=kill_the_second)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert "another process ended or does not answer" in line
+    assert newest(out / "checkpoints")[1] == []
+
+
+@pytest.mark.parametrize(
+    "command", [("eval", "--json"), ("score", "--top", 3, "--json")], ids=["eval", "score"]
+)
+def test_processes_read_a_text_together(shared, one, tmp_path, run, command):
+    text = tmp_path / "text.txt"
+    text.write_bytes(Path(*one.sources).read_bytes()[:20_001])
+    name, *options = command
+    code, expected, _ = run(name, shared, text, *options)
+    done = run_processes(3, name, shared, text, *options)
+    assert (code, done.returncode) == (0, 0), done.stderr
+    for mine, theirs in zip(expected.decode().splitlines(), done.stdout.splitlines(), strict=True):
+        mine, theirs = json.loads(mine), json.loads(theirs)
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert theirs[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4))
+
+
+def test_processes_cannot_score_standard_input(shared):
+    done = run_processes(2, "score", shared)
+    assert done.returncode == 2
+    assert "many processes cannot share standard input" in done.stderr

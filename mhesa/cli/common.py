@@ -22,6 +22,7 @@ from mhesa.training.settings import TrainingSettings
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mhesa.inference.parallel import ParallelDecoder
     from mhesa.inference.session import Reader
 
 errors = Console(stderr=True)
@@ -62,12 +63,33 @@ def read_model(
     import torch
 
     from mhesa.inference.session import Reader
+    from mhesa.training.distributed import join_processes
 
     precisions = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
     if precision not in precisions:
         raise InputError(f"precision must be fp32 or bf16, not {precision}")
+    join_processes(device)
     model, tokenizer = load(folder, device=device, backend=backend)
     return Reader(model.to(dtype=precisions[precision]), tokenizer, quantize=quantize)
+
+
+def share(reader: Reader, *, quantize: str | None) -> ParallelDecoder | None:
+    """The model over all processes that `torchrun` started to read a text together; `None` for one process.
+
+    Raises:
+        InputError: the weights are quantised, which several processes cannot read with.
+    """
+    import torch.distributed as dist
+
+    from mhesa.inference.parallel import ParallelDecoder
+    from mhesa.training.distributed import processes
+
+    if processes() == 1:
+        return None
+    if quantize:
+        raise InputError("quantize is for one process; leave it out, or start one process")
+    assert dist.group.WORLD is not None
+    return ParallelDecoder(reader.model, dist.group.WORLD)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from mhesa.cli.common import (
     new_table,
     progress,
     read_model,
+    share,
     show,
 )
 
@@ -40,8 +41,8 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts text.
 
-    Each file is read from start to end with one state. Figures: the loss in nats per token, bits per byte,
-    the perplexity per token, and the numbers of tokens and bytes.
+    Each file is read from start to end with one state; processes that torchrun starts share it. Figures: the
+    loss in nats per token, bits per byte, the perplexity per token, and the numbers of tokens and bytes.
 
     Examples:
 
@@ -50,15 +51,21 @@ def evaluate(
         mhesa eval runs/first texts/ --json
 
         mhesa eval runs/first unseen.txt --quantize int8
+
+        torchrun --nproc-per-node 4 -m mhesa eval runs/first long.txt
     """
     from mhesa.data import read_sources
     from mhesa.inference.evaluation import Score
     from mhesa.inference.evaluation import evaluate as score
+    from mhesa.training.distributed import rank
 
     documents = read_sources(sources, text_field)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
+    decoder = share(reader, quantize=quantize) or reader.decoder
     with progress("measuring", sum(len(document.data) for document in documents)) as advance:
-        scores = [score(reader.decoder, reader.tokenizer, [document], advance) for document in documents]
+        scores = [score(decoder, reader.tokenizer, [document], advance) for document in documents]
+    if rank() > 0:
+        return
     total = sum(scores, Score(0.0, 0, 0))
     if as_json:
         typer.echo(json.dumps(total.as_dict()))

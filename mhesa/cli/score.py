@@ -23,6 +23,7 @@ from mhesa.cli.common import (
     interruptible,
     progress,
     read_model,
+    share,
 )
 from mhesa.errors import InputError
 
@@ -75,9 +76,12 @@ def score(
         mhesa score runs/mine essay.txt --heatmap essay.html
 
         mhesa score runs/mine texts/ --by document --json
+
+        torchrun --nproc-per-node 4 -m mhesa score runs/mine long.txt --top 20
     """
     from mhesa.inference.scoring import BY, most_surprising
     from mhesa.inference.scoring import score as score_text
+    from mhesa.training.distributed import rank
 
     if by not in BY:
         raise InputError(f"--by must be {', '.join(BY)}, not {by}")
@@ -89,9 +93,12 @@ def score(
     if heatmap:
         check_output(heatmap, [*inputs, *folder.iterdir()])
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
+    decoder = share(reader, quantize=quantize)
+    if decoder is not None and None in files:
+        raise InputError("many processes cannot share standard input; give a file")
     with ExitStack() as stack:
         stack.enter_context(interruptible())
-        page = stack.enter_context(_page(heatmap)) if heatmap else None
+        page = stack.enter_context(_page(heatmap)) if heatmap and rank() == 0 else None
         follow = page.follow if page else lambda name, batches: batches
         total = sum(file.size for file in files if file)
         hidden = None in files or (sys.stdout.isatty() and page is None and top is None)
@@ -99,11 +106,11 @@ def score(
         rows = (
             row
             for name, chunks in _documents(files, text_field, advance)
-            for row in BY[by](name, follow(name, score_text(reader, chunks)))
+            for row in BY[by](name, follow(name, score_text(reader, chunks, decoder)))
         )
         shown = rows if top is None else most_surprising(_until_interrupted(rows), top)
         for row in shown:
-            if page is None or top is not None:
+            if rank() == 0 and (page is None or top is not None):
                 _print(row, as_json)
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mhesa.data import Document
 from mhesa.inference.decoder import Decoder
+from mhesa.inference.parallel import ParallelDecoder
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.tokenizers.base import Tokenizer
 
-# Tokens whose logits are in memory at once.
+# Tokens whose logits are in a process's memory at once.
 WINDOW = 4096
 
 
@@ -62,11 +63,13 @@ class Score:
         return {name: getattr(self, name) for name in names}
 
 
-def surprisals(decoder: Decoder, inputs: Tensor, targets: Tensor, state: Tensor) -> np.ndarray:
+def surprisals(
+    decoder: Decoder | ParallelDecoder, inputs: Tensor, targets: Tensor, state: Tensor
+) -> np.ndarray:
     """The surprisal of each token.
 
     Args:
-        decoder: the model.
+        decoder: the model, in this process or in several.
         inputs: ids to read, int64 `(length,)`.
         targets: the id to predict after each input, `(length,)`: `inputs` shifted by one.
         state: `(depth, 1, state_size)`, the state before the inputs; updated in place.
@@ -76,16 +79,28 @@ def surprisals(decoder: Decoder, inputs: Tensor, targets: Tensor, state: Tensor)
     """
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     nats = torch.empty(len(targets))
-    for start in range(0, len(targets), WINDOW):
-        window = slice(start, start + WINDOW)
-        logits = decoder.predict(inputs[window], state).float()
-        nats[window] = F.cross_entropy(logits, targets[window].to(logits.device), reduction="none")
+    size = _window(decoder)
+    for start in range(0, len(targets), size):
+        window = slice(start, start + size)
+        nats[window] = _nats(decoder, inputs[window], targets[window], state)
     return nats.numpy() / np.float32(math.log(2))
 
 
-@torch.inference_mode()
+def _window(decoder: Decoder | ParallelDecoder) -> int:
+    return WINDOW * (decoder.processes if isinstance(decoder, ParallelDecoder) else 1)
+
+
+def _nats(decoder: Decoder | ParallelDecoder, inputs: Tensor, targets: Tensor, state: Tensor) -> Tensor:
+    """The cross-entropy of each target of one window, `(length,)`; `state` is updated in place."""
+    if isinstance(decoder, ParallelDecoder):
+        return decoder.nats(inputs, targets, state)
+    logits = decoder.predict(inputs, state).float()
+    return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+
+
+@torch.no_grad()
 def evaluate(
-    model: GatedExponentialSmoothingLM | Decoder,
+    model: GatedExponentialSmoothingLM | Decoder | ParallelDecoder,
     tokenizer: Tokenizer,
     documents: Iterable[Document],
     on_progress: Callable[[int], object] = lambda tokens: None,
@@ -95,18 +110,20 @@ def evaluate(
     Every token is predicted, the first one from an end-of-text token.
 
     Args:
-        model: the language model in any precision, or a `Decoder` of it.
+        model: the language model in any precision, or a decoder of it. All processes of a `ParallelDecoder`
+            must call this with the same documents.
         tokenizer: the model's.
         documents: texts; each starts from the initial state.
         on_progress: called after each window with its number of tokens.
     """
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    decoder = Decoder(model) if isinstance(model, GatedExponentialSmoothingLM) else model
+    size = _window(decoder)
     total = Score(0.0, 0, 0)
     for document in documents:
         ids = torch.from_numpy(tokenizer.encode_bytes(document.data).astype("int64"))
         inputs = torch.cat([torch.tensor([tokenizer.eos_token_id]), ids[:-1]])
         state = decoder.initial_state(1)
-        for window, targets in zip(inputs.split(WINDOW), ids.split(WINDOW), strict=True):
+        for window, targets in zip(inputs.split(size), ids.split(size), strict=True):
             bits = surprisals(decoder, window, targets, state).sum(dtype=np.float64)
             total += Score(bits * math.log(2), len(targets), 0)
             on_progress(len(targets))

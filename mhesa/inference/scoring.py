@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mhesa.inference.session import Reader, Session
+from mhesa.inference.evaluation import surprisals
+from mhesa.inference.parallel import ParallelDecoder
+from mhesa.inference.session import Reader
 from mhesa.tokenizers.stream import NEWLINE, Block, character_start, encode_stream
 
 # How much of the beginning of a line or document is kept to be shown.
@@ -77,18 +79,24 @@ class Batch:
         return zip(texts, np.split(self.bits, ends), np.split(self.sizes, ends), strict=True)
 
 
-def score(reader: Reader, chunks: Iterable[bytes]) -> Iterator[Batch]:
+def score(reader: Reader, chunks: Iterable[bytes], decoder: ParallelDecoder | None = None) -> Iterator[Batch]:
     """Score a text from its start as it arrives, in memory that does not grow with its length.
 
     Args:
         reader: the model and the tokenizer.
         chunks: the text, cut anywhere.
+        decoder: the model in several processes, all of which call this; that of the reader if omitted.
     """
-    session = Session(reader)
+    predictor = decoder or reader.decoder
+    state = predictor.initial_state(1)
+    # Every text follows an end-of-text token.
+    last = torch.tensor([reader.tokenizer.eos_token_id])
     sizes = np.array([len(token) for token in reader.token_bytes])
     for blocks in encode_stream(reader.tokenizer, reader.token_bytes, chunks):
         ids = np.concatenate([block.ids for block in blocks]).astype(np.int64)
-        yield Batch(blocks, session.score_ids(torch.from_numpy(ids)), sizes[ids])
+        read = torch.cat([last, torch.from_numpy(ids)])
+        yield Batch(blocks, surprisals(predictor, read[:-1], read[1:], state), sizes[ids])
+        last = read[-1:]
 
 
 def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mhesa.ops import exponential_smoothing, exponential_smoothing_step
 from mhesa.ops.backends import check_backend
+from mhesa.ops.context_parallel import ContextParallel
 from mhesa.ops.convolution import causal_convolution, causal_convolution_step
 from mhesa.ops.gelu import gelu
 from mhesa.ops.smoothing import accumulation_dtype
@@ -74,6 +75,7 @@ class MHESA(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         shift: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Smooth `x`.
 
@@ -84,6 +86,7 @@ class MHESA(nn.Module):
             cu_seqlens: offsets of packed sequences, see `mhesa.ops.exponential_smoothing`; states are
                 then `(sequences, dim)`.
             shift: `(batch, length, heads)`, see `rates`: rates of every step.
+            context_parallel: see `mhesa.ops.exponential_smoothing`.
         """
         alpha, decay = self.rates(shift)
         y, state = exponential_smoothing(
@@ -96,6 +99,7 @@ class MHESA(nn.Module):
             reverse=self.reverse_seq,
             return_final_state=True,
             backend=self.backend,
+            context_parallel=context_parallel,
         )
         return (y.flatten(-2), state.flatten(-2)) if return_state else y.flatten(-2)
 
@@ -148,10 +152,16 @@ class CausalConv(nn.Module):
         initial_state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         backend: str | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`x` of `(batch, length, dim)` to output and state; see `mhesa.ops.convolution`."""
         return causal_convolution(
-            x, self.weight, initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend
+            x,
+            self.weight,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+            context_parallel=context_parallel,
         )
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,16 +247,28 @@ class GatedMHESA(nn.Module):
         initial_state: Tensor | None = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the block over `x` of `(batch, length, dim)`; states are `(batch, state_size)`."""
         smoothing, tail = self._split(initial_state)
         z = self.norm(x)
         if self.conv is not None:
-            z, tail = self.conv(z, initial_state=tail, cu_seqlens=cu_seqlens, backend=self.mhesa.backend)
+            z, tail = self.conv(
+                z,
+                initial_state=tail,
+                cu_seqlens=cu_seqlens,
+                backend=self.mhesa.backend,
+                context_parallel=context_parallel,
+            )
         v = gelu(self.to_v(z), backend=self.mhesa.backend)
         shift = None if self.to_alpha is None else self.to_alpha(z)
         smoothed, smoothing = self.mhesa(
-            v, initial_state=smoothing, return_state=True, cu_seqlens=cu_seqlens, shift=shift
+            v,
+            initial_state=smoothing,
+            return_state=True,
+            cu_seqlens=cu_seqlens,
+            shift=shift,
+            context_parallel=context_parallel,
         )
         gated = self.dropout(gelu(self.to_u(z), self.to_gate(smoothed), backend=self.mhesa.backend))
         out = self.dropout(self.to_out(gated)) + x

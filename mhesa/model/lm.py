@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.loss import next_token_loss
+from mhesa.ops.context_parallel import ContextParallel
 from mhesa.ops.smoothing import accumulation_dtype
 from mhesa.settings import check_sizes
 
@@ -87,6 +88,7 @@ class GatedExponentialSmoothingLM(nn.Module):
         state: Tensor | None = None,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or the loss where `labels` are given.
 
@@ -97,6 +99,9 @@ class GatedExponentialSmoothingLM(nn.Module):
             return_state: also return the state after the last token.
             cu_seqlens: offsets of sequences packed into a batch of 1, `(sequences + 1,)`; states are then
                 `(depth, sequences, state_size)`.
+            context_parallel: the processes that each sequence lies over, see
+                `mhesa.ops.exponential_smoothing`. Logits, loss and final state are those of this process's
+                tokens.
 
         Returns:
             Logits `(batch, length, num_tokens)`, or the mean cross-entropy in nats; with `return_state`,
@@ -107,7 +112,9 @@ class GatedExponentialSmoothingLM(nn.Module):
         blocks: Iterable[Callable[..., Any]] = self.layers
         if self.recompute and torch.is_grad_enabled():
             blocks = [partial(checkpoint, block, use_reentrant=False) for block in self.layers]
-        hidden, states = run_blocks(blocks, self.token_emb(x), state, cu_seqlens)
+        hidden, states = run_blocks(
+            blocks, self.token_emb(x), state, cu_seqlens, context_parallel=context_parallel
+        )
         out = self.to_logits(hidden) if labels is None else next_token_loss(hidden, self.to_logits, labels)
         return (out, torch.stack(states)) if return_state else out
 
@@ -152,6 +159,7 @@ def run_blocks(
     state: Sequence[Tensor] | Tensor | None,
     cu_seqlens: Tensor | None,
     trace: list[Tensor] | None = None,
+    context_parallel: ContextParallel | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Pass `x` of `(batch, length, dim)` through `GatedMHESA` blocks.
 
@@ -167,6 +175,7 @@ def run_blocks(
             initial_state=None if state is None else state[index],
             return_state=True,
             cu_seqlens=cu_seqlens,
+            context_parallel=context_parallel,
         )
         states.append(final)
     return x, states

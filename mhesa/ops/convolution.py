@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from mhesa.ops.backends import BACKENDS
 from mhesa.ops.checks import check_convolution, check_input
+from mhesa.ops.context_parallel import ContextParallel, own_state, receive_values
 from mhesa.ops.registration import is_plain_eager
 from mhesa.ops.smoothing import accumulation_dtype, cast
 
@@ -21,6 +23,7 @@ def causal_convolution(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    context_parallel: ContextParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y[t] = sum over j of weight[j] * x[t - j]`, each channel by itself.
 
@@ -32,6 +35,8 @@ def causal_convolution(
         cu_seqlens: `(sequences + 1,)` integers, offsets of sequences packed into a batch of 1; no value
             passes from one sequence to the next.
         backend: the layer's smoothing backend. Only `"numba"` and `None` use the CPU kernel.
+        context_parallel: the processes that each sequence lies over, as for
+            `mhesa.ops.exponential_smoothing`.
 
     Returns:
         `y`, of the shape and type of `x`, and the last `taps - 1` values of each sequence in fp32 (fp64 for
@@ -53,6 +58,13 @@ def causal_convolution(
     initial_state = cast(dtype, "initial_state", initial_state)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64).resolve_neg()
+    if context_parallel is not None:
+        context_parallel.check(packed=cu_seqlens is not None, reverse=False)
+        initial_state = own_state(context_parallel, initial_state)
+        if len(weight) > 1:
+            values = _last_values(wide, initial_state, cu_seqlens)
+            lengths = torch.full((len(x),), x.shape[1]) if cu_seqlens is None else cu_seqlens.diff()
+            initial_state = initial_state + receive_values(context_parallel, values, lengths.to(x.device))
     if backend in (None, "numba") and _served_natively(wide, weight, initial_state):
         y: Tensor = _native(wide, weight, initial_state, cu_seqlens)
     else:
@@ -124,12 +136,23 @@ def _last_values(x: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None) ->
 
 
 def _served_natively(*tensors: Tensor) -> bool:
-    return (
-        is_plain_eager(*tensors)
-        # The kernel leaves out the gradient of the initial state.
-        and not (torch.is_grad_enabled() and tensors[-1].requires_grad)
-        and all(BACKENDS["numba"].serves(tensor.device) for tensor in tensors)
-    )
+    return is_plain_eager(*tensors) and all(BACKENDS["numba"].serves(tensor.device) for tensor in tensors)
+
+
+def _state_gradient(dy: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The gradient of the initial state, `(sequences, taps - 1, dim)`; a sequence's first rows read it."""
+    tail = len(weight) - 1
+    if cu_seqlens is None:
+        first = F.pad(dy[:, :tail], (0, 0, 0, max(tail - dy.shape[1], 0)))
+    else:
+        rows = cu_seqlens[:-1, None] + torch.arange(tail)
+        inside = rows < cu_seqlens[1:, None]
+        first = dy.new_zeros(*rows.shape, dy.shape[2])
+        first[inside] = dy[0, rows[inside]]
+    gradient = torch.zeros_like(first)
+    for tap in range(1, tail + 1):
+        gradient[:, tail - tap :] += weight[tap] * first[:, :tap]
+    return gradient
 
 
 class _Convolution(Function):
@@ -152,15 +175,17 @@ class _Convolution(Function):
         if torch.is_grad_enabled() or not is_plain_eager(dy):
             with torch.enable_grad():
                 y = _convolve(x, weight, state, cu_seqlens)
-            wanted = [tensor for tensor in (x, weight) if tensor.requires_grad]
+            inputs = (x, weight, state)
+            wanted = [tensor for tensor in inputs if tensor.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(found) if t.requires_grad else None for t in (x, weight)), None, None
+            return *(next(found) if tensor.requires_grad else None for tensor in inputs), None
         from mhesa.ops.cpu import convolution_kernels
 
         dx, dweight = convolution_kernels.backward(
             dy.contiguous(), x.contiguous(), weight.contiguous(), state.contiguous(), cu_seqlens
         )
-        return dx, dweight, None, None
+        dstate = _state_gradient(dy, weight, cu_seqlens) if ctx.needs_input_grad[2] else None
+        return dx, dweight, dstate, None
 
 
 _native: Any = _Convolution.apply

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mhesa.ops.backends import resolve
 from mhesa.ops.checks import check_real, check_scan, check_step
+from mhesa.ops.context_parallel import ContextParallel, receive_gradient, receive_state
 
 
 @overload
@@ -23,6 +24,7 @@ def exponential_smoothing(
     reverse: bool = ...,
     return_final_state: Literal[False] = ...,
     backend: str | None = ...,
+    context_parallel: ContextParallel | None = ...,
 ) -> Tensor: ...
 
 
@@ -38,6 +40,7 @@ def exponential_smoothing(
     reverse: bool = ...,
     return_final_state: Literal[True],
     backend: str | None = ...,
+    context_parallel: ContextParallel | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -52,6 +55,7 @@ def exponential_smoothing(
     reverse: bool = False,
     return_final_state: bool = False,
     backend: str | None = None,
+    context_parallel: ContextParallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Smooth every channel of `x` over time, each head at its own rates, fixed or those of every step.
 
@@ -78,13 +82,18 @@ def exponential_smoothing(
             fp32 (fp64 for fp64 `x`).
         backend: `"triton"`, `"numba"`, `"chunked"`, `"fft"` or `"reference"`; `None` takes the fastest
             that can serve `x`. `"fft"` takes fixed rates only.
+        context_parallel: the processes that each sequence lies over; `x` is this one's stretch of it. Results
+            and gradients are those of one process: `initial_state` counts where a sequence begins, and the
+            final state is that after this process's last step. All processes must call this, and go backward
+            through it, once. The gradients of `skip` and of rates `(heads,)` are this process's part: sum
+            them over the processes.
 
     Returns:
         `y`, of the shape and type of `x`, or `(y, final_state)`.
 
     Raises:
-        InputError: types, devices or shapes that do not fit, offsets that do not cover `x`, or a backend
-            that is unknown or cannot serve these inputs.
+        InputError: types, devices or shapes that do not fit, offsets that do not cover `x`, a backend that is
+            unknown or cannot serve these inputs, or packed sequences in reverse over several processes.
 
     The recurrence is the exponential smoothing attention of ETSformer (https://arxiv.org/abs/2202.01381)
     with a damping factor in the decay, computed in time linear in the length.
@@ -102,15 +111,18 @@ def exponential_smoothing(
     check_scan(x, alpha, decay, skip, initial_state, cu_seqlens)
     scan = resolve(backend, x.device, fixed_rates=alpha.ndim == decay.ndim == 1)
     dtype = accumulation_dtype(x.dtype)
-    y, final_state = scan(
-        x,
-        cast(dtype, "alpha", alpha),
-        cast(dtype, "decay", decay),
-        None if skip is None else cast(dtype, "skip", skip),
-        None if initial_state is None else cast(dtype, "initial_state", initial_state),
-        None if cu_seqlens is None else cast(torch.int64, "cu_seqlens", cu_seqlens),
-        reverse,
-    )
+    alpha, decay = cast(dtype, "alpha", alpha), cast(dtype, "decay", decay)
+    skip = None if skip is None else cast(dtype, "skip", skip)
+    initial_state = None if initial_state is None else cast(dtype, "initial_state", initial_state)
+    cu_seqlens = None if cu_seqlens is None else cast(torch.int64, "cu_seqlens", cu_seqlens)
+    if context_parallel is not None:
+        context_parallel.check(packed=cu_seqlens is not None, reverse=reverse)
+        initial_state = receive_state(
+            context_parallel, scan, x, alpha, decay, initial_state, cu_seqlens, reverse
+        )
+    y, final_state = scan(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+    if context_parallel is not None:
+        y, final_state = receive_gradient(context_parallel, scan, y, final_state, decay, cu_seqlens, reverse)
     return (y, final_state) if return_final_state else y
 
 

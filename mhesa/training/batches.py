@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 from mhesa.data import Windows, pack
-from mhesa.training.distributed import gather, processes, rank
+from mhesa.ops.context_parallel import ContextParallel, stretch
+from mhesa.training.distributed import ONE_PROCESS, Grid, gather
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The tokens of one forward pass.
+    """The tokens of one forward pass: some windows, or this process's stretch of each.
 
     Args:
-        ids: `(windows, context)`, or `(1, windows * context)` where documents are packed.
+        ids: `(windows, length)`, or `(1, windows * length)` where documents are packed.
         labels: the token after each, in the same shape.
         cu_seqlens: where packed sequences begin, `(sequences + 1,)`; `None` if each window is one sequence.
         first, last: the indices of each window's first and last sequence, `(windows,)`.
-        continues: whether its first sequence continues the window before it in the text, `(windows,)`.
+        continues: whether its first sequence continues the stretch or window before it, `(windows,)`.
+        weight: its number of tokens over the mean of all processes. With losses multiplied by it, the mean
+            over processes is that over tokens.
+        context_parallel: the processes that share its windows, if several do.
     """
 
     ids: Tensor
@@ -29,6 +33,8 @@ class MicroBatch:
     first: Tensor
     last: Tensor
     continues: Tensor
+    weight: float
+    context_parallel: ContextParallel | None
 
     @property
     def sequences(self) -> int:
@@ -45,39 +51,50 @@ class Batches:
         accumulate: micro-batches a step.
         eos_token_id: begin a sequence at each of these tokens; with `None`, a window is one sequence.
         device: where the tensors go.
+        grid: the processes.
     """
 
     windows: Windows
     accumulate: int
     eos_token_id: int | None
     device: str = "cpu"
+    grid: Grid = ONE_PROCESS
 
     def read(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, a function of the step alone."""
-        shares = self.windows.starts(step).reshape(self.accumulate, processes(), -1)
+        shares = self.windows.starts(step).reshape(self.accumulate, self.grid.rows, -1)
         return [
             self._micro_batch(self.windows.read(starts), self.windows.is_stream_start(step))
-            for starts in shares[:, rank()]
+            for starts in shares[:, self.grid.row]
         ]
 
     def _micro_batch(self, tokens: Tensor, begins: bool) -> MicroBatch:
-        ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        grid, context = self.grid, self.windows.context
+        mine = stretch(context, grid.columns, grid.column)
+        ids, labels = tokens[:, :-1][:, mine].contiguous(), tokens[:, 1:][:, mine].contiguous()
+        length = ids.shape[1]
         first = last = torch.arange(len(ids))
-        continues = torch.full((len(ids),), not begins)
-        cu_seqlens = None
+        continues = torch.full((len(ids),), grid.column > 0 or not begins)
+        cu_seqlens, parallel = None, None
         if self.eos_token_id is not None:
             continues &= ids[:, 0] != self.eos_token_id
-            window_starts = torch.arange(0, ids.numel() + 1, self.windows.context)
+            window_starts = torch.arange(0, ids.numel() + 1, length)
             ids, cu_seqlens = pack(ids, self.eos_token_id)
             labels = labels.view(1, -1)
             bounds = torch.searchsorted(cu_seqlens, window_starts)
             first, last = bounds[:-1], bounds[1:] - 1
-        tensors = (ids, labels, cu_seqlens, first, last, continues)
-        return MicroBatch(*map(self._move, tensors))  # type: ignore[arg-type]
+        ids, labels, first, last, continues = map(self._move, (ids, labels, first, last, continues))
+        if cu_seqlens is not None:
+            cu_seqlens = self._move(cu_seqlens)
+        if grid.group is not None:
+            places = {} if cu_seqlens is None else {"first": first, "last": last, "continues": continues}
+            parallel = ContextParallel(grid.group, **places)
+        weight = length * grid.columns / context
+        return MicroBatch(ids, labels, cu_seqlens, first, last, continues, weight, parallel)
 
-    def _move(self, tensor: Tensor | None) -> Tensor | None:
+    def _move(self, tensor: Tensor) -> Tensor:
         kind = torch.device(self.device).type
-        if tensor is None or kind == "cpu":
+        if kind == "cpu":
             return tensor
         if kind == "cuda":
             # From pinned memory the copy does not wait for the GPU.
@@ -92,10 +109,11 @@ class CarriedStates:
         depth: blocks of the model.
         width: of a block's state.
         device: where the states are.
+        grid: the processes; those that share a window all keep the state at its end.
     """
 
-    def __init__(self, depth: int, width: int, device: str = "cpu") -> None:
-        self.depth, self.width, self.device = depth, width, device
+    def __init__(self, depth: int, width: int, device: str = "cpu", grid: Grid = ONE_PROCESS) -> None:
+        self.depth, self.width, self.device, self.grid = depth, width, device, grid
         # Of each micro-batch, (depth, windows, width).
         self.ends: list[Tensor] = []
 
@@ -110,14 +128,18 @@ class CarriedStates:
 
     def keep(self, index: int, batch: MicroBatch, states: Tensor) -> None:
         """Keep the states after micro-batch `index`, `(depth, sequences, width)`, without their graph."""
-        self.ends[index : index + 1] = [states.detach()[:, batch.last]]
+        ends = states.detach()[:, batch.last]
+        if batch.context_parallel is not None:
+            ends = batch.context_parallel.from_last(ends)
+        self.ends[index : index + 1] = [ends]
 
     def gathered(self) -> Tensor:
         """The states of all processes in the order of the step's windows, `(depth, windows, width)`."""
-        # From (processes, micro-batches, depth, windows, width).
-        return gather(torch.stack(self.ends)).permute(2, 1, 0, 3, 4).flatten(1, 3).contiguous()
+        # Of one process in each row of the grid, (rows, micro-batches, depth, windows, width).
+        ends = gather(torch.stack(self.ends))[:: self.grid.columns]
+        return ends.permute(2, 1, 0, 3, 4).flatten(1, 3).contiguous()
 
     def load(self, states: Tensor, accumulate: int) -> None:
         """Take this process's share of `states`, `(depth, windows, width)`, of any number of them."""
-        shares = states.unflatten(1, (accumulate, processes(), -1))[:, :, rank()]
+        shares = states.unflatten(1, (accumulate, self.grid.rows, -1))[:, :, self.grid.row]
         self.ends = list(shares.to(self.device).unbind(1))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from mhesa.errors import TrainingError
 from mhesa.model.lm import GatedExponentialSmoothingLM
 
 T = TypeVar("T")
@@ -56,6 +58,18 @@ def _leave_processes() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def expect_processes(remedy: str) -> Iterator[None]:
+    """Raise `TrainingError`, with `remedy`, where an exchange fails for lack of another process."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch gives the errors of gloo no class of their own.
+        if processes() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise TrainingError(f"another process ended or does not answer; {remedy}") from error
+
+
 def processes() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -70,6 +84,36 @@ def barrier() -> None:
     """Wait for all processes."""
     if processes() > 1:
         dist.barrier()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The processes as rows and columns: a row shares its windows, and each column holds a stretch of them.
+
+    Args:
+        rows, row: how many rows there are, and the index of this process's.
+        columns, column: how many processes share a window, and the index of this process among them.
+        group: the processes of this row; `None` if there is one column.
+    """
+
+    rows: int = 1
+    row: int = 0
+    columns: int = 1
+    column: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+ONE_PROCESS = Grid()
+
+
+def arrange(device: str, columns: int) -> Grid:
+    """The grid of all processes, `columns` wide; neighbours share a window. All processes must call this."""
+    if columns == 1:
+        return Grid(rows=processes(), row=rank())
+    shape = (processes() // columns, columns)
+    mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("data", "context"))
+    row, column = divmod(rank(), columns)
+    return Grid(shape[0], row, columns, column, mesh.get_group("context"))
 
 
 def maximum(values: Sequence[float]) -> list[float]:

@@ -32,6 +32,7 @@ CHANGEABLE = frozenset(
     {
         *("out", "steps", "minutes", "device", "backend", "save_every", "keep", "eval_every", "patience"),
         *("report_to", "lr", "muon_lr", "clip", "accumulate", "compile", "recompute", "fsdp"),
+        "context_parallel",
     }
 )
 

@@ -92,7 +92,7 @@ def train_model(
     parameters = list(model.parameters())
     states = None
     if settings.carry_state:
-        states = CarriedStates(settings.depth, model.state_size, settings.device)
+        states = CarriedStates(settings.depth, model.state_size, settings.device, batches.grid)
     if start is not None:
         _restore(start, model, optimizers, states, settings.accumulate)
     progress = Progress() if start is None else checkpoint.load_progress(start)
@@ -125,10 +125,15 @@ def train_model(
                     torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
                 ):
                     micro_loss, final = forward(
-                        batch.ids, batch.labels, state=initial, return_state=True, cu_seqlens=batch.cu_seqlens
+                        batch.ids,
+                        batch.labels,
+                        state=initial,
+                        return_state=True,
+                        cu_seqlens=batch.cu_seqlens,
+                        context_parallel=batch.context_parallel,
                     )
                 with phase("backward"):
-                    micro_loss = micro_loss / settings.accumulate
+                    micro_loss = micro_loss * batch.weight / settings.accumulate
                     micro_loss.backward()
             if states is not None:
                 states.keep(index, batch, final)

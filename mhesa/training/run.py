@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from safetensors import SafetensorError
 from torch.profiler import record_function
 
-from mhesa.data import Corpus, Source, Windows, open_corpus
+from mhesa.data import Corpus, Document, Source, Windows, open_corpus
 from mhesa.data.cache import cached_folder
 from mhesa.errors import InputError, TrainingError
-from mhesa.inference.evaluation import evaluate
+from mhesa.inference.evaluation import Score, evaluate
+from mhesa.inference.parallel import ParallelDecoder
 from mhesa.model.config import ModelConfig
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.model.loading import load_tokenizer, plain_name, save
@@ -27,8 +29,10 @@ from mhesa.training.batches import Batches
 from mhesa.training.checkpoint import PREFIX, Progress
 from mhesa.training.distributed import (
     StateDict,
+    arrange,
     barrier,
     broadcast,
+    expect_processes,
     is_sharded,
     join_processes,
     model_state,
@@ -112,6 +116,7 @@ def _train(run: Run, phase: Phase) -> Summary:
         StopOnSignal() as signals,
         run.display,
         reporter(run.settings) as report,
+        expect_processes(f"the checkpoints in {run.folder} are whole, and --resume goes on from the newest"),
     ):
         try:
             return run.train(signals, report, phase)
@@ -189,6 +194,7 @@ class Run:
             accumulate=settings.accumulate,
             eos_token_id=None if settings.join else self.tokenizer.eos_token_id,
             device=settings.device,
+            grid=arrange(settings.device, settings.context_parallel),
         )
         self.display.open("training", 1.0)
         progress, stopped_by = train_model(
@@ -203,18 +209,41 @@ class Run:
             on_row=_row_writer(self.folder, self.display, report),
             phase=phase,
         )
-        take_best = settings.patience is not None and not stopped_by
-        model = self._saved(progress.best_step) if take_best else self._whole(model)
+        if settings.patience is not None and not stopped_by:
+            model = self._saved(progress.best_step)
+        whole = self._whole(model)
         if rank() == 0:
-            save(model, self.tokenizer, self.folder)
+            save(whole, self.tokenizer, self.folder)
         if stopped_by:
             barrier()
             raise Stopped(signal.Signals(stopped_by), progress.step, self.folder)
-        return broadcast(self._measure(model, progress) if rank() == 0 else None)
+        held_out = self.corpus.held_out
+        self.display.open("measuring", sum(len(document.data) for document in held_out))
+        score = self._score(model, whole, held_out, self.display.advance)
+        return broadcast(self._summary(whole, progress, score) if score is not None else None)
 
     def _whole(self, model: GatedExponentialSmoothingLM) -> GatedExponentialSmoothingLM:
         """The whole model, in the first process. All processes must call this, as each may hold a shard."""
         return self._with_weights(model_state(model)) if is_sharded(model) else model.eval()
+
+    def _score(
+        self,
+        model: GatedExponentialSmoothingLM,
+        whole: GatedExponentialSmoothingLM,
+        documents: list[Document],
+        on_progress: Callable[[int], object] = lambda tokens: None,
+    ) -> Score | None:
+        """What a model costs, in the first process; `None` in the others.
+
+        Processes that share windows share texts, too: all of them run `model`, which may be sharded.
+        Otherwise the first one runs `whole` alone.
+        """
+        if self.settings.context_parallel > 1:
+            assert dist.group.WORLD is not None
+            decoder = ParallelDecoder(model.eval(), dist.group.WORLD)
+            score = evaluate(decoder, self.tokenizer, documents, on_progress)
+            return score if rank() == 0 else None
+        return evaluate(whole, self.tokenizer, documents, on_progress) if rank() == 0 else None
 
     def _saved(self, step: int | None) -> GatedExponentialSmoothingLM:
         """The model as it was saved after `step`."""
@@ -224,20 +253,19 @@ class Run:
 
     def _with_weights(self, weights: StateDict) -> GatedExponentialSmoothingLM:
         model = self.config.empty()
-        if rank() == 0:
+        if weights:
             model.load_state_dict(weights, assign=True)
             model.to(self.settings.device)
         return model.eval()
 
-    def _measure(self, model: GatedExponentialSmoothingLM, progress: Progress) -> Summary:
-        held_out = self.corpus.held_out
-        self.display.open("measuring", sum(len(document.data) for document in held_out))
+    def _summary(self, model: GatedExponentialSmoothingLM, progress: Progress, score: Score) -> Summary:
+        """Write what came of the run beside its model."""
         summary = Summary(
             folder=self.folder,
             steps=progress.step,
             seconds=progress.seconds,
-            score=evaluate(model, self.tokenizer, held_out, self.display.advance),
-            compressors=compress(held_out),
+            score=score,
+            compressors=compress(self.corpus.held_out),
             sample=write_sample(model, self.tokenizer, self.settings.seed),
         )
         figures = {f"held_out_{name}": value for name, value in summary.score.as_dict().items()}
@@ -249,11 +277,11 @@ class Run:
         return summary
 
     def _evaluate(self, model: GatedExponentialSmoothingLM) -> Evaluation | None:
-        model = self._whole(model)
-        if rank() != 0:
+        whole = self._whole(model)
+        score = self._score(model, whole, first_bytes(self.corpus.held_out, EVALUATED_BYTES))
+        if score is None:
             return None
-        score = evaluate(model, self.tokenizer, first_bytes(self.corpus.held_out, EVALUATED_BYTES))
-        sample = write_sample(model, self.tokenizer, self.settings.seed)
+        sample = write_sample(whole, self.tokenizer, self.settings.seed)
         return Evaluation(score.bits_per_byte, sample.decode("utf-8", "replace"))
 
 
@@ -297,6 +325,8 @@ def _announce(
     documents = "1 document" if facts.documents == 1 else f"{facts.documents:,} documents"
     budget = f"{settings.steps:,} steps" if settings.steps else f"{settings.minutes:g} minutes"
     shared = "" if processes() == 1 else f", {processes()} processes"
+    if settings.context_parallel > 1:
+        shared += f", {settings.context_parallel} to a window"
     console.print(
         f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
         f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"

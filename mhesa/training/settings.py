@@ -178,6 +178,14 @@ class TrainingSettings(ModelSizes):
         bool,
         Doc("Shard the weights over the processes (FSDP) instead of giving each a copy.", panel=MACHINE),
     ] = False
+    context_parallel: Annotated[
+        int,
+        Doc(
+            "Processes that share a window, each with a stretch of it; must divide their number.",
+            AT_LEAST_1,
+            MACHINE,
+        ),
+    ] = 1
     save_every: Annotated[int, Doc("Steps between checkpoints.", AT_LEAST_1, RUN)] = 200
     keep: Annotated[int, Doc("Number of checkpoints to keep.", AT_LEAST_1, RUN)] = 2
     eval_every: Annotated[
@@ -206,6 +214,13 @@ class TrainingSettings(ModelSizes):
             raise InputError("give steps or minutes as the budget, not both")
         if self.patience is not None and not self.eval_every:
             raise InputError("patience counts evaluations: also give eval_every, the steps between them")
+        if self.context < self.context_parallel:
+            raise InputError(
+                f"context {self.context} is shorter than context_parallel {self.context_parallel}, and each "
+                "process needs a token; make context larger or context_parallel smaller"
+            )
+        if self.compile and self.context_parallel > 1:
+            raise InputError("compile cannot be used with context_parallel; leave one of them out")
         self.vocabulary_size()
         self.model_config(vocab_size=1)
         if self.device != "auto":
@@ -274,14 +289,21 @@ class TrainingSettings(ModelSizes):
             raise InputError("compile needs a C++ compiler on a CPU; install one or leave it out")
         if self.report_to != "none" and find_spec(self.report_to) is None:
             raise InputError(f"report_to {self.report_to} needs it installed: pip install {self.report_to}")
-        micro_batches = self.accumulate * processes()
+        if processes() % self.context_parallel:
+            raise InputError(
+                f"context_parallel {self.context_parallel} does not divide the number of processes, "
+                f"{processes()}; start a multiple of it with torchrun"
+            )
+        groups = processes() // self.context_parallel
+        micro_batches = self.accumulate * groups
         if (self.batch_size or micro_batches) % micro_batches:
+            shared = f" in groups of {self.context_parallel}" if self.context_parallel > 1 else ""
             raise InputError(
                 f"batch_size {self.batch_size} cannot be divided into {self.accumulate} micro-batches "
-                f"for {processes()} processes; give a multiple of {micro_batches}"
+                f"for {processes()} processes{shared}; give a multiple of {micro_batches}"
             )
         tokens = TOKENS_A_STEP[precision] if kind == "cpu" else TOKENS_A_STEP_ON_ACCELERATORS
-        windows = max(tokens // self.context, 1)
+        windows = max(tokens * self.context_parallel // self.context, 1)
         return replace(
             self,
             device=device,
