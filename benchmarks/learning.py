@@ -152,7 +152,7 @@ def train(
             optimizer.zero_grad()
         step += 1
         taken = time.process_time() - begin
-        spent = step / steps if seconds is None else taken / seconds
+        spent = taken / seconds if seconds is not None else step / (steps or 1)
     return model.eval(), step, taken
 
 

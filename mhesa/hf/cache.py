@@ -140,7 +140,7 @@ class MhesaCache(Cache):
             cast(MhesaCacheLayer, layer).advance(state, length)
 
 
-def only_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+def only_cache(cache: Cache | None, past_key_values: Cache | None) -> MhesaCache | None:
     """The cache, by whichever of its two names it was passed; `None` if by neither.
 
     Raises:

@@ -161,7 +161,7 @@ class MhesaModel(MhesaPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=None if trace is None else (*trace, x),
-            **{CACHE: updated},
+            **{CACHE: updated},  # type: ignore[arg-type]
         )
 
     def _cache(self, given: MhesaCache | None, use_cache: bool | None) -> MhesaCache | None:
