@@ -111,7 +111,7 @@ def test_narrow_types_sum_in_fp32():
 
 
 def test_shapes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"weight \(taps, dim\)"):
+    with pytest.raises(ValueError, match=r"weight must be \(4, 3\)"):
         causal_convolution(torch.zeros(1, 2, 3), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="initial_state must be"):
         causal_convolution(torch.zeros(1, 2, 3), torch.zeros(4, 3), initial_state=torch.zeros(1, 2, 3))

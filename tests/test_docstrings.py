@@ -15,7 +15,7 @@ MODULES = sorted(
     if not module.name.rpartition(".")[2].startswith("_")
 )
 # `(batch, length)`, `(heads,)`, `(2 * depth, ..., dim)`; words where no shape is fixed; or what else says it.
-SHAPE = re.compile(r"\(\s*[\w*.][^()]*,[^()]*\)|\bscalars?\b|\bany shape\b|\b(See|as) `mhesa\.")
+SHAPE = re.compile(r"\(\s*[\w*.][^()]*,[^()]*\)|\bscalars?\b|\bany shapes?\b|\b(See|as) `mhesa\.")
 
 
 def public(owner):

@@ -41,7 +41,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether all tensors are plain; each is looked at, for one may have no memory."""
+    """Whether all tensors, of any shapes, are plain; each is looked at, for one may have no memory."""
     plain = True
     for tensor in tensors:
         plain &= is_plain(tensor)
@@ -91,7 +91,7 @@ def check_scan(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    """Check the arguments of `mhesa.ops.exponential_smoothing`, shaped as described there.
+    """Check the arguments of smoothing, shaped as `mhesa.ops.exponential_smoothing` takes them.
 
     Raises:
         InputError: one does not fit; the message names it.
@@ -107,14 +107,14 @@ def check_scan(
 
 
 def check_step(x: Tensor, alpha: Tensor, decay: Tensor, state: Tensor, skip: Tensor | None) -> None:
-    """Check the arguments of `mhesa.ops.exponential_smoothing_step`, likewise."""
+    """Check the arguments of a step, shaped as `mhesa.ops.exponential_smoothing_step` takes them."""
     check_input(x, "batch", "heads", "head_dim")
     _check_parameters(x, alpha, decay, skip)
     _check_shape("state", state, x.device, x.shape)
 
 
 def check_gradients(dy: Tensor, dfinal: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Check the gradients of a scan's results: `dy` is shaped as `x`, `dfinal` as the final state."""
+    """Check gradients: `dy` and `x` `(batch, length, heads, head_dim)`, `dfinal` as the final state."""
     sequences = len(x) if cu_seqlens is None else cu_seqlens.numel() - 1
     _check_shape("dy", dy, x.device, x.shape)
     _check_shape("dfinal", dfinal, x.device, (sequences, *x.shape[2:]))
@@ -123,7 +123,7 @@ def check_gradients(dy: Tensor, dfinal: Tensor, x: Tensor, cu_seqlens: Tensor | 
 def check_convolution(
     x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
-    """Check the arguments of `mhesa.ops.convolution.causal_convolution`, shaped as described there.
+    """Check arguments, shaped as `mhesa.ops.convolution.causal_convolution` takes them.
 
     Raises:
         InputError: one does not fit; the message names it.
@@ -141,7 +141,7 @@ def check_convolution(
 
 
 def check_input(x: Tensor, *dimensions: str) -> None:
-    """Raise `InputError` unless `x` is a dense tensor of floating-point numbers with these dimensions."""
+    """Raise `InputError` unless `x` is dense, of floating-point numbers, and `(*dimensions,)`."""
     if not _is_dense(x) or x.ndim != len(dimensions):
         raise InputError(f"x must be ({', '.join(dimensions)}), not {_described(x)}")
     check_floating("x", x)

@@ -85,13 +85,13 @@ class ContextParallel:
         return self.first, self.last, self.continues & (self.rank > 0)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensor of every process, all of one shape."""
+        """The tensor of every process; any shape, the same in all."""
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(gathered, tensor.contiguous(), group=self.group)
         return gathered
 
     def from_last(self, tensor: Tensor) -> Tensor:
-        """The last process's tensor, in every process; all have one shape."""
+        """The last process's tensor, in every process; any shape, the same in all."""
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         dist.broadcast(tensor, group=self.group, group_src=self.size - 1)
         return tensor
@@ -148,7 +148,10 @@ def receive_gradient(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """A scan's results; going backward adds the other processes' share to the gradient of `final_state`."""
+    """A scan's results; going backward adds the other processes' share to the gradient of `final_state`.
+
+    `y` is `(batch, length, heads, head_dim)` and `final_state` `(sequences, heads, head_dim)`.
+    """
     results: tuple[Tensor, Tensor] = _apply(
         _ReceiveGradient, y, final_state, decay, cu_seqlens, reverse, scan, parallel
     )
