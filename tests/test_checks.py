@@ -498,7 +498,7 @@ def test_native_code_gets_nothing_that_it_cannot_read(cases):
             if what:
                 wrong.append(f"{last}\n{what}")
     except EOFError:
-        pass
+        process.join(SECONDS)
     process.kill()
     process.join()
     assert not wrong, f"{len(wrong)} wrong:\n" + "\n".join(wrong)

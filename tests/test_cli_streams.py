@@ -1,7 +1,6 @@
 """`mhesa generate --session` and `mhesa score` as a person uses them."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -112,9 +111,9 @@ def test_lines_come_as_they_are_written_and_interrupting_is_quiet(folder):
     assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
 
 
-def test_interrupting_a_ranking_shows_it_so_far(folder):
+def test_interrupting_a_ranking_shows_it_so_far(folder, tmp_path):
     process = subprocess.Popen(
-        [*COMMAND, "score", str(folder), "--top", "1", "--heatmap", os.devnull],
+        [*COMMAND, "score", str(folder), "--top", "1", "--heatmap", str(tmp_path / "page.html")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -392,5 +392,6 @@ def test_what_is_wrong_is_said(change: dict[str, Any], message: str) -> None:
 
 def test_a_named_backend_never_falls_back() -> None:
     x = torch.zeros(1, 4, 2, 3, device="meta")
+    rates = torch.zeros(2, device="meta")
     with pytest.raises(ValueError, match="backend 'numba' cannot serve a meta tensor here; these can: "):
-        exponential_smoothing(x, torch.zeros(2), torch.zeros(2), backend="numba")
+        exponential_smoothing(x, rates, rates, backend="numba")

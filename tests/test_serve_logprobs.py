@@ -64,7 +64,7 @@ def test_log_likelihoods_of_a_harness_are_the_sessions(served):
             assert close(kept["token_logprobs"][:-1], scored(reader, before + after))
             session = Session(reader)
             session.feed_ids(torch.tensor(before[before[0] == end :], dtype=torch.int64))
-            expected = -math.log(2) * session.score_ids(torch.tensor(after)).sum()
+            expected = -math.log(2) * session.score_ids(torch.tensor(after, dtype=torch.int64)).sum()
             assert math.isclose(sum(kept["token_logprobs"][len(before) : -1]), expected, abs_tol=1e-4)
             assert (kept["top_logprobs"][0] is None) == (before[0] == end)
 

@@ -140,7 +140,10 @@ def test_transformers_reads_what_was_trained_without_it(trained):
     assert model.config.use_cache is True
     assert model.generation_config.use_cache is not False
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == theirs.eos_token_id
-    assert (theirs.bos_token_id, theirs.pad_token_id) == (tokenizer.eos_token_id,) * 2
+    assert theirs.bos_token_id == tokenizer.eos_token_id
+    # Bytes have no room for a padding token of their own.
+    assert theirs.pad_token in ("<|endoftext|>", "<|padding|>")
+    assert (theirs.pad_token == "<|endoftext|>") == (len(theirs) == 257)
     assert theirs.padding_side == "left"
     text = "7 bottles of beer, naïvely"
     ids = tokenizer.encode_bytes(text.encode()).tolist()

@@ -115,7 +115,7 @@ def find_damage(path: Path) -> str | None:
     except (TypeError, KeyError, AttributeError):
         return f"{path / MANIFEST} is damaged: it does not list files"
     except InputError as error:
-        return str(error)
+        return f"{path / MANIFEST} is damaged: {error.__cause__}"
     except (OSError, ValueError) as error:
         return f"{path / MANIFEST} is damaged: {error}"
     return None
