@@ -47,7 +47,7 @@ class Backend:
         """Whether it can scan tensors on `device` on this machine, at fixed rates or those of every step."""
         if self.devices and device.type not in self.devices:
             return False
-        # Last, for it may search the disk.
+        # The package is looked for last, because that may search the disk.
         return (fixed_rates or not self.fixed_rates) and (not self.package or bool(find_spec(self.package)))
 
 

@@ -34,7 +34,7 @@ def is_plain(tensor: Tensor) -> bool:
         return False
     if address or not tensor.numel():
         return True
-    # No public function tells zeros that are yet to be written from memory that was freed.
+    # Private, because no public function tells zeros that are yet to be written from freed memory.
     if tensor.is_meta or tensor._is_zerotensor():
         return False
     raise InputError("a tensor has no memory: its storage was resized to 0 bytes")

@@ -17,9 +17,9 @@ from mhesa.serve.api.service import Service
 from mhesa.serve.settings import Limits
 
 Body = TypeVar("Body", bound=RequestBody)
-# Members of a JSON object; `Limits.logit_biases` may allow more.
+# The largest number of members of one JSON object, unless `Limits.logit_biases` is larger.
 MEMBERS = 4096
-# JSON objects of a body.
+# The largest number of JSON objects in a body.
 OBJECTS = 1 << 15
 
 

@@ -49,8 +49,8 @@ def serve(service: Service) -> None:
         InputError: the address cannot be listened on.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
-    # A collection stops all threads: it is not to look at the program's own objects each time that a request
-    # makes many.
+    # A garbage collection stops all threads. Leave out the objects that live as long as the server, and
+    # collect less often, so that a request that makes many objects does not delay the others.
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECT_AFTER)
