@@ -1,4 +1,4 @@
-"""Files: atomic writes, one writer at a time, outputs that are no inputs, JSON of any content.
+"""Files: atomic writes, outputs that are no inputs, JSON of any content.
 
 After a crash or a power cut, a file or folder is complete or absent: everything is written under a temporary
 name, synced to the disk and then renamed, which is atomic.
@@ -9,25 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import stat
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from mhesa.errors import InputError
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
 CHUNK = 1 << 20
 PARTIAL = ".partial"
-LOCK = ".lock"
 
 
 @contextmanager
@@ -77,91 +69,6 @@ def write_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         remove(partial)
         raise
-
-
-@contextmanager
-def only_writer_of_file(path: Path) -> Iterator[None]:
-    """Be the only one that writes a file; see `only_writer_of_folder`."""
-    check_file(path)
-    path = Path(os.path.realpath(path))
-    with _locked(path.with_name(f".{path.name}{LOCK}"), path):
-        yield
-
-
-@contextmanager
-def only_writer_of_folder(folder: Path) -> Iterator[None]:
-    """Be the only one, among processes and threads that call this, that writes into a folder.
-
-    A folder that is not there is made, and removed if it is still empty at the end. The lock is a file that
-    says who holds it; the system frees it when the process ends, however it ends.
-
-    Raises:
-        InputError: somebody else is writing; or the lock cannot be made.
-    """
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise InputError(f"{folder} is a file; give a folder to save to") from error
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
-        with _locked(folder / LOCK, folder):
-            yield
-    finally:
-        with suppress(OSError):
-            for one in made:
-                one.rmdir()
-
-
-@contextmanager
-def _locked(lock: Path, what: Path) -> Iterator[None]:
-    try:
-        descriptor = _open_locked(lock, what)
-    except OSError as error:
-        raise InputError(f"cannot write to {what}: {error.strerror} ({lock})") from error
-    try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
-        yield
-    finally:
-        # Removed while it is locked: who has opened it meanwhile sees that it is gone, and makes another.
-        with suppress(OSError):  # Windows does not remove open files
-            lock.unlink()
-        os.close(descriptor)
-
-
-def _open_locked(lock: Path, what: Path) -> int:
-    """The descriptor of a lock's file, locked."""
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        try:
-            if not _try_lock(descriptor):
-                holder = os.read(descriptor, 300).decode("utf-8", "replace") or "another process"
-                raise InputError(f"{what} is being written by {holder}; wait for it, or write to another")
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), lock.stat()):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock an open file, unless it is locked."""
-    try:
-        if sys.platform == "win32":
-            # A byte behind the content, which others have to read.
-            os.lseek(descriptor, CHUNK, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    finally:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-    return True
 
 
 def check_file(path: Path) -> None:

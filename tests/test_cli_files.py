@@ -16,8 +16,8 @@ from serving import save_model
 
 import mhesa
 from mhesa import cli
-from mhesa.atomic_io import only_writer_of_folder
 from mhesa.errors import InputError
+from mhesa.locks import only_writer_of_folder
 
 COMMAND = [sys.executable, "-m", "mhesa"]
 LINES = b"".join(b"line %d of some\n" % n for n in range(400))

@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mhesa.atomic_io import only_writer_of_file, sha256, write_file
+from mhesa.atomic_io import sha256, write_file
 from mhesa.errors import InputError
 from mhesa.inference.continuation import Continuation, TextCursor
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.evaluation import surprisals
 from mhesa.inference.generation import write
 from mhesa.inference.sampling import Sampling, TokenSampler
+from mhesa.locks import only_writer_of_file
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.checks import check_ids
 from mhesa.tokenizers.base import Tokenizer

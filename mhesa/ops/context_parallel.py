@@ -122,13 +122,13 @@ def receive_state(
     `initial_state`, or zero; no gradient passes from here to `x`, `alpha` and `decay`.
     """
     if initial_state is not None:
-        initial_state = own_state(parallel, initial_state, reverse=reverse)
+        initial_state = zero_continued(parallel, initial_state, reverse=reverse)
     with torch.no_grad():
-        received = _received(parallel, scan, x, alpha, decay, initial_state, cu_seqlens, reverse)
+        received = _state_from_others(parallel, scan, x, alpha, decay, initial_state, cu_seqlens, reverse)
     return received if initial_state is None else initial_state + received
 
 
-def own_state(parallel: ContextParallel, initial_state: Tensor, *, reverse: bool = False) -> Tensor:
+def zero_continued(parallel: ContextParallel, initial_state: Tensor, *, reverse: bool = False) -> Tensor:
     """`initial_state`, `(sequences, ...)`, with zeros for the sequences that began in other processes."""
     sequences, device = len(initial_state), initial_state.device
     if reverse:
@@ -186,11 +186,13 @@ class _ReceiveGradient(Function):
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         """Scan `dy` from the end: `p[t] = decay[t] * (dy[t] + p[t + 1])`, where `dfinal` is the last `p`."""
         decay, cu_seqlens = ctx.saved_tensors
-        received = _received(ctx.parallel, ctx.scan, dy, decay, decay, dfinal, cu_seqlens, not ctx.reverse)
+        received = _state_from_others(
+            ctx.parallel, ctx.scan, dy, decay, decay, dfinal, cu_seqlens, not ctx.reverse
+        )
         return dy, dfinal + received, None, None, None, None, None
 
 
-def _received(
+def _state_from_others(
     parallel: ContextParallel,
     scan: Scan,
     x: Tensor,

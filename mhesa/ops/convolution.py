@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from mhesa.ops.backends import BACKENDS
 from mhesa.ops.checks import check_convolution, check_input
-from mhesa.ops.context_parallel import ContextParallel, own_state, receive_values
+from mhesa.ops.context_parallel import ContextParallel, receive_values, zero_continued
 from mhesa.ops.registration import is_plain_eager
 from mhesa.ops.smoothing import accumulation_dtype, cast
 
@@ -60,7 +60,7 @@ def causal_convolution(
         cu_seqlens = cu_seqlens.to(torch.int64).resolve_neg()
     if context_parallel is not None:
         context_parallel.check(packed=cu_seqlens is not None, reverse=False)
-        initial_state = own_state(context_parallel, initial_state)
+        initial_state = zero_continued(context_parallel, initial_state)
         if len(weight) > 1:
             values = _last_values(wide, initial_state, cu_seqlens)
             lengths = torch.full((len(x),), x.shape[1]) if cu_seqlens is None else cu_seqlens.diff()

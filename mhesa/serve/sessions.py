@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from mhesa.errors import InputError
-from mhesa.file_lock import hold
 from mhesa.inference.session import SessionState
+from mhesa.locks import only_writer_of_file
 from mhesa.serve.logs import log
 from mhesa.serve.settings import Limits
 
@@ -93,9 +93,9 @@ class Sessions:
         # `None` if it has to be opened again.
         self._database: sqlite3.Connection | None = None
         self._is_trouble = False
-        if path is not None and path.exists() and not path.is_file():
-            raise InputError(f"cannot keep sessions in {path}: it is a folder, a device or a pipe")
-        self._holder = None if path is None else hold(path)
+        self._lock_of_file = ExitStack()
+        if path is not None:
+            self._lock_of_file.enter_context(only_writer_of_file(path))
         try:
             self._database = self._open()
         except sqlite3.Error as error:
@@ -135,8 +135,7 @@ class Sessions:
         with self._lock:
             if self._database is not None:
                 self._database.close()
-            if self._holder is not None:
-                self._holder.release()
+            self._lock_of_file.close()
 
     @contextmanager
     def _use(self) -> Iterator[sqlite3.Connection]:
