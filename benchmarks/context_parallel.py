@@ -37,6 +37,8 @@ class Row:
         over_one: its tokens a second over those of one process.
         gibibytes: peak memory of the largest process.
         memory_over_one: that over the peak memory of one process.
+        private_over_one: the same ratio of private memory, without the pages of libraries that processes
+            share.
         sent: bytes that a process gives to the exchanges of a layer and step.
         sent_over_state: that over the bytes of a layer's state, the convolution's last values included.
         loss: of the first step, in nats per token; the same for any number of processes.
@@ -48,6 +50,7 @@ class Row:
     over_one: float | None
     gibibytes: float
     memory_over_one: float | None
+    private_over_one: float | None
     sent: float
     sent_over_state: float
     loss: float
@@ -87,29 +90,31 @@ def bench_context_parallel(
         on_case: called after each row, for a progress bar.
     """
     for length in lengths:
-        one: Row | None = None
+        one: list[dict[str, float]] | None = None
         for count in processes:
             found = _run(Case(length, recompute, precision, rounds), count)
-            row = _row(length, count, found, one)
-            one = row if count == 1 else one
+            one = found if count == 1 else one
+            row = _row(length, found, one)
             on_case()
             yield row
 
 
-def _row(length: int, count: int, found: list[dict[str, float]], one: Row | None) -> Row:
-    tokens_per_second = length / max(part["seconds"] for part in found)
-    gibibytes = max(part["bytes"] for part in found) / 2**30
+def _row(length: int, found: list[dict[str, float]], one: list[dict[str, float]] | None) -> Row:
+    def over_one(figure: str) -> float | None:
+        return None if one is None else max(part[figure] for part in found) / one[0][figure]
+
+    slowdown = over_one("seconds")
     sent = max(part["sent"] for part in found) / MODEL.depth
-    state = 4 * MODEL.empty().state_size
     return Row(
         length=length,
-        processes=count,
-        tokens_per_second=tokens_per_second,
-        over_one=None if one is None else tokens_per_second / one.tokens_per_second,
-        gibibytes=gibibytes,
-        memory_over_one=None if one is None else gibibytes / one.gibibytes,
+        processes=len(found),
+        tokens_per_second=length / max(part["seconds"] for part in found),
+        over_one=None if slowdown is None else 1 / slowdown,
+        gibibytes=max(part["bytes"] for part in found) / 2**30,
+        memory_over_one=over_one("bytes"),
+        private_over_one=over_one("private_bytes"),
         sent=sent,
-        sent_over_state=sent / state,
+        sent_over_state=sent / (4 * MODEL.empty().state_size),
         loss=sum(part["loss"] for part in found) / length,
     )
 
@@ -174,9 +179,22 @@ def _measure(case: Case, rank: int, count: int, store: str, results: Any) -> Non
         step()
         seconds.append(time.perf_counter() - start)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results.put({"seconds": statistics.median(seconds), "bytes": peak, "sent": sent, "loss": loss})
+    results.put(
+        {
+            "seconds": statistics.median(seconds),
+            "bytes": peak,
+            "private_bytes": peak - _shared_bytes(),
+            "sent": sent,
+            "loss": loss,
+        }
+    )
     if parallel is not None:
         dist.destroy_process_group()
+
+
+def _shared_bytes() -> int:
+    """Resident pages of files, nearly all of them libraries', proc_pid_statm(5)."""
+    return int(Path("/proc/self/statm").read_text().split()[2]) * resource.getpagesize()
 
 
 # Bytes of each message that this process sent.

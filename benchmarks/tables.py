@@ -131,6 +131,7 @@ TABLES = {
             "over one": "{over_one:.2f}",
             "GiB a process": "{gibibytes:.2f}",
             "over one's": "{memory_over_one:.2f}",
+            "of it private": "{private_over_one:.2f}",
             "bytes sent a layer": "{sent:,.0f}",
             "over the state": "{sent_over_state:.2f}",
             "loss": "{loss:.5f}",

@@ -322,8 +322,8 @@ def _announce(
     console: Console, settings: TrainingSettings, corpus: Corpus, parameters: int, start: Path | None
 ) -> None:
     facts = corpus.facts
-    documents = "1 document" if facts.documents == 1 else f"{facts.documents:,} documents"
-    budget = f"{settings.steps:,} steps" if settings.steps else f"{settings.minutes:g} minutes"
+    documents = _count(facts.documents, "document")
+    budget = _count(settings.steps, "step") if settings.steps else _count(settings.minutes or 0, "minute")
     shared = "" if processes() == 1 else f", {processes()} processes"
     if settings.context_parallel > 1:
         shared += f", {settings.context_parallel} to a window"
@@ -341,3 +341,7 @@ def _announce(
     if start is not None:
         step = int(start.name.removeprefix(PREFIX))
         console.print(f"goes on from [bold]step {step:,}[/]", highlight=False)
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:,.12g} {noun}{'' if number == 1 else 's'}"
