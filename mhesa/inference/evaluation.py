@@ -75,15 +75,15 @@ def surprisals(
         state: `(depth, 1, state_size)`, the state before the inputs; updated in place.
 
     Returns:
-        `-log2` of each target's probability in bits, float32 `(length,)`.
+        `-log2` of each target's probability in bits, `(length,)`; in fp64, so that sums of many are right.
     """
     # Preallocate: freed large blocks between live small ones would fragment the heap.
-    nats = torch.empty(len(targets))
+    nats = torch.empty(len(targets), dtype=torch.float64)
     size = _window(decoder)
     for start in range(0, len(targets), size):
         window = slice(start, start + size)
         nats[window] = _nats(decoder, inputs[window], targets[window], state)
-    return nats.numpy() / np.float32(math.log(2))
+    return nats.numpy() / math.log(2)
 
 
 def _window(decoder: Decoder | ParallelDecoder) -> int:
@@ -124,7 +124,7 @@ def evaluate(
         inputs = torch.cat([torch.tensor([tokenizer.eos_token_id]), ids[:-1]])
         state = decoder.initial_state(1)
         for window, targets in zip(inputs.split(size), ids.split(size), strict=True):
-            bits = surprisals(decoder, window, targets, state).sum(dtype=np.float64)
+            bits = surprisals(decoder, window, targets, state).sum()
             total += Score(bits * math.log(2), len(targets), 0)
             on_progress(len(targets))
         total += Score(0.0, 0, len(document.data))

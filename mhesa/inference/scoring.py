@@ -64,7 +64,7 @@ class Batch:
 
     Args:
         blocks: see `Block`.
-        bits: of each token of all blocks, fp32 `(tokens,)`.
+        bits: of each token of all blocks, fp64 `(tokens,)`.
         sizes: of each token, in bytes, `(tokens,)`.
     """
 
@@ -119,7 +119,7 @@ def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> tuple[np.
     if text and not text.endswith(b"\n"):
         ends = np.append(ends, len(text))
     if len(ends) == 1:
-        return ends, bits.sum(dtype=np.float64, keepdims=True)
+        return ends, bits.sum(keepdims=True)
     token_ends = np.concatenate([[0.0], np.cumsum(sizes, dtype=np.float64)])
     token_ends *= len(text) / max(token_ends[-1], 1.0)
     bits_before = np.concatenate([[0.0], np.cumsum(bits, dtype=np.float64)])
@@ -164,7 +164,7 @@ def by_document(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
         for block in batch.blocks:
             size += len(block.text)
             shown += block.text[: SHOWN_BYTES - len(shown)]
-        bits += batch.bits.sum(dtype=np.float64).item()
+        bits += batch.bits.sum().item()
     yield Scored(name, 1, 0, bits, size, shown)
 
 

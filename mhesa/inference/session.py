@@ -145,7 +145,7 @@ class Session:
         """Read some text and measure the surprisal of each of its tokens.
 
         Returns:
-            Bits for each token, fp32 `(tokens,)`: `-log2` of the probability the model gave it.
+            Bits for each token, fp64 `(tokens,)`: `-log2` of the probability the model gave it.
         """
         return self.score_ids(self._ids(text))
 
@@ -153,7 +153,7 @@ class Session:
         """Read tokens, int64 `(tokens,)`, and measure the surprisal of each; see `score` and `feed_ids`."""
         self._check(ids)
         if not len(ids):
-            return np.zeros(0, dtype=np.float32)
+            return np.zeros(0)
         bits = surprisals(self.reader.decoder, self._inputs(ids), ids, self._memory.state)
         self._advance(ids)
         return bits

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 HUGE_PAGE = 1 << 21
 MADV_HUGEPAGE = 14
 # mallopt(3)
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def empty_hugepages(shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -51,6 +51,15 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def share_heaps() -> None:
+    """Let all threads allocate from two heaps, so that one can use what another freed.
+
+    Otherwise each thread gets a heap of its own, and a server keeps in each what its largest work left there.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def release_memory() -> None:

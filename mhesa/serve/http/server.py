@@ -17,6 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mhesa.errors import InputError
+from mhesa.ops.cpu.memory import share_heaps
 from mhesa.serve.api.app import create_app
 from mhesa.serve.api.errors import APIError
 from mhesa.serve.api.service import Service
@@ -42,8 +43,8 @@ RELEASE_SECONDS = 1
 def serve(service: Service) -> None:
     """Serve until SIGTERM or SIGINT; answers that have begun may finish then.
 
-    It changes settings of the whole process: the thread switch interval, garbage collection, the limit of
-    open files, uvicorn's log.
+    It changes settings of the whole process: the thread switch interval, garbage collection, the heaps of
+    the C library, the limit of open files, uvicorn's log.
 
     Raises:
         InputError: the address cannot be listened on.
@@ -54,6 +55,7 @@ def serve(service: Service) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECT_AFTER)
+    share_heaps()
     _raise_file_limit()
     # Uvicorn is not to log a failure to bind: the error below says it in one line.
     redirect_logger("uvicorn.error", logging.CRITICAL)
