@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from http.client import HTTPConnection
 
 import httpx
 import numpy as np
@@ -124,12 +125,11 @@ def test_what_takes_too_long_is_ended(folder):
 
 
 def test_an_idle_connection_stays_open(server):
-    with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
-        connection.settimeout(60)
+    with closing(HTTPConnection(server.url.removeprefix("http://"), timeout=60)) as connection:
         for idle in (0, 6):  # Uvicorn's own limit is 5 seconds, ours for an unfinished request is 1 here.
             time.sleep(idle)
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+            connection.request("GET", "/health")
+            assert json.load(connection.getresponse()) == {"status": "ok"}
 
 
 # Large requests
