@@ -591,9 +591,11 @@ def test_loading_in_bf16_keeps_the_decays_in_fp32(tmp_path, ids):
     model = make()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    new = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
     for name, parameter in loaded.named_parameters():
         kept = name.endswith(("alphas", "dampen_factors"))
         assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
+        assert new.get_parameter(name).dtype == parameter.dtype
         if kept:
             assert torch.equal(parameter, model.get_parameter(name))
     logits = loaded(ids).logits

@@ -49,8 +49,10 @@ class MHESA(nn.Module):
         self.reverse_seq = reverse_seq
         self.backend = backend
         self.norm = nn.LayerNorm(dim)
-        self.alphas = nn.Parameter(torch.randn(heads))
-        self.dampen_factors = nn.Parameter(torch.randn(heads))
+        # In 16 bits, a decay near 1 would have a few values only.
+        dtype = accumulation_dtype(torch.get_default_dtype())
+        self.alphas = nn.Parameter(torch.randn(heads, dtype=dtype))
+        self.dampen_factors = nn.Parameter(torch.randn(heads, dtype=dtype))
         self.param_D = nn.Parameter(torch.randn(dim))
 
     def rates(self, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
