@@ -9,7 +9,7 @@ PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 OLDEST_TESTS := package cli data vocabulary session serve hf_configuration hf_generation hf_modeling \
 	hf_tokenization
 
-.PHONY: demo test test-oldest coverage torture dist clean
+.PHONY: demo test test-oldest coverage torture site dist clean
 
 # Train on the Python standard library's own source text for two minutes, then write with the model.
 demo: $(VENV)/installed
@@ -40,6 +40,10 @@ torture: $(VENV)/installed-dev
 	cp benchmarks/torture.head.md benchmarks/torture.md
 	TORTURE_REPORT=$(CURDIR)/benchmarks/torture.md $(BIN)/python -m pytest -m torture tests
 
+# The documentation as a site of static files, in site/.
+site: $(VENV)/installed-dev
+	$(BIN)/mkdocs build --strict --quiet
+
 # The wheel and the source distribution, checked, and the wheel tried in an environment of its own.
 dist:
 	rm -rf build dist .venv-dist
@@ -54,7 +58,7 @@ dist:
 	cd / && $(CURDIR)/.venv-dist/bin/mhesa --version
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .venv-dist build dist runs/demo
+	rm -rf $(VENV) $(OLDEST) .venv-dist build dist site runs/demo
 
 # torch goes first, by its exact version: asked for by a range, as the package does, pip may bring the
 # newest build and gigabytes of CUDA with it.

@@ -174,14 +174,14 @@ class CausalConv(nn.Module):
 class GatedMHESA(nn.Module):
     """The gated block: smoothing takes the place of attention, a gate that of the feed-forward layer.
 
-    .. code-block:: text
-
-        z = LayerNorm(x)
-        z[t] = sum over j of c[j] * z[t - j]              where conv_size > 0
-        u = GELU(W_u z)                                   int(dim * dim_expansion_factor) wide
-        v = GELU(W_v z)                                   dim_mhesa wide
-        alpha = sigmoid(alphas + W_alpha z)               where adaptive; sigmoid(alphas) otherwise
-        out = W_o((W_g MHESA(v)) * u) + b_o + x
+    ```text
+    z = LayerNorm(x)
+    z[t] = sum over j of c[j] * z[t - j]              where conv_size > 0
+    u = GELU(W_u z)                                   int(dim * dim_expansion_factor) wide
+    v = GELU(W_v z)                                   dim_mhesa wide
+    alpha = sigmoid(alphas + W_alpha z)               where adaptive; sigmoid(alphas) otherwise
+    out = W_o((W_g MHESA(v)) * u) + b_o + x
+    ```
 
     The block of gated state spaces (https://arxiv.org/abs/2206.13947, pseudocode 3.2) with its state
     space replaced by `MHESA`. Adaptive-rate exponential smoothing is Trigg and Leach's

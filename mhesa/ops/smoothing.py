@@ -59,10 +59,10 @@ def exponential_smoothing(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Smooth every channel of `x` over time, each head at its own rates, fixed or those of every step.
 
-    .. code-block:: text
-
-        h[t] = decay[t] * h[t-1] + alpha[t] * x[t]        h[-1] = initial_state, or zero
-        y[t] = h[t] + skip * x[t]
+    ```text
+    h[t] = decay[t] * h[t-1] + alpha[t] * x[t]        h[-1] = initial_state, or zero
+    y[t] = h[t] + skip * x[t]
+    ```
 
     Differentiable in `x`, `alpha`, `decay`, `skip` and `initial_state`. Sums accumulate in fp32 (fp64
     for fp64 `x`) whatever the type of `x`.
