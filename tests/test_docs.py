@@ -69,7 +69,7 @@ def test_python_runs(model, tmp_path, monkeypatch, line, code):
 def test_commands_exist(page):
     for command, *arguments in commands(page):
         if command.startswith("-"):
-            assert command == "--version"
+            assert command in ("--version", "--install-completion")
             continue
         assert command in COMMANDS, f"mhesa {command}"
         named = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
