@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mhesa import remote_code
 from mhesa.data.cache import save_chunks
 from mhesa.data.files import TEXT_FIELD, Document, File
 from mhesa.data.hub import HUB, hub_file
@@ -23,7 +24,7 @@ RUN_SETTINGS = "settings.json"
 RUN_FILES = (
     *(RUN_SETTINGS, "metrics.jsonl", "loss.png", "checkpoints", "tensorboard"),
     *("config.json", "generation_config.json", "model.safetensors"),
-    *("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"),
+    *("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", remote_code.FILE),
 )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from mhesa import remote_code
+from mhesa.hf.auto_class import SourceStaysHere
 from mhesa.model.config import JSON_NAMES, ModelConfig
 from mhesa.model.loading import MODEL_TYPE
 from mhesa.settings import settings_of
@@ -22,7 +25,7 @@ SIZES = {
 }
 
 
-class MhesaConfig(PreTrainedConfig):
+class MhesaConfig(SourceStaysHere, PreTrainedConfig):
     """Configuration of a gated exponential smoothing language model.
 
     `num_tokens`, `dim` and `depth`, the plain model's names, are aliases, and so is `num_attention_heads` of
@@ -49,8 +52,7 @@ class MhesaConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = list(CACHE_NAMES)
     attribute_map: ClassVar[dict[str, str]] = {**JSON_NAMES, "num_attention_heads": "heads"}
-    # No code comes with the model; trl asks.
-    auto_map: ClassVar[dict[str, str]] = {}
+    auto_map: ClassVar[dict[str, str]] = remote_code.MODELS
 
     use_cache: bool = True
     bos_token_id: int | None = END_OF_TEXT_ID
@@ -82,9 +84,15 @@ class MhesaConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The values to save: all but `backend`."""
-        values: dict[str, Any] = super().to_dict()
+        values: dict[str, Any] = super().to_dict() | {"auto_map": remote_code.MODELS}
         values.pop("backend", None)
         return values
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write `config.json` and the file that its `auto_map` names; see transformers for `kwargs`."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        remote_code.write_module(Path(save_directory))
+        super().save_pretrained(save_directory, **kwargs)
 
 
 MhesaConfig.__doc__ = f"{MhesaConfig.__doc__}".rstrip() + "".join(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
+from mhesa import remote_code
+from mhesa.hf.auto_class import SourceStaysHere
 from mhesa.tokenizers.bytes import END_OF_TEXT, END_OF_TEXT_ID, PIECES, Bytes, to_bytes, token_splitter
 
 ERRORS = ("replace", "surrogateescape", "ignore", "backslashreplace", "strict")
@@ -16,7 +19,7 @@ BYTE_TOKENS = [chr(byte) if byte < 128 else f"<0x{byte:02X}>" for byte in range(
 BYTE_IDS = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
 
 
-class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transformers' own methods win
+class ByteTokenizer(SourceStaysHere, PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transformers' own methods win
     r"""Bytes of UTF-8 as tokens: ids 0 to 255 are the bytes, 256 is `<|endoftext|>`.
 
     Decoding replaces bytes that are not UTF-8 by `\ufffd`, so that text can be printed. With
@@ -57,7 +60,7 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
     ) -> None:
         self.errors = _check_errors(errors)
         self._added_tokens_decoder = {END_OF_TEXT_ID: AddedToken(END_OF_TEXT, special=True, normalized=False)}
-        kwargs["clean_up_tokenization_spaces"] = False
+        kwargs |= {"clean_up_tokenization_spaces": False, "auto_map": remote_code.BYTES}
         super().__init__(  # type: ignore[no-untyped-call]
             errors=errors,
             bos_token=bos_token,
@@ -97,8 +100,8 @@ class ByteTokenizer(PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transf
         return self._decode(self.convert_tokens_to_ids(tokens))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Save nothing: there is no vocabulary file."""
-        return ()
+        """Write what `auto_map` names; there is no vocabulary file."""
+        return (str(remote_code.write_module(Path(save_directory))),)
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return [BYTE_TOKENS[byte] for byte in to_bytes(text)]

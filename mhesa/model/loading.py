@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mhesa import remote_code
 from mhesa.atomic_io import sync, write_folder
 from mhesa.errors import InputError
 
@@ -41,7 +42,8 @@ KEPT_IN_FP32 = ("alphas", "dampen_factors")
 
 
 def save(model: GatedExponentialSmoothingLM, tokenizer: Bytes | TextTokenizer, folder: str | Path) -> None:
-    """Write a model and its tokenizer for `load`, and for transformers after `import mhesa.hf`.
+    """Write a model and its tokenizer for `load`, and for transformers: after `import mhesa.hf`, or with
+    `trust_remote_code=True`.
 
     Each file is written whole or not at all; one that is there is replaced.
 
@@ -72,6 +74,7 @@ def save(model: GatedExponentialSmoothingLM, tokenizer: Bytes | TextTokenizer, f
     values = {
         **config,
         "architectures": ["MhesaForCausalLM"],
+        "auto_map": remote_code.MODELS,
         "dtype": str(model.to_logits.weight.dtype).removeprefix("torch."),
         "model_type": MODEL_TYPE,
         "use_cache": True,
@@ -81,6 +84,7 @@ def save(model: GatedExponentialSmoothingLM, tokenizer: Bytes | TextTokenizer, f
         del weights[HEAD]
     with write_folder(folder / STAGING) as staging:
         tokenizer.save_pretrained(staging)
+        remote_code.write_module(staging)
         (staging / CONFIG).write_text(_to_json(values))
         (staging / GENERATION_CONFIG).write_text(_to_json({"_from_model_config": True, **token_ids}))
         save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})

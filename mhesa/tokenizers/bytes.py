@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken
 
+from mhesa import remote_code
 from mhesa.tokenizers.base import Tokenizer
 from mhesa.tokenizers.chat import mark
 from mhesa.tokenizers.config import write_config
@@ -71,7 +72,7 @@ class Bytes(Tokenizer):
         return "bytes"
 
     def save_pretrained(self, folder: str | Path) -> Any:
-        """Write `tokenizer_config.json`, and the chat template if there is one."""
+        """Write `tokenizer_config.json`, what it names, and the chat template if there is one."""
         tokens = {
             str(index): {
                 "content": token.content,
@@ -80,7 +81,10 @@ class Bytes(Tokenizer):
             }
             for index, token in sorted(self.added_tokens.items())
         }
-        write_config(Path(folder), BYTE_TOKENIZER, self, added_tokens_decoder=tokens)
+        write_config(
+            *(Path(folder), BYTE_TOKENIZER, self), added_tokens_decoder=tokens, auto_map=remote_code.BYTES
+        )
+        remote_code.write_module(Path(folder))
 
     def special_tokens(self) -> dict[int, str]:
         """The texts of the special tokens by their ids."""
