@@ -12,7 +12,7 @@ from mhesa.atomic_io import write_file
 
 MODULE = "modeling_mhesa"
 FILE = f"{MODULE}.py"
-SOURCE = '''"""For transformers' trust_remote_code=True: the classes of the installed package mhesa, and no others."""
+SOURCE = '''"""For transformers' trust_remote_code=True: the classes of the installed package mhesa."""
 
 from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM, MhesaModel  # noqa: F401
 '''

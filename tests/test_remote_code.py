@@ -1,4 +1,4 @@
-"""Saved folders in programs that never import `mhesa.hf`: the user says `trust_remote_code=True`, and that is all."""
+"""Saved folders in programs that never import `mhesa.hf`: `trust_remote_code=True` is enough."""
 
 import json
 import os

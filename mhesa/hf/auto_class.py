@@ -9,7 +9,7 @@ class SourceStaysHere:
     """Mix-in of the classes that a folder's `auto_map` names.
 
     Transformers registers a class that it loaded with `trust_remote_code=True`, and copies the source of a
-    registered class beside what it saves. Folders name the installed package instead, see `mhesa.remote_code`.
+    registered class beside what it saves. Folders name the installed package instead: `mhesa.remote_code`.
     """
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -88,11 +89,13 @@ class MhesaConfig(SourceStaysHere, PreTrainedConfig):
         values.pop("backend", None)
         return values
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Write `config.json` and the file that its `auto_map` names; see transformers for `kwargs`."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[Any], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write `config.json` and the file that its `auto_map` names; see transformers for the others."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         remote_code.write_module(Path(save_directory))
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
 MhesaConfig.__doc__ = f"{MhesaConfig.__doc__}".rstrip() + "".join(
