@@ -9,7 +9,7 @@ PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 OLDEST_TESTS := package cli data vocabulary session serve hf_configuration hf_generation hf_modeling \
 	hf_tokenization
 
-.PHONY: demo test test-oldest coverage torture site dist clean
+.PHONY: demo test test-oldest coverage torture site wasm dist clean
 
 # Train on the Python standard library's own source text for two minutes, then write with the model.
 demo: $(VENV)/installed
@@ -43,6 +43,15 @@ torture: $(VENV)/installed-dev
 # The documentation as a site of static files, in site/.
 site: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict --quiet
+
+# The model's step for browsers, with Debian's clang-19 and lld-19. The build id is the source's SHA-256: a test
+# compares the two.
+wasm:
+	clang-19 --target=wasm32 -ffreestanding -nostdlib -O3 -Wall -Wextra -Werror -msimd128 -mbulk-memory \
+		-mnontrapping-fptoint -fassociative-math -fno-signed-zeros -fno-trapping-math \
+		-Wl,--no-entry -Wl,--strip-all -Wl,--build-id=0x$$(sha256sum mhesa/export/step.c | cut -c1-64) \
+		-o mhesa/export/step.wasm mhesa/export/step.c
+	chmod -x mhesa/export/step.wasm
 
 # The wheel and the source distribution, checked, and the wheel tried in an environment of its own.
 dist:
