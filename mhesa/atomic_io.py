@@ -77,6 +77,17 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path} is a folder, a device or a pipe; give a file")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it is there.
+
+    Raises:
+        InputError: there is something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; give a folder")
+    path.mkdir(parents=True, exist_ok=True)
+
+
 def check_output(output: Path | int, inputs: Iterable[Path | int]) -> None:
     """Make sure that a file to be written is a plain file, and none to be read; see `check_outputs`."""
     check_outputs([output], inputs)

@@ -1,4 +1,4 @@
-"""Web pages of one file, with a policy by which a browser runs their own script and style, and nothing else."""
+"""Web pages of one file, whose policy lets a browser run their own script and style, and no others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 
 def policy(text: str, *, connect: str = "'none'", scripts: str = "") -> str:
-    """The content security policy of a page whose scripts and styles stand in it, in `<script>` and `<style>`.
+    """The content security policy of a page whose scripts and styles stand in it, without attributes.
 
     Args:
         text: the page.

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from browsing import CONTRAST
 from serving import KEYS
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -177,20 +178,3 @@ def test_a_page_of_another_origin_needs_to_be_allowed(browser, server, origin):
         expected = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
     assert found == (expected if origin == "http://localhost:8123" else "TypeError: Failed to fetch")
     context.close()
-
-
-# Contrast as WCAG 2 defines it, of an element's text against the nearest background behind it.
-CONTRAST = """name => {
-  const numbers = color => color.match(/[0-9.]+/g).map(Number);
-  const light = color => {
-    const [r, g, b] = numbers(color).slice(0, 3).map(v => v / 255)
-      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const element = document.querySelector(name);
-  let behind = element;
-  while (behind.parentElement && (numbers(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0)
-    behind = behind.parentElement;
-  const pair = [light(getComputedStyle(element).color), light(getComputedStyle(behind).backgroundColor)];
-  return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
-}"""

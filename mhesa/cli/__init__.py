@@ -13,6 +13,7 @@ import mhesa
 from mhesa.cli.common import errors
 from mhesa.cli.config import config
 from mhesa.cli.evaluate import evaluate
+from mhesa.cli.export import export
 from mhesa.cli.generate import generate
 from mhesa.cli.score import score
 from mhesa.cli.serve import serve
@@ -33,6 +34,7 @@ app.command(name="eval")(evaluate)
 app.command()(score)
 app.command()(config)
 app.command()(serve)
+app.command()(export)
 
 
 def main() -> None:

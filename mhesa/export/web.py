@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mhesa.atomic_io import write_file
+from mhesa.atomic_io import make_folder, write_file
 from mhesa.errors import InputError
 from mhesa.inference.decoder.matmul import PADDING, padded, quantize
 from mhesa.inference.session import fingerprint
@@ -51,7 +51,7 @@ def export_web(
         OSError: the page cannot be written.
     """
     if not isinstance(tokenizer, Bytes):
-        raise InputError("the page reads bytes, and this model has a vocabulary; export it with --onnx instead")
+        raise InputError("the page reads bytes, and this model has a vocabulary; use --onnx instead")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise InputError("the model's weights are not finite numbers; train it again")
     details = {
@@ -73,7 +73,7 @@ def export_web(
     for part, value in parts.items():
         text = text.replace(f"{{{{ {part} }}}}", value)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with write_file(folder / PAGE) as file:
         file.write(text.replace("{{ policy }}", policy(text, scripts="'wasm-unsafe-eval'")).encode())
     return folder / PAGE
@@ -81,7 +81,7 @@ def export_web(
 
 @torch.no_grad()
 def weights(model: GatedExponentialSmoothingLM) -> bytes:
-    """The model's sizes and weights in the order in which `step.c` reads them: int8 matrices, the rest fp32."""
+    """The model's sizes and weights in the order `step.c` reads them: int8 matrices, the rest fp32."""
     return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in _parts(model))
 
 

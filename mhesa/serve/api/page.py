@@ -12,5 +12,5 @@ from mhesa.web_pages import policy
 def page(name: str) -> HTMLResponse:
     """A page of this package, with a policy that allows only its own script and style."""
     text = resources.files(__package__).joinpath(name).read_text("utf-8")
-    allowed = f"{policy(text, connect=\"'self'\")}; frame-ancestors 'none'"
+    allowed = policy(text, connect="'self'") + "; frame-ancestors 'none'"
     return HTMLResponse(text, headers={"Content-Security-Policy": allowed})

@@ -1,0 +1,56 @@
+"""`mhesa export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mhesa.cli.common import Folder, new_table, show
+from mhesa.errors import InputError
+
+
+def export(
+    folder: Folder,
+    *,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Folder for ONNX graphs, in fp32 and int8."),
+    ] = None,
+    web: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Folder for a page that runs the model in a browser."),
+    ] = None,
+    opset: Annotated[int, typer.Option(help="ONNX operator set of the graphs.")] = 20,
+) -> None:
+    """Write a model for programs without Python: ONNX graphs, or a page for browsers.
+
+    The page is one file that holds the model and fetches nothing: it works from any static host and from a
+    disk. ONNX needs mhesa[onnx]; the graphs are compared with the model before they are kept.
+
+    Examples:
+
+        mhesa export runs/first --web site
+
+        mhesa export runs/first --onnx graphs
+    """
+    if onnx is None and web is None:
+        raise InputError("give --onnx OUT or --web OUT, the folder to write to")
+    from mhesa.model.loading import load
+
+    model, tokenizer = load(folder)
+    table = new_table("file", "MB")
+    written: list[Path] = []
+    if web is not None:
+        from mhesa.export.web import export_web
+
+        written.append(export_web(model, tokenizer, web, name=folder.resolve().name))
+    if onnx is not None:
+        from mhesa.export.onnx import export_onnx
+
+        written += export_onnx(model, onnx, opset=opset, report=Console(stderr=True).print)
+    for path in written:
+        table.add_row(str(path), f"{path.stat().st_size / 1e6:.2f}")
+    show(table)
