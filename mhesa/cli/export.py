@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mhesa.cli.common import Folder, new_table, show
 from mhesa.errors import InputError
@@ -50,7 +49,7 @@ def export(
     if onnx is not None:
         from mhesa.export.onnx import export_onnx
 
-        written += export_onnx(model, onnx, opset=opset, report=Console(stderr=True).print)
+        written += export_onnx(model, onnx, opset=opset)
     for path in written:
         table.add_row(str(path), f"{path.stat().st_size / 1e6:.2f}")
     show(table)

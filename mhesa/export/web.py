@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mhesa.atomic_io import make_folder, write_file
 from mhesa.errors import InputError
+from mhesa.export.checks import check_finite
 from mhesa.inference.decoder.matmul import PADDING, padded, quantize
 from mhesa.inference.session import fingerprint
 from mhesa.model.layers import GatedMHESA
@@ -52,8 +53,7 @@ def export_web(
     """
     if not isinstance(tokenizer, Bytes):
         raise InputError("the page reads bytes, and this model has a vocabulary; use --onnx instead")
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise InputError("the model's weights are not finite numbers; train it again")
+    check_finite(model)
     details = {
         "name": name,
         "parameters": sum(weight.numel() for weight in model.parameters()),

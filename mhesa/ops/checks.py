@@ -157,7 +157,8 @@ def _check_parameters(x: Tensor, alpha: Tensor, decay: Tensor, skip: Tensor | No
 
 def _check_shape(name: str, tensor: Tensor, device: torch.device, *shapes: tuple[int, ...]) -> None:
     """Check the device and the shape of a tensor; one of `shapes`, which `x` decides about."""
-    if not _is_dense(tensor) or tensor.shape not in shapes:
+    # Only shapes of as many dimensions: an exported graph would note that another's first one is not `batch`.
+    if not _is_dense(tensor) or tensor.shape not in [one for one in shapes if len(one) == tensor.ndim]:
         wanted = " or ".join(str(tuple(shape)) for shape in shapes)
         raise InputError(f"{name} must be {wanted} for this x, not {_described(tensor)}")
     if tensor.device != device:

@@ -1,0 +1,103 @@
+"""ONNX graphs by onnxruntime give the model's results, for any batch and length."""
+
+import importlib.util
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from serving import WORDS, save_model
+
+from mhesa import Decoder, load
+from mhesa.errors import InputError
+from mhesa.export.onnx import export_onnx
+from mhesa.model.config import ModelConfig
+from mhesa.model.loading import save
+from mhesa.tokenizers import Bytes, train_bpe
+
+NAMES = ["prefill.int8.onnx", "prefill.onnx", "step.int8.onnx", "step.onnx"]
+
+
+def runner(folder, name):
+    session = onnxruntime.InferenceSession(folder / name)
+    assert [value.name for value in session.get_inputs()] == ["ids", "state"]
+
+    def run(ids, state):
+        found = session.run(["logits", "new_state"], {"ids": ids.numpy(), "state": state.numpy()})
+        return [torch.from_numpy(value) for value in found]
+
+    return run
+
+
+@pytest.fixture(scope="module", params=["fixed", "adaptive"])
+def exported(request, tmp_path_factory):
+    """A model's folder, and its graphs; the model's weights are bf16 once."""
+    torch.manual_seed(0)
+    odd = {"adaptive": True, "conv_size": 4, "dim": 24, "dim_mhesa": 20, "heads": 4, "depth": 3}
+    sizes = odd if request.param == "adaptive" else {"dim": 32, "dim_mhesa": 16, "depth": 1}
+    model = ModelConfig(**sizes).build().eval()
+    model = model.bfloat16() if request.param == "fixed" else model
+    folder = tmp_path_factory.mktemp("graphs")
+    assert sorted(path.name for path in export_onnx(model, folder)) == NAMES
+    return model.float(), folder
+
+
+@torch.no_grad()
+def test_graphs_continue_a_text_as_the_model_does(exported):
+    model, folder = exported
+    ids = torch.randint(257, (4, 150))
+    expected, state = model(ids, return_state=True)
+    prefill, step = (runner(folder, name) for name in ("prefill.onnx", "step.onnx"))
+    first, middle = prefill(ids[:, :149], model.initial_state(4))
+    last, final = step(ids[:, 149], middle)
+    found = torch.cat([first, last[:, None]], dim=1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(final, state, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_int8_graphs_are_as_exact_as_the_decoders_int8(exported):
+    model, folder = exported
+    ids = torch.randint(257, (1, 60))
+    decoder = Decoder(model, quantize="int8")
+    expected = decoder.predict(ids[0], decoder.initial_state(1))
+    found, _ = runner(folder, "prefill.int8.onnx")(ids, model.initial_state(1))
+    torch.testing.assert_close(found[0], expected, atol=2e-3, rtol=0)
+    assert (found[0] - model(ids)[0]).abs().max() > 1e-4
+    stored = onnx.load(folder / "step.int8.onnx").graph.initializer
+    eight_bits = sum(np.prod(one.dims) for one in stored if one.data_type == onnx.TensorProto.INT8)
+    assert eight_bits == sum(
+        layer.weight.numel() for layer in model.modules() if hasattr(layer, "in_features")
+    )
+
+
+def test_the_command_exports_a_vocabulary_too(run, tmp_path):
+    folder = save_model(tmp_path / "bpe", train_bpe([WORDS.encode()] * 9, 300))
+    code, out, err = run("export", folder, "--onnx", tmp_path / "out", "--opset", "18")
+    assert (code, err) == (0, b""), err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == NAMES
+    assert all(name.encode() in out for name in NAMES)
+    graph = onnx.load(tmp_path / "out" / "step.onnx")
+    assert graph.opset_import[0].version == 18
+    model, _ = load(folder)
+    logits, _ = runner(tmp_path / "out", "step.onnx")(torch.tensor([5]), model.initial_state(1))
+    torch.testing.assert_close(
+        logits, model.step(torch.tensor([5]), model.initial_state(1))[0], atol=1e-4, rtol=0
+    )
+
+
+def test_what_cannot_be_exported_is_one_line(run, tmp_path, monkeypatch):
+    model = ModelConfig(dim=16, dim_mhesa=8, depth=1).build()
+    save(model, Bytes(), tmp_path / "model")
+    code, out, err = run("export", tmp_path / "model", "--onnx", tmp_path / "out", "--opset", "9")
+    assert (code, out, err.count(b"\n")) == (2, b"", 1)
+    assert b"opset must be 18 to" in err
+    model.layers[0].to_out.weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match="weights are not finite"):
+        export_onnx(model, tmp_path / "out")
+    find = importlib.util.find_spec
+    monkeypatch.setattr("mhesa.export.onnx.find_spec", lambda name: None if name == "onnx" else find(name))
+    with pytest.raises(InputError, match=r"ONNX needs onnx; install them: pip install 'mhesa\[onnx\]'"):
+        export_onnx(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
