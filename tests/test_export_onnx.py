@@ -30,14 +30,12 @@ def runner(folder, name):
     return run
 
 
-@pytest.fixture(scope="module", params=["fixed", "adaptive"])
-def exported(request, tmp_path_factory):
-    """A model's folder, and its graphs; the model's weights are bf16 once."""
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model of bf16 weights, rates of every step and a convolution, and the folder of its graphs."""
     torch.manual_seed(0)
-    odd = {"adaptive": True, "conv_size": 4, "dim": 24, "dim_mhesa": 20, "heads": 4, "depth": 3}
-    sizes = odd if request.param == "adaptive" else {"dim": 32, "dim_mhesa": 16, "depth": 1}
-    model = ModelConfig(**sizes).build().eval()
-    model = model.bfloat16() if request.param == "fixed" else model
+    sizes = {"dim": 24, "dim_mhesa": 20, "heads": 4, "depth": 2}
+    model = ModelConfig(**sizes, adaptive=True, conv_size=4).build().eval().bfloat16()
     folder = tmp_path_factory.mktemp("graphs")
     assert sorted(path.name for path in export_onnx(model, folder)) == NAMES
     return model.float(), folder
@@ -67,12 +65,12 @@ def test_int8_graphs_are_as_exact_as_the_decoders_int8(exported):
     assert (found[0] - model(ids)[0]).abs().max() > 1e-4
     stored = onnx.load(folder / "step.int8.onnx").graph.initializer
     eight_bits = sum(np.prod(one.dims) for one in stored if one.data_type == onnx.TensorProto.INT8)
-    assert eight_bits == sum(
-        layer.weight.numel() for layer in model.modules() if hasattr(layer, "in_features")
-    )
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert eight_bits == sum(layer.weight.numel() for layer in layers)
 
 
-def test_the_command_exports_a_vocabulary_too(run, tmp_path):
+@torch.no_grad()
+def test_the_command_exports_fixed_rates_and_a_vocabulary_too(run, tmp_path):
     folder = save_model(tmp_path / "bpe", train_bpe([WORDS.encode()] * 9, 300))
     code, out, err = run("export", folder, "--onnx", tmp_path / "out", "--opset", "18")
     assert (code, err) == (0, b""), err
@@ -81,10 +79,9 @@ def test_the_command_exports_a_vocabulary_too(run, tmp_path):
     graph = onnx.load(tmp_path / "out" / "step.onnx")
     assert graph.opset_import[0].version == 18
     model, _ = load(folder)
-    logits, _ = runner(tmp_path / "out", "step.onnx")(torch.tensor([5]), model.initial_state(1))
-    torch.testing.assert_close(
-        logits, model.step(torch.tensor([5]), model.initial_state(1))[0], atol=1e-4, rtol=0
-    )
+    ids, state = torch.tensor([5]), model.initial_state(1)
+    logits, _ = runner(tmp_path / "out", "step.onnx")(ids, state)
+    torch.testing.assert_close(logits, model.step(ids, state)[0], atol=1e-4, rtol=0)
 
 
 def test_what_cannot_be_exported_is_one_line(run, tmp_path, monkeypatch):

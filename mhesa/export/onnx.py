@@ -1,8 +1,8 @@
 """A model as ONNX graphs, for onnxruntime and what else reads them.
 
-`step.onnx` reads one token of each sequence. `prefill.onnx` reads many: it holds the step's graph as the body of
-a `Scan`, so its results are the step's, whatever batch and length. In the int8 files the matrices are stored
-in 8 bits with a scale for each output, as in `Decoder(quantize="int8")`, and a runtime multiplies in fp32.
+`step.onnx` reads one token of each sequence. `prefill.onnx` reads many: the step's graph is the body of its
+`Scan`, so its results are the step's, whatever batch and length. In the int8 files matrices are stored in 8
+bits with a scale for each output, as in `Decoder(quantize="int8")`, and a runtime multiplies in fp32.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ SHAPES = ((2, 3), (1, 1), (3, 70))
 def export_onnx(model: GatedExponentialSmoothingLM, folder: str | Path, *, opset: int = 20) -> list[Path]:
     """Write the model as ONNX graphs with dynamic batch and length, after comparing them with the model.
 
-    `step.onnx` and `step.int8.onnx` take `ids`, int64 `(batch,)`, and `state`, fp32 `(depth, batch, state_size)`
-    as `initial_state` gives it; they return `logits`, `(batch, num_tokens)`, and `new_state`. `prefill.onnx` and
-    `prefill.int8.onnx` take `ids` `(batch, length)` and return `logits` `(batch, length, num_tokens)`.
+    `step.onnx` and `step.int8.onnx` take `ids`, int64 `(batch,)`, and `state`, fp32 `(depth, batch,
+    state_size)` as `initial_state` gives it; they return `logits`, `(batch, num_tokens)`, and `new_state`.
+    `prefill.onnx` and `prefill.int8.onnx` take `ids` `(batch, length)` and return `logits`
+    `(batch, length, num_tokens)`.
 
     Args:
         model: the language model; it is exported in fp32.
@@ -173,12 +174,9 @@ def _prefill_graph(step: Any) -> Any:
     )
     for name in ("ids", "logits"):
         sizes[name].insert(1, "length")
-    types = {"ids": TensorProto.INT64}
+    types = dict.fromkeys(sizes, TensorProto.FLOAT) | {"ids": TensorProto.INT64}
     inputs, outputs = (
-        [
-            helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), sizes[name])
-            for name in names
-        ]
+        [helper.make_tensor_value_info(name, types[name], sizes[name]) for name in names]
         for names in (("ids", "state"), ("logits", "new_state"))
     )
     graph = helper.make_graph([*conversions, scan], "prefill", inputs, outputs, list(inner.initializer))
