@@ -18,9 +18,7 @@ from mhesa.errors import InputError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds that are timed, after one that is not.")]
-Save = Annotated[
-    bool, typer.Option("--save", help="Write the result to benchmarks/results/PROCESSOR/.")
-]
+Save = Annotated[bool, typer.Option("--save", help="Write the result to benchmarks/results/PROCESSOR/.")]
 
 app = typer.Typer(
     name="python -m benchmarks",

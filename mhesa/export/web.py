@@ -50,6 +50,12 @@ def export_web(
     Raises:
         InputError: the tokenizer has a vocabulary, or the model's weights are not finite.
         OSError: the page cannot be written.
+
+    >>> import tempfile
+    >>> model = GatedExponentialSmoothingLM(num_tokens=257, dim=16, depth=2, heads=2, dim_mhesa=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_web(model, Bytes(), folder, name="tiny").name
+    'index.html'
     """
     if not isinstance(tokenizer, Bytes):
         raise InputError("the page reads bytes, and this model has a vocabulary; use --onnx instead")
