@@ -538,7 +538,7 @@ def test_a_checkpoint_loads_by_the_auto_classes(tmp_path, ids, tied):
     model = make(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     ByteTokenizer().save_pretrained(tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".py", ".safetensors"}
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "model.layers.0.mhesa.param_D" in file.keys()  # noqa: SIM118 no mapping
         assert ("to_logits.weight" in file.keys()) is not tied  # noqa: SIM118
