@@ -13,7 +13,11 @@ from benchmarks.results import FOLDER, saved
 
 ROOT = Path(__file__).parents[1]
 # The pages with tables of results.
-PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "learning.md")
+PAGES = (
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "learning.md",
+    ROOT / "docs" / "logs.md",
+)
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
 
 Row = Mapping[str, Any]
@@ -193,6 +197,20 @@ TABLES = {
             "chance": "{chance:.1%}",
         },
         identity=("probe", "recipe", "seed", "distance"),
+    ),
+    "faults": Table(
+        {
+            "log": "{log}",
+            "fault": "{kind}",
+            "method": "{method}",
+            "faulty lines": "{faults:,}",
+            "found": "{recall:.2f}",
+        },
+        identity=("log", "kind", "method"),
+    ),
+    "alerts": Table(
+        {"method": "{method}", "alerts": "{alerts}", "area under the curve": "{area:.3f}"},
+        identity=("method",),
     ),
     "load": Table(
         {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mhesa.inference.decoder import Decoder
     from mhesa.inference.generation import generate
+    from mhesa.inference.keyed_sessions import KeyedSessions
     from mhesa.inference.sampling import Sampling
     from mhesa.inference.session import Reader, Session
     from mhesa.model.layers import MHESA, GatedMHESA
@@ -26,6 +27,7 @@ __all__ = [
     "Decoder",
     "GatedExponentialSmoothingLM",
     "GatedMHESA",
+    "KeyedSessions",
     "Reader",
     "Sampling",
     "Session",
@@ -42,6 +44,7 @@ __all__ = [
 _LAZY_EXPORTS = {
     "mhesa.inference.decoder": ("Decoder",),
     "mhesa.inference.generation": ("generate",),
+    "mhesa.inference.keyed_sessions": ("KeyedSessions",),
     "mhesa.inference.sampling": ("Sampling",),
     "mhesa.inference.session": ("Reader", "Session"),
     "mhesa.model.layers": ("MHESA", "GatedMHESA"),

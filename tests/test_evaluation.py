@@ -9,7 +9,7 @@ from mhesa import GatedExponentialSmoothingLM
 from mhesa.data import Document
 from mhesa.hf import ByteTokenizer
 from mhesa.inference import evaluation
-from mhesa.inference.evaluation import Score, evaluate
+from mhesa.inference.evaluation import PredictionCost, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_progress_counts_every_token(model):
 
 
 def test_figures_follow_from_the_cost():
-    score = Score(nats=200 * math.log(2), tokens=50, bytes=100)
+    score = PredictionCost(nats=200 * math.log(2), tokens=50, bytes=100)
     assert score.bits_per_byte == pytest.approx(2)
     assert score.loss == pytest.approx(4 * math.log(2))
     assert score.perplexity == pytest.approx(16)

@@ -55,7 +55,7 @@ def evaluate(
         torchrun --nproc-per-node 4 -m mhesa eval runs/first long.txt
     """
     from mhesa.data import read_sources
-    from mhesa.inference.evaluation import Score
+    from mhesa.inference.evaluation import PredictionCost
     from mhesa.inference.evaluation import evaluate as score
     from mhesa.training.distributed import rank
 
@@ -66,7 +66,7 @@ def evaluate(
         scores = [score(decoder, reader.tokenizer, [document], advance) for document in documents]
     if rank() > 0:
         return
-    total = sum(scores, Score(0.0, 0, 0))
+    total = sum(scores, PredictionCost(0.0, 0, 0))
     if as_json:
         typer.echo(json.dumps(total.as_dict()))
         return

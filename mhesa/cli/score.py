@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -25,15 +27,24 @@ from mhesa.cli.common import (
     read_model,
     share,
 )
+from mhesa.cli.score_output import Counts, Output
 from mhesa.errors import InputError
 
 if TYPE_CHECKING:
     from mhesa.data import File
     from mhesa.inference.heatmap import Heatmap
-    from mhesa.inference.scoring import Scored
+    from mhesa.inference.line_scores import FalseAlarms, LineScores
+    from mhesa.inference.lines import KeyField, KeyPattern
+    from mhesa.inference.log_reader import LogReader
+    from mhesa.inference.parallel import ParallelDecoder
+    from mhesa.inference.scoring import SpanSurprisal
+    from mhesa.inference.session import Reader
+    from mhesa.inference.units import Columns, Segmenter, UnitSurprisal
 
-# Characters of a text to print on one line.
-SHOWN = 160
+# The exit code where a line was marked.
+ALARM = 3
+# Panels of `--help`.
+LOGS, TABLE = "Logs: lines", "Tables: words, characters, sentences"
 
 
 def score(
@@ -44,7 +55,10 @@ def score(
             metavar="SOURCE", help="Text files, folders, glob patterns, or - for standard input (default)."
         ),
     ] = None,
-    by: Annotated[str, typer.Option(metavar="line|token|document", help="What each score is of.")] = "line",
+    by: Annotated[
+        str,
+        typer.Option(metavar="line|token|document|word|character|sentence", help="What each score is of."),
+    ] = "line",
     top: Annotated[
         int | None, typer.Option(metavar="N", help="Print only the N with the most bits, highest first.")
     ] = None,
@@ -54,6 +68,99 @@ def score(
     ] = None,
     text_field: TextField = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print each score as a line of JSON.")] = False,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Read lines that have the same first group in a session of their own.",
+            rich_help_panel=LOGS,
+        ),
+    ] = None,
+    key_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Likewise by a field of lines of JSON, which are read whole.",
+            rich_help_panel=LOGS,
+        ),
+    ] = None,
+    key_memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for sessions, such as 1GB; the rest, least recently used, is on disk.",
+            rich_help_panel=LOGS,
+        ),
+    ] = "256MB",
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keep sessions and how far files were read; the next run with FILE goes on from there.",
+            rich_help_panel=LOGS,
+        ),
+    ] = None,
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX",
+            help="What matches is read but not counted in the score; may be repeated.",
+            rich_help_panel=LOGS,
+        ),
+    ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="times|numbers|addresses|uuids|paths",
+            help="A mask that is made already; may be repeated.",
+            rich_help_panel=LOGS,
+        ),
+    ] = None,
+    false_alarms: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="Mark lines whose score is above all but this share of those before; exit code 3 if any.",
+            rich_help_panel=LOGS,
+        ),
+    ] = None,
+    only: Annotated[
+        bool, typer.Option("--only", help="Print only marked lines.", rich_help_panel=LOGS)
+    ] = False,
+    context: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="With --only, N lines before and after each as well.", rich_help_panel=LOGS
+        ),
+    ] = 0,
+    unit: Annotated[
+        str, typer.Option(metavar="bits|nats", help="Of the columns.", rich_help_panel=TABLE)
+    ] = "bits",
+    spill: Annotated[
+        int,
+        typer.Option(metavar="N", help="Columns for what the N before cost.", rich_help_panel=TABLE),
+    ] = 0,
+    correct: Annotated[
+        bool,
+        typer.Option(
+            "--correct",
+            help="Count that a word ends with the word, not with the next.",
+            rich_help_panel=TABLE,
+        ),
+    ] = False,
+    words: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The words, one a line, in place of whitespace.", rich_help_panel=TABLE
+        ),
+    ] = None,
+    skip_first: Annotated[
+        bool,
+        typer.Option("--skip-first", help="Leave out the first of each text.", rich_help_panel=TABLE),
+    ] = False,
+    tsv: Annotated[
+        bool, typer.Option("--tsv", help="Print tab-separated values with a header.", rich_help_panel=TABLE)
+    ] = False,
     precision: Precision = None,
     quantize: Quantize = None,
     device: Device = "cpu",
@@ -67,11 +174,17 @@ def score(
     Bits of a token that spans lines are shared out by its bytes. With a vocabulary that has such tokens, a
     line of standard input is scored when the next one begins; with bytes, as soon as it ends.
 
+    Surprisal finds what is new, not what is bad.
+
     Examples:
 
         mhesa score runs/logs today.log --top 20
 
-        tail -f server.log | mhesa score runs/logs
+        tail -f server.log | mhesa score runs/logs --false-alarms 0.001 --only
+
+        mhesa score runs/logs server.log --key 'user=(\\w+)' --state server.state --preset times
+
+        mhesa score runs/mine essay.txt --by word --tsv --spill 2
 
         mhesa score runs/mine essay.txt --heatmap essay.html
 
@@ -79,39 +192,77 @@ def score(
 
         torchrun --nproc-per-node 4 -m mhesa score runs/mine long.txt --top 20
     """
+    from mhesa.inference.line_scores import FalseAlarms, LineScores
+    from mhesa.inference.lines import Masks
+    from mhesa.inference.log_reader import with_context
     from mhesa.inference.scoring import BY, most_surprising
-    from mhesa.inference.scoring import score as score_text
+    from mhesa.inference.units import UNITS, Columns, GivenWords
     from mhesa.training.distributed import rank
 
-    if by not in BY:
-        raise InputError(f"--by must be {', '.join(BY)}, not {by}")
+    if by not in (*BY, *UNITS):
+        raise InputError(f"--by must be {', '.join([*BY, *UNITS])}, not {by}")
     if top is not None and top < 1:
         raise InputError(f"--top must be at least 1, not {top}")
+    if context < 0:
+        raise InputError(f"--context must be at least 0, not {context}")
+    keyed = key is not None or key_field is not None or state is not None
+    lines = {"--key": key, "--key-field": key_field, "--state": state, "--mask": mask, "--preset": preset}
+    _only_with(by == "line", "--by line", lines | {"--false-alarms": false_alarms})
+    _only_with(by == "word", "--by word", {"--correct": correct, "--words": words})
+    table = {"--spill": spill, "--skip-first": skip_first, "--tsv": tsv, "--unit": unit != "bits"}
+    _only_with(by in UNITS, f"--by {', '.join(UNITS)}", table)
+    _only_with(false_alarms is not None, "--false-alarms", {"--only": only})
+    _only_with(only, "--only", {"--context": context})
+    _only_with(key is None, "no --key", {"--key-field": key_field})
+    _only_with(not keyed, "neither --key nor --state", {"--heatmap": heatmap})
+    _only_with(not tsv, "no --tsv", {"--json": as_json, "--top": top})
+    columns = Columns(unit=unit, spill=spill, correct=correct, skip_first=skip_first)
+    alarms = None if false_alarms is None else FalseAlarms(false_alarms)
+    scores, find_key = LineScores(Masks(mask or (), preset or ())), _key_finder(key, key_field)
+    memory = _bytes(key_memory, "--key-memory")
     files = _find(sources or ["-"])
     inputs = [file.path if file else 0 for file in files]
     check_output(1, inputs)
-    if heatmap:
-        check_output(heatmap, [*inputs, *folder.iterdir()])
+    for written in filter(None, (heatmap, state)):
+        check_output(written, [*inputs, *folder.iterdir()])
+    given = None if words is None else _word_list(words)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     decoder = share(reader, quantize=quantize)
     if decoder is not None and None in files:
         raise InputError("many processes cannot share standard input; give a file")
+    if decoder is not None and (keyed or by in UNITS):
+        raise InputError("many processes can score lines, tokens and documents alone; start one process")
     with ExitStack() as stack:
         stack.enter_context(interruptible())
-        page = stack.enter_context(_page(heatmap)) if heatmap and rank() == 0 else None
-        follow = page.follow if page else lambda name, batches: batches
+        page = stack.enter_context(_page(heatmap, by)) if heatmap and rank() == 0 else None
         total = sum(file.size for file in files if file)
         hidden = None in files or (sys.stdout.isatty() and page is None and top is None)
         advance = stack.enter_context(progress("scoring", total, hidden=hidden))
-        rows = (
-            row
-            for name, chunks in _documents(files, text_field, advance)
-            for row in BY[by](name, follow(name, score_text(reader, chunks, decoder)))
-        )
-        shown = rows if top is None else most_surprising(_until_interrupted(rows), top)
+        texts = _documents(files, text_field, advance, whole=key_field is not None)
+        log = None
+        rows: Iterator[Any]
+        if keyed:
+            log = stack.enter_context(_log_reader(reader, memory, state, find_key, scores, alarms))
+            rows = _keyed_rows(log, texts)
+        elif by in UNITS:
+            segmenter = UNITS[by] if given is None else GivenWords(given)
+            rows = _unit_rows(reader, texts, segmenter, columns, page)
+        else:
+            rows = _span_rows(reader, decoder, texts, by, scores, alarms, page)
+        counts = Counts()
+        rows = counts.of(rows)
+        chosen = with_context(rows, context) if only else rows
+        shown: Iterable[Any] = chosen if top is None else most_surprising(_until_interrupted(chosen), top)
+        output = Output(as_json, columns if tsv else None, columns, with_score=alarms is not None)
+        if rank() == 0:
+            output.header()
         for row in shown:
             if rank() == 0 and (page is None or top is not None):
-                _print(row, as_json)
+                output.show(row)
+    if rank() == 0:
+        counts.report(log, alarms)
+    if counts.alarms:
+        raise typer.Exit(ALARM)
 
 
 def _find(sources: list[str]) -> list[File | None]:
@@ -126,25 +277,137 @@ def _find(sources: list[str]) -> list[File | None]:
 
 
 def _documents(
-    files: list[File | None], text_field: str, advance: Callable[[int], object]
-) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """The documents of some files: the name and the chunks of bytes of each."""
+    files: list[File | None], text_field: str, advance: Callable[[int], object], whole: bool
+) -> Iterator[Text]:
+    """The documents of some files: the name and the chunks of bytes of each.
+
+    Args:
+        files: `None` is standard input.
+        text_field: see `File.documents`.
+        advance: likewise.
+        whole: whether files of JSON lines are read as they are.
+    """
     from mhesa.data import standard_input
+    from mhesa.data.files import JSON_LINES
 
     for file in files:
         if file is None:
-            yield "-", standard_input()
+            yield Text("-", standard_input(), None)
+            continue
+        identity = os.path.realpath(file.path)
+        if whole and file.form in JSON_LINES:
+            file = replace(file, form="")
+        for name, chunks in file.documents(text_field, advance):
+            yield Text(name, chunks, identity if name == file.name else f"{identity} {name}")
+
+
+class Text(NamedTuple):
+    """A text to score: its name, its bytes in chunks, and what identifies it in a later run."""
+
+    name: str
+    chunks: Iterator[bytes]
+    identity: str | None
+
+
+def _span_rows(
+    reader: Reader,
+    decoder: ParallelDecoder | None,
+    texts: Iterable[Text],
+    by: str,
+    scores: LineScores,
+    alarms: FalseAlarms | None,
+    page: Heatmap | None,
+) -> Iterator[SpanSurprisal]:
+    """The lines, tokens or documents of some texts, each read from its beginning."""
+    from mhesa.inference.log_reader import mark_alarms
+    from mhesa.inference.scoring import BY, line_pieces
+    from mhesa.inference.scoring import score as score_text
+    from mhesa.inference.statistics import BITS
+
+    statistics = BITS if page is None or decoder is not None else page.statistics
+    for text in texts:
+        batches = score_text(reader, text.chunks, decoder, statistics)
+        if page is not None:
+            batches = page.follow(text.name, batches)
+        if by == "line":
+            yield from mark_alarms(scores.read(text.name, line_pieces(batches)), alarms)
         else:
-            yield from file.documents(text_field, advance)
+            yield from BY[by](text.name, batches)
+
+
+def _unit_rows(
+    reader: Reader, texts: Iterable[Text], segmenter: Segmenter, columns: Columns, page: Heatmap | None
+) -> Iterator[UnitSurprisal]:
+    from mhesa.inference.scoring import score as score_text
+    from mhesa.inference.units import read_units
+
+    for text in texts:
+        batches = score_text(reader, text.chunks, statistics=columns.statistics(reader), with_end=True)
+        if page is not None:
+            batches = page.follow(text.name, batches)
+        yield from read_units(text.name, batches, segmenter, columns)
+
+
+def _keyed_rows(log: LogReader, texts: Iterable[Text]) -> Iterator[SpanSurprisal]:
+    for text in texts:
+        yield from log.read(text.name, text.chunks, text.identity)
 
 
 @contextmanager
-def _page(path: Path) -> Iterator[Heatmap]:
+def _log_reader(
+    reader: Reader,
+    memory: int,
+    state: Path | None,
+    find_key: KeyPattern | KeyField | None,
+    scores: LineScores,
+    alarms: FalseAlarms | None,
+) -> Iterator[LogReader]:
+    from mhesa.inference.keyed_sessions import KeyedSessions
+    from mhesa.inference.log_reader import LogReader
+
+    # What was read and not committed is not to be kept: its lines come again.
+    with closing(KeyedSessions(reader, memory=memory, path=state)) as sessions:
+        yield LogReader(sessions, find_key, scores, alarms)
+
+
+def _key_finder(key: str | None, key_field: str | None) -> KeyPattern | KeyField | None:
+    from mhesa.inference.lines import KeyField, KeyPattern
+
+    if key is not None:
+        return KeyPattern(key)
+    return None if key_field is None else KeyField(key_field)
+
+
+def _bytes(text: str, option: str) -> int:
+    """The bytes of a size such as 256MB."""
+    found = re.fullmatch(r"(\d+) ?([KMGT]?)I?B?", text.upper())
+    if not found:
+        raise InputError(f"{option} must be a size such as 256MB or 1GB, not {text}")
+    return int(found[1]) << (10 * " KMGT".index(found[2] or " "))
+
+
+def _word_list(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _only_with(holds: bool, what: str, options: Mapping[str, object]) -> None:
+    """Refuse options that were given without what they need."""
+    given = [name for name, value in options.items() if value]
+    if given and not holds:
+        raise InputError(f"{given[0]} goes with {what}")
+
+
+@contextmanager
+def _page(path: Path, by: str) -> Iterator[Heatmap]:
     from mhesa.inference.heatmap import Heatmap
+    from mhesa.inference.units import UNITS, find_words
 
     try:
         with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            yield Heatmap(file)
+            yield Heatmap(file, UNITS.get(by, find_words))
     except OSError as error:
         if error.filename is None or Path(error.filename) != path:
             raise
@@ -152,26 +415,9 @@ def _page(path: Path) -> Iterator[Heatmap]:
     errors.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _until_interrupted(rows: Iterable[Scored]) -> Iterator[Scored]:
+def _until_interrupted(rows: Iterable[Any]) -> Iterator[Any]:
     """The rows until Ctrl-C, so that --top can print what it has of an endless stream."""
     try:
         yield from rows
     except KeyboardInterrupt:
         return
-
-
-def _print(row: Scored, as_json: bool) -> None:
-    if as_json:
-        line = json.dumps(row.as_dict(), ensure_ascii=False)
-    else:
-        where = f"{row.number}" if row.source == "-" else f"{row.source}:{row.number}"
-        line = f"{row.bits:10.1f} {row.bits_per_byte:6.2f}  {where}  {_shown(row.text)}"
-    sys.stdout.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
-    sys.stdout.flush()
-
-
-def _shown(text: bytes) -> str:
-    """The start of a text on one line, unprintable characters escaped."""
-    line = text.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[: SHOWN + 1])
-    return safe if len(safe) <= SHOWN else safe[: SHOWN - 1] + "…"

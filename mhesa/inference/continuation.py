@@ -11,7 +11,7 @@ from itertools import repeat
 from typing import Literal
 
 from mhesa.errors import InputError
-from mhesa.inference.logprobs import TokenScore
+from mhesa.inference.logprobs import TokenLogprob
 from mhesa.inference.sampling import TokenSampler
 
 FinishReason = Literal["stop", "length"]
@@ -130,7 +130,7 @@ class Continuation:
     ) -> None:
         self.sampler, self.limit, self.end, self.top = sampler, limit, end, top
         self.pieces: deque[bytes] = deque()
-        self.scores: deque[TokenScore] = deque()
+        self.scores: deque[TokenLogprob] = deque()
         self.size = self.count = 0
         self.last: int | None = None
         self.finish: FinishReason | None = None if limit > 0 else "length"
@@ -178,7 +178,7 @@ class TextCursor:
         self._before, self._seen = before, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def read(self) -> tuple[str, list[TokenScore]]:
+    def read(self) -> tuple[str, list[TokenLogprob]]:
         """What is new: text, and the scores of the tokens that begin in it.
 
         Scores never come without text, except at the end: then all that are left come, also those of tokens

@@ -22,16 +22,16 @@ WINDOW = 4096
 
 
 @dataclass(frozen=True)
-class Score:
-    """The cost of predicting a text. The sum of two scores is that of both texts.
+class PredictionCost:
+    """The cost of predicting a text. The sum of two is that of both texts.
 
     Args:
         nats: cross-entropy, summed over all tokens.
         tokens: predicted tokens.
         bytes: length of the text.
 
-    >>> score = Score(nats=1386.29, tokens=1000, bytes=1000) + Score(nats=0, tokens=1000, bytes=1000)
-    >>> round(score.bits_per_byte, 3)
+    >>> cost = PredictionCost(nats=1386.29, tokens=1000, bytes=1000)
+    >>> round((cost + PredictionCost(nats=0, tokens=1000, bytes=1000)).bits_per_byte, 3)
     1.0
     """
 
@@ -39,8 +39,8 @@ class Score:
     tokens: int
     bytes: int
 
-    def __add__(self, other: Score) -> Score:
-        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+    def __add__(self, other: PredictionCost) -> PredictionCost:
+        return PredictionCost(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
     @property
     def loss(self) -> float:
@@ -79,14 +79,15 @@ def surprisals(
     """
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     nats = torch.empty(len(targets), dtype=torch.float64)
-    size = _window(decoder)
+    size = window(decoder)
     for start in range(0, len(targets), size):
-        window = slice(start, start + size)
-        nats[window] = _nats(decoder, inputs[window], targets[window], state)
+        rows = slice(start, start + size)
+        nats[rows] = _nats(decoder, inputs[rows], targets[rows], state)
     return nats.numpy() / math.log(2)
 
 
-def _window(decoder: Decoder | ParallelDecoder) -> int:
+def window(decoder: Decoder | ParallelDecoder) -> int:
+    """How many tokens to read at once, so that few logits are in memory."""
     return WINDOW * (decoder.processes if isinstance(decoder, ParallelDecoder) else 1)
 
 
@@ -104,7 +105,7 @@ def evaluate(
     tokenizer: Tokenizer,
     documents: Iterable[Document],
     on_progress: Callable[[int], object] = lambda tokens: None,
-) -> Score:
+) -> PredictionCost:
     """Score whole documents, in windows; the state is carried from window to window of a document.
 
     Every token is predicted, the first one from an end-of-text token.
@@ -117,15 +118,15 @@ def evaluate(
         on_progress: called after each window with its number of tokens.
     """
     decoder = Decoder(model) if isinstance(model, GatedExponentialSmoothingLM) else model
-    size = _window(decoder)
-    total = Score(0.0, 0, 0)
+    size = window(decoder)
+    total = PredictionCost(0.0, 0, 0)
     for document in documents:
         ids = torch.from_numpy(tokenizer.encode_bytes(document.data).astype("int64"))
         inputs = torch.cat([torch.tensor([tokenizer.eos_token_id]), ids[:-1]])
         state = decoder.initial_state(1)
-        for window, targets in zip(inputs.split(size), ids.split(size), strict=True):
-            bits = surprisals(decoder, window, targets, state).sum()
-            total += Score(bits * math.log(2), len(targets), 0)
+        for read, targets in zip(inputs.split(size), ids.split(size), strict=True):
+            bits = surprisals(decoder, read, targets, state).sum()
+            total += PredictionCost(bits * math.log(2), len(targets), 0)
             on_progress(len(targets))
-        total += Score(0.0, 0, len(document.data))
+        total += PredictionCost(0.0, 0, len(document.data))
     return total

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import codecs
 import html
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import TextIO
 
-from mhesa.inference.scoring import Batch
+import numpy as np
 
-# Bits per byte from which a character has the strongest colour.
+from mhesa.inference.scoring import Batch
+from mhesa.inference.statistics import Statistic, bits, entropy, rank
+from mhesa.inference.units import Segmenter, UnitReader, UnitSurprisal, find_words
+
+# Bits per byte from which a word has the strongest colour.
 STRONGEST = 8
 
 _HEAD = """<!doctype html>
@@ -33,10 +37,14 @@ class Heatmap:
 
     Args:
         file: an open text file.
+        segmenter: finds what has a colour of its own, words if omitted.
     """
 
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
+    # What to measure of each token, so that all can be shown.
+    statistics: Mapping[str, Statistic] = {"bits": bits, "entropy": entropy, "rank": rank}
+
+    def __init__(self, file: TextIO, segmenter: Segmenter = find_words) -> None:
+        self.file, self._segmenter = file, segmenter
         shades = range(STRONGEST + 1)
         rules = "".join(f".s{n} {{ background: rgba(var(--hot), {n / STRONGEST:.3f}); }}\n" for n in shades)
         legend = "".join(f'<i class="s{n}">{n}{"+" if n == STRONGEST else ""}</i>' for n in shades)
@@ -46,24 +54,29 @@ class Heatmap:
     def follow(self, name: str, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Write a text's batches, and yield them unchanged."""
         self.file.write(f"<h2>{html.escape(name)}</h2>\n<pre>")
-        characters = codecs.getincrementaldecoder("utf-8")("replace")
-        # Surprisal and length of the bytes since the last whole character; the shade, -1 before the first.
-        pending_bits, pending_bytes, shade = 0.0, 0, -1
-        for batch in batches:
-            text, start = b"".join(block.text for block in batch.blocks), 0
-            for bits, size in zip(batch.bits.tolist(), batch.sizes.tolist(), strict=True):
-                shown = characters.decode(text[start : start + size])
-                start, pending_bits, pending_bytes = start + size, pending_bits + bits, pending_bytes + size
-                # A character of several tokens has the surprisal of all of them.
-                if shown:
-                    before, shade = shade, min(int(pending_bits / max(pending_bytes, 1)), STRONGEST)
-                    if shade != before:
-                        self.file.write(f'{"</span>" if before >= 0 else ""}<span class="s{shade}">')
-                    self.file.write(_visible(shown))
-                    pending_bits, pending_bytes = 0.0, 0
-            yield batch
-        self.file.write(_visible(characters.decode(b"", final=True)))
-        self.file.write(f"{'</span>' if shade >= 0 else ''}</pre>\n")
+        units, held, place = UnitReader(name, self._segmenter), b"", 0
+        for batch in chain(batches, [None]):
+            held += b"" if batch is None else b"".join(block.text for block in batch.blocks)
+            for unit in units.add(batch or Batch([], {}, np.zeros(0))):
+                start, end = unit.offset - place, unit.offset - place + unit.size
+                self._write(held[:start])
+                shade = min(int(unit.surprisal / max(unit.size, 1)), STRONGEST)
+                self.file.write(f'<span class="s{shade}" title="{_described(unit)}">')
+                self._write(held[start:end])
+                self.file.write("</span>")
+                held, place = held[end:], place + end
+            if batch is not None:
+                yield batch
+        self._write(held)
+        self.file.write("</pre>\n")
+
+    def _write(self, text: bytes) -> None:
+        self.file.write(_visible(text.decode("utf-8", "replace")))
+
+
+def _described(unit: UnitSurprisal) -> str:
+    rest = f", rank {unit.rank}, entropy {unit.entropy:.2f} bits" if unit.rank else ""
+    return f"{unit.surprisal:.2f} bits{rest}"
 
 
 def _visible(text: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 VALUES = 1 << 20
 
 
-class TokenScore(NamedTuple):
+class TokenLogprob(NamedTuple):
     """A token and its log-probability.
 
     Args:

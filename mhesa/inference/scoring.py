@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mhesa.inference.evaluation import surprisals
+from mhesa.errors import InputError
+from mhesa.inference.evaluation import surprisals, window
+from mhesa.inference.lines import Piece
 from mhesa.inference.parallel import ParallelDecoder
 from mhesa.inference.session import Reader
+from mhesa.inference.statistics import BITS, Statistic, token_statistics
 from mhesa.tokenizers.stream import NEWLINE, Block, character_start, encode_stream
 
 # How much of the beginning of a line or document is kept to be shown.
@@ -19,7 +23,7 @@ SHOWN_BYTES = 1 << 10
 
 
 @dataclass(frozen=True)
-class Scored:
+class SpanSurprisal:
     """The surprisal of a token, a line or a document.
 
     Args:
@@ -43,7 +47,7 @@ class Scored:
         """Mean bits of a byte."""
         return self.bits / self.size if self.size else 0.0
 
-    def as_dict(self) -> dict[str, str | int | float]:
+    def as_dict(self) -> dict[str, object]:
         """The values under the names that they have in JSON."""
         # Without a part of a character at the end of a text that was cut.
         end = character_start(self.text, len(self.text) - 1) if self.size > len(self.text) else None
@@ -60,43 +64,132 @@ class Scored:
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks of a text in a row, with the surprisal and the size of every token.
+    """Blocks of a text in a row, with statistics and the size of every token.
 
     Args:
         blocks: see `Block`.
-        bits: of each token of all blocks, fp64 `(tokens,)`.
+        columns: statistics of each token of all blocks by name, fp64 `(tokens,)` each; one is `bits`.
         sizes: of each token, in bytes, `(tokens,)`.
     """
 
     blocks: list[Block]
-    bits: np.ndarray
+    columns: Mapping[str, np.ndarray]
     sizes: np.ndarray
 
-    def by_block(self) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
-        """The text of each block, with the bits and the sizes of its tokens."""
-        ends = np.cumsum([len(block.ids) for block in self.blocks])[:-1]
-        texts = (block.text for block in self.blocks)
-        return zip(texts, np.split(self.bits, ends), np.split(self.sizes, ends), strict=True)
+    @property
+    def bits(self) -> np.ndarray:
+        """The surprisal of each token, fp64 `(tokens,)`."""
+        return self.columns["bits"]
+
+    def by_block(self) -> Iterator[tuple[bytes, np.ndarray, dict[str, np.ndarray]]]:
+        """The text of each block, with the sizes and the statistics of its tokens."""
+        start = 0
+        for block in self.blocks:
+            tokens = slice(start, start + len(block.ids))
+            yield (
+                block.text,
+                self.sizes[tokens],
+                {name: column[tokens] for name, column in self.columns.items()},
+            )
+            start = tokens.stop
 
 
-def score(reader: Reader, chunks: Iterable[bytes], decoder: ParallelDecoder | None = None) -> Iterator[Batch]:
+@dataclass(frozen=True)
+class ScoredPiece:
+    """A line, or a part of a long one, and statistics of its bytes.
+
+    Args:
+        piece: where it is, and its text.
+        columns: each token's statistics, shared out over its bytes, by name, fp64 `(bytes,)` each.
+    """
+
+    piece: Piece
+    columns: Mapping[str, np.ndarray]
+
+
+def score(
+    reader: Reader,
+    chunks: Iterable[bytes],
+    decoder: ParallelDecoder | None = None,
+    statistics: Mapping[str, Statistic] = BITS,
+    with_end: bool = False,
+) -> Iterator[Batch]:
     """Score a text from its start as it arrives, in memory that does not grow with its length.
 
     Args:
         reader: the model and the tokenizer.
         chunks: the text, cut anywhere.
         decoder: the model in several processes, all of which call this; that of the reader if omitted.
+        statistics: what to compute of each token's prediction; `bits` among them.
+        with_end: give a last batch without blocks, of the end-of-text token that would come next.
+
+    Raises:
+        InputError: other statistics than bits are asked of several processes.
     """
     predictor = decoder or reader.decoder
+    if decoder is not None and set(statistics) != {"bits"}:
+        raise InputError("several processes can measure bits alone; start one process for anything else")
     state = predictor.initial_state(1)
     # Every text follows an end-of-text token.
     last = torch.tensor([reader.tokenizer.eos_token_id])
-    sizes = np.array([len(token) for token in reader.token_bytes])
+    sizes = reader.token_sizes
     for blocks in encode_stream(reader.tokenizer, reader.token_bytes, chunks):
         ids = np.concatenate([block.ids for block in blocks]).astype(np.int64)
         read = torch.cat([last, torch.from_numpy(ids)])
-        yield Batch(blocks, surprisals(predictor, read[:-1], read[1:], state), sizes[ids])
+        if decoder is not None:
+            columns = {"bits": surprisals(decoder, read[:-1], read[1:], state)}
+        else:
+            columns = read_tokens(reader, read[:-1], read[1:], state, statistics)
+        yield Batch(blocks, columns, sizes[ids])
         last = read[-1:]
+    if with_end:
+        end = torch.tensor([reader.tokenizer.eos_token_id])
+        yield Batch([], read_tokens(reader, last, end, state, statistics), np.zeros(1, dtype=np.int64))
+
+
+def read_tokens(
+    reader: Reader, inputs: Tensor, targets: Tensor, state: Tensor, statistics: Mapping[str, Statistic]
+) -> dict[str, np.ndarray]:
+    """Read tokens of one text, and compute statistics of the predictions of those that came.
+
+    Args:
+        reader: the model.
+        inputs: ids to read, int64 `(length,)`.
+        targets: the token that came after each, `(length,)`.
+        state: `(depth, 1, state_size)`, changed in place.
+        statistics: by name.
+    """
+    found = {name: np.empty(len(targets)) for name in statistics}
+    size = window(reader.decoder)
+    for start in range(0, len(targets), size):
+        rows = slice(start, start + size)
+        part = token_statistics(reader.decoder.predict(inputs[rows], state), targets[rows], statistics)
+        for name, values in part.items():
+            found[name][rows] = values
+    return found
+
+
+def share_by_byte(values: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
+    """Share out what each token costs over its bytes, evenly.
+
+    Args:
+        values: of each token, `(tokens,)`.
+        sizes: of each token in bytes, `(tokens,)`. If they do not add up to the length of the text, because
+            the vocabulary does not give it back, they are scaled to.
+        length: of the text, in bytes.
+
+    Returns:
+        The share of each byte, fp64 `(length,)`.
+
+    >>> share_by_byte(np.array([1.0, 4.0]), np.array([1, 2]), 3).tolist()
+    [1.0, 2.0, 2.0]
+    """
+    if len(values) == length == sizes.sum() and (sizes == 1).all():
+        return values
+    token_ends = np.concatenate([[0.0], np.cumsum(sizes, dtype=np.float64)])
+    token_ends *= length / max(token_ends[-1], 1.0)
+    before = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    return np.diff(np.interp(np.arange(length + 1), token_ends, before))
 
 
 def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,8 +198,7 @@ def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> tuple[np.
     Args:
         text: the bytes of some tokens.
         bits: the surprisal of each token, `(tokens,)`.
-        sizes: the size of each token in bytes, `(tokens,)`. If they do not add up to the size of the text,
-            because the vocabulary does not give it back, they are scaled to.
+        sizes: the size of each token in bytes, `(tokens,)`; see `share_by_byte`.
 
     Returns:
         The offset after the end of each line, int64 `(lines,)`, and its bits, fp64 `(lines,)`.
@@ -118,46 +210,57 @@ def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> tuple[np.
     ends = np.flatnonzero(np.frombuffer(text, dtype=np.uint8) == NEWLINE) + 1
     if text and not text.endswith(b"\n"):
         ends = np.append(ends, len(text))
-    if len(ends) == 1:
-        return ends, bits.sum(keepdims=True)
-    token_ends = np.concatenate([[0.0], np.cumsum(sizes, dtype=np.float64)])
-    token_ends *= len(text) / max(token_ends[-1], 1.0)
-    bits_before = np.concatenate([[0.0], np.cumsum(bits, dtype=np.float64)])
-    return ends, np.diff(np.interp(ends, token_ends, bits_before), prepend=0.0)
+    if not len(ends):
+        return ends, np.zeros(0)
+    starts = np.concatenate([[0], ends[:-1]])
+    return ends, np.add.reduceat(share_by_byte(bits, sizes, len(text)), starts)
 
 
-def by_token(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
+def line_pieces(batches: Iterable[Batch]) -> Iterator[ScoredPiece]:
+    """The lines of a text, each in one or more pieces, with the statistics of their bytes."""
+    number, offset, is_first = 1, 0, True
+    for batch in batches:
+        for text, sizes, columns in batch.by_block():
+            shares = {name: share_by_byte(values, sizes, len(text)) for name, values in columns.items()}
+            start = 0
+            while start < len(text):
+                end = text.find(b"\n", start) + 1 or len(text)
+                piece = Piece(number, offset + start, text[start:end], is_first)
+                yield ScoredPiece(piece, {name: values[start:end] for name, values in shares.items()})
+                is_first = piece.is_last
+                number, start = number + is_first, end
+            offset += len(text)
+
+
+def by_token(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
     """Every token of a text."""
     number, offset = 0, 0
     for batch in batches:
-        for text, bits, sizes in batch.by_block():
+        for text, sizes, columns in batch.by_block():
             start = 0
-            for cost, size in zip(bits.tolist(), sizes.tolist(), strict=True):
+            for cost, size in zip(columns["bits"].tolist(), sizes.tolist(), strict=True):
                 number += 1
-                yield Scored(name, number, offset + start, cost, size, text[start : start + size])
+                yield SpanSurprisal(name, number, offset + start, cost, size, text[start : start + size])
                 start += size
             offset += len(text)
 
 
-def by_line(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
+def by_line(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
     """Every line of a text, with its line end."""
-    number, offset, size, bits, shown = 1, 0, 0, 0.0, b""
-    for batch in batches:
-        for block in batch.by_block():
-            ends, costs = share_by_line(*block)
-            starts = [0, *ends.tolist()]
-            for start, end, cost in zip(starts, starts[1:], costs.tolist(), strict=False):
-                part = block[0][start:end]
-                size, bits = size + len(part), bits + cost
-                shown += part[: SHOWN_BYTES - len(shown)]
-                if part.endswith(b"\n"):
-                    yield Scored(name, number, offset, bits, size, shown)
-                    number, offset, size, bits, shown = number + 1, offset + size, 0, 0.0, b""
-    if size:
-        yield Scored(name, number, offset, bits, size, shown)
+    shown, bits, size, first = b"", 0.0, 0, None
+    for scored in line_pieces(batches):
+        piece = scored.piece
+        first = piece if first is None else first
+        shown += piece.text[: SHOWN_BYTES - len(shown)]
+        bits, size = bits + float(scored.columns["bits"].sum()), size + len(piece.text)
+        if piece.is_last:
+            yield SpanSurprisal(name, first.number, first.offset, bits, size, shown)
+            shown, bits, size, first = b"", 0.0, 0, None
+    if first is not None:
+        yield SpanSurprisal(name, first.number, first.offset, bits, size, shown)
 
 
-def by_document(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
+def by_document(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
     """A text as a whole."""
     size, bits, shown = 0, 0.0, b""
     for batch in batches:
@@ -165,12 +268,12 @@ def by_document(name: str, batches: Iterable[Batch]) -> Iterator[Scored]:
             size += len(block.text)
             shown += block.text[: SHOWN_BYTES - len(shown)]
         bits += batch.bits.sum().item()
-    yield Scored(name, 1, 0, bits, size, shown)
+    yield SpanSurprisal(name, 1, 0, bits, size, shown)
 
 
 BY = {"line": by_line, "token": by_token, "document": by_document}
 
 
-def most_surprising(scored: Iterable[Scored], count: int) -> list[Scored]:
+def most_surprising(scored: Iterable[SpanSurprisal], count: int) -> list[SpanSurprisal]:
     """The `count` items of the most bits, in falling order."""
     return heapq.nlargest(count, scored, key=lambda item: item.bits)

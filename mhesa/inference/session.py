@@ -30,6 +30,8 @@ from mhesa.ops.checks import check_ids
 from mhesa.tokenizers.base import Tokenizer
 
 FORMAT = "mhesa session 1"
+# Sequences that are read together: as many as fill the rows of a call, if each has one.
+MAX_BATCH = 256
 
 
 class Reader:
@@ -45,7 +47,7 @@ class Reader:
         self, model: GatedExponentialSmoothingLM, tokenizer: Tokenizer, *, quantize: str | None = None
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.decoder = Decoder(model, quantize=quantize)
+        self.decoder = Decoder(model, quantize=quantize, max_batch=MAX_BATCH)
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +58,11 @@ class Reader:
     def token_bytes(self) -> list[bytes]:
         """The bytes of every token; see the function `token_bytes`."""
         return token_bytes(self.tokenizer, max(self.decoder.num_tokens, len(self.tokenizer)))
+
+    @cached_property
+    def token_sizes(self) -> np.ndarray:
+        """The size of every token in bytes, `(num_tokens,)`."""
+        return np.array([len(token) for token in self.token_bytes])
 
     @cached_property
     def fingerprint(self) -> str:

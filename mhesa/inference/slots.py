@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhesa.inference.continuation import Continuation
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.logprobs import TokenScore, token_logprobs
+from mhesa.inference.logprobs import TokenLogprob, token_logprobs
 from mhesa.inference.sampling import BatchSampler
 
 
@@ -108,4 +108,4 @@ def _note_scores(logits: Tensor, texts: list[Continuation], tokens: list[int]) -
     own, likeliest = token_logprobs(logits[wanted], torch.tensor([tokens[row] for row in wanted]), most)
     for row, logprob, top in zip(wanted, own.tolist(), likeliest, strict=True):
         text = texts[row]
-        text.scores.append(TokenScore(text.size, tokens[row], logprob, top[: text.top]))
+        text.scores.append(TokenLogprob(text.size, tokens[row], logprob, top[: text.top]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sqlite3
 import threading
@@ -12,11 +11,9 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from mhesa.errors import InputError
 from mhesa.inference.session import SessionState
+from mhesa.inference.session_database import connect, open_database, state_from_bytes, state_to_bytes
 from mhesa.locks import only_writer_of_file
 from mhesa.serve.logs import log
 from mhesa.serve.settings import Limits
@@ -24,7 +21,7 @@ from mhesa.serve.settings import Limits
 # SQLite's application_id and user_version of our files.
 APPLICATION_ID, VERSION = 0x6D686573, 1
 # SQLite's page cache.
-CACHE_KIB = 16 * 1024
+CACHE_BYTES = 16 << 20
 # Seconds to wait for another program that has locked the database.
 BUSY_SECONDS = 1.0
 # What SQLite keeps beside a database in WAL mode.
@@ -103,30 +100,15 @@ class Sessions:
             raise InputError(f"cannot keep sessions in {path}: {error}") from error
 
     def _open(self) -> sqlite3.Connection:
-        database = _connect(self._path or ":memory:")
-        run = database.execute
-        try:
-            run(f"PRAGMA cache_size = -{CACHE_KIB}")
-            run("BEGIN IMMEDIATE")
-            (application,) = run("PRAGMA application_id").fetchone()
-            (version,) = run("PRAGMA user_version").fetchone()
-            (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
-            if not tables:
-                for statement in SCHEMA.split(";"):
-                    run(statement)
-                run(f"PRAGMA application_id = {APPLICATION_ID}")
-                run(f"PRAGMA user_version = {VERSION}")
-            elif (application, version) != (APPLICATION_ID, VERSION):
-                raise sqlite3.DatabaseError("it is not a database of mhesa sessions")
-            run("COMMIT")
-            # Only now is it certain that the file is ours and may be changed.
-            run("PRAGMA journal_mode = WAL")
-            run("PRAGMA synchronous = NORMAL")
-            # Makes the files beside it.
-            run("SELECT count(*) FROM sqlite_master").fetchone()
-        except BaseException:
-            database.close()
-            raise
+        database = open_database(
+            self._path or ":memory:",
+            application=APPLICATION_ID,
+            version=VERSION,
+            schema=SCHEMA,
+            what="mhesa sessions",
+            cache_bytes=CACHE_BYTES,
+            timeout=BUSY_SECONDS,
+        )
         self._files = self._identify_files()
         return database
 
@@ -183,7 +165,7 @@ class Sessions:
         if file is None or file == before[0]:
             copy = f"{self._path}.copy"
             Path(copy).unlink(missing_ok=True)
-            with closing(_connect(copy)) as target:
+            with closing(connect(copy, timeout=BUSY_SECONDS)) as target:
                 database.backup(target)
         else:
             if not _is_ours(self._path):
@@ -216,11 +198,10 @@ class Sessions:
             raise SessionError(
                 409, f"session {name} belongs to another model; delete it or take another name"
             )
-        whole = len(data) == 4 * math.prod(self.shape)
-        values = np.frombuffer(data, dtype="<f4") if whole else np.array([math.nan])
-        if not np.isfinite(values).all():
+        state = state_from_bytes(data, self.shape)
+        if state is None:
             raise SessionError(409, f"session {name} is damaged; delete it")
-        return SessionState(torch.from_numpy(values.copy()).view(self.shape), token, position)
+        return SessionState(state, token, position)
 
     def save(self, client: str, name: str, stored: SessionState) -> None:
         """Store a session; it replaces one of the same name.
@@ -229,7 +210,7 @@ class Sessions:
             SessionError: the client has too many sessions.
         """
         now = self.clock()
-        data = stored.state.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()
+        data = state_to_bytes(stored.state)
         with self._use() as database:
             self._make_room(database, client, name)
             database.execute(
@@ -312,10 +293,6 @@ class Sessions:
         (count,) = run("SELECT count(*) FROM sessions WHERE client = ?", (client,)).fetchone()
         if count >= self.limits.sessions:
             raise SessionError(429, f"there are {count} sessions already; delete some")
-
-
-def _connect(path: str) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
 
 
 def _is_ours(path: str) -> bool:

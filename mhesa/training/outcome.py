@@ -12,7 +12,7 @@ import torch
 
 from mhesa.data import Document
 from mhesa.data.sources import RUN_FILES
-from mhesa.inference.evaluation import Score
+from mhesa.inference.evaluation import PredictionCost
 from mhesa.inference.generation import stream
 from mhesa.inference.sampling import Sampling
 from mhesa.model.lm import GatedExponentialSmoothingLM
@@ -29,7 +29,7 @@ class Summary:
     folder: Path
     steps: int
     seconds: float
-    score: Score
+    score: PredictionCost
     compressors: dict[str, float]
     sample: bytes
 

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from mhesa.data import Corpus, Document, Source, Windows, open_corpus
 from mhesa.data.cache import cached_folder
 from mhesa.errors import InputError, TrainingError
-from mhesa.inference.evaluation import Score, evaluate
+from mhesa.inference.evaluation import PredictionCost, evaluate
 from mhesa.inference.parallel import ParallelDecoder
 from mhesa.model.config import ModelConfig
 from mhesa.model.lm import GatedExponentialSmoothingLM
@@ -232,7 +232,7 @@ class Run:
         whole: GatedExponentialSmoothingLM,
         documents: list[Document],
         on_progress: Callable[[int], object] = lambda tokens: None,
-    ) -> Score | None:
+    ) -> PredictionCost | None:
         """What a model costs, in the first process; `None` in the others.
 
         Processes that share windows share texts, too: all of them run `model`, which may be sharded.
@@ -258,7 +258,9 @@ class Run:
             model.to(self.settings.device)
         return model.eval()
 
-    def _summary(self, model: GatedExponentialSmoothingLM, progress: Progress, score: Score) -> Summary:
+    def _summary(
+        self, model: GatedExponentialSmoothingLM, progress: Progress, score: PredictionCost
+    ) -> Summary:
         """Write what came of the run beside its model."""
         summary = Summary(
             folder=self.folder,

@@ -136,31 +136,33 @@ class Decoder:
         self._check(state, len(sequences))
         out = torch.empty(len(sequences), self.num_tokens, dtype=self._state_type, device=self.device)
         with self._lock:
-            for first, last, pieces in _calls(sequences, self._engine.rows):
+            for first, last, pieces in calls(sequences, self._engine.rows):
                 offsets = _offsets(*(len(piece) for piece in pieces))
                 out[first:last] = self._engine.run(torch.cat(pieces), offsets, state[:, first:last], False)
         return out
 
-    def predict(self, ids: Tensor, state: Tensor) -> Tensor:
-        """Read many tokens of one sequence and predict the token after each.
+    def predict(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
+        """Read many tokens of each sequence and predict the token after each.
 
         Args:
-            ids: int64 `(length,)`.
-            state: `(depth, 1, state_size)`, changed in place.
+            ids: int64 `(length,)` of one sequence, or one such tensor for each; none empty.
+            state: `(depth, sequences, state_size)`, changed in place.
 
         Returns:
-            Logits, `(length, num_tokens)`.
+            Logits, `(tokens, num_tokens)`, one sequence after the other.
 
         Raises:
-            InputError: as `step` does.
+            InputError: as `prefill` does.
             IndexError: an id outside the vocabulary.
         """
-        check_ids(ids, self.device)
-        self._check(state, 1)
+        sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
+        self._check(state, len(sequences))
         with self._lock:
             parts = [
-                self._engine.run(piece, _offsets(len(piece)), state, True).clone()
-                for piece in ids.split(self._engine.rows)
+                self._engine.run(
+                    torch.cat(pieces), _offsets(*(len(piece) for piece in pieces)), state[:, first:last], True
+                ).clone()
+                for first, last, pieces in calls(sequences, self._engine.rows)
             ]
         return torch.cat(parts)
 
@@ -199,10 +201,14 @@ def _offsets(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths], device="cpu").cumsum(0)
 
 
-def _calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tensor]]]:
+def calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tensor]]]:
     """Split sequences into calls of at most `rows` rows: `(first sequence, last + 1, their pieces)`.
 
-    >>> [(first, last, [len(p) for p in pieces]) for first, last, pieces in _calls([torch.zeros(20)] * 2, 30)]
+    Args:
+        sequences: int64, `(length,)` each, none empty.
+        rows: tokens of a call at most.
+
+    >>> [(first, last, [len(p) for p in pieces]) for first, last, pieces in calls([torch.zeros(20)] * 2, 30)]
     [(0, 2, [20, 10]), (1, 2, [10])]
     """
     calls: list[tuple[int, int, list[Tensor]]] = []

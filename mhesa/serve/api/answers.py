@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mhesa.inference.continuation import FinishReason, TextCursor
-from mhesa.inference.logprobs import TokenScore
+from mhesa.inference.logprobs import TokenLogprob
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import APIError, ClientGone, session_error
 from mhesa.serve.api.lease import SessionLease
@@ -79,13 +79,13 @@ class Answer(ABC):
 
     @abstractmethod
     def _choice(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
     ) -> BaseModel:
         """A whole text in the form of the response."""
 
     @abstractmethod
     def _events(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
     ) -> Iterator[BaseModel]:
         """Events for a piece of a text."""
 
@@ -154,7 +154,7 @@ class Answer(ABC):
             yield _json(self._chunk().model_copy(update={"usage": self.usage()}))
 
     def _encoded(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
     ) -> list[str]:
         return [_json(event) for event in self._events(index, text, scores, finish)]
 
@@ -187,12 +187,12 @@ class CompletionAnswer(Answer):
         return len(self.echoes[index][1]) if index in self.echoes else 0
 
     def _events(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
     ) -> Iterator[BaseModel]:
         yield self._chunk(self._choice(index, text, scores, finish))
 
     def _choice(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
     ) -> protocol.CompletionChoice:
         echoed = self.echoes.pop(index, None)
         if echoed and self.top is not None:
@@ -200,7 +200,7 @@ class CompletionAnswer(Answer):
         logprobs = None if self.top is None else self._logprobs(index, scores)
         return protocol.CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
 
-    def _logprobs(self, index: int, scores: list[TokenScore]) -> protocol.CompletionLogprobs:
+    def _logprobs(self, index: int, scores: list[TokenLogprob]) -> protocol.CompletionLogprobs:
         characters, token_bytes = self.characters[index], self.service.token_bytes
         return protocol.CompletionLogprobs(
             tokens=[self.service.token_name(score.token) for score in scores],
@@ -209,7 +209,7 @@ class CompletionAnswer(Answer):
             text_offset=[characters.add(token_bytes[score.token]) for score in scores],
         )
 
-    def _likeliest(self, score: TokenScore) -> dict[str, float] | None:
+    def _likeliest(self, score: TokenLogprob) -> dict[str, float] | None:
         if score.logprob is None:
             return None
         pairs = [*score.top, (score.token, score.logprob)]
@@ -224,7 +224,7 @@ class ChatAnswer(Answer):
     chunk, chunk_object = protocol.ChatCompletionChunk, "chat.completion.chunk"
 
     def _choice(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
     ) -> protocol.ChatChoice:
         message = protocol.ChatMessage(role="assistant", content=text, refusal=None)
         return protocol.ChatChoice(
@@ -235,7 +235,7 @@ class ChatAnswer(Answer):
         yield self._event(index, protocol.ChatDelta(role="assistant", content=""))
 
     def _events(
-        self, index: int, text: str, scores: list[TokenScore], finish: FinishReason | None
+        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
     ) -> Iterator[BaseModel]:
         if text or scores:
             yield self._event(index, protocol.ChatDelta(content=text), self._logprobs(scores))
@@ -252,7 +252,7 @@ class ChatAnswer(Answer):
         choice = protocol.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
         return self._chunk(choice)
 
-    def _logprobs(self, scores: list[TokenScore]) -> protocol.ChatLogprobs | None:
+    def _logprobs(self, scores: list[TokenLogprob]) -> protocol.ChatLogprobs | None:
         if self.top is None:
             return None
         content = [
@@ -327,11 +327,11 @@ class CharacterCounter:
         return start
 
 
-def _prompt_scores(job: Job, prompt: np.ndarray) -> list[TokenScore]:
+def _prompt_scores(job: Job, prompt: np.ndarray) -> list[TokenLogprob]:
     """The scores of a prompt's tokens."""
     values: list[float | None] = job.logprobs.tolist()
     likeliest = job.likeliest or [[] for _ in values]
     if len(prompt) == len(job.ids):
         # The client's own first token begins the text: nothing predicts it.
         values, likeliest = [None, *values], [[], *likeliest]
-    return [TokenScore(0, *row) for row in zip(prompt.tolist(), values, likeliest, strict=True)]
+    return [TokenLogprob(0, *row) for row in zip(prompt.tolist(), values, likeliest, strict=True)]

@@ -1,0 +1,142 @@
+"""How `mhesa score` prints rows: as text, JSON or tab-separated values."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from mhesa.cli.common import errors
+
+if TYPE_CHECKING:
+    from mhesa.inference.line_scores import FalseAlarms, LineSurprisal
+    from mhesa.inference.log_reader import LogReader
+    from mhesa.inference.scoring import SpanSurprisal
+    from mhesa.inference.units import Columns, UnitSurprisal
+
+# Characters of a text to print on one line.
+SHOWN = 160
+# How a terminal shows the most surprising part of a line.
+STRONG, PLAIN = "\033[1;31m", "\033[0m"
+
+Row = TypeVar("Row")
+
+
+class Output:
+    """Prints rows.
+
+    Args:
+        as_json: as lines of JSON.
+        table: as tab-separated values with these columns.
+        units: the columns of words and the like, in JSON and in text.
+        with_score: print the score of lines in the place of their bits.
+    """
+
+    def __init__(self, as_json: bool, table: Columns | None, units: Columns, with_score: bool) -> None:
+        self._as_json, self._table, self._units, self._with_score = as_json, table, units, with_score
+        self._is_terminal = sys.stdout.isatty()
+
+    def header(self) -> None:
+        """Print the names of the columns, if there are any."""
+        if self._table:
+            self._write("\t".join(self._table.names))
+
+    def show(self, row: SpanSurprisal | UnitSurprisal) -> None:
+        """Print a row, at once."""
+        from mhesa.inference.units import UnitSurprisal
+
+        if isinstance(row, UnitSurprisal):
+            self._write(self._unit(row))
+        elif self._as_json:
+            self._write(json.dumps(row.as_dict(), ensure_ascii=False))
+        else:
+            self._write(self._span(row))
+
+    def _unit(self, row: UnitSurprisal) -> str:
+        values = self._units.as_dict(row)
+        if self._as_json:
+            return json.dumps(values, ensure_ascii=False)
+        if self._table:
+            return "\t".join(map(_cell, values.values()))
+        where = f"{row.number}" if row.source == "-" else f"{row.source}:{row.number}"
+        return (
+            f"{row.surprisal:10.2f} {row.entropy:6.2f} {row.rank:5}  {where}  {one_line(row.text.encode())}"
+        )
+
+    def _span(self, row: SpanSurprisal) -> str:
+        from mhesa.inference.line_scores import LineSurprisal
+
+        text, score = one_line(row.text), f"{row.bits:10.1f} {row.bits_per_byte:6.2f}"
+        if isinstance(row, LineSurprisal):
+            if self._with_score:
+                score = f"{'!' if row.alarm else ' '}{row.score:9.1f} {row.bits_per_byte:6.2f}"
+            if self._is_terminal and (row.alarm or not self._with_score):
+                text = _with_strong_span(row)
+        return f"{score}  {_where(row)}  {text}"
+
+    def _write(self, line: str) -> None:
+        sys.stdout.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
+        sys.stdout.flush()
+
+
+def _where(row: SpanSurprisal | UnitSurprisal) -> str:
+    return f"{row.number}" if row.source == "-" else f"{row.source}:{row.number}"
+
+
+def one_line(text: bytes) -> str:
+    """The start of a text on one line, unprintable characters escaped."""
+    line = text.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+    safe = _printable(line[: SHOWN + 1])
+    return safe if len(safe) <= SHOWN else safe[: SHOWN - 1] + "…"
+
+
+def _with_strong_span(row: LineSurprisal) -> str:
+    """The start of a line, its most surprising part marked."""
+    line = row.text.removesuffix(b"\n").removesuffix(b"\r")
+    start, end = (min(place, SHOWN) for place in row.span)
+    parts = (line[:start], line[start:end], line[end:SHOWN])
+    before, strong, after = (_printable(part.decode("utf-8", "replace")) for part in parts)
+    return f"{before}{STRONG}{strong}{PLAIN}{after}{'…' if len(line) > SHOWN else ''}"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    if isinstance(value, str):
+        return "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in value.replace("\\", "\\\\")
+        )
+    return "" if value is None else str(value)
+
+
+class Counts:
+    """Counts rows and alarms, and says at the end what a reader of the rows would not see."""
+
+    def __init__(self) -> None:
+        self.rows = self.alarms = 0
+
+    def of(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows, counted as they come."""
+        for row in rows:
+            self.rows += getattr(row, "size", 0) > 0
+            self.alarms += bool(getattr(row, "alarm", False))
+            yield row
+
+    def report(self, log: LogReader | None, alarms: FalseAlarms | None) -> None:
+        """Print on standard error what there is to say."""
+        if not self.rows:
+            _say("There was nothing to score.")
+        if log is not None and log.without_key:
+            _say(f"{log.without_key:,} of {self.rows:,} lines have no key; they share a session.")
+        if alarms is not None and alarms.rate * alarms.count < 1:
+            needed = round(1 / alarms.rate)
+            _say(f"No line was marked: a threshold takes {needed:,} lines, and {alarms.count:,} were read.")
+
+
+def _say(text: str) -> None:
+    errors.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,272 @@
+"""A session for each key: for each node, user or process that the lines of a log are about."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mhesa.errors import InputError
+from mhesa.inference.decoder.decoder import calls
+from mhesa.inference.evaluation import WINDOW
+from mhesa.inference.session import Reader
+from mhesa.inference.session_database import open_database, state_from_bytes, state_to_bytes
+from mhesa.inference.statistics import BITS, Statistic, token_statistics
+from mhesa.locks import only_writer_of_file
+
+# SQLite's application_id and user_version of our files.
+APPLICATION_ID, VERSION = 0x6D68656B, 1
+SCHEMA = """
+CREATE TABLE sessions (key BLOB PRIMARY KEY, token INTEGER NOT NULL, state BLOB NOT NULL);
+CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL)
+"""
+# Keys are kept as digests of this many bytes: a key may be long, and there may be many.
+DIGEST_BYTES = 16
+# What Python keeps of a session in memory besides its state.
+BYTES_A_KEY = 300
+# The share of the memory that is SQLite's page cache.
+CACHE_SHARE = 16
+MEMORY = 256 << 20
+BUSY_SECONDS = 1.0
+MODEL = "model"
+
+
+class KeyedSessions:
+    """Reads texts that are interleaved, each in its own session, and many of them at once.
+
+    States are kept in memory up to a limit; beyond it those that were not used for the longest time are in an
+    SQLite database. With a path the database is a file that survives a restart: what is read becomes part of
+    it at `commit`, all of it or nothing, also if the process is killed. Without, it is a temporary file.
+
+    Args:
+        reader: the model and its tokenizer.
+        memory: bytes that states, keys and the database's cache may take.
+        path: the file.
+
+    Raises:
+        InputError: the file is no such file, damaged, another model's, or used by another process.
+
+    >>> from mhesa import GatedExponentialSmoothingLM
+    >>> from mhesa.tokenizers import Bytes
+    >>> model = GatedExponentialSmoothingLM(num_tokens=257, dim=8, depth=1, heads=1, dim_mhesa=4)
+    >>> with KeyedSessions(Reader(model, Bytes())) as sessions:
+    ...     first, second, third = sessions.score([("a", b"one "), ("b", b"two"), ("a", b"more")])
+    >>> len(first), len(second), len(third)
+    (4, 3, 4)
+    """
+
+    def __init__(self, reader: Reader, *, memory: int = MEMORY, path: str | Path | None = None) -> None:
+        self.reader = reader
+        self._shape = tuple(reader.decoder.initial_state(1)[:, 0].shape)
+        self._state_type = reader.decoder.initial_state(1).dtype
+        size = 4 * self._shape[0] * self._shape[1] + BYTES_A_KEY
+        slots = (memory - memory // CACHE_SHARE) // size
+        if slots < 1:
+            raise InputError(f"memory for sessions must be at least {2 * size:,} bytes, not {memory:,}")
+        # A slot is a place in these for a state and the last token.
+        self._states = torch.empty(slots, *self._shape)
+        self._tokens = np.zeros(slots, dtype=np.int64)
+        # The slot of each key in memory, the least recently used key first.
+        self._slots: OrderedDict[bytes, int] = OrderedDict()
+        # Those that the database does not have as they are now.
+        self._changed: set[bytes] = set()
+        # Whether there is a file that survives.
+        self.is_kept = path is not None
+        self._name = str(path) if path is not None else "a temporary file"
+        self._lock = ExitStack()
+        if path is not None:
+            self._lock.enter_context(only_writer_of_file(Path(path)))
+        with ExitStack() as undo:
+            undo.callback(self._lock.close)
+            with self._named_errors():
+                self._database = open_database(
+                    "" if path is None else os.path.realpath(path),
+                    application=APPLICATION_ID,
+                    version=VERSION,
+                    schema=SCHEMA,
+                    what="a session for each key",
+                    cache_bytes=memory // CACHE_SHARE,
+                    timeout=BUSY_SECONDS,
+                )
+                undo.callback(self._database.close)
+                if not self.is_kept:
+                    self._database.execute("PRAGMA journal_mode = OFF")
+                self._check_model()
+                self._database.execute("BEGIN")
+            undo.pop_all()
+
+    def _check_model(self) -> None:
+        model = self.reader.fingerprint
+        if self.note(MODEL) not in (None, model):
+            raise InputError(
+                f"{self._name} holds sessions with another model; take the model it was made with"
+            )
+        self._database.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (MODEL, model))
+
+    def __enter__(self) -> KeyedSessions:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Commit, unless there was an exception, and close."""
+        try:
+            if error is None and self.is_kept:
+                self.commit()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the file without what was read since the last `commit`, and let others use it."""
+        self._database.close()
+        self._lock.close()
+
+    @property
+    def at_once(self) -> int:
+        """How many keys are read together."""
+        return min(self.reader.decoder.max_batch, len(self._states))
+
+    def score(self, lines: Sequence[tuple[str, bytes]]) -> list[np.ndarray]:
+        """Read some lines, each in the session of its key, and measure the surprisal of every token.
+
+        Args:
+            lines: the key and the text of each. Those of one key are read in their order.
+
+        Returns:
+            Bits for each token of each line, fp64 `(tokens,)`.
+        """
+        ids = self.reader.tokenizer.encode_batch([text for _, text in lines])
+        keys = [key for key, _ in lines]
+        return [found["bits"] for found in self.score_ids(keys, ids, BITS)]
+
+    def score_ids(
+        self, keys: Sequence[str], ids: Sequence[np.ndarray], statistics: Mapping[str, Statistic]
+    ) -> list[dict[str, np.ndarray]]:
+        """Read the tokens of some lines, each in the session of its key.
+
+        Args:
+            keys: of each line.
+            ids: the tokens of each, `(tokens,)`.
+            statistics: what to compute of each token's prediction.
+
+        Returns:
+            For each line the statistics of its tokens by name, fp64 `(tokens,)` each.
+        """
+        lines_of: dict[bytes, list[int]] = {}
+        for line, key in enumerate(keys):
+            if len(ids[line]):
+                lines_of.setdefault(_digest(key), []).append(line)
+        none = {name: np.zeros(0) for name in statistics}
+        found = [none] * len(keys)
+        digests = list(lines_of)
+        for start in range(0, len(digests), self.at_once):
+            group = digests[start : start + self.at_once]
+            order = [line for digest in group for line in lines_of[digest]]
+            texts = [np.concatenate([ids[line] for line in lines_of[digest]]) for digest in group]
+            columns = self._read(group, texts, statistics)
+            ends = np.cumsum([len(ids[line]) for line in order])[:-1]
+            split = {name: np.split(values, ends) for name, values in columns.items()}
+            for place, line in enumerate(order):
+                found[line] = {name: parts[place] for name, parts in split.items()}
+        return found
+
+    def _read(
+        self, digests: list[bytes], texts: list[np.ndarray], statistics: Mapping[str, Statistic]
+    ) -> dict[str, np.ndarray]:
+        """Read a text in the session of each key; the statistics of all tokens, one text after the other."""
+        decoder = self.reader.decoder
+        slots = [self._slot(digest) for digest in digests]
+        targets = [torch.from_numpy(text.astype(np.int64)) for text in texts]
+        last = torch.from_numpy(self._tokens[slots])
+        inputs = [torch.cat([last[i : i + 1], ids[:-1]]) for i, ids in enumerate(targets)]
+        state = self._states[slots].transpose(0, 1).to(decoder.device, self._state_type).contiguous()
+        parts = []
+        wanted, start = torch.cat(targets), 0
+        for first, end, pieces in calls(inputs, WINDOW):
+            logits = decoder.predict(pieces, state[:, first:end])
+            parts.append(token_statistics(logits, wanted[start : start + len(logits)], statistics))
+            start += len(logits)
+        self._states[slots] = state.transpose(0, 1).float().cpu()
+        self._tokens[slots] = [text[-1] for text in texts]
+        self._changed.update(digests)
+        return {name: np.concatenate([part[name] for part in parts]) for name in statistics}
+
+    def _slot(self, digest: bytes) -> int:
+        """The slot of a key, whose session is brought into memory."""
+        slot = self._slots.pop(digest, None)
+        if slot is None:
+            slot = self._free_slot()
+            with self._named_errors():
+                row = self._database.execute(
+                    "SELECT token, state FROM sessions WHERE key = ?", (digest,)
+                ).fetchone()
+            if row is None:
+                # Every text follows an end-of-text token.
+                self._tokens[slot] = self.reader.tokenizer.eos_token_id
+                self._states[slot] = 0
+            else:
+                state = state_from_bytes(row[1], self._shape)
+                if state is None or not 0 <= row[0] < self.reader.decoder.num_tokens:
+                    raise InputError(f"{self._name} is damaged: a session does not fit the model")
+                self._tokens[slot], self._states[slot] = row[0], state
+        self._slots[digest] = slot
+        return slot
+
+    def _free_slot(self) -> int:
+        if len(self._slots) < len(self._states):
+            return len(self._slots)
+        oldest = next(iter(self._slots))
+        if oldest in self._changed:
+            self._write([oldest])
+        return self._slots.pop(oldest)
+
+    def _write(self, digests: Sequence[bytes]) -> None:
+        """Write sessions to the database, as a part of the transaction that `commit` ends."""
+        slots = ((digest, self._slots[digest]) for digest in digests)
+        rows = (
+            (digest, int(self._tokens[slot]), state_to_bytes(self._states[slot])) for digest, slot in slots
+        )
+        with self._named_errors():
+            self._database.executemany(
+                "INSERT INTO sessions VALUES (?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET token = excluded.token, state = excluded.state",
+                rows,
+            )
+        self._changed.difference_update(digests)
+
+    def commit(self, notes: Mapping[str, str] | None = None) -> None:
+        """Make what was read since the last commit part of the file, with some notes, all or nothing.
+
+        Args:
+            notes: texts by name, such as how far a file has been read.
+
+        Raises:
+            InputError: the file cannot be written; it stays as it was after the last commit.
+        """
+        self._write(list(self._changed))
+        with self._named_errors():
+            self._database.executemany("INSERT OR REPLACE INTO notes VALUES (?, ?)", (notes or {}).items())
+            self._database.execute("COMMIT")
+            self._database.execute("BEGIN")
+
+    def note(self, name: str) -> str | None:
+        """The note of this name; `None` if there is none."""
+        with self._named_errors():
+            row = self._database.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
+        return None if row is None else row[0]
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise InputError(f"cannot keep sessions in {self._name}: {error}") from error
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()

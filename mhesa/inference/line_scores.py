@@ -1,0 +1,249 @@
+"""A number for each line that decides whether it stands out, and the threshold for a rate of false alarms.
+
+See docs/logs.md for what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mhesa.errors import InputError
+from mhesa.inference.lines import SHOWN_KEY, Masks
+from mhesa.inference.scoring import SHOWN_BYTES, ScoredPiece, SpanSurprisal
+
+# Bytes that lines of one kind begin with, digits left out, and how many kinds are remembered.
+BEGINNING, KINDS = 24, 1024
+# As many lines of a kind weigh as much as all lines together.
+PRIOR_LINES = 5
+# The relative error of a threshold, and the smallest and the largest score that is told from others.
+PRECISION, SMALLEST, LARGEST = 0.01, 1e-3, 1e9
+
+
+@dataclass(frozen=True)
+class LineSurprisal(SpanSurprisal):
+    """A line, its surprisal, and how much it stands out.
+
+    Args:
+        score: bits of its most surprising byte above what lines that begin as it does have.
+        span: where the most surprising part begins and ends, in bytes from the line's beginning.
+        span_text: the part.
+        key: of its session; `None` if it has none.
+        alarm: whether the score is above the threshold; `None` if there is none.
+    """
+
+    score: float = 0.0
+    span: tuple[int, int] = (0, 0)
+    span_text: bytes = b""
+    key: str | None = None
+    alarm: bool | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """The values under the names that they have in JSON."""
+        found = super().as_dict() | {
+            "score": round(self.score, 4),
+            "span": [*self.span],
+            "span_text": self.span_text.decode("utf-8", "replace"),
+        }
+        if self.key is not None:
+            found["key"] = self.key[:SHOWN_KEY]
+        if self.alarm is not None:
+            found["alarm"] = self.alarm
+        return found
+
+
+class LineScores:
+    """Scores lines in the order in which they come, in constant memory.
+
+    The score is the surprisal of a line's most surprising byte, of those that count, less the mean of what
+    the most surprising byte of earlier lines cost that begin alike; of all lines, as long as there were few.
+    A line in several pieces has the score of the highest.
+
+    Args:
+        masks: what in a line is read but not counted.
+
+    >>> scores = LineScores()
+    >>> [round(scores.score(b"ok", np.array(bits)), 1) for bits in ([1.0, 1.0], [1.0, 2.0], [9.0, 9.0])]
+    [1.0, 1.0, 7.5]
+    """
+
+    def __init__(self, masks: Masks | None = None) -> None:
+        self._masks = masks or Masks()
+        # Of each beginning and of all lines: how many, and the mean.
+        self._kinds: OrderedDict[str, list[float]] = OrderedDict()
+        self._all = [0.0, 0.0]
+
+    def score(self, beginning: bytes, bits: np.ndarray) -> float:
+        """The score of a line, which then becomes one of the earlier ones.
+
+        Args:
+            beginning: its first bytes that count.
+            bits: of its bytes that count, `(bytes,)`.
+        """
+        kind = beginning.translate(None, b"0123456789")[:BEGINNING].decode("latin-1")
+        highest = float(bits.max()) if len(bits) else 0.0
+        count, mean = self._kinds.setdefault(kind, [0.0, 0.0])
+        self._kinds.move_to_end(kind)
+        if len(self._kinds) > KINDS:
+            self._kinds.popitem(last=False)
+        own = count / (count + PRIOR_LINES)
+        expected = own * mean + (1 - own) * self._all[1]
+        for sums in (self._kinds[kind], self._all):
+            sums[0] += 1
+            sums[1] += (highest - sums[1]) / sums[0]
+        return highest - expected
+
+    def read(self, source: str, pieces: Iterable[ScoredPiece]) -> Iterator[LineSurprisal]:
+        """The lines of some pieces, scored.
+
+        Args:
+            source: the name of their file.
+            pieces: of lines one after the other.
+
+        Raises:
+            InputError: a mask takes too long.
+        """
+        line: _Line | None = None
+        for scored in pieces:
+            line = line or _Line(scored)
+            self._add_piece(line, source, scored)
+            if scored.piece.is_last:
+                yield line.whole(source)
+                line = None
+        if line is not None:
+            yield line.whole(source)
+
+    def _add_piece(self, line: _Line, source: str, scored: ScoredPiece) -> None:
+        text, bits = scored.piece.text, scored.columns["bits"]
+        content = text.removesuffix(b"\n")
+        counted = np.ones(len(text), dtype=bool)
+        beginning = content[: 2 * BEGINNING]
+        if self._masks:
+            where = f"{source}, line {scored.piece.number}"
+            counted[: len(content)] = self._masks.counted(content, where)
+            beginning = np.frombuffer(text, np.uint8)[counted][: 2 * BEGINNING].tobytes()
+        score = self.score(beginning, bits[counted])
+        if line.score is None or score > line.score:
+            line.score, line.scored = score, scored
+            line.counted = counted
+        line.bits += float(bits.sum())
+        line.size += len(text)
+        line.text += text[: SHOWN_BYTES - len(line.text)]
+
+    def to_json(self) -> str:
+        """What is known of earlier lines, as text."""
+        return json.dumps([self._all, list(self._kinds.items())])
+
+    def load_json(self, text: str) -> None:
+        """Go on with what `to_json` gave."""
+        self._all, kinds = json.loads(text)
+        self._kinds = OrderedDict((kind, sums) for kind, sums in kinds)
+
+
+class _Line:
+    """A line whose pieces are coming; of them, the one with the highest score is kept."""
+
+    def __init__(self, first: ScoredPiece) -> None:
+        self.first, self.scored = first.piece, first
+        self.score: float | None = None
+        self.counted = np.zeros(0, dtype=bool)
+        self.bits, self.size, self.text = 0.0, 0, b""
+
+    def whole(self, source: str) -> LineSurprisal:
+        piece = self.scored.piece
+        start, end = most_surprising_span(np.where(self.counted, self.scored.columns["bits"], 0.0))
+        before = piece.offset - self.first.offset
+        return LineSurprisal(
+            source,
+            self.first.number,
+            self.first.offset,
+            self.bits,
+            self.size,
+            self.text,
+            score=self.score or 0.0,
+            span=(before + start, before + end),
+            span_text=piece.text[start : min(end, start + SHOWN_BYTES)],
+            key=self.first.key,
+        )
+
+
+def most_surprising_span(bits: np.ndarray) -> tuple[int, int]:
+    """The bytes in a row that have the most surprisal above twice the mean: where they begin and end.
+
+    Args:
+        bits: of each byte of a line, `(bytes,)`.
+
+    >>> most_surprising_span(np.array([1.0, 1, 1, 9, 8, 1, 1, 2]))
+    (3, 5)
+    """
+    if not len(bits):
+        return 0, 0
+    sums = np.concatenate([[0.0], np.cumsum(bits - 2 * bits.mean())])
+    end = int(np.argmax(sums[1:] - np.minimum.accumulate(sums[:-1]))) + 1
+    return int(np.argmin(sums[:end])), end
+
+
+class FalseAlarms:
+    """Finds the threshold that a share of all scores so far is above, in constant memory.
+
+    Scores are counted in buckets whose bounds grow by 1 %, so a threshold is right to 1 %.
+
+    Args:
+        rate: the share.
+
+    Raises:
+        InputError: it is not between 0 and 1.
+
+    >>> alarms = FalseAlarms(0.1)
+    >>> sum(alarms.add(score) for score in [1.0] * 50 + [5.0])
+    1
+    """
+
+    def __init__(self, rate: float) -> None:
+        if not 0 < rate < 1:
+            raise InputError(f"--false-alarms must be between 0 and 1, such as 0.001, not {rate:g}")
+        self.rate = rate
+        self.count = 0
+        # Of each bucket; the one with the threshold at its upper bound, and how many scores are above it.
+        self._counts: Counter[int] = Counter()
+        self._bucket, self._above = 0, 0
+
+    @property
+    def threshold(self) -> float:
+        """The score that at most the share is above; infinite until there are as many scores as it takes."""
+        if self.rate * self.count < 1:
+            return math.inf
+        return SMALLEST * (1 + PRECISION) ** (self._bucket + 1)
+
+    def add(self, score: float) -> bool:
+        """Whether a score is above the threshold of those before it; then it is one of them."""
+        above = score > self.threshold
+        place = math.log(min(max(score, SMALLEST), LARGEST) / SMALLEST) / math.log1p(PRECISION)
+        self._count(int(place), 1)
+        return above
+
+    def _count(self, bucket: int, scores: int) -> None:
+        self._counts[bucket] += scores
+        self.count += scores
+        self._above += scores * (bucket > self._bucket)
+        most = self.rate * self.count
+        while self._above > most:
+            self._bucket += 1
+            self._above -= self._counts[self._bucket]
+        while self._bucket and self._above + self._counts[self._bucket] <= most:
+            self._above += self._counts[self._bucket]
+            self._bucket -= 1
+
+    def to_json(self) -> str:
+        """The scores so far, as text."""
+        return json.dumps(list(self._counts.items()))
+
+    def load_json(self, text: str) -> None:
+        """Go on with what `to_json` gave."""
+        for bucket, scores in json.loads(text):
+            self._count(bucket, scores)

@@ -1,0 +1,239 @@
+"""Lines as they arrive: where they are, the key of each, and what in them is meant to vary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import regex
+
+from mhesa.errors import InputError
+from mhesa.tokenizers.stream import BLOCK_BYTES, character_start
+
+# Seconds that a regular expression may take for a line.
+PATTERN_SECONDS = 1.0
+# How much of a key is shown.
+SHOWN_KEY = 256
+
+# Patterns of what is meant to vary.
+PRESETS = {
+    "times": r"\d{4}[-./]\d\d[-./]\d\d(?:[T ._-]\d\d[:.]\d\d[:.]\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?)?"
+    r"|\d\d[/.]\d\d[/.]\d\d(?:\d\d)?|\d\d:\d\d:\d\d(?:[.,]\d+)?|\b1\d{9}(?:\.\d+|\d{3})?\b|^\d{6} \d{6}\b"
+    r"|(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun),? )?(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) +\d+",
+    "numbers": r"(?<![A-Za-z])[-+]?(?:0x[0-9A-Fa-f]+|\d+(?:\.\d+)?)",
+    "addresses": r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"
+    r"|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){3,7}[0-9A-Fa-f]{1,4}\b|\b(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}\b",
+    "uuids": r"\b[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}\b",
+    "paths": r"(?<![\w/])(?:/[\w.+@%~-]+)+/?|\b[A-Za-z]:(?:\\[\w.+@%~ -]+)+",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A line with its line end, or a part of a line that is too long to hold.
+
+    Args:
+        number: the line's, from 1.
+        offset: where the piece begins, in bytes.
+        text: its bytes.
+        is_first: whether the line begins with it.
+        key: of the line; `None` if it has none, or nobody asked.
+    """
+
+    number: int
+    offset: int
+    text: bytes
+    is_first: bool = True
+    key: str | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the line ends with it."""
+        return self.text.endswith(b"\n")
+
+
+def split_lines(chunks: Iterable[bytes], *, offset: int = 0, number: int = 1) -> Iterator[list[Piece]]:
+    r"""Cut a text into lines as it arrives; a line longer than `BLOCK_BYTES` into several pieces.
+
+    Args:
+        chunks: the text, cut anywhere.
+        offset: of its first byte.
+        number: of its first line.
+
+    Yields:
+        The lines that each chunk completes.
+
+    >>> [[piece.text for piece in pieces] for pieces in split_lines([b"one\ntw", b"o\nthree"])]
+    [[b'one\n'], [b'two\n'], [b'three']]
+    """
+    held, is_first = b"", True
+    for chunk in chunks:
+        held += chunk
+        pieces, start = [], 0
+        while start < len(held):
+            end = held.find(b"\n", start, start + BLOCK_BYTES) + 1
+            if not end:
+                if len(held) - start < BLOCK_BYTES:
+                    break
+                end = character_start(held, start + BLOCK_BYTES - 1)
+            pieces.append(Piece(number, offset + start, held[start:end], is_first))
+            is_first = pieces[-1].is_last
+            number, start = number + is_first, end
+        held, offset = held[start:], offset + start
+        if pieces:
+            yield pieces
+    if held:
+        yield [Piece(number, offset, held, is_first)]
+
+
+class Pattern:
+    """A regular expression to be looked for in lines, each for a limited time.
+
+    Args:
+        text: the expression, as the package `regex` reads it.
+        name: what it is called in an error, such as the option that gives it.
+
+    Raises:
+        InputError: it does not compile.
+    """
+
+    def __init__(self, text: str, name: str) -> None:
+        self._text, self._name = text, name
+        try:
+            self._compiled = regex.compile(text)
+        except regex.error as error:
+            raise InputError(f"{name} {text!r} is no regular expression: {error}") from error
+        self.groups = self._compiled.groups
+
+    def find(self, line: str, where: str) -> list[regex.Match[str]]:
+        """All matches in a line.
+
+        Args:
+            line: the line.
+            where: its place, for the error.
+
+        Raises:
+            InputError: it takes too long.
+        """
+        try:
+            return list(self._compiled.finditer(line, timeout=PATTERN_SECONDS))
+        except TimeoutError as error:
+            raise InputError(
+                f"{self._name} {self._text!r} takes more than {PATTERN_SECONDS:g} s in {where};"
+                " take one that backtracks less"
+            ) from error
+
+    def first_group(self, line: str, where: str) -> str | None:
+        """The first group of the first match, `None` if there is none; `find` describes the rest."""
+        try:
+            found = self._compiled.search(line, timeout=PATTERN_SECONDS)
+        except TimeoutError:
+            found = next(iter(self.find(line, where)), None)
+        return found[1] if found else None
+
+
+class KeyPattern:
+    """Finds the key of a line: the first group of a regular expression.
+
+    Args:
+        text: the expression.
+
+    Raises:
+        InputError: it does not compile, or has no group.
+
+    >>> KeyPattern(r"user=(\\w+)").find(b"user=ann logged in", "line 1")
+    'ann'
+    """
+
+    def __init__(self, text: str) -> None:
+        self._pattern = Pattern(text, "--key")
+        if not self._pattern.groups:
+            raise InputError(f"--key {text!r} has no group; put what names the entity in parentheses")
+
+    def find(self, line: bytes, where: str) -> str | None:
+        """The key of a line, `None` if it has none.
+
+        Raises:
+            InputError: the expression takes too long.
+        """
+        return self._pattern.first_group(as_text(line), where)
+
+
+class KeyField:
+    """Finds the key of a line of JSON: the value of a field.
+
+    Args:
+        name: of the field.
+
+    >>> KeyField("user").find(b'{"user": 7, "text": "logged in"}', "line 1")
+    '7'
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def find(self, line: bytes, where: str) -> str | None:
+        """The key of a line, `None` if it is no object of JSON or lacks the field."""
+        try:
+            # Numbers as they are written: Python takes long, and refuses to read, huge ones.
+            row = json.loads(line, parse_int=str, parse_float=str)
+        except (ValueError, RecursionError):
+            return None
+        value = row.get(self._name) if isinstance(row, dict) else None
+        return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+class Masks:
+    """What in a line is meant to vary: it is read but not counted.
+
+    Args:
+        patterns: regular expressions.
+        presets: names of `PRESETS`.
+
+    Raises:
+        InputError: an expression does not compile, or there is no such preset.
+
+    >>> Masks([r"id=\\w+"], ["times"]).counted(b"12:30:00 id=ab ok", "line 1").nonzero()[0].tolist()
+    [8, 14, 15, 16]
+    """
+
+    def __init__(self, patterns: Iterable[str] = (), presets: Iterable[str] = ()) -> None:
+        self._patterns = [Pattern(text, "--mask") for text in patterns]
+        for name in presets:
+            if name not in PRESETS:
+                raise InputError(f"--preset must be one of {', '.join(PRESETS)}, not {name}")
+            self._patterns.append(Pattern(PRESETS[name], f"--preset {name}"))
+
+    def __bool__(self) -> bool:
+        return bool(self._patterns)
+
+    def counted(self, line: bytes, where: str) -> np.ndarray:
+        """Which bytes of a line count, bool `(bytes,)`.
+
+        Raises:
+            InputError: an expression takes too long.
+        """
+        counted = np.ones(len(line), dtype=bool)
+        if not self._patterns:
+            return counted
+        text = as_text(line)
+        # Where each character begins, if some have several bytes.
+        starts = None if len(text) == len(line) else character_starts(text)
+        for pattern in self._patterns:
+            for found in pattern.find(text, where):
+                start, end = found.span()
+                counted[slice(*((start, end) if starts is None else starts[[start, end]]))] = False
+        return counted
+
+
+def as_text(line: bytes) -> str:
+    """A line as text, each byte that is not UTF-8 as a character of its own."""
+    return line.decode("utf-8", "surrogateescape")
+
+
+def character_starts(text: str) -> np.ndarray:
+    """Where each character begins in UTF-8, and the last ends, `(characters + 1,)`."""
+    sizes = [len(character.encode("utf-8", "surrogateescape")) for character in text]
+    return np.cumsum([0, *sizes])

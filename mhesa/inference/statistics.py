@@ -1,0 +1,83 @@
+"""What a prediction says about the token that came: surprisal, entropy, rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from torch import Tensor
+
+# Rows whose log-probabilities are in memory at once: few enough to stay in a core's cache.
+ROWS = 256
+
+# Makes of log-probabilities in nats `(rows, num_tokens)` and the tokens that came `(rows,)` a number each.
+Statistic = Callable[[Tensor, Tensor], Tensor]
+
+
+def bits(logprobs: Tensor, targets: Tensor) -> Tensor:
+    """Surprisal in bits: `-log2` of the probability of the token that came.
+
+    Args:
+        logprobs: `(rows, num_tokens)`, in nats.
+        targets: the token that came, `(rows,)`.
+
+    >>> bits(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])).item()
+    2.0
+    """
+    return logprobs.gather(1, targets[:, None])[:, 0] / -math.log(2)
+
+
+def entropy(logprobs: Tensor, targets: Tensor) -> Tensor:
+    """The surprisal in bits that the model expects; see `bits` for the arguments, `(rows, num_tokens)`.
+
+    >>> entropy(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0])).item()
+    1.0
+    """
+    # No probability of 0 times minus infinity.
+    return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(1) / math.log(2)
+
+
+def rank(logprobs: Tensor, targets: Tensor) -> Tensor:
+    """1 for the likeliest token, and one more for each that is likelier; see `bits`, `(rows, num_tokens)`.
+
+    >>> rank(torch.tensor([[0.1, 0.6, 0.3]]).log(), torch.tensor([2])).item()
+    2
+    """
+    return (logprobs > logprobs.gather(1, targets[:, None])).sum(1) + 1
+
+
+BITS: Mapping[str, Statistic] = {"bits": bits}
+
+
+def boundary_bits(starts: Tensor) -> Statistic:
+    """The statistic of how surprising it is that a new word begins: see `mhesa.inference.linguistics`.
+
+    Args:
+        starts: ids of tokens that begin a word, `(starts,)`.
+    """
+    return lambda logprobs, targets: logprobs[:, starts].logsumexp(1) / -math.log(2)
+
+
+def token_statistics(
+    logits: Tensor, targets: Tensor, statistics: Mapping[str, Statistic]
+) -> dict[str, np.ndarray]:
+    """Statistics of predictions.
+
+    Args:
+        logits: `(tokens, num_tokens)`.
+        targets: the tokens that came, `(tokens,)`.
+        statistics: by name.
+
+    Returns:
+        By name fp64 `(tokens,)`.
+    """
+    # Preallocate: freed large blocks between live small ones would fragment the heap.
+    found = {name: np.empty(len(targets)) for name in statistics}
+    for start in range(0, len(targets), ROWS):
+        rows = slice(start, start + ROWS)
+        logprobs = logits[rows].float().log_softmax(1)
+        wanted = targets[rows].to(logprobs.device)
+        for name, statistic in statistics.items():
+            found[name][rows] = statistic(logprobs, wanted).cpu().numpy()
+    return found

@@ -1,0 +1,355 @@
+"""Surprisal of words, characters, sentences and tokens, with the columns that studies of reading use."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import regex
+import torch
+
+from mhesa.errors import InputError
+from mhesa.inference.lines import as_text, character_starts
+from mhesa.inference.scoring import Batch, score, share_by_byte
+from mhesa.inference.session import Reader
+from mhesa.inference.statistics import Statistic, bits, boundary_bits, entropy, rank
+
+if TYPE_CHECKING:
+    import pandas
+
+# The longest unit that is held, in bytes.
+LONGEST = 1 << 20
+WHITESPACE = (b" ", b"\t", b"\n", b"\r", b"\v", b"\f")
+
+# Finds the complete units in a text, as where each begins and ends; with its flag no more text will follow.
+Segmenter = Callable[[str, bool], list[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class UnitSurprisal:
+    """What a unit of a text costs.
+
+    A unit pays for the whitespace before it, for that is where the tokens of most vocabularies have it.
+
+    Args:
+        source: the name of the text.
+        number: which unit of the text it is, from 1.
+        offset: where it begins, in bytes.
+        size: in bytes.
+        text: without the whitespace around it.
+        surprisal: of all its tokens, in bits or nats.
+        entropy: the surprisal that the model expected of the token that the unit begins in.
+        rank: of that token: 1 if none was likelier.
+        before: the surprisal of the units before it, the nearest first; `None` where there is none.
+    """
+
+    source: str
+    number: int
+    offset: int
+    size: int
+    text: str
+    surprisal: float
+    entropy: float
+    rank: int
+    before: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a table of units shows.
+
+    Args:
+        unit: `bits` or `nats`.
+        spill: how many units before each have a column.
+        correct: count the end of a word with the word, and not with the next one (Pimentel and Meister, "How
+            to Compute the Probability of a Word", 2024; Oh and Schuler, "Leading Whitespaces of Language
+            Models' Subword Vocabulary Pose a Confound for Calculating Word Probabilities", 2024).
+        skip_first: leave out the first unit of each text, which has no context.
+
+    Raises:
+        InputError: another unit, or a negative number.
+    """
+
+    unit: str = "bits"
+    spill: int = 0
+    correct: bool = False
+    skip_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("bits", "nats"):
+            raise InputError(f"unit must be bits or nats, not {self.unit}")
+        if self.spill < 0:
+            raise InputError(f"spill must be at least 0, not {self.spill}")
+
+    @property
+    def names(self) -> list[str]:
+        """The columns' names."""
+        before = [f"{self.unit}_{place}" for place in range(1, self.spill + 1)]
+        return ["source", "number", "offset", "bytes", "text", self.unit, "entropy", "rank", *before]
+
+    def as_dict(self, row: UnitSurprisal) -> dict[str, object]:
+        """A row by the columns' names."""
+        values = [value for name, value in asdict(row).items() if name != "before"]
+        return dict(zip(self.names, [*values, *row.before], strict=True))
+
+    def statistics(self, reader: Reader) -> dict[str, Statistic]:
+        """What has to be computed of each token."""
+        found: dict[str, Statistic] = {"bits": bits, "entropy": entropy, "rank": rank}
+        if self.correct:
+            found["boundary"] = boundary_bits(word_starts(reader))
+        return found
+
+
+def word_starts(reader: Reader) -> torch.Tensor:
+    """The ids of what can follow a word: tokens that begin with whitespace, and the end of text, `(ids,)`."""
+    starts = [index for index, token in enumerate(reader.token_bytes) if token[:1] in WHITESPACE]
+    return torch.tensor([*starts, reader.tokenizer.eos_token_id], device=reader.decoder.device)
+
+
+def find_words(text: str, is_last: bool) -> list[tuple[int, int]]:
+    """What is between whitespace.
+
+    >>> find_words("one two ", False)
+    [(0, 3), (4, 7)]
+    """
+    return [span for span in _spans(r"\S+", text) if is_last or span[1] < len(text)]
+
+
+def find_characters(text: str, is_last: bool) -> list[tuple[int, int]]:
+    """Characters as a reader sees them: with their accents (Unicode's grapheme clusters)."""
+    found = _spans(r"\X", text)
+    return found if is_last else found[:-1]
+
+
+def find_sentences(text: str, is_last: bool) -> list[tuple[int, int]]:
+    """What ends with a full stop, a question mark or the like, or before an empty line.
+
+    >>> find_sentences("One. Two?  Thr", False)
+    [(0, 4), (5, 9)]
+    """
+    # Unicode knows which characters end a sentence, and which close a quotation or a bracket.
+    end = r"[\p{STerm}…]+[\p{Pe}\p{Pf}\"']*(?=\s)|[\p{STerm}--[!-~]]+[\p{Pe}\p{Pf}]*|(?=\n\s*\n)"
+    found = _spans(rf"(?V1)\S(?s:.)*?(?:{end})", text)
+    rest = text[found[-1][1] if found else 0 :]
+    if is_last and rest.strip():
+        start = len(text) - len(rest.lstrip())
+        found.append((start, len(text.rstrip())))
+    return found
+
+
+def _spans(pattern: str, text: str) -> list[tuple[int, int]]:
+    return [match.span() for match in regex.finditer(pattern, text)]
+
+
+class GivenWords:
+    """Finds the words of a given segmentation, which are those of the text but for whitespace between them.
+
+    Args:
+        words: in their order.
+
+    >>> GivenWords(["do", "n't"])("don't", True)
+    [(0, 2), (2, 5)]
+    """
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self._words = iter(words)
+        self._next = next(self._words, None)
+        self._number = 1
+
+    def __call__(self, text: str, is_last: bool) -> list[tuple[int, int]]:
+        """The words that are in the text.
+
+        Raises:
+            InputError: the text goes on otherwise.
+        """
+        found: list[tuple[int, int]] = []
+        place = 0
+        while True:
+            place += (
+                len(text[place:]) - len(text[place:].lstrip()) if text[place : place + 1].isspace() else 0
+            )
+            word = self._next
+            rest = text[place : place + len(word or " ")]
+            if not rest and not (is_last and word is not None):
+                return found
+            if word is None or not text.startswith(word, place):
+                if word is not None and not is_last and word.startswith(rest):
+                    return found
+                expected = "the words end" if word is None else f"word {self._number} is {word!r}"
+                raise InputError(f"{expected}, but the text goes on with {rest[:40]!r}")
+            found.append((place, place + len(word)))
+            place += len(word)
+            self._next, self._number = next(self._words, None), self._number + 1
+
+
+UNITS: dict[str, Segmenter] = {
+    "word": find_words,
+    "character": find_characters,
+    "sentence": find_sentences,
+}
+
+
+@dataclass
+class _Held:
+    """Text whose units are not complete yet, and what is known of each of its bytes."""
+
+    text: bytes = b""
+    bits: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    # Of the token that holds each byte: its statistics by name.
+    of_token: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, text: bytes, sizes: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+        self.text += text
+        self.bits = np.append(self.bits, share_by_byte(columns["bits"], sizes, len(text)))
+        ends = np.cumsum(sizes) * (len(text) / max(sizes.sum(), 1))
+        token = np.searchsorted(ends, np.arange(len(text)), side="right").clip(max=max(len(ends) - 1, 0))
+        for name, values in columns.items():
+            self.of_token[name] = np.append(self.of_token.get(name, np.zeros(0)), values[token])
+
+    def of(self, name: str, place: int) -> float:
+        """A statistic of the token that holds a byte; 0 if it was not measured."""
+        return float(self.of_token[name][place]) if name in self.of_token else 0.0
+
+    def drop(self, size: int) -> None:
+        self.text, self.bits = self.text[size:], self.bits[size:]
+        self.of_token = {name: values[size:] for name, values in self.of_token.items()}
+
+
+class UnitReader:
+    """Finds the units of a text as it arrives, in memory that does not grow with its length.
+
+    Args:
+        source: what the text is called.
+        segmenter: finds the units.
+        columns: what to show of them.
+    """
+
+    def __init__(self, source: str, segmenter: Segmenter, columns: Columns | None = None) -> None:
+        self._source, self._segmenter, self._columns = source, segmenter, columns or Columns()
+        self._factor = math.log(2) if self._columns.unit == "nats" else 1.0
+        spill = self._columns.spill
+        self._before: deque[float | None] = deque([None] * spill, spill)
+        self._held, self._offset, self._number = _Held(), 0, 0
+
+    def add(self, batch: Batch) -> list[UnitSurprisal]:
+        """The units that are complete with a batch of `score`; one without blocks is the end of the text."""
+        held = self._held
+        for block in batch.by_block():
+            held.add(*block)
+        is_end = not batch.blocks
+        # At its end nothing but the end of text can follow.
+        after = float(batch.columns["boundary"][0]) if is_end and self._columns.correct else 0.0
+        text = as_text(held.text)
+        starts = None if len(text) == len(held.text) else character_starts(text)
+        found, paid = [], 0
+        for span in self._segmenter(text, is_end or len(held.text) > LONGEST):
+            start, end = span if starts is None else (int(starts[span[0]]), int(starts[span[1]]))
+            cost = float(held.bits[paid:end].sum())
+            if self._columns.correct:
+                boundary = held.of_token["boundary"]
+                cost += float(boundary[end]) if end < len(boundary) else after
+                cost -= float(boundary[paid]) if self._number else 0.0
+            self._number += 1
+            is_left_out = self._number == 1 and self._columns.skip_first
+            if not is_left_out:
+                found.append(self._unit(start, end, cost * self._factor))
+            self._before.appendleft(None if is_left_out else cost * self._factor)
+            paid = end
+        held.drop(paid)
+        self._offset += paid
+        return found
+
+    def _unit(self, start: int, end: int, surprisal: float) -> UnitSurprisal:
+        held = self._held
+        return UnitSurprisal(
+            self._source,
+            self._number,
+            self._offset + start,
+            end - start,
+            held.text[start:end].decode("utf-8", "replace"),
+            surprisal,
+            held.of("entropy", start) * self._factor,
+            int(held.of("rank", start)),
+            tuple(self._before),
+        )
+
+
+def read_units(
+    source: str, batches: Iterable[Batch], segmenter: Segmenter, columns: Columns | None = None
+) -> Iterator[UnitSurprisal]:
+    """The units of a text as it arrives; arguments as `UnitReader` takes them.
+
+    Args:
+        source: what the text is called.
+        batches: of `score`, with the statistics of `Columns.statistics`, and with its end.
+        segmenter: finds the units.
+        columns: what to show of them.
+    """
+    units = UnitReader(source, segmenter, columns)
+    for batch in batches:
+        yield from units.add(batch)
+
+
+def surprisal_table(
+    reader: Reader,
+    text: str,
+    *,
+    by: str = "word",
+    unit: str = "bits",
+    spill: int = 0,
+    correct: bool = False,
+    skip_first: bool = False,
+    words: Sequence[str] | None = None,
+) -> list[UnitSurprisal]:
+    """The surprisal of every word, character or sentence of a text, the rows of `mhesa score --by word`.
+
+    Args:
+        reader: the model and its tokenizer.
+        text: the text.
+        by: `word`, `character` or `sentence`.
+        unit: see `Columns`.
+        spill: see `Columns`.
+        correct: see `Columns`.
+        skip_first: see `Columns`.
+        words: a segmentation in place of whitespace; see `GivenWords`.
+
+    Raises:
+        InputError: an argument is none of those above, or the words are not those of the text.
+
+    >>> from mhesa import GatedExponentialSmoothingLM
+    >>> from mhesa.tokenizers import Bytes
+    >>> model = GatedExponentialSmoothingLM(num_tokens=257, dim=8, depth=1, heads=1, dim_mhesa=4)
+    >>> rows = surprisal_table(Reader(model, Bytes()), "Once upon a time", spill=1)
+    >>> [(row.text, row.offset) for row in rows], rows[1].before == (rows[0].surprisal,)
+    ([('Once', 0), ('upon', 5), ('a', 10), ('time', 12)], True)
+    """
+    if by not in UNITS:
+        raise InputError(f"by must be {', '.join(UNITS)}, not {by}")
+    columns = Columns(unit, spill, correct, skip_first)
+    segmenter = UNITS[by] if words is None else GivenWords(words)
+    data = [text.encode("utf-8", "surrogateescape")]
+    batches = score(reader, data, statistics=columns.statistics(reader), with_end=True)
+    return list(read_units("text", batches, segmenter, columns))
+
+
+def data_frame(rows: Sequence[UnitSurprisal], unit: str = "bits") -> pandas.DataFrame:
+    """A table as pandas has it.
+
+    Args:
+        rows: of `surprisal_table`.
+        unit: that they are in.
+
+    Raises:
+        InputError: pandas is not there.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise InputError("a data frame needs pandas: pip install pandas") from error
+    columns = Columns(unit, spill=len(rows[0].before) if rows else 0)
+    table: Any = [columns.as_dict(row) for row in rows]
+    return pandas.DataFrame(table, columns=columns.names)
