@@ -183,7 +183,7 @@ def test_minutes_are_a_budget_too(trained, corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     assert 6 <= rows(tmp_path / "timed")[-1]["seconds"] < 20
     rates = [row["learning_rate"] for row in rows(tmp_path / "timed") if "loss" in row]
-    peak = json.loads((tmp_path / "timed" / "settings.json").read_text())["lr"]
+    peak = json.loads((tmp_path / "timed" / "settings.json").read_text())["settings"]["lr"]
     assert rates[-1] < 0.5 * peak
 
 
