@@ -151,7 +151,9 @@ def score(
     words: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="The words, one a line, in place of whitespace.", rich_help_panel=TABLE
+            metavar="FILE",
+            help="The words of the text, white space between them, as they are to be cut.",
+            rich_help_panel=TABLE,
         ),
     ] = None,
     skip_first: Annotated[
