@@ -364,7 +364,9 @@ def test_output_is_escaped_where_its_encoding_lacks_characters(monkeypatch, fold
     for arguments in ([], ["--json"], ["--top", "1", "--heatmap", tmp_path / "page.html"]):
         assert f"{size} \\u6f22\\u5b57" in printed(monkeypatch, encoding, "score", folder, path, *arguments)
     assert "\\udcff.txt" in printed(monkeypatch, encoding, "eval", folder, tmp_path / "gr*", path)
-    assert "Größe 漢字" in (tmp_path / "page.html").read_text("utf-8")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert ">Größe</span>" in page
+    assert ">漢字</span>" in page
 
 
 def test_output_is_escaped_in_the_plainest_locale(folder):
