@@ -22,6 +22,7 @@ def bits(logprobs: Tensor, targets: Tensor) -> Tensor:
         logprobs: `(rows, num_tokens)`, in nats.
         targets: the token that came, `(rows,)`.
 
+    >>> import torch
     >>> bits(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])).item()
     2.0
     """
@@ -31,6 +32,7 @@ def bits(logprobs: Tensor, targets: Tensor) -> Tensor:
 def entropy(logprobs: Tensor, targets: Tensor) -> Tensor:
     """The surprisal in bits that the model expects; see `bits` for the arguments, `(rows, num_tokens)`.
 
+    >>> import torch
     >>> entropy(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0])).item()
     1.0
     """
@@ -41,6 +43,7 @@ def entropy(logprobs: Tensor, targets: Tensor) -> Tensor:
 def rank(logprobs: Tensor, targets: Tensor) -> Tensor:
     """1 for the likeliest token, and one more for each that is likelier; see `bits`, `(rows, num_tokens)`.
 
+    >>> import torch
     >>> rank(torch.tensor([[0.1, 0.6, 0.3]]).log(), torch.tensor([2])).item()
     2
     """
