@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ AT_ONCE = 256
 ORDER = 5
 # Lines whose templates are counted together.
 WINDOW = 10
-MODELS: dict[str, dict[str, object]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "adaptive": {},
     "fixed": {"smoothing": "fixed", "optimizer": "adamw", "heads": 8},
 }
@@ -130,7 +131,7 @@ def _reader(
     log: Log,
     model: str,
     normal: Sequence[str],
-    settings: dict[str, object],
+    settings: dict[str, Any],
     minutes: float,
     models: Path | None,
 ) -> Reader | None:
@@ -141,14 +142,14 @@ def _reader(
         text, out = Path(name) / "lines.txt", Path(name) / "model"
         text.write_text("\n".join(normal) + "\n")
         # A small text is soon learnt by heart: stop when the end of it is predicted no better.
-        budget = {
+        budget: dict[str, Any] = {
             "minutes": minutes,
             "holdout": f"tail:{HELD_OUT}",
             "eval_every": 20,
             "patience": 2,
             "device": "cpu",
         }
-        train(TrainingSettings(out=str(out), sources=(str(text),), **budget, **settings))  # type: ignore[arg-type]
+        train(TrainingSettings(out=str(out), sources=(str(text),), **budget, **settings))
         return Reader(*load(out))
 
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from importlib import resources
+
+
+def read_page(package: str, name: str) -> str:
+    """The text of a page that is a file of a package, with the style that all pages begin with."""
+    style = resources.files("mhesa").joinpath("web_pages.css").read_text("utf-8")
+    return resources.files(package).joinpath(name).read_text("utf-8").replace("{{ style }}", style)
 
 
 def policy(text: str, *, connect: str = "'none'", scripts: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
 
@@ -147,6 +148,20 @@ def http(server):
     """A client that sends what it is told."""
     with server.client() as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, whose event loop ends with the module: other tests run their own."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium here: apt install chromium")
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session", params=["bytes", "bpe"])

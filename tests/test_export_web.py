@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,6 @@ from mhesa.model.config import ModelConfig
 from mhesa.model.loading import save
 from mhesa.tokenizers import Bytes, train_bpe
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
 TEXT = "né 日本 🙂\nline"
 HERE = Path(mhesa.export.__file__).parent
 
@@ -38,14 +34,6 @@ def models(tmp_path_factory):
         save(model, Bytes(), root / name)
         folders[name] = root / name
     return folders
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

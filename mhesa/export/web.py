@@ -24,7 +24,7 @@ from mhesa.inference.session import fingerprint
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.tokenizers import Bytes, TextTokenizer
-from mhesa.web_pages import policy
+from mhesa.web_pages import policy, read_page
 
 PAGE = "index.html"
 # Parts of the file of weights begin at multiples of this many bytes.
@@ -75,7 +75,7 @@ def export_web(
         "step": _base64(resources.files(__package__).joinpath("step.wasm").read_bytes()),
         "weights": _base64(weights(model)),
     }
-    text = resources.files(__package__).joinpath("page.html").read_text("utf-8")
+    text = read_page("mhesa.export", "page.html")
     for part, value in parts.items():
         text = text.replace(f"{{{{ {part} }}}}", value)
     folder = Path(folder)
