@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class SourceStaysHere:
+class NoSourceCopies:
     """Mix-in of the classes that a folder's `auto_map` names.
 
     Transformers registers a class that it loaded with `trust_remote_code=True`, and copies the source of a

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers import PreTrainedConfig
 
 from mhesa import remote_code
-from mhesa.hf.auto_class import SourceStaysHere
+from mhesa.hf.auto_class import NoSourceCopies
 from mhesa.model.config import JSON_NAMES, ModelConfig
 from mhesa.model.loading import MODEL_TYPE
 from mhesa.settings import settings_of
@@ -26,7 +26,7 @@ SIZES = {
 }
 
 
-class MhesaConfig(SourceStaysHere, PreTrainedConfig):
+class MhesaConfig(NoSourceCopies, PreTrainedConfig):
     """Configuration of a gated exponential smoothing language model.
 
     `num_tokens`, `dim` and `depth`, the plain model's names, are aliases, and so is `num_attention_heads` of

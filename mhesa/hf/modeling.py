@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from mhesa.hf.auto_class import SourceStaysHere
+from mhesa.hf.auto_class import NoSourceCopies
 from mhesa.hf.cache import CACHE, MhesaCache, MhesaCacheLayer, only_cache
 from mhesa.hf.configuration import CACHE_NAMES, MhesaConfig
 from mhesa.hf.packing import Padding, next_tokens, offsets, real_tokens
@@ -42,7 +42,7 @@ class MhesaBlock(GradientCheckpointingLayer, GatedMHESA):
     """`GatedMHESA` with transformers' gradient checkpointing."""
 
 
-class MhesaPreTrainedModel(SourceStaysHere, PreTrainedModel):
+class MhesaPreTrainedModel(NoSourceCopies, PreTrainedModel):
     """Base class of both models: initial weights, and how weights are named and loaded."""
 
     config: MhesaConfig

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AddedToken, PreTrainedTokenizer
 
 from mhesa import remote_code
-from mhesa.hf.auto_class import SourceStaysHere
+from mhesa.hf.auto_class import NoSourceCopies
 from mhesa.tokenizers.bytes import END_OF_TEXT, END_OF_TEXT_ID, PIECES, Bytes, to_bytes, token_splitter
 
 ERRORS = ("replace", "surrogateescape", "ignore", "backslashreplace", "strict")
@@ -19,7 +19,7 @@ BYTE_TOKENS = [chr(byte) if byte < 128 else f"<0x{byte:02X}>" for byte in range(
 BYTE_IDS = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
 
 
-class ByteTokenizer(SourceStaysHere, PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transformers' own methods win
+class ByteTokenizer(NoSourceCopies, PreTrainedTokenizer, Bytes):  # type: ignore[misc]  # transformers' own methods win
     r"""Bytes of UTF-8 as tokens: ids 0 to 255 are the bytes, 256 is `<|endoftext|>`.
 
     Decoding replaces bytes that are not UTF-8 by `\ufffd`, so that text can be printed. With

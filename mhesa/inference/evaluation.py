@@ -79,14 +79,14 @@ def surprisals(
     """
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     nats = torch.empty(len(targets), dtype=torch.float64)
-    size = window(decoder)
+    size = tokens_at_once(decoder)
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
         nats[rows] = _nats(decoder, inputs[rows], targets[rows], state)
     return nats.numpy() / math.log(2)
 
 
-def window(decoder: Decoder | ParallelDecoder) -> int:
+def tokens_at_once(decoder: Decoder | ParallelDecoder) -> int:
     """How many tokens to read at once, so that few logits are in memory."""
     return WINDOW * (decoder.processes if isinstance(decoder, ParallelDecoder) else 1)
 
@@ -118,7 +118,7 @@ def evaluate(
         on_progress: called after each window with its number of tokens.
     """
     decoder = Decoder(model) if isinstance(model, GatedExponentialSmoothingLM) else model
-    size = window(decoder)
+    size = tokens_at_once(decoder)
     total = PredictionCost(0.0, 0, 0)
     for document in documents:
         ids = torch.from_numpy(tokenizer.encode_bytes(document.data).astype("int64"))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mhesa.errors import InputError
-from mhesa.inference.decoder.decoder import calls
+from mhesa.inference.decoder.decoder import split_into_calls
 from mhesa.inference.evaluation import WINDOW
 from mhesa.inference.session import Reader
 from mhesa.inference.session_database import open_database, state_from_bytes, state_to_bytes
@@ -187,7 +187,7 @@ class KeyedSessions:
         state = self._states[slots].transpose(0, 1).to(decoder.device, self._state_type).contiguous()
         parts = []
         wanted, start = torch.cat(targets), 0
-        for first, end, pieces in calls(inputs, WINDOW):
+        for first, end, pieces in split_into_calls(inputs, WINDOW):
             logits = decoder.predict(pieces, state[:, first:end])
             parts.append(token_statistics(logits, wanted[start : start + len(logits)], statistics))
             start += len(logits)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
-from mhesa.inference.evaluation import surprisals, window
+from mhesa.inference.evaluation import surprisals, tokens_at_once
 from mhesa.inference.lines import Piece
 from mhesa.inference.parallel import ParallelDecoder
 from mhesa.inference.session import Reader
@@ -160,7 +160,7 @@ def read_tokens(
         statistics: by name.
     """
     found = {name: np.empty(len(targets)) for name in statistics}
-    size = window(reader.decoder)
+    size = tokens_at_once(reader.decoder)
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
         part = token_statistics(reader.decoder.predict(inputs[rows], state), targets[rows], statistics)

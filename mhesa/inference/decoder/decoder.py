@@ -136,7 +136,7 @@ class Decoder:
         self._check(state, len(sequences))
         out = torch.empty(len(sequences), self.num_tokens, dtype=self._state_type, device=self.device)
         with self._lock:
-            for first, last, pieces in calls(sequences, self._engine.rows):
+            for first, last, pieces in split_into_calls(sequences, self._engine.rows):
                 offsets = _offsets(*(len(piece) for piece in pieces))
                 out[first:last] = self._engine.run(torch.cat(pieces), offsets, state[:, first:last], False)
         return out
@@ -162,7 +162,7 @@ class Decoder:
                 self._engine.run(
                     torch.cat(pieces), _offsets(*(len(piece) for piece in pieces)), state[:, first:last], True
                 ).clone()
-                for first, last, pieces in calls(sequences, self._engine.rows)
+                for first, last, pieces in split_into_calls(sequences, self._engine.rows)
             ]
         return torch.cat(parts)
 
@@ -201,14 +201,15 @@ def _offsets(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths], device="cpu").cumsum(0)
 
 
-def calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tensor]]]:
+def split_into_calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tensor]]]:
     """Split sequences into calls of at most `rows` rows: `(first sequence, last + 1, their pieces)`.
 
     Args:
         sequences: int64, `(length,)` each, none empty.
         rows: tokens of a call at most.
 
-    >>> [(first, last, [len(p) for p in pieces]) for first, last, pieces in calls([torch.zeros(20)] * 2, 30)]
+    >>> parts = split_into_calls([torch.zeros(20)] * 2, 30)
+    >>> [(first, last, [len(piece) for piece in pieces]) for first, last, pieces in parts]
     [(0, 2, [20, 10]), (1, 2, [10])]
     """
     calls: list[tuple[int, int, list[Tensor]]] = []
