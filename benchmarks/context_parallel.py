@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mhesa.model.config import ModelConfig
 from mhesa.ops.context_parallel import ContextParallel, stretch
+from mhesa.ops.cpu.memory import return_large_blocks
 
 MODEL = ModelConfig(dim=128, depth=4, heads=32, dim_mhesa=256, adaptive=True, conv_size=4)
 # The longest that processes wait for one another.
@@ -143,6 +144,7 @@ def _measure(case: Case, rank: int, count: int, store: str, results: Any) -> Non
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
+    return_large_blocks()
     parallel = None
     if count > 1:
         dist.init_process_group(

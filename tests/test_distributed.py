@@ -161,7 +161,8 @@ def test_what_they_saved_others_resume(shared, tmp_path, processes, columns, opt
 
 SHARDED = """
 from mhesa.model.config import ModelConfig
-from mhesa.training.distributed import distribute, is_sharded, join_processes, model_state, rank
+from mhesa.processes import join_processes, rank
+from mhesa.training.distributed import distribute, is_sharded, model_state
 import torch
 join_processes("cpu")
 torch.manual_seed(0)

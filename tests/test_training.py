@@ -94,7 +94,7 @@ def test_automatic_choices_keep_to_what_was_asked(settings):
 def test_every_process_gets_as_much_as_one_alone(settings, monkeypatch):
     auto = replace(settings, batch_size=None, accumulate=3)
     alone = auto.resolve().windows_a_step
-    monkeypatch.setattr("mhesa.training.distributed.processes", lambda: 4)
+    monkeypatch.setattr("mhesa.processes.processes", lambda: 4)
     assert auto.resolve().windows_a_step == 4 * alone
     assert replace(auto, batch_size=24).resolve().windows_a_step == 24
 

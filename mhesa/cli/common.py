@@ -63,7 +63,7 @@ def read_model(
     import torch
 
     from mhesa.inference.session import Reader
-    from mhesa.training.distributed import join_processes
+    from mhesa.processes import join_processes
 
     precisions = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
     if precision not in precisions:
@@ -82,7 +82,7 @@ def share(reader: Reader, *, quantize: str | None) -> ParallelDecoder | None:
     import torch.distributed as dist
 
     from mhesa.inference.parallel import ParallelDecoder
-    from mhesa.training.distributed import processes
+    from mhesa.processes import processes
 
     if processes() == 1:
         return None

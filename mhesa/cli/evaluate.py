@@ -57,7 +57,7 @@ def evaluate(
     from mhesa.data import read_sources
     from mhesa.inference.evaluation import PredictionCost
     from mhesa.inference.evaluation import evaluate as score
-    from mhesa.training.distributed import rank
+    from mhesa.processes import rank
 
     documents = read_sources(sources, text_field)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)

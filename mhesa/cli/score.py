@@ -199,7 +199,7 @@ def score(
     from mhesa.inference.log_reader import with_context
     from mhesa.inference.scoring import BY, most_surprising
     from mhesa.inference.units import UNITS, Columns, GivenWords
-    from mhesa.training.distributed import rank
+    from mhesa.processes import rank
 
     if by not in (*BY, *UNITS):
         raise InputError(f"--by must be {', '.join([*BY, *UNITS])}, not {by}")

@@ -54,10 +54,10 @@ def train(
     """
     from mhesa.ops.cpu.memory import keep_memory
     from mhesa.ops.devices import resolve_device
+    from mhesa.processes import rank
     from mhesa.training import Stopped
     from mhesa.training import train as run
     from mhesa.training.config import load_config
-    from mhesa.training.distributed import rank
     from mhesa.training.folder import check_inputs
 
     given = {} if config is None else load_config(config)

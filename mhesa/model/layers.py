@@ -122,13 +122,16 @@ def spread_rates(heads: int) -> tuple[Tensor, Tensor]:
 
     The time constants of the heads are spread evenly in their logarithm, from 1 to 300 steps.
     """
-    steps = torch.logspace(0, math.log10(SLOWEST), heads, dtype=torch.float64)
+    # On the CPU even where the module is not: for the meta device, torch would import its compiler.
+    steps = torch.logspace(0, math.log10(SLOWEST), heads, dtype=torch.float64, device="cpu")
     return torch.logit(-torch.expm1(-1 / steps)).float(), torch.full((heads,), DAMPING)
 
 
 def identity_taps(size: int, dim: int) -> Tensor:
     """The weights, `(size, dim)`, of a convolution that changes nothing."""
-    return torch.eye(size)[:, :1].repeat(1, dim)
+    taps = torch.zeros(size, dim)
+    taps[:1] = 1
+    return taps
 
 
 class CausalConv(nn.Module):

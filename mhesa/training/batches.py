@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mhesa.data import Windows, pack
 from mhesa.ops.context_parallel import ContextParallel, stretch
-from mhesa.training.distributed import ONE_PROCESS, Grid, gather
+from mhesa.processes import gather
+from mhesa.training.distributed import ONE_PROCESS, Grid
 
 
 @dataclass(frozen=True)

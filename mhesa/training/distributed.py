@@ -1,16 +1,11 @@
-"""Training in one process or several: how they exchange numbers, and how tensors are sharded among them.
-
-Reductions of a few numbers go over the CPU (gloo), so that no step waits for a GPU.
-"""
+"""A model that several processes train together: how they are arranged, and how tensors are sharded."""
 
 from __future__ import annotations
 
-import atexit
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,62 +23,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mhesa.errors import TrainingError
 from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.processes import processes, rank
 
-T = TypeVar("T")
 # Parameters, or what an optimizer keeps of them, by the parameters' names.
 StateDict = dict[str, Any]
-
-
-def join_processes(device: str) -> None:
-    """Initialise torch.distributed, if `torchrun` or `accelerate launch` started this process among others.
-
-    They say so in environment variables. Each process of a machine takes the accelerator of its LOCAL_RANK.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return
-    kind = torch.device(device).type
-    if kind == "cpu":
-        dist.init_process_group("gloo")
-    else:
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}")
-    # The group's threads must have ended when the interpreter does, or the process aborts.
-    atexit.register(_leave_processes)
-
-
-def _leave_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@contextmanager
-def expect_processes(remedy: str) -> Iterator[None]:
-    """Raise `TrainingError`, with `remedy`, where an exchange fails for lack of another process."""
-    try:
-        yield
-    except RuntimeError as error:
-        # torch gives the errors of gloo no class of their own.
-        if processes() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise TrainingError(f"another process ended or does not answer; {remedy}") from error
-
-
-def processes() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """The index of this process among them."""
-    return dist.get_rank() if processes() > 1 else 0
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if processes() > 1:
-        dist.barrier()
 
 
 @dataclass(frozen=True)
@@ -114,46 +58,6 @@ def arrange(device: str, columns: int) -> Grid:
     mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("data", "context"))
     row, column = divmod(rank(), columns)
     return Grid(shape[0], row, columns, column, mesh.get_group("context"))
-
-
-def maximum(values: Sequence[float]) -> list[float]:
-    """The largest of each value over all processes, so that all decide the same."""
-    return _reduced(values, dist.ReduceOp.MAX)
-
-
-def mean(values: Sequence[float]) -> list[float]:
-    """The mean of each value over all processes."""
-    return [total / processes() for total in _reduced(values, dist.ReduceOp.SUM)]
-
-
-def _reduced(values: Sequence[float], operation: Any) -> list[float]:
-    tensor = torch.tensor(values, dtype=torch.float64)
-    if processes() > 1:
-        dist.all_reduce(tensor, op=operation)
-    found: list[float] = tensor.tolist()
-    return found
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """Every process's tensor, `(processes, *shape)`, on the CPU."""
-    tensor = tensor.cpu().contiguous()
-    if processes() == 1:
-        return tensor[None]
-    gathered = [torch.empty_like(tensor) for _ in range(processes())]
-    dist.all_gather(gathered, tensor)
-    return torch.stack(gathered)
-
-
-def broadcast(value: T | None) -> T:
-    """The first process's value, in every process."""
-    values = [value]
-    if processes() > 1:
-        dist.broadcast_object_list(values)
-    assert values[0] is not None
-    return values[0]
-
-
-# The model
 
 
 def distribute(model: GatedExponentialSmoothingLM, device: str, *, fsdp: bool) -> nn.Module:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mhesa.errors import TrainingError
+from mhesa.processes import maximum, mean, rank
 from mhesa.training import checkpoint
 from mhesa.training.checkpoint import Progress
-from mhesa.training.distributed import maximum, mean, rank
 from mhesa.training.folder import CHECKPOINTS
 from mhesa.training.settings import TrainingSettings
 

@@ -17,8 +17,8 @@ from mhesa.atomic_io import check_outputs, read_json, remove, write_file
 from mhesa.data.sources import RUN_FILES
 from mhesa.errors import InputError
 from mhesa.locks import only_writer_of_folder
+from mhesa.processes import broadcast, rank
 from mhesa.training import checkpoint
-from mhesa.training.distributed import broadcast, rank
 from mhesa.training.schedule import Budget
 from mhesa.training.settings import SETTINGS, TrainingSettings
 

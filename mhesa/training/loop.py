@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from mhesa.atomic_io import sync
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.model.loading import plain_name, saved_name
+from mhesa.processes import maximum, rank
 from mhesa.training import checkpoint
 from mhesa.training.batches import Batches, CarriedStates
 from mhesa.training.checkpoint import Progress
@@ -31,10 +32,8 @@ from mhesa.training.distributed import (
     full,
     load_model_state,
     load_optimizer_state,
-    maximum,
     model_state,
     optimizer_state,
-    rank,
     sync_gradients,
 )
 from mhesa.training.figures import Evaluation, Figures, Row

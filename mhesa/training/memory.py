@@ -7,7 +7,7 @@ import os
 import torch
 
 from mhesa.errors import InputError
-from mhesa.training.distributed import processes
+from mhesa.processes import processes
 from mhesa.training.settings import TrainingSettings
 
 # Weights, gradients and two moments of AdamW, in fp32.

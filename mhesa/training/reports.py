@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mhesa.training.distributed import rank
+from mhesa.processes import rank
 from mhesa.training.folder import TENSORBOARD
 from mhesa.training.settings import TrainingSettings
 

@@ -22,23 +22,14 @@ from mhesa.inference.parallel import ParallelDecoder
 from mhesa.model.config import ModelConfig
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.model.loading import load_tokenizer, plain_name, save
+from mhesa.ops.cpu.memory import keep_memory, return_large_blocks
 from mhesa.ops.devices import resolve_device
+from mhesa.processes import barrier, broadcast, expect_processes, join_processes, processes, rank
 from mhesa.tokenizers import Bytes, TextTokenizer, open_tokenizer, train_bpe
 from mhesa.training import checkpoint
 from mhesa.training.batches import Batches
 from mhesa.training.checkpoint import PREFIX, Progress
-from mhesa.training.distributed import (
-    StateDict,
-    arrange,
-    barrier,
-    broadcast,
-    expect_processes,
-    is_sharded,
-    join_processes,
-    model_state,
-    processes,
-    rank,
-)
+from mhesa.training.distributed import StateDict, arrange, is_sharded, model_state
 from mhesa.training.figures import Evaluation, Row
 from mhesa.training.folder import (
     CHECKPOINTS,
@@ -187,6 +178,11 @@ class Run:
     def train(self, signals: StopOnSignal, report: Report, phase: Phase) -> Summary:
         """Train, save the model and, unless a signal came, measure it."""
         settings = self.settings
+        if settings.context_parallel == 1:
+            keep_memory()
+        else:
+            # Who shares a sequence does so for want of memory.
+            return_large_blocks()
         torch.manual_seed(settings.seed)
         model = self.config.build()
         batches = Batches(

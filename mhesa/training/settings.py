@@ -277,7 +277,7 @@ class TrainingSettings(ModelSizes):
         import torch
 
         from mhesa.ops.devices import check_serves, computes_in_bf16, resolve_device
-        from mhesa.training.distributed import processes
+        from mhesa.processes import processes
 
         device = resolve_device(self.device)
         kind = torch.device(device).type

@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 HUGE_PAGE = 1 << 21
 MADV_HUGEPAGE = 14
 # mallopt(3)
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
+# Blocks that `return_large_blocks` gives back.
+LARGE_BLOCK = 1 << 20
 
 
 def empty_hugepages(shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -51,6 +53,16 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def return_large_blocks() -> None:
+    """Give every freed block of a megabyte or more back to the system at once.
+
+    Otherwise the C library keeps blocks of up to 32 MB on its heap, in pieces that the next tensor may not
+    fit in: 0.1 GiB of a step on 16,384 tokens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def share_heaps() -> None:
