@@ -16,7 +16,15 @@ from pathlib import Path
 FORKED = multiprocessing.get_context("forkserver")
 # No import may start a thread or call a kernel: threads do not survive a fork.
 FORKED.set_forkserver_preload(
-    ["mhesa.cli.train", "mhesa.training", "mhesa.inference.decoder", "mhesa.serve.http.server"]
+    [
+        "mhesa.cli.train",
+        "mhesa.training",
+        "mhesa.inference.decoder",
+        "mhesa.serve.http.server",
+        # What torch's optimizers and numba import when they are first used.
+        "torch._dynamo",
+        "scipy.linalg",
+    ]
 )
 SECONDS = 500
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from llvmlite import ir
 
 from mhesa.ops.cpu.arguments import Pointer, Struct
 
-# Numba is annotated in part only.
-jit: Any = numba.njit
+# Numba is annotated in part only. Functions that kernels call need no wrappers for Python and C, which are a
+# third of the time to compile.
+jit: Any = partial(numba.njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 cfunc: Any = numba.cfunc
 types: Any = numba.types
 cgutils: Any = numba.core.cgutils
