@@ -9,7 +9,11 @@ PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 OLDEST_TESTS := package cli data vocabulary session serve hf_configuration hf_generation hf_modeling \
 	hf_tokenization
 
-.PHONY: demo test test-oldest coverage torture site wasm dist clean
+.PHONY: try demo test test-oldest coverage torture model site wasm dist clean
+
+# Write with the model that is in the repository.
+try: $(VENV)/installed
+	$(BIN)/mhesa generate models/python --prompt 'def ' --length 400 --seed 1
 
 # Train on the Python standard library's own source text for two minutes, then write with the model.
 demo: $(VENV)/installed
@@ -40,6 +44,12 @@ torture: $(VENV)/installed-dev
 	cp benchmarks/torture.head.md benchmarks/torture.md
 	TORTURE_REPORT=$(CURDIR)/benchmarks/torture.md $(BIN)/python -m pytest -m torture tests
 
+# The model in models/python: about an hour on two cores.
+model: $(VENV)/installed
+	$(BIN)/mhesa train --out runs/python --steps 10000 --seed 1 --overwrite
+	$(BIN)/python -c 'import mhesa, torch; model, tokenizer = mhesa.load("runs/python"); \
+		mhesa.save(model.to(torch.bfloat16), tokenizer, "models/python")'
+
 # The documentation as a site of static files, in site/.
 site: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict --quiet
@@ -65,6 +75,7 @@ dist:
 	.venv-dist/bin/python $(PIP) -c constraints.txt $$(grep '^torch==' constraints.txt)
 	.venv-dist/bin/python $(PIP) -c constraints.txt dist/*.whl
 	cd / && $(CURDIR)/.venv-dist/bin/mhesa --version
+	cd / && $(CURDIR)/.venv-dist/bin/mhesa generate $(CURDIR)/models/python --prompt 'def ' --length 100
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .venv-dist build dist site runs/demo

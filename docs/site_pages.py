@@ -1,14 +1,18 @@
-"""Pages of the site that are made of other files: help, benchmarks, changes. A hook of mkdocs."""
+"""Pages of the site that are made of other files: help, benchmarks, changes, the demo. A hook of mkdocs."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from mhesa import load
+from mhesa.export.web import export_web
 
 ROOT = Path(__file__).parents[1]
 # Pages of the site, and the files that they are.
@@ -30,6 +34,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     ).stdout
     for page, content in contents.items():
         files.append(File.generated(config, page, content=content))
+    with TemporaryDirectory() as folder:
+        demo = export_web(*load(ROOT / "models" / "python"), folder, name="python").read_bytes()
+    files.append(File.generated(config, "demo/page.html", content=demo))
     return files
 
 

@@ -44,6 +44,7 @@ def model(tmp_path_factory):
     """A folder with a model where the examples look for it."""
     folder = tmp_path_factory.mktemp("docs")
     save_model(folder / "runs" / "demo")
+    (folder / "models").symlink_to(ROOT / "models")
     return folder
 
 

@@ -1,0 +1,176 @@
+"""Programs of others that know nothing of mhesa: trl, torchao and lm-evaluation-harness."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serving import WORDS, running, save_model
+
+from mhesa import Reader, Session, load
+from mhesa.tokenizers import train_bpe
+
+# Trains on lines by trl, with the options of its own command.
+SFT = """
+import sys
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+folder, out = sys.argv[1:]
+settings = SFTConfig(
+    output_dir=out, model_init_kwargs={"trust_remote_code": True}, trust_remote_code=True, use_cpu=True,
+    max_steps=20, learning_rate=1e-2, max_length=64, per_device_train_batch_size=8, logging_steps=5,
+    report_to="none",
+)
+texts = Dataset.from_dict({"text": [f"{n} is followed by {n + 1}\\n" for n in range(200)]})
+trainer = SFTTrainer(model=folder, args=settings, train_dataset=texts)
+trainer.train()
+trainer.save_model(out)
+losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+assert losses[-1] < 0.7 * losses[0], losses
+"""
+INT8 = """
+import sys, torch
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    before = model(ids).logits
+    quantize_(model, Int8WeightOnlyConfig())
+    after = model(ids).logits
+assert "Int8Tensor" in type(model.model.layers[0].to_gate.weight).__name__
+error = ((after - before).norm() / before.norm()).item()
+assert 0 < error < 0.02, error
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model of bytes and one with a vocabulary."""
+    root = tmp_path_factory.mktemp("programs")
+    words = train_bpe([WORDS.encode()] * 9, 300)
+    return {"bytes": save_model(root / "bytes"), "bpe": save_model(root / "bpe", words)}
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Run a Python program that has no network."""
+
+    def run(*arguments):
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            capture_output=True,
+            encoding="utf-8",
+            env=os.environ | offline,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return run
+
+
+def test_trl_trains_on_texts(folders, program, tmp_path):
+    program("-c", SFT, folders["bytes"], tmp_path / "out")
+    trained, untrained = (
+        bits(folder, "5 is followed by 6\n") for folder in (tmp_path / "out", folders["bytes"])
+    )
+    assert trained < 0.7 * untrained
+
+
+def test_torchao_holds_weights_in_8_bits(folders, program):
+    program("-c", INT8, folders["bytes"])
+
+
+def bits(folder: Path, text: str) -> float:
+    return Session(Reader(*load(folder))).score(text).sum()
+
+
+# lm-evaluation-harness
+
+QUESTIONS = [{"text": f"{WORDS[:number]}", "options": [WORDS[number:50], " x", "né"]} for number in range(20)]
+DOCUMENTS = [{"text": WORDS * 2}, {"text": "a second text\nof two lines"}]
+TASKS = {
+    "choices": """
+task: choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choices.json}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+""",
+    "rolling": """
+task: rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/rolling.json}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+""",
+}
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder with a task of 60 log-likelihoods and one of two whole texts."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, rows in {"choices": QUESTIONS, "rolling": DOCUMENTS}.items():
+        (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.yaml").write_text(TASKS[name].format(folder=folder))
+    return folder
+
+
+@pytest.fixture
+def harness(program, tasks, tmp_path):
+    """Run the `lm_eval` command: each log-likelihood by task."""
+
+    def run(*arguments):
+        command = ["-m", "lm_eval", *arguments, "--tasks", "choices,rolling", "--include_path", tasks]
+        program(*command, "--log_samples", "--output_path", tmp_path / "out", "--device", "cpu")
+        found = {}
+        for name in TASKS:
+            [path] = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")
+            rows = sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["doc_id"])
+            found[name] = [
+                float(answer[0][0]) if isinstance(answer[0], list) else float(answer[0])
+                for row in rows
+                for answer in row["resps"]
+            ]
+        return found
+
+    return run
+
+
+def check(found, folder):
+    """Every figure is that of `Session.score`, to 1e-4."""
+    reader = Reader(*load(folder))
+    choices = []
+    for question in QUESTIONS:
+        for option in question["options"]:
+            session = Session(reader)
+            session.feed(question["text"])
+            choices.append(-math.log(2) * session.score(option).sum())
+    rolling = [-math.log(2) * Session(reader).score(document["text"]).sum() for document in DOCUMENTS]
+    assert found["choices"] == pytest.approx(choices, abs=1e-4)
+    assert found["rolling"] == pytest.approx(rolling, abs=1e-4)
+
+
+def test_lm_eval_reads_a_folder(folders, harness):
+    model = f"pretrained={folders['bytes']},trust_remote_code=True,add_bos_token=True"
+    check(harness("--model", "hf", "--model_args", model), folders["bytes"])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_lm_eval_asks_a_server(folders, harness, tmp_path, kind):
+    with running(folders[kind], tmp_path / "log", keys={}) as server:
+        model = f"model=tiny,base_url={server.url}/v1/completions,tokenizer_backend=remote"
+        check(harness("--model", "local-completions", "--model_args", model), folders[kind])
