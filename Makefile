@@ -26,6 +26,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/codespell
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+	$(BIN)/hadolint deploy/Dockerfile
 	$(BIN)/python $(PYTEST) $(PYTEST_OPTIONS)
 
 # The tests in which other packages do most, with the oldest versions that pyproject.toml allows. It takes

@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from serving import WORDS, running, save_model
 
 from mhesa import Reader, Session, load
@@ -84,13 +87,23 @@ def test_torchao_holds_weights_in_8_bits(folders, program):
     program("-c", INT8, folders["bytes"])
 
 
-def bits(folder: Path, text: str) -> float:
-    return Session(Reader(*load(folder))).score(text).sum()
+def bits(folder: Path) -> float:
+    """What a line as those of `SFT` costs."""
+    return Session(Reader(*load(folder))).score("5 is followed by 6\n").sum()
 
 
 # lm-evaluation-harness
 
-QUESTIONS = [{"text": f"{WORDS[:number]}", "options": [WORDS[number:50], " x", "né"]} for number in range(20)]
+# No text ends with a space: the harness would move it to the options. No two questions read the same: it would take
+# the first one's answer for both.
+WORDS_AND_SPACES = re.findall(r" *[^ ]+", " ".join(WORDS.split() * 3))
+QUESTIONS = [
+    {
+        "text": "".join(WORDS_AND_SPACES[:count]),
+        "options": ["".join(WORDS_AND_SPACES[count : count + 5]), " x", " ü"],
+    }
+    for count in range(1, 21)
+]
 DOCUMENTS = [{"text": WORDS * 2}, {"text": "a second text\nof two lines"}]
 TASKS = {
     "choices": """
@@ -150,27 +163,50 @@ def harness(program, tasks, tmp_path):
     return run
 
 
-def check(found, folder):
-    """Every figure is that of `Session.score`, to 1e-4."""
-    reader = Reader(*load(folder))
-    choices = []
+def encode(tokenizer, text):
+    return torch.from_numpy(tokenizer.encode_bytes(text.encode()).astype("int64"))
+
+
+def expected(folder, bits_of):
+    """The log-likelihoods of all options by a function that gives the bits of each token of a text."""
+    tokenizer = load(folder)[1]
+    answers = []
     for question in QUESTIONS:
         for option in question["options"]:
-            session = Session(reader)
-            session.feed(question["text"])
-            choices.append(-math.log(2) * session.score(option).sum())
-    rolling = [-math.log(2) * Session(reader).score(document["text"]).sum() for document in DOCUMENTS]
-    assert found["choices"] == pytest.approx(choices, abs=1e-4)
-    assert found["rolling"] == pytest.approx(rolling, abs=1e-4)
+            # Text and option are tokenized as one.
+            bits = bits_of(encode(tokenizer, question["text"] + option))
+            known = len(encode(tokenizer, question["text"]))
+            answers.append(-math.log(2) * float(bits[known:].sum()))
+    return answers
 
 
+def expected_rolling(folder):
+    reader = Reader(*load(folder))
+    return [-math.log(2) * Session(reader).score(document["text"]).sum() for document in DOCUMENTS]
+
+
+@torch.no_grad()
 def test_lm_eval_reads_a_folder(folders, harness):
-    model = f"pretrained={folders['bytes']},trust_remote_code=True,add_bos_token=True"
-    check(harness("--model", "hf", "--model_args", model), folders["bytes"])
+    folder = folders["bytes"]
+    found = harness("--model", "hf", "--model_args", f"pretrained={folder},trust_remote_code=True")
+    model = load(folder)[0].double()
+
+    def bits_of(ids):
+        # The harness puts no end-of-text token before a text, so that the first token has no prediction.
+        nats = F.cross_entropy(model(ids[None])[0, :-1], ids[1:], reduction="none")
+        return F.pad(nats / math.log(2), (1, 0))
+
+    assert found["choices"] == pytest.approx(expected(folder, bits_of), rel=1e-6)
+    assert found["rolling"] == pytest.approx(expected_rolling(folder), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_lm_eval_asks_a_server(folders, harness, tmp_path, kind):
-    with running(folders[kind], tmp_path / "log", keys={}) as server:
+    folder = folders[kind]
+    with running(folder, tmp_path / "log", keys={}) as server:
         model = f"model=tiny,base_url={server.url}/v1/completions,tokenizer_backend=remote"
-        check(harness("--model", "local-completions", "--model_args", model), folders[kind])
+        found = harness("--model", "local-completions", "--model_args", model)
+    reader = Reader(*load(folder))
+    scores = expected(folder, lambda ids: Session(reader).score_ids(ids))
+    assert found["choices"] == pytest.approx(scores, abs=1e-4)
+    assert found["rolling"] == pytest.approx(expected_rolling(folder), abs=1e-4)
