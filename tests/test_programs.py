@@ -94,8 +94,8 @@ def bits(folder: Path) -> float:
 
 # lm-evaluation-harness
 
-# No text ends with a space: the harness would move it to the options. No two questions read the same: it would take
-# the first one's answer for both.
+# No text ends with a space: the harness would move it to the options. No two questions read the same: it
+# would take the answer to the first for both.
 WORDS_AND_SPACES = re.findall(r" *[^ ]+", " ".join(WORDS.split() * 3))
 QUESTIONS = [
     {
