@@ -18,8 +18,13 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
     [
         "mhesa.cli.train",
-        "mhesa.training",
-        "mhesa.inference.decoder",
+        "mhesa.training.run",
+        "mhesa.inference.decoder.native",
+        "mhesa.inference.sampling",
+        "mhesa.inference.scoring",
+        "mhesa.ops.cpu.backend",
+        "mhesa.ops.cpu.convolution_kernels",
+        "mhesa.ops.cpu.gelu_kernels",
         "mhesa.serve.http.server",
         # What torch's optimizers and numba import when they are first used.
         "torch._dynamo",
