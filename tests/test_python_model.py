@@ -46,8 +46,8 @@ def test_a_mistake_surprises_it(model):
         return Session(Reader(*model)).score(text).sum()
 
     line = "def read(path):\n    with open(path) as file:\n        return file.read()\n"
-    assert bits(line) + 5 < bits(line.replace("return", "reutrn"))
-    assert bits(line) + 5 < bits(line.replace("file.read", "flie.read"))
+    assert bits(line) + 5 < bits(line.replace("return", "retxrn"))
+    assert bits(line) + 5 < bits(line.replace("file.read", "fxle.read"))
 
 
 def test_its_text_is_python(model):
