@@ -214,6 +214,22 @@ def test_words_cost_what_their_tokens_cost(reader):
         start = end
 
 
+def test_tokens_have_the_columns_of_words(reader):
+    ids, ends, logprobs = predictions(reader)
+    rows = surprisal_table(reader, TEXT, by="token", spill=1)
+    assert "".join(row.text for row in rows) == TEXT
+    assert [row.offset + row.size for row in rows] == ends.tolist()
+    own = -logprobs[np.arange(len(ids)), ids] / np.log(2)
+    assert [row.surprisal for row in rows] == pytest.approx(own, abs=1e-4)
+    assert [row.before[0] for row in rows] == [None, *(row.surprisal for row in rows[:-1])]
+    likelier = (logprobs[:-1] > logprobs[np.arange(len(ids)), ids][:, None]).sum(1)
+    assert [row.rank for row in rows] == (1 + likelier).tolist()
+    expected = -(np.exp(logprobs) * logprobs).sum(1)[:-1] / np.log(2)
+    assert [row.entropy for row in rows] == pytest.approx(expected, abs=1e-4)
+    [first, *_] = surprisal_table(reader, TEXT, by="token", skip_first=True, spill=1)
+    assert (first.number, first.before) == (2, (None,))
+
+
 def test_the_end_of_a_word_is_counted_with_it(reader):
     _, ends, logprobs = predictions(reader)
     starts = [i for i, token in enumerate(reader.token_bytes) if token[:1].isspace()]
@@ -239,6 +255,8 @@ def test_characters_sentences_and_given_words(reader):
     for wrong, message in ((["The", "dog"], "word 2 is 'dog'"), (["The"], "the words end")):
         with pytest.raises(InputError, match=message):
             surprisal_table(reader, "The cat, who", words=wrong)
+    with pytest.raises(InputError, match="words goes with by='word'"):
+        surprisal_table(reader, "The cat", by="token", words=words)
     with pytest.raises(InputError, match="word 2 is 'cat'"):
         GivenWords(["The", "cat"])("The", True)
     assert surprisal_table(reader, "") == []
@@ -258,6 +276,16 @@ def test_tables_have_a_header_and_exact_offsets(run, folder):
         ("10", "5", "three"),
     ]
     assert [row[-1] for row in rows] == ["", rows[0][5], rows[1][5]]
+
+
+def test_a_table_of_tokens(run, folder):
+    code, out, _ = run("score", folder, "--by", "token", "--tsv", data=b"a\n")
+    header, *rows = [line.split("\t") for line in out.decode().splitlines()]
+    assert (code, header[2:5], [row[2:5] for row in rows]) == (
+        0,
+        ["offset", "bytes", "text"],
+        [["0", "1", "a"], ["1", "1", "\\n"]],
+    )
 
 
 def test_a_data_frame_has_the_same_rows(reader):

@@ -22,6 +22,7 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_p
     assert done.returncode == 0, done.stderr
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 15
+    assert tmp_path / "demo" / "page.html" in pages
     for page in pages:
         text = page.read_text("utf-8")
         assert not re.search(LOADED, text), page

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 # The exit code where a line was marked.
 ALARM = 3
 # Panels of `--help`.
-LOGS, TABLE = "Logs: lines", "Tables: words, characters, sentences"
+LOGS, TABLE = "Logs: lines", "Tables: words, characters, sentences, tokens"
 
 
 def score(
@@ -198,7 +198,7 @@ def score(
     from mhesa.inference.lines import Masks
     from mhesa.inference.log_reader import with_context
     from mhesa.inference.scoring import BY, most_surprising
-    from mhesa.inference.units import UNITS, Columns, GivenWords
+    from mhesa.inference.units import TOKEN, UNITS, Columns, GivenWords
     from mhesa.processes import rank
 
     if by not in (*BY, *UNITS):
@@ -212,7 +212,8 @@ def score(
     _only_with(by == "line", "--by line", lines | {"--false-alarms": false_alarms})
     _only_with(by == "word", "--by word", {"--correct": correct, "--words": words})
     table = {"--spill": spill, "--skip-first": skip_first, "--tsv": tsv, "--unit": unit != "bits"}
-    _only_with(by in UNITS, f"--by {', '.join(UNITS)}", table)
+    _only_with(by in (*UNITS, TOKEN), f"--by {', '.join([*UNITS, TOKEN])}", table)
+    in_units = by in UNITS or any(table.values())
     _only_with(false_alarms is not None, "--false-alarms", {"--only": only})
     _only_with(only, "--only", {"--context": context})
     _only_with(key is None, "no --key", {"--key-field": key_field})
@@ -232,7 +233,7 @@ def score(
     decoder = share(reader, quantize=quantize)
     if decoder is not None and None in files:
         raise InputError("many processes cannot share standard input; give a file")
-    if decoder is not None and (keyed or by in UNITS):
+    if decoder is not None and (keyed or in_units):
         raise InputError("many processes can score lines, tokens and documents alone; start one process")
     with ExitStack() as stack:
         stack.enter_context(interruptible())
@@ -246,8 +247,8 @@ def score(
         if keyed:
             log = stack.enter_context(_log_reader(reader, memory, state, find_key, scores, alarms))
             rows = _keyed_rows(log, texts)
-        elif by in UNITS:
-            segmenter = UNITS[by] if given is None else GivenWords(given)
+        elif in_units:
+            segmenter = UNITS.get(by) if given is None else GivenWords(given)
             rows = _unit_rows(reader, texts, segmenter, columns, page)
         else:
             rows = _span_rows(reader, decoder, texts, by, scores, alarms, page)
@@ -338,16 +339,20 @@ def _span_rows(
 
 
 def _unit_rows(
-    reader: Reader, texts: Iterable[Text], segmenter: Segmenter, columns: Columns, page: Heatmap | None
+    reader: Reader, texts: Iterable[Text], segmenter: Segmenter | None, columns: Columns, page: Heatmap | None
 ) -> Iterator[UnitSurprisal]:
+    """The units of some texts; their tokens if there is no segmenter."""
     from mhesa.inference.scoring import score as score_text
-    from mhesa.inference.units import read_units
+    from mhesa.inference.units import read_units, token_units
 
     for text in texts:
         batches = score_text(reader, text.chunks, statistics=columns.statistics(reader), with_end=True)
         if page is not None:
             batches = page.follow(text.name, batches)
-        yield from read_units(text.name, batches, segmenter, columns)
+        if segmenter is None:
+            yield from token_units(text.name, batches, columns)
+        else:
+            yield from read_units(text.name, batches, segmenter, columns)
 
 
 def _keyed_rows(log: LogReader, texts: Iterable[Text]) -> Iterator[SpanSurprisal]:

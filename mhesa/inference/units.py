@@ -86,6 +86,11 @@ class Columns:
             raise InputError(f"spill must be at least 0, not {self.spill}")
 
     @property
+    def factor(self) -> float:
+        """What bits are multiplied by."""
+        return math.log(2) if self.unit == "nats" else 1.0
+
+    @property
     def names(self) -> list[str]:
         """The columns' names."""
         before = [f"{self.unit}_{place}" for place in range(1, self.spill + 1)]
@@ -191,6 +196,8 @@ UNITS: dict[str, Segmenter] = {
     "character": find_characters,
     "sentence": find_sentences,
 }
+# What is found without a segmenter.
+TOKEN = "token"
 
 
 @dataclass
@@ -230,7 +237,7 @@ class UnitReader:
 
     def __init__(self, source: str, segmenter: Segmenter, columns: Columns | None = None) -> None:
         self._source, self._segmenter, self._columns = source, segmenter, columns or Columns()
-        self._factor = math.log(2) if self._columns.unit == "nats" else 1.0
+        self._factor = self._columns.factor
         spill = self._columns.spill
         self._before: deque[float | None] = deque([None] * spill, spill)
         self._held, self._offset, self._number = _Held(), 0, 0
@@ -294,6 +301,31 @@ def read_units(
         yield from units.add(batch)
 
 
+def token_units(
+    source: str, batches: Iterable[Batch], columns: Columns | None = None
+) -> Iterator[UnitSurprisal]:
+    """The tokens of a text as it arrives, with the whitespace in them; arguments as `read_units` takes them."""
+    columns = columns or Columns()
+    before: deque[float | None] = deque([None] * columns.spill, columns.spill)
+    number = offset = 0
+    for batch in batches:
+        for text, sizes, values in batch.by_block():
+            costs, entropies = (values[name] * columns.factor for name in ("bits", "entropy"))
+            ends = np.cumsum(sizes)
+            spans = zip((ends - sizes).tolist(), ends.tolist(), strict=True)
+            for (start, end), cost, expected, place in zip(
+                spans, costs.tolist(), entropies.tolist(), values["rank"].tolist(), strict=True
+            ):
+                number += 1
+                is_left_out = number == 1 and columns.skip_first
+                if not is_left_out:
+                    token = text[start:end].decode("utf-8", "replace")
+                    row = (source, number, offset + start, end - start, token, cost, expected, int(place))
+                    yield UnitSurprisal(*row, tuple(before))
+                before.appendleft(None if is_left_out else cost)
+            offset += len(text)
+
+
 def surprisal_table(
     reader: Reader,
     text: str,
@@ -305,12 +337,12 @@ def surprisal_table(
     skip_first: bool = False,
     words: Sequence[str] | None = None,
 ) -> list[UnitSurprisal]:
-    """The surprisal of every word, character or sentence of a text, the rows of `mhesa score --by word`.
+    """The surprisal of every word, character, sentence or token of a text, as `mhesa score --by word` has it.
 
     Args:
         reader: the model and its tokenizer.
         text: the text.
-        by: `word`, `character` or `sentence`.
+        by: `word`, `character`, `sentence` or `token`.
         unit: see `Columns`.
         spill: see `Columns`.
         correct: see `Columns`.
@@ -327,12 +359,16 @@ def surprisal_table(
     >>> [(row.text, row.offset) for row in rows], rows[1].before == (rows[0].surprisal,)
     ([('Once', 0), ('upon', 5), ('a', 10), ('time', 12)], True)
     """
-    if by not in UNITS:
-        raise InputError(f"by must be {', '.join(UNITS)}, not {by}")
+    if by not in (*UNITS, TOKEN):
+        raise InputError(f"by must be {', '.join([*UNITS, TOKEN])}, not {by}")
+    if by != "word" and (correct or words is not None):
+        raise InputError(f"{'correct' if correct else 'words'} goes with by='word'")
     columns = Columns(unit, spill, correct, skip_first)
-    segmenter = UNITS[by] if words is None else GivenWords(words)
     data = [text.encode("utf-8", "surrogateescape")]
     batches = score(reader, data, statistics=columns.statistics(reader), with_end=True)
+    if by == TOKEN:
+        return list(token_units("text", batches, columns))
+    segmenter = UNITS[by] if words is None else GivenWords(words)
     return list(read_units("text", batches, segmenter, columns))
 
 
