@@ -304,7 +304,7 @@ def read_units(
 def token_units(
     source: str, batches: Iterable[Batch], columns: Columns | None = None
 ) -> Iterator[UnitSurprisal]:
-    """The tokens of a text as it arrives, with the whitespace in them; arguments as `read_units` takes them."""
+    """The tokens of a text as it arrives, with their whitespace; arguments as `read_units` takes them."""
     columns = columns or Columns()
     before: deque[float | None] = deque([None] * columns.spill, columns.spill)
     number = offset = 0
