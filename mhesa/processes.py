@@ -1,7 +1,7 @@
 """The processes that run this program together: how each knows of the others, and how they exchange numbers.
 
-Reductions of a few numbers go over the CPU (gloo), so that no step waits for a GPU. What shards models is in
-`mhesa.training.distributed`: importing it takes as long as importing torch.
+Reductions of a few numbers go over the CPU (gloo), so that no step waits for a GPU. Models are sharded by
+`mhesa.training.distributed`, which takes as long to import as torch.
 """
 
 from __future__ import annotations
