@@ -77,9 +77,7 @@ def program(tmp_path):
 
 def test_trl_trains_on_texts(folders, program, tmp_path):
     program("-c", SFT, folders["bytes"], tmp_path / "out")
-    trained, untrained = (
-        bits(folder, "5 is followed by 6\n") for folder in (tmp_path / "out", folders["bytes"])
-    )
+    trained, untrained = (bits(folder) for folder in (tmp_path / "out", folders["bytes"]))
     assert trained < 0.7 * untrained
 
 
