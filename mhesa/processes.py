@@ -56,7 +56,7 @@ def expect_processes(remedy: str) -> Iterator[None]:
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """How many processes run this program together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -196,7 +196,7 @@ UNITS: dict[str, Segmenter] = {
     "character": find_characters,
     "sentence": find_sentences,
 }
-# What is found without a segmenter.
+# Tokens are units too, and need no segmenter.
 TOKEN = "token"
 
 

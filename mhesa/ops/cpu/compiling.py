@@ -23,8 +23,8 @@ from llvmlite import ir
 
 from mhesa.ops.cpu.arguments import Pointer, Struct
 
-# Numba is annotated in part only. Functions that kernels call need no wrappers for Python and C, which are a
-# third of the time to compile.
+# Numba is annotated in part only. Only kernels call these functions: the wrappers by which Python and C would
+# call them are left out, a third of the time to compile.
 jit: Any = partial(numba.njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 cfunc: Any = numba.cfunc
 types: Any = numba.types
