@@ -188,11 +188,25 @@ def test_every_damaged_header_is_named(folder):
             load(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
 def test_weights_that_are_no_fractions_are_refused(folder, dtype):
     path = folder / "model.safetensors"
     save_file({name: weight.to(dtype) for name, weight in load_file(path).items()}, path)
-    with pytest.raises(InputError, match=r"safetensors is broken: .* is of type torch\.(complex|int)64"):
+    with pytest.raises(InputError, match=rf"safetensors is broken: .* is of type {dtype}"):
+        load(folder)
+
+
+def test_complex_weights_are_refused(folder):
+    # Written by hand: safetensors cannot write complex numbers before 0.7, and refuses to read them.
+    path = folder / "model.safetensors"
+    header, start = {}, 0
+    for name, weight in load_file(path).items():
+        end = start + 8 * weight.numel()
+        header[name] = {"dtype": "C64", "shape": list(weight.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(start))
+    with pytest.raises(InputError, match=r"safetensors is broken: .*([hH]eader|complex64)"):
         load(folder)
 
 
