@@ -13,6 +13,8 @@ from serving import KEYS, complete, in_process, raw, save_model
 
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.evaluation import surprisals
+from mhesa.inference.session import Reader
+from mhesa.inference.units import surprisal_table
 from mhesa.model.loading import load
 
 openai = pytest.importorskip("openai")
@@ -328,6 +330,24 @@ def test_scores_are_the_models_surprisal(http, folder):
     lines = http.post("/v1/score", json={"input": text}).json()["data"][0]["items"]
     assert [item["text"] for item in lines] == text.splitlines(keepends=True)
     assert math.isclose(sum(item["bits"] for item in lines), bits.sum(), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("by", ["token", "character", "word", "sentence"])
+def test_scores_of_units_are_those_of_the_command(http, folder, by):
+    # Longer than what is looked at together, with characters of several bytes and no line ends.
+    text = "Erst né. Dann 日本? " * 200
+    rows = surprisal_table(Reader(*load(folder)), text, by=by)
+    [scored] = http.post("/v1/score", json={"input": text, "by": by}).json()["data"]
+    assert len(scored["items"]) == len(rows)
+    for item, row in zip(scored["items"], rows, strict=True):
+        assert (item["text"], item["offset"], item["bytes"], item["rank"]) == (
+            row.text,
+            row.offset,
+            row.size,
+            row.rank,
+        )
+        assert math.isclose(item["bits"], row.surprisal, rel_tol=1e-4, abs_tol=1e-4)
+        assert math.isclose(item["entropy"], row.entropy, rel_tol=1e-4)
 
 
 # Logs and metrics

@@ -64,21 +64,24 @@ def test_writing_can_be_stopped(page, server):
     assert page.text_content("#write-error") == ""
 
 
-def test_the_heat_map_is_the_apis_surprisal(page, server):
+@pytest.mark.parametrize("unit", ["word", "character"])
+def test_the_heat_map_is_the_apis_surprisal(page, server, unit):
     page.fill("#sample", TEXT)
+    page.select_option("#unit", unit)
     page.click("#measure")
     page.wait_for_selector("#heat span")
+    assert page.text_content("#heat") == TEXT
     marks = page.locator("#heat span")
-    assert marks.all_text_contents() == list(TEXT)
+    assert marks.all_text_contents() == (TEXT.split() if unit == "word" else list(TEXT))
     with server.client() as http:
-        items = http.post("/v1/score", json={"input": TEXT, "by": "token"}).json()["data"][0]["items"]
-    shown = [float(mark.get_attribute("data-bits")) for mark in marks.all()]
-    assert shown[0] == pytest.approx(items[0]["bits"], abs=0.006)
-    assert shown[1] == pytest.approx(items[1]["bits"] + items[2]["bits"], abs=0.006)
-    assert sum(shown) == pytest.approx(sum(item["bits"] for item in items), abs=0.1)
+        items = http.post("/v1/score", json={"input": TEXT, "by": unit}).json()["data"][0]["items"]
+    expected = [
+        f"{item['bits']:.2f} bits, rank {item['rank']}, entropy {item['entropy']:.2f} bits" for item in items
+    ]
+    assert [mark.get_attribute("title") for mark in marks.all()] == expected
     page.focus("#heat")
     page.keyboard.press("ArrowRight")
-    assert f"{shown[0]:.2f} bits" in page.text_content("#picked")
+    assert expected[0] in page.text_content("#picked")
     assert page.faults == []
 
 

@@ -12,6 +12,9 @@ The stages of a layer:
 A convolution follows the normalisation in the same stage. The logits of rates that follow the input are
 further outputs of the product that makes u and v.
 
+Stages that change a state, convolving and smoothing, are cut into blocks of rows like the others. What needs
+no state is done in any order; the state itself goes through the blocks of a sequence in turns.
+
 The table of stages is data, written by `mhesa.inference.decoder.native`.
 
 The arithmetic of a row does not depend on other rows: results are the same bit for bit alone, in a batch, or
@@ -77,7 +80,7 @@ Arguments = struct(
     refused="int64",  # set by the kernel: whether an id is outside the vocabulary
     stages=Pointer(Stage),
     stage_count="int64",
-    counters=INT64,  # of each stage tasks taken and tasks done, `LINE` apart
+    counters=INT64,  # of each stage tasks taken, tasks done and turns taken, `LINE` apart
     ids=INT64,
     offsets=INT64,
     state=FLOAT32,
@@ -146,12 +149,21 @@ def _convolve(x, weight, tail, taps, n):  # type: ignore[no-untyped-def]
 
 
 @fast
-def _spread_rates(stage, row, rates):  # type: ignore[no-untyped-def]
-    """Write alpha and decay of every channel of a row, from the logits of its heads."""
-    n, channels = stage.columns, stage.columns // stage.heads
+def _alphas(stage, row):  # type: ignore[no-untyped-def]
+    """Turn the logits of a row's heads into alphas, in place."""
     logits = offset(stage.rate_logits, row * stage.row_stride)
     for head in range(stage.heads):
-        alpha = np.float32(1) / (np.float32(1) + np.float32(math.exp(-(stage.alpha[head] + logits[head]))))
+        odds = np.float32(math.exp(-(stage.alpha[head] + logits[head])))
+        logits[head] = np.float32(1) / (np.float32(1) + odds)
+
+
+@fast
+def _spread_rates(stage, row, rates):  # type: ignore[no-untyped-def]
+    """Write alpha and decay of every channel of a row, from the alphas of its heads."""
+    n, channels = stage.columns, stage.columns // stage.heads
+    alphas = offset(stage.rate_logits, row * stage.row_stride)
+    for head in range(stage.heads):
+        alpha = alphas[head]
         decay = (np.float32(1) - alpha) * stage.decay[head]
         for i in range(head * channels, (head + 1) * channels):
             rates[i] = alpha
@@ -259,32 +271,66 @@ def _normalise_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _convolve_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
-    n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride + stage.tail)
-    for sequence in range(low, high):
-        tail = offset(states, sequence * args.sequence_stride)
-        for row in range(args.offsets[sequence], args.offsets[sequence + 1]):
-            normal = offset(args.uv, row * args.uv_stride)
-            _normalise(offset(stage.rows, row * stage.row_stride), stage.weight, stage.bias, normal, n)
-            _convolve(normal, stage.conv, tail, stage.taps, n)
-            _pack_row(args, stage, normal, row)
+def _sequence_of(args, row):  # type: ignore[no-untyped-def]
+    sequence = 0
+    while args.offsets[sequence + 1] <= row:
+        sequence += 1
+    return sequence
 
 
 @jit
-def _smooth_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
+def _wait_for_state(args, turns, task, low, sequence):  # type: ignore[no-untyped-def]
+    """Wait for the tasks before, if the first row continues a sequence whose state they change."""
+    if args.offsets[sequence] < low:
+        wait(turns, task)
+
+
+@jit
+def _pass_state_on(args, turns, task):  # type: ignore[no-untyped-def]
+    # Turns are counted, so they must end in order.
+    if args.rows > args.sequences:
+        wait(turns, task)
+        signal(turns)
+
+
+@jit
+def _convolve_rows(args, stage, turns, task, low, high):  # type: ignore[no-untyped-def]
+    n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride + stage.tail)
+    for row in range(low, high):
+        normal = offset(args.uv, row * args.uv_stride)
+        _normalise(offset(stage.rows, row * stage.row_stride), stage.weight, stage.bias, normal, n)
+    sequence = _sequence_of(args, low)
+    _wait_for_state(args, turns, task, low, sequence)
+    for row in range(low, high):
+        sequence += row == args.offsets[sequence + 1]
+        tail = offset(states, sequence * args.sequence_stride)
+        _convolve(offset(args.uv, row * args.uv_stride), stage.conv, tail, stage.taps, n)
+    _pass_state_on(args, turns, task)
+    for row in range(low, high):
+        _pack_row(args, stage, offset(args.uv, row * args.uv_stride), row)
+
+
+@jit
+def _smooth_rows(args, stage, turns, task, low, high):  # type: ignore[no-untyped-def]
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride)
-    for sequence in range(low, high):
-        state = offset(states, sequence * args.sequence_stride)
-        for row in range(args.offsets[sequence], args.offsets[sequence + 1]):
-            v = offset(stage.rows, row * stage.row_stride)
-            _normalise(v, stage.weight, stage.bias, v, n)
-            if stage.heads:
-                rates = offset(args.rates, sequence * 2 * n)
-                _spread_rates(stage, row, rates)
-                _smooth(v, rates, offset(rates, n), stage.skip, state, n)
-            else:
-                _smooth(v, stage.alpha, stage.decay, stage.skip, state, n)
-            _pack_row(args, stage, v, row)
+    for row in range(low, high):
+        v = offset(stage.rows, row * stage.row_stride)
+        _normalise(v, stage.weight, stage.bias, v, n)
+        _alphas(stage, row)
+    sequence = _sequence_of(args, low)
+    _wait_for_state(args, turns, task, low, sequence)
+    for row in range(low, high):
+        sequence += row == args.offsets[sequence + 1]
+        v, state = offset(stage.rows, row * stage.row_stride), offset(states, sequence * args.sequence_stride)
+        if stage.heads:
+            rates = offset(args.rates, sequence * 2 * n)
+            _spread_rates(stage, row, rates)
+            _smooth(v, rates, offset(rates, n), stage.skip, state, n)
+        else:
+            _smooth(v, stage.alpha, stage.decay, stage.skip, state, n)
+    _pass_state_on(args, turns, task)
+    for row in range(low, high):
+        _pack_row(args, stage, offset(stage.rows, row * stage.row_stride), row)
 
 
 @jit
@@ -317,15 +363,15 @@ def _multiply_rows(args, stage, rows, totals, low, high):  # type: ignore[no-unt
 
 
 @jit
-def _work(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
+def _work(args, stage, rows, totals, turns, task, low, high):  # type: ignore[no-untyped-def]
     if stage.kind == EMBED:
         _embed(args, stage, low, high)
     elif stage.kind == NORMALISE:
         _normalise_rows(args, stage, low, high)
     elif stage.kind == CONVOLVE:
-        _convolve_rows(args, stage, low, high)
+        _convolve_rows(args, stage, turns, task, low, high)
     elif stage.kind == SMOOTH:
-        _smooth_rows(args, stage, low, high)
+        _smooth_rows(args, stage, turns, task, low, high)
     elif stage.kind == PACK:
         _pack_rows(args, stage, low, high)
     else:
@@ -344,18 +390,16 @@ def run(args):  # type: ignore[no-untyped-def]
         stage = offset(args.stages, index)
         rows = outputs if stage.outputs_only else args.rows
         units = rows
-        if stage.kind == SMOOTH or stage.kind == CONVOLVE:
-            units = args.sequences
-        elif stage.kind == MULTIPLY:
+        if stage.kind == MULTIPLY:
             units = stage.panels * ((rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK)
         units_per_task = max(1, units // (args.threads * TASKS_PER_THREAD))
         tasks = (units + units_per_task - 1) // units_per_task
-        taken = offset(args.counters, index * 2 * LINE)
-        done = offset(taken, LINE)
+        taken = offset(args.counters, index * 3 * LINE)
+        done, turns = offset(taken, LINE), offset(taken, 2 * LINE)
         task = fetch_add(taken)
         while task < tasks:
             low = task * units_per_task
-            _work(args, stage, rows, totals, low, min(low + units_per_task, units))
+            _work(args, stage, rows, totals, turns, task, low, min(low + units_per_task, units))
             signal(done)
             task = fetch_add(taken)
         wait(done, tasks)

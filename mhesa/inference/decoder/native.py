@@ -64,7 +64,7 @@ class NativeEngine:
         self.logits = torch.zeros(rows, padded(self.num_tokens, PANEL), **fp32)
         stages = list(self._stages(model, blocks))
         self.stages = (kernel.Stage * len(stages))(*stages)
-        self.counters = np.zeros((len(stages), 2, LINE), dtype=np.int64)
+        self.counters = np.zeros((len(stages), 3, LINE), dtype=np.int64)
         self.args = kernel.Arguments(
             num_tokens=self.num_tokens,
             stages=ctypes.addressof(self.stages),

@@ -26,7 +26,9 @@ TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
-ScoreUnit = Literal["token", "line", "text"]
+ScoreUnit = Literal["token", "character", "word", "sentence", "line", "text"]
+# Units of which surprisal alone is told.
+PLAIN_UNITS = ("line", "text")
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 # What clients send in a field that they do not use.
@@ -413,11 +415,18 @@ class Models(BaseModel):
 
 
 class ScoredItem(BaseModel):
-    """A token or a line, its length in bytes, and its surprisal in bits."""
+    """A part of a text, and its surprisal in bits.
+
+    Of tokens, characters, words and sentences `entropy` says how many bits were to be expected of the token
+    that the part begins in, and `rank` how many tokens were as likely as that one or likelier.
+    """
 
     text: str
+    offset: int = Field(description="Where it begins, in bytes.")
     bytes: int
     bits: float
+    entropy: float | None = None
+    rank: int | None = None
 
 
 class ScoredText(BaseModel):

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Iterator
-from itertools import chain
+from itertools import chain, islice, pairwise
 
 import numpy as np
 from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from mhesa.inference.scoring import share_by_line
+from mhesa.inference.scoring import Batch, share_by_line
+from mhesa.inference.statistics import entropy, rank
+from mhesa.inference.units import TOKEN, UNITS, UnitSurprisal, read_units, token_units
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import check_limit, invalid
 from mhesa.serve.api.pieces import with_items
 from mhesa.serve.api.service import SMALL, Service, prepend, queue_of
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
+from mhesa.tokenizers.stream import Block
 
-# Tokens or lines of an answer that are made at once.
+# Items of an answer that are made at once, and tokens whose units are found at once.
 BATCH = 2048
 ITEMS = TypeAdapter(list[protocol.ScoredItem])
+STATISTICS = {"entropy": entropy, "rank": rank}
 
 
 async def score(service: Service, request: Request, body: protocol.ScoreRequest) -> Response:
@@ -29,7 +33,10 @@ async def score(service: Service, request: Request, body: protocol.ScoreRequest)
     service.check_model(body.model)
     prompts = await service.run_sized(request.state.body_bytes, _encode, service, body)
     end = service.tokenizer.eos_token_id
-    jobs = [Job(prepend(end, ids), client=queue_of(request), score=True) for ids in prompts]
+    statistics = {} if body.by in protocol.PLAIN_UNITS else STATISTICS
+    jobs = [
+        Job(prepend(end, ids), client=queue_of(request), score=True, statistics=statistics) for ids in prompts
+    ]
     submission = Submission(service, request, jobs)
     try:
         await submission.finish()
@@ -55,7 +62,7 @@ def _encode(service: Service, body: protocol.ScoreRequest) -> list[np.ndarray]:
     if not texts:
         raise invalid("input must not be an empty list", "input")
     check_limit(len(texts), "input texts", min(limits.texts, service.settings.slots))
-    most = limits.scored_tokens if body.by == "token" else limits.prompt_tokens
+    most = limits.prompt_tokens if body.by in protocol.PLAIN_UNITS else limits.scored_tokens
     prompts = [service.encode(text, "input") for text in texts]
     check_limit(sum(map(len, prompts)), "input tokens", most)
     return prompts
@@ -76,27 +83,73 @@ def _scored_text(service: Service, index: int, job: Job, by: str) -> Iterator[st
     bits = job.logprobs / -math.log(2)
     text = service.decode(ids)
     sizes = service.token_sizes[ids]
-    if by == "token":
-        ends, costs = np.cumsum(sizes), bits
-    elif by == "line":
-        ends, costs = share_by_line(text, bits, sizes)
-    else:
-        ends, costs = np.full(min(1, len(ids)), len(text)), bits.sum(keepdims=True)
     cost = float(bits.sum())
     scored = protocol.ScoredText(
         index=index, bytes=len(text), bits=cost, bits_per_byte=cost / len(text) if text else None, items=[]
     )
-    items = (_items(text, ends, costs, start) for start in range(0, len(ends), BATCH))
-    return with_items(scored, "items", items)
+    if by in protocol.PLAIN_UNITS:
+        items = _lines(text, bits, sizes) if by == "line" else _whole(text, cost)
+    else:
+        items = map(_item, _units(by, text, ids, sizes, {"bits": bits, **job.measured}))
+    return with_items(scored, "items", _json_items(items))
 
 
-def _items(text: bytes, ends: np.ndarray, costs: np.ndarray, first: int) -> str:
-    """A batch of tokens or lines, from `first` on; those after the first batch follow a comma."""
-    batch = slice(first, first + BATCH)
-    start = int(ends[first - 1]) if first else 0
-    items = []
-    for end, cost in zip(ends[batch].tolist(), costs[batch].tolist(), strict=True):
-        part = text[start:end]
-        items.append(protocol.ScoredItem(text=part.decode("utf-8", "replace"), bytes=len(part), bits=cost))
+def _json_items(items: Iterator[protocol.ScoredItem]) -> Iterator[str]:
+    """The items in JSON, a batch at a time; every batch but the first follows a comma."""
+    comma = ""
+    while batch := list(islice(items, BATCH)):
+        yield comma + ITEMS.dump_json(batch, exclude_none=True).decode()[1:-1]
+        comma = ","
+
+
+def _whole(text: bytes, cost: float) -> Iterator[protocol.ScoredItem]:
+    if text:
+        yield protocol.ScoredItem(text=text.decode("utf-8", "replace"), offset=0, bytes=len(text), bits=cost)
+
+
+def _lines(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> Iterator[protocol.ScoredItem]:
+    ends, costs = share_by_line(text, bits, sizes)
+    start = 0
+    for end, cost in zip(ends.tolist(), costs.tolist(), strict=True):
+        line = text[start:end].decode("utf-8", "replace")
+        yield protocol.ScoredItem(text=line, offset=start, bytes=end - start, bits=cost)
         start = end
-    return ("," if first else "") + ITEMS.dump_json(items).decode()[1:-1]
+
+
+def _item(unit: UnitSurprisal) -> protocol.ScoredItem:
+    return protocol.ScoredItem(
+        text=unit.text,
+        offset=unit.offset,
+        bytes=unit.size,
+        bits=unit.surprisal,
+        entropy=unit.entropy,
+        rank=unit.rank,
+    )
+
+
+def _units(
+    by: str, text: bytes, ids: np.ndarray, sizes: np.ndarray, columns: dict[str, np.ndarray]
+) -> Iterator[UnitSurprisal]:
+    batches = (
+        Batch(
+            [Block(text[start:end], ids[tokens])],
+            {name: values[tokens] for name, values in columns.items()},
+            sizes[tokens],
+        )
+        for tokens, start, end in _pieces(text, sizes)
+    )
+    if by == TOKEN:
+        return token_units("", batches)
+    end_of_text = Batch([], {}, np.zeros(0, dtype=np.int64))
+    return read_units("", chain(batches, [end_of_text]), UNITS[by])
+
+
+def _pieces(text: bytes, sizes: np.ndarray) -> Iterator[tuple[slice, int, int]]:
+    """Cut a text between characters and between tokens: the tokens of each piece, and its bytes."""
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    bytes_ = np.frombuffer(text + b"\n", dtype=np.uint8)
+    between_characters = np.flatnonzero(bytes_[bounds] & 0xC0 != 0x80)
+    wanted = np.searchsorted(between_characters, np.arange(0, len(sizes), BATCH), "right") - 1
+    cuts = [*dict.fromkeys(between_characters[wanted].tolist()), len(sizes)]
+    for first, last in pairwise(cuts):
+        yield slice(first, last), int(bounds[first]), int(bounds[last])

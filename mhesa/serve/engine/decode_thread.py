@@ -16,6 +16,7 @@ from mhesa.inference.continuation import Continuation
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.logprobs import token_logprobs
 from mhesa.inference.slots import Slots
+from mhesa.inference.statistics import token_statistics
 from mhesa.serve.engine.jobs import Busy, FairQueue, Job, Stopped
 
 # Prompt tokens read between two steps: a bound on how long a prompt delays the texts being written.
@@ -274,7 +275,10 @@ class DecodeThread:
             return
         targets = torch.from_numpy(job.ids[job.read + 1 : job.read + len(piece) + 1].astype(np.int64))
         own, likeliest = token_logprobs(logits[: len(targets)], targets, job.top)
-        job.logprobs[job.read : job.read + len(targets)] = own.numpy()
+        tokens = slice(job.read, job.read + len(targets))
+        job.logprobs[tokens] = own.numpy()
+        for name, values in token_statistics(logits[: len(targets)], targets, job.statistics).items():
+            job.measured[name][tokens] = values
         if job.top:
             job.likeliest += likeliest
         job.state = state

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from mhesa.inference.continuation import Continuation
+from mhesa.inference.statistics import Statistic
 
 Item = TypeVar("Item")
 
@@ -36,12 +37,14 @@ class Job:
         client: the name of who sent it; clients take turns.
         state: `(depth, 1, state_size)` to begin from; zeros if omitted.
         score: measure each prompt token but the first.
+        statistics: what else to compute of the prediction of each of those, by name.
         top: how many of the likeliest tokens to record beside each of those.
         stream: report progress, not only the end.
         keep_state: at the end, `state` is to be the one after the first text.
 
     Attributes:
         logprobs: of the prompt tokens that were measured, in nats, `(tokens - 1,)`.
+        measured: the statistics of each of them, by name, fp64 `(tokens - 1,)`.
         likeliest: beside each of them the likeliest tokens, if `top` asks for some.
         wake: called when there is progress to report.
     """
@@ -51,6 +54,7 @@ class Job:
     client: str = ""
     state: Tensor | None = None
     score: bool = False
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
     top: int = 0
     stream: bool = False
     keep_state: bool = False
@@ -59,6 +63,7 @@ class Job:
         self.wake: Callable[[], object] = lambda: None
         # Small arrays that stay, made between large ones that go, would keep the heap from shrinking.
         self.logprobs = np.empty(len(self.ids) - 1 if self.score else 0)
+        self.measured = {name: np.empty_like(self.logprobs) for name in self.statistics}
         self.likeliest: list[list[tuple[int, float]]] = []
         self.created = time.perf_counter()
         self.first_token: float | None = None
