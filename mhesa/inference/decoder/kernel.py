@@ -34,6 +34,7 @@ from mhesa.ops.cpu.arguments import FLOAT32, INT64, OPERAND, STORED, Pointer, st
 from mhesa.ops.cpu.atomics import LINE, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import jit, offset, stack_array, types
 from mhesa.ops.cpu.gelu_kernels import gelu
+from mhesa.ops.cpu.simd import sigmoid
 
 # What a stage does. CONVOLVE normalises first. PACK writes rows of fp32 in the type that weights are
 # multiplied with.
@@ -134,18 +135,26 @@ def _smooth(v, alpha, decay, skip, state, n):  # type: ignore[no-untyped-def]
 
 
 @fast
-def _convolve(x, weight, tail, taps, n):  # type: ignore[no-untyped-def]
-    """Convolve a row in place; `tail` holds the `taps - 1` rows before it, oldest first."""
-    for i in range(n):
-        value = x[i]
-        total = weight[i] * value
-        for tap in range(1, taps):
-            total += weight[tap * n + i] * tail[(taps - 1 - tap) * n + i]
-        for row in range(taps - 2):
-            tail[row * n + i] = tail[(row + 1) * n + i]
-        if taps > 1:
-            tail[(taps - 2) * n + i] = value
-        x[i] = total
+def _tap(out, x, weight, n, first):  # type: ignore[no-untyped-def]
+    """Write the products with the first tap's weights, or add those of another tap."""
+    if first:
+        for i in range(n):
+            out[i] = weight[i] * x[i]
+    else:
+        for i in range(n):
+            out[i] += weight[i] * x[i]
+
+
+@jit
+def _keep_tail(args, stage, tail, start, end):  # type: ignore[no-untyped-def]
+    """Make the last normalised rows of a sequence, `start` to `end`, the tail of its state, oldest first."""
+    n, kept, count = stage.columns, stage.taps - 1, end - start
+    for place in range(kept):
+        row = end - kept + place
+        source = offset(args.uv, row * args.uv_stride) if row >= start else offset(tail, (place + count) * n)
+        target = offset(tail, place * n)
+        for i in range(n):
+            target[i] = source[i]
 
 
 @fast
@@ -153,8 +162,7 @@ def _alphas(stage, row):  # type: ignore[no-untyped-def]
     """Turn the logits of a row's heads into alphas, in place."""
     logits = offset(stage.rate_logits, row * stage.row_stride)
     for head in range(stage.heads):
-        odds = np.float32(math.exp(-(stage.alpha[head] + logits[head])))
-        logits[head] = np.float32(1) / (np.float32(1) + odds)
+        logits[head] = sigmoid(stage.alpha[head] + logits[head])
 
 
 @fast
@@ -296,6 +304,7 @@ def _pass_state_on(args, turns, task):  # type: ignore[no-untyped-def]
 @jit
 def _convolve_rows(args, stage, turns, task, low, high):  # type: ignore[no-untyped-def]
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride + stage.tail)
+    # The memory for u and v is not in use yet: the normalised row fits there, and after it the convolved one.
     for row in range(low, high):
         normal = offset(args.uv, row * args.uv_stride)
         _normalise(offset(stage.rows, row * stage.row_stride), stage.weight, stage.bias, normal, n)
@@ -303,11 +312,20 @@ def _convolve_rows(args, stage, turns, task, low, high):  # type: ignore[no-unty
     _wait_for_state(args, turns, task, low, sequence)
     for row in range(low, high):
         sequence += row == args.offsets[sequence + 1]
+        start, end = args.offsets[sequence], args.offsets[sequence + 1]
         tail = offset(states, sequence * args.sequence_stride)
-        _convolve(offset(args.uv, row * args.uv_stride), stage.conv, tail, stage.taps, n)
+        out = offset(args.uv, row * args.uv_stride + n)
+        for tap in range(stage.taps):
+            place = row - tap
+            source = offset(args.uv, place * args.uv_stride)
+            if place < start:
+                source = offset(tail, (stage.taps - 1 - (start - place)) * n)
+            _tap(out, source, offset(stage.conv, tap * n), n, tap == 0)
+        if row == end - 1:
+            _keep_tail(args, stage, tail, start, end)
     _pass_state_on(args, turns, task)
     for row in range(low, high):
-        _pack_row(args, stage, offset(args.uv, row * args.uv_stride), row)
+        _pack_row(args, stage, offset(args.uv, row * args.uv_stride + n), row)
 
 
 @jit

@@ -54,7 +54,7 @@ class NativeEngine:
         u_size, v_size = padded(hidden, PANEL), padded(inner, PANEL)
         self.x = torch.zeros(rows, padded(self.dim, PANEL), **fp32)
         heads = blocks[0].mhesa.heads if blocks[0].to_alpha is not None else 0
-        self.uv = torch.zeros(rows, max(u_size + v_size + padded(heads, PANEL), self.dim), **fp32)
+        self.uv = torch.zeros(rows, max(u_size + v_size + padded(heads, PANEL), 2 * self.dim), **fp32)
         self.v, self.rate_logits = self.uv[:, u_size:], self.uv[:, u_size + v_size :]
         self.rates = torch.zeros(max_batch, 2, inner, **fp32)
         widest = padded(max(self.dim, inner, hidden), PADDING)

@@ -20,7 +20,7 @@ from mhesa.ops.cpu.atomics import fence, fetch_add
 from mhesa.ops.cpu.compiling import compiled, exists, intrinsic, literals, member, types
 from mhesa.ops.cpu.memory import empty_hugepages
 from mhesa.ops.cpu.sequences import MIN_PARALLEL, NONTEMPORAL_BYTES
-from mhesa.ops.cpu.simd import FLOAT, I32, Emitter, specialized
+from mhesa.ops.cpu.simd import FLOAT, Emitter, exp2, polynomial, specialized
 from mhesa.ops.cpu.threads import available, parallel
 
 # Without `dy` the kernel writes y to `out`; with it dx, and dgate if there is a gate.
@@ -46,8 +46,6 @@ ERF_TOP = (
 )  # fmt: skip
 ERF_BOTTOM = (1.9728211082e-06, 8.1419014239e-05, 1.9273644506e-03, 2.8436436733e-02, 2.4850286644e-01, 1.0)
 ERF_END = 5.5
-# Taylor series of 2 ** x for -0.5 <= x <= 0.5, with a relative error of at most 1.2e-7.
-EXP2 = tuple(math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1))
 
 
 def forward(x: Tensor, gate: Tensor | None) -> Tensor:
@@ -76,20 +74,13 @@ def _run(x: Tensor, **others: Tensor | None) -> None:
     parallel(compiled(_kernel, x.dtype, Arguments), args.address, threads)
 
 
-def _polynomial(emit: Emitter, x: Any, coefficients: tuple[float, ...]) -> Any:
-    value = emit.constant(FLOAT, coefficients[0])
-    for coefficient in coefficients[1:]:
-        value = emit.fma(value, x, emit.constant(FLOAT, coefficient))
-    return value
-
-
 def _phi(emit: Emitter, x: Any) -> Any:
     """The cumulative distribution of the normal distribution at fp32 values."""
     builder, end, half = emit.builder, emit.constant(FLOAT, ERF_END), emit.constant(FLOAT, 0.5)
     # These return the number if the other is NaN; the product with x then is NaN.
     inside = emit.call("minnum", emit.call("maxnum", x, builder.fneg(end)), end)
     square = builder.fmul(inside, inside)
-    erf = builder.fdiv(_polynomial(emit, square, ERF_TOP), _polynomial(emit, square, ERF_BOTTOM))
+    erf = builder.fdiv(polynomial(emit, square, ERF_TOP), polynomial(emit, square, ERF_BOTTOM))
     phi = emit.fma(builder.fmul(half, inside), erf, half)
     far = builder.fcmp_ordered("<", x, builder.fneg(end))
     return builder.select(far, emit.constant(FLOAT, 0.0), phi)
@@ -99,13 +90,7 @@ def _density(emit: Emitter, x: Any) -> Any:
     """The density of the normal distribution at fp32 values."""
     builder = emit.builder
     power = builder.fmul(builder.fmul(x, x), emit.constant(FLOAT, -0.5 / math.log(2)))
-    # Smaller powers of two are zero in fp32: an exponent of no bits.
-    power = emit.call("maxnum", power, emit.constant(FLOAT, -127.0))
-    integer = emit.call("rint", power)
-    exponent = builder.add(builder.fptosi(integer, emit.vector(I32)), emit.constant(I32, 127))
-    scale = builder.bitcast(builder.shl(exponent, emit.constant(I32, 23)), emit.type)
-    scale = builder.fmul(scale, emit.constant(FLOAT, 1 / math.sqrt(2 * math.pi)))
-    return builder.fmul(_polynomial(emit, builder.fsub(power, integer), EXP2), scale)
+    return builder.fmul(exp2(emit, power), emit.constant(FLOAT, 1 / math.sqrt(2 * math.pi)))
 
 
 @intrinsic

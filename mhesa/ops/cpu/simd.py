@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir
 
-from mhesa.ops.cpu.compiling import cgutils, types
+from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
 
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -15,6 +16,8 @@ I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64
 # Bytes of a vector register.
 _FEATURES = binding.get_host_cpu_features()
 REGISTER = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx2") else 16
+# Taylor series of 2 ** x for -0.5 <= x <= 0.5, with a relative error of at most 1.2e-7.
+EXP2 = tuple(math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1))
 
 
 def specialized(builder: Any, write: Callable[..., None], *flags: Any, known: tuple[bool, ...] = ()) -> None:
@@ -132,3 +135,37 @@ class Emitter:
         # An ordered comparison is false for NaN, which stays.
         small = self.builder.fcmp_ordered("<", self.call("fabs", value), smallest)
         return self.builder.select(small, self.constant(self.element, 0.0), value)
+
+
+def polynomial(emit: Emitter, x: Any, coefficients: tuple[float, ...]) -> Any:
+    """A polynomial at fp32 values, by Horner's rule; the coefficient of the highest power comes first."""
+    value = emit.constant(FLOAT, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = emit.fma(value, x, emit.constant(FLOAT, coefficient))
+    return value
+
+
+def exp2(emit: Emitter, power: Any) -> Any:
+    """Powers of two at fp32 values up to 127; that of NaN is zero."""
+    builder = emit.builder
+    # Smaller powers of two are zero in fp32: an exponent of no bits.
+    power = emit.call("maxnum", power, emit.constant(FLOAT, -127.0))
+    integer = emit.call("rint", power)
+    exponent = builder.add(builder.fptosi(integer, emit.vector(I32)), emit.constant(I32, 127))
+    scale = builder.bitcast(builder.shl(exponent, emit.constant(I32, 23)), emit.type)
+    return builder.fmul(polynomial(emit, builder.fsub(power, integer), EXP2), scale)
+
+
+@intrinsic
+def sigmoid(context: Any, x: Any) -> Any:
+    """The logistic function of an fp32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit, [value] = Emitter(builder, types.float32, 1), args
+        one = emit.constant(FLOAT, 1.0)
+        power = builder.fmul(value, emit.constant(FLOAT, -1 / math.log(2)))
+        odds = exp2(emit, emit.call("minnum", power, emit.constant(FLOAT, 127.0)))
+        fraction = builder.fdiv(one, builder.fadd(one, odds))
+        return builder.select(builder.fcmp_unordered("uno", value, value), value, fraction)
+
+    return types.float32(types.float32), codegen
