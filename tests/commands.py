@@ -7,11 +7,14 @@ streams that close and of importing itself start new interpreters.
 import multiprocessing
 import os
 import runpy
+import shlex
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 FORKED = multiprocessing.get_context("forkserver")
 # No import may start a thread or call a kernel: threads do not survive a fork.
@@ -60,6 +63,28 @@ def run_processes(count, *arguments, meanwhile=lambda processes: None):
     variables = [os.environ | {name: str(value) for name, value in rank.items()} for rank in ranks]
     done = _run(variables, arguments, b"", meanwhile)[0]
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size={kilobytes}k none {folder} || exit 99
+OMP_NUM_THREADS=1 timeout 100 {command}
+code=$?
+cp -r {folder}/. {copy}
+exit $code
+"""
+
+
+def run_on_a_small_disk(folder, copy, kilobytes, *arguments):
+    """Run `mhesa` while a folder is a disk of this size: the outcome. What is then on it is copied."""
+    folder.mkdir()
+    copy.mkdir()
+    command = shlex.join([sys.executable, "-m", "mhesa", *map(str, arguments)])
+    script = ON_A_SMALL_DISK.format(kilobytes=kilobytes, folder=folder, copy=copy, command=command)
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
+    done = subprocess.run(unshare, capture_output=True, encoding="utf-8", timeout=120)
+    if done.returncode == 99:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr}")
     return done
 
 

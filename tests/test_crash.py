@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import FORKED
+from commands import FORKED, run_on_a_small_disk
 from safetensors.torch import load_file
 
 from mhesa.data import Source, open_corpus
@@ -237,33 +237,14 @@ def test_runs_that_fail_at_every_call_go_on(fault, settings, whole, tmp_path, to
 
 # No space left
 
-NO_SPACE = """
-mount -t tmpfs -o size=480k none {out} || exit 99
-OMP_NUM_THREADS=1 timeout 100 {python} -m mhesa train --config {config} --overwrite
-echo code $?
-cp -r {out}/. {copy}
-"""
-
 
 def test_a_full_disk_leaves_the_checkpoints_that_there_are(settings, whole, tmp_path):
-    from sys import executable
-
     from mhesa.training.config import dump_config
 
     out, copy, config = (tmp_path / name for name in ("full", "copy", "run.yaml"))
-    out.mkdir()
-    copy.mkdir()
     config.write_text(dump_config(replace(settings, out=str(out))))
-    script = NO_SPACE.format(out=out, copy=copy, config=config, python=executable)
-    done = subprocess.run(
-        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    if "code" not in done.stdout:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr}")
-    assert "code 1\n" in done.stdout
+    done = run_on_a_small_disk(out, copy, 480, "train", "--config", config, "--overwrite")
+    assert done.returncode == 1
     [line] = [line for line in done.stderr.splitlines() if "Error" in line]
     assert "cannot write a checkpoint to" in line
     assert "No space left on device" in line

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from commands import run_on_a_small_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,6 +87,23 @@ def test_killed_runs_miss_no_line_and_mix_no_sessions(run, folder, tmp_path, kil
         assert row == whole[number]
     # What was given out by the runs that were killed may not have been read by this test.
     assert max(seen) == len(whole)
+
+
+def test_a_full_disk_loses_no_line(run, folder, tmp_path):
+    log = tmp_path / "a.log"
+    log.write_text("".join(f"user={index} did this\n" for index in range(4000)))
+    arguments = ["score", folder, log, "--key", r"user=(\d+)", "--json"]
+    whole = {row["number"]: row for row in rows_of(run(*arguments)[1])}
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    done = run_on_a_small_disk(disk, copy, 300, *arguments, "--state", disk / "state")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert re.search(r"cannot keep sessions in .*state: (database or disk is full|disk I/O error)", line)
+    seen = {row["number"]: row for row in rows_of(done.stdout.encode())}
+    again = {row["number"]: row for row in rows_of(run(*arguments, "--state", copy / "state")[1])}
+    assert again
+    assert seen | again == whole
+    assert all(seen[number] == whole[number] for number in seen)
 
 
 def test_masks_are_read_and_not_counted():
