@@ -288,7 +288,7 @@ def learning(
 @app.command()
 def logs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of HDFS.log, Spark.log and so on.")],
-    minutes: Annotated[float, typer.Option(help="Of training for each model.")] = 2.0,
+    steps: Annotated[int, typer.Option(help="Of training for each model, at most.")] = 400,
     models: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Trained models, <log>-adaptive and <log>-fixed.")
     ] = None,
@@ -298,16 +298,16 @@ def logs(
     """Find faults that are put into logs, at 1 % false alarms, by surprisal and by other methods.
 
     The logs are those of loghub with 2,000 lines each. Models learn the first half, faults are put into the
-    second. Needs drain3 and scikit-learn.
+    second. Needs `pip install 'mhesa[bench]'`.
 
     Example:
 
-        python -m benchmarks logs loghub --minutes 2
+        python -m benchmarks logs loghub
     """
     from benchmarks.logs import bench_logs
 
     tables: dict[str, list[Any]] = {}
-    for name, row in bench_logs(folder, minutes=minutes, models=models):
+    for name, row in bench_logs(folder, steps=steps, models=models):
         tables.setdefault(name, []).append(row)
     if not as_json:
         for name, rows in tables.items():

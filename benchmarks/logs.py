@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.log_faults import FAULTS, LOGS, Faulty, Log, put_in, read_log
 from mhesa.inference.keyed_sessions import KeyedSessions
-from mhesa.inference.line_scores import BEGINNING, LineScores
+from mhesa.inference.line_scores import LineScores
 from mhesa.inference.lines import PRESETS, Masks
 from mhesa.inference.session import Reader
 from mhesa.inference.statistics import BITS
@@ -44,21 +44,19 @@ Method = Callable[[Sequence[str]], np.ndarray]
 
 @dataclass(frozen=True)
 class Found:
-    """How many faults of a kind a method finds.
+    """How many faults of a kind the methods find.
 
     Args:
         log: its name.
         kind: of faults.
-        method: its name.
         faults: how many lines are faulty.
-        recall: the share of them above the score that 1 % of the lines without faults are above.
+        recall: by method, the share of them above the score that 1 % of the lines without faults are above.
     """
 
     log: str
     kind: str
-    method: str
     faults: int
-    recall: float
+    recall: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,13 @@ class Labelled:
 
 
 def bench_logs(
-    folder: Path, *, minutes: float, models: Path | None = None, seed: int = 0
+    folder: Path, *, steps: int, models: Path | None = None, seed: int = 0
 ) -> Iterator[tuple[str, Found | Labelled]]:
     """Put faults into the second half of each log, and find them after training on the first.
 
     Args:
         folder: of the logs.
-        minutes: of training for each model.
+        steps: of training for each model, at most.
         models: a folder of trained models, `<log>-<model>` each, in place of training.
         seed: of the faults.
 
@@ -94,13 +92,16 @@ def bench_logs(
         normal = [line for line, alert in zip(lines[:half], alerts[:half], strict=True) if not alert]
         later = [line for line, alert in zip(lines[half:], alerts[half:], strict=True) if not alert]
         streams = {kind: put_in(kind, log, later, seed) for kind in FAULTS}
-        for name, method in _methods(log, normal, minutes, models):
+        recall: dict[str, dict[str, float]] = {kind: {} for kind in FAULTS}
+        for name, method in _methods(log, normal, steps, models):
             threshold = np.quantile(method(later), 1 - FALSE_ALARMS)
             for kind, faulty in streams.items():
-                recall = float((method(faulty.lines)[np.array(faulty.faults)] > threshold).mean())
-                yield "faults", Found(log.name, kind, name, sum(faulty.faults), recall)
+                found = method(faulty.lines)[np.array(faulty.faults)] > threshold
+                recall[kind][name] = float(found.mean())
             if any(alerts):
                 yield "alerts", _labelled(name, method, Faulty(lines[half:], alerts[half:]))
+        for kind, faulty in streams.items():
+            yield "faults", Found(log.name, kind, sum(faulty.faults), recall[kind])
 
 
 def _labelled(name: str, method: Method, log: Faulty) -> Labelled:
@@ -112,18 +113,17 @@ def _labelled(name: str, method: Method, log: Faulty) -> Labelled:
 
 
 def _methods(
-    log: Log, normal: Sequence[str], minutes: float, models: Path | None
+    log: Log, normal: Sequence[str], steps: int, models: Path | None
 ) -> Iterator[tuple[str, Method]]:
     """Every method, having seen the normal lines."""
     trained = len(normal) - int(HELD_OUT * len(normal))
     for model, settings in MODELS.items():
-        reader = _reader(log, model, normal, settings, minutes, models)
-        if reader is not None:
-            yield f"surprisal, {model}", surprisal(log, reader, normal[trained:], keyed=False)
-            yield f"surprisal, {model}, by key", surprisal(log, reader, normal[trained:], keyed=True)
+        reader = _reader(log, model, normal, settings, steps, models)
+        yield model, surprisal(log, reader, normal[trained:], keyed=False)
+        yield f"{model}, by key", surprisal(log, reader, normal[trained:], keyed=True)
     yield "n-grams of characters", character_model(normal[:trained], normal[trained:])
-    yield "rarity of words", rarity(lambda line: _masked(line).split(), normal)
-    yield "rarity of characters", rarity(list, normal)
+    yield "rare words", rarity(lambda line: _masked(line).split(), normal)
+    yield "rare characters", rarity(list, normal)
     yield from template_methods(normal)
 
 
@@ -132,21 +132,21 @@ def _reader(
     model: str,
     normal: Sequence[str],
     settings: dict[str, Any],
-    minutes: float,
+    steps: int,
     models: Path | None,
-) -> Reader | None:
+) -> Reader:
     if models is not None:
-        path = models / f"{log.name}-{model}"
-        return Reader(*load(path)) if path.exists() else None
+        return Reader(*load(models / f"{log.name}-{model}"))
     with TemporaryDirectory() as name:
         text, out = Path(name) / "lines.txt", Path(name) / "model"
         text.write_text("\n".join(normal) + "\n")
         # A small text is soon learnt by heart: stop when the end of it is predicted no better.
         budget: dict[str, Any] = {
-            "minutes": minutes,
+            "steps": steps,
             "holdout": f"tail:{HELD_OUT}",
-            "eval_every": 20,
-            "patience": 2,
+            "eval_every": 25,
+            "patience": 3,
+            "dropout": 0.1,
             "device": "cpu",
         }
         train(TrainingSettings(out=str(out), sources=(str(text),), **budget, **settings))
@@ -178,13 +178,12 @@ def _score(scores: LineScores, line: str, bits: np.ndarray) -> float:
     Args:
         scores: of the lines before.
         line: the line.
-        bits: of each of its bytes and of its line end, if it has one, `(bytes,)`.
+        bits: of each of its bytes, and of its line end if it is predicted, `(bytes,)`.
     """
     text = line.encode()
-    counted = TIMES.counted(text, line)
-    beginning = np.frombuffer(text, np.uint8)[counted][: 2 * BEGINNING].tobytes()
-    line_end = np.ones(len(bits) - len(counted), dtype=bool)
-    return scores.score(beginning, bits[np.append(counted, line_end)])
+    counted = np.append(TIMES.counted(text, line), np.ones(len(bits) - len(text), dtype=bool))
+    values = np.frombuffer(text + b"\n", np.uint8)[: len(bits)]
+    return scores.score(values[counted].tobytes(), bits[counted])
 
 
 def line_bits(log: Log, reader: Reader, lines: Sequence[str], keyed: bool) -> Iterator[np.ndarray]:
@@ -285,6 +284,6 @@ def template_methods(normal: Sequence[str]) -> Iterator[tuple[str, Method]]:
         rows = windows(lines)
         return np.linalg.norm(rows - pca.inverse_transform(pca.transform(rows)), axis=1)
 
-    yield "novelty of templates", novelty
+    yield "new templates", novelty
     yield "PCA of templates", residual
     yield "isolation forest", lambda lines: -forest.score_samples(windows(lines))

@@ -1,8 +1,10 @@
-"""Pictures for `docs/learning.md`, drawn from the saved results of `python -m benchmarks learning`."""
+"""Pictures for `docs/learning.md` and `docs/logs.md`, drawn from saved results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +39,40 @@ def draw_all(docs: Path = DOCS, folder: Path = FOLDER) -> list[Path]:
     if probes:
         rows = [(_by_distance, result["tables"]["recollection"]) for result in probes]
         drawn.append(_picture(docs / "learning-memory.svg", rows))
+    for result in saved("logs", folder)[-1:]:
+        found = result["tables"]["faults"]
+        by_log = [(_recall, list(rows)) for _, rows in groupby(found, key=itemgetter("log"))]
+        drawn.append(_picture(docs / "logs-found.svg", by_log, columns=2))
     return drawn
 
 
-def _picture(
-    path: Path, parts: Sequence[tuple[Callable[[Axes, Sequence[Row]], None], Sequence[Row]]]
-) -> Path:
-    """Parts side by side, in one SVG that is the same each time it is drawn."""
-    figure = Figure(figsize=(4.6 * len(parts), 3.6), layout="constrained")
+def _picture(path: Path, parts: Sequence[tuple[Part, Sequence[Row]]], columns: int = 0) -> Path:
+    """Parts side by side, or in rows of some columns, in one SVG that is the same each time it is drawn."""
+    columns = columns or len(parts)
+    rows = -(-len(parts) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
     FigureCanvasSVG(figure)
-    for axes, (draw, rows) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        draw(axes, rows)
-        axes.grid(alpha=0.25)
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (draw, found) in zip(places, parts, strict=True):
+        draw(axes, found)
         axes.spines[["top", "right"]].set_visible(False)
     with matplotlib.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
     return path
+
+
+def _recall(axes: Axes, rows: Sequence[Row]) -> None:
+    """The share of faults found, by kind and method."""
+    methods = list(rows[0]["recall"])
+    shares = [[row["recall"][method] for method in methods] for row in rows]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            colour = "white" if share > 0.6 else "black"
+            axes.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(len(methods)), methods, rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["kind"] for row in rows], fontsize=8)
+    axes.set_title(rows[0]["log"], fontsize=10)
 
 
 def _losses(axes: Axes, rows: Sequence[Row]) -> None:
@@ -64,6 +84,7 @@ def _losses(axes: Axes, rows: Sequence[Row]) -> None:
         mean = sum(found) / len(found)
         axes.plot([mean] * 2, [place - 0.3, place + 0.3], color=COLOURS[name])
         axes.annotate(f"{mean:.3f}", (mean, place + 0.35), ha="center", fontsize=8)
+    axes.grid(alpha=0.25)
     axes.set_yticks(range(len(names)), list(reversed(names)))
     axes.set_ylim(-0.6, len(names) - 0.2)
     axes.set_xlabel("nats a byte, held out")
@@ -79,6 +100,7 @@ def _lines(axes: Axes, rows: Sequence[Row], x: str, y: str) -> None:
         means = [sum(values) / len(values) for values in points.values()]
         axes.plot(list(points), means, ".-", color=COLOURS[name], label=name)
     axes.set_xscale("log")
+    axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
 
 

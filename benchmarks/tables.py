@@ -20,6 +20,20 @@ PAGES = (
 )
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
 
+# What finds faults in logs; see `benchmarks.logs`.
+METHODS = (
+    "adaptive",
+    "adaptive, by key",
+    "fixed",
+    "fixed, by key",
+    "n-grams of characters",
+    "rare words",
+    "rare characters",
+    "new templates",
+    "PCA of templates",
+    "isolation forest",
+)
+
 Row = Mapping[str, Any]
 
 
@@ -199,14 +213,9 @@ TABLES = {
         identity=("probe", "recipe", "seed", "distance"),
     ),
     "faults": Table(
-        {
-            "log": "{log}",
-            "fault": "{kind}",
-            "method": "{method}",
-            "faulty lines": "{faults:,}",
-            "found": "{recall:.2f}",
-        },
-        identity=("log", "kind", "method"),
+        {"log": "{log}", "fault": "{kind}", "faulty lines": "{faults:,}"}
+        | {name: f"{{recall[{name}]:.2f}}" for name in METHODS},
+        identity=("log", "kind"),
     ),
     "alerts": Table(
         {"method": "{method}", "alerts": "{alerts}", "area under the curve": "{area:.3f}"},

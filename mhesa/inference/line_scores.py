@@ -19,8 +19,6 @@ from mhesa.inference.scoring import SHOWN_BYTES, ScoredPiece, SpanSurprisal
 
 # Bytes that lines of one kind begin with, digits left out, and how many kinds are remembered.
 BEGINNING, KINDS = 24, 1024
-# As many lines of a kind weigh as much as all lines together.
-PRIOR_LINES = 5
 # The relative error of a threshold, and the smallest and the largest score that is told from others.
 PRECISION, SMALLEST, LARGEST = 0.01, 1e-3, 1e9
 
@@ -30,7 +28,7 @@ class LineSurprisal(SpanSurprisal):
     """A line, its surprisal, and how much it stands out.
 
     Args:
-        score: bits of its most surprising byte above what lines that begin as it does have.
+        score: bits of its most surprising byte, digits left out, above what lines that begin alike have.
         span: where the most surprising part begins and ends, in bytes from the line's beginning.
         span_text: the part.
         key: of its session; `None` if it has none.
@@ -60,43 +58,40 @@ class LineSurprisal(SpanSurprisal):
 class LineScores:
     """Scores lines in the order in which they come, in constant memory.
 
-    The score is the surprisal of a line's most surprising byte, of those that count, less the mean of what
-    the most surprising byte of earlier lines cost that begin alike; of all lines, as long as there were few.
+    The score is the surprisal of a line's most surprising byte, less what it was on average in earlier lines
+    that begin alike. That average begins with a zero. Digits do not count: they tell lines apart without
+    being news, and a model is sure of some that it has seen too often. How well that does is in docs/logs.md.
     A line in several pieces has the score of the highest.
 
     Args:
         masks: what in a line is read but not counted.
 
     >>> scores = LineScores()
-    >>> [round(scores.score(b"ok", np.array(bits)), 1) for bits in ([1.0, 1.0], [1.0, 2.0], [9.0, 9.0])]
-    [1.0, 1.0, 7.5]
+    >>> [scores.score(b"a1", np.array(bits)) for bits in ([1.0, 9.0], [1.0, 9.0], [9.0, 9.0])]
+    [1.0, 0.5, 8.333333333333334]
     """
 
     def __init__(self, masks: Masks | None = None) -> None:
         self._masks = masks or Masks()
-        # Of each beginning and of all lines: how many, and the mean.
-        self._kinds: OrderedDict[str, list[float]] = OrderedDict()
-        self._all = [0.0, 0.0]
+        # Of each beginning: how many lines and a zero there were, and the sum.
+        self._kinds: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
-    def score(self, beginning: bytes, bits: np.ndarray) -> float:
+    def score(self, text: bytes, bits: np.ndarray) -> float:
         """The score of a line, which then becomes one of the earlier ones.
 
         Args:
-            beginning: its first bytes that count.
-            bits: of its bytes that count, `(bytes,)`.
+            text: the bytes of the line that count.
+            bits: of each of them, `(bytes,)`.
         """
-        kind = beginning.translate(None, b"0123456789")[:BEGINNING].decode("latin-1")
-        highest = float(bits.max()) if len(bits) else 0.0
-        count, mean = self._kinds.setdefault(kind, [0.0, 0.0])
-        self._kinds.move_to_end(kind)
+        values = np.frombuffer(text, np.uint8)
+        counted = (values < ord("0")) | (values > ord("9"))
+        kind = values[counted][:BEGINNING].tobytes().decode("latin-1")
+        highest = float(bits[counted].max(initial=0.0))
+        count, total = self._kinds.pop(kind, (1, 0.0))
+        self._kinds[kind] = count + 1, total + highest
         if len(self._kinds) > KINDS:
             self._kinds.popitem(last=False)
-        own = count / (count + PRIOR_LINES)
-        expected = own * mean + (1 - own) * self._all[1]
-        for sums in (self._kinds[kind], self._all):
-            sums[0] += 1
-            sums[1] += (highest - sums[1]) / sums[0]
-        return highest - expected
+        return highest - total / count
 
     def read(self, source: str, pieces: Iterable[ScoredPiece]) -> Iterator[LineSurprisal]:
         """The lines of some pieces, scored.
@@ -120,14 +115,11 @@ class LineScores:
 
     def _add_piece(self, line: _Line, source: str, scored: ScoredPiece) -> None:
         text, bits = scored.piece.text, scored.columns["bits"]
-        content = text.removesuffix(b"\n")
         counted = np.ones(len(text), dtype=bool)
-        beginning = content[: 2 * BEGINNING]
         if self._masks:
-            where = f"{source}, line {scored.piece.number}"
-            counted[: len(content)] = self._masks.counted(content, where)
-            beginning = np.frombuffer(text, np.uint8)[counted][: 2 * BEGINNING].tobytes()
-        score = self.score(beginning, bits[counted])
+            content = text.removesuffix(b"\n")
+            counted[: len(content)] = self._masks.counted(content, f"{source}, line {scored.piece.number}")
+        score = self.score(np.frombuffer(text, np.uint8)[counted].tobytes(), bits[counted])
         if line.score is None or score > line.score:
             line.score, line.scored = score, scored
             line.counted = counted
@@ -137,12 +129,11 @@ class LineScores:
 
     def to_json(self) -> str:
         """What is known of earlier lines, as text."""
-        return json.dumps([self._all, list(self._kinds.items())])
+        return json.dumps(list(self._kinds.items()))
 
     def load_json(self, text: str) -> None:
         """Go on with what `to_json` gave."""
-        self._all, kinds = json.loads(text)
-        self._kinds = OrderedDict((kind, sums) for kind, sums in kinds)
+        self._kinds = OrderedDict((kind, (count, total)) for kind, (count, total) in json.loads(text))
 
 
 class _Line:

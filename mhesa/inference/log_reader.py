@@ -15,7 +15,7 @@ from mhesa.inference.statistics import BITS
 
 # The beginning of a file, by which it is told from another of its name.
 HEAD_BYTES = 1 << 10
-SCORES, ALARMS, POSITION = "scores", "alarms", "position of "
+KINDS, ALARMS, POSITION = "kinds", "alarms", "position of "
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LogReader:
         self.scores, self.alarms = scores or LineScores(), alarms
         # Lines whose key was asked for and not found.
         self.without_key = 0
-        for name, kept in ((SCORES, self.scores), (ALARMS, self.alarms)):
+        for name, kept in ((KINDS, self.scores), (ALARMS, self.alarms)):
             if kept is not None and (note := sessions.note(name)) is not None:
                 kept.load_json(note)
 
@@ -119,7 +119,7 @@ class LogReader:
     def _commit(self, name: str | None, position: Position, last: Piece) -> None:
         if not self.sessions.is_kept:
             return
-        notes = {SCORES: self.scores.to_json()}
+        notes = {KINDS: self.scores.to_json()}
         if self.alarms is not None:
             notes[ALARMS] = self.alarms.to_json()
         if name is not None:
