@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,11 +24,11 @@ from mhesa.cli.common import (
     read_model,
     share,
 )
+from mhesa.cli.score_input import Text, documents, find_texts, key_finder, size_in_bytes, word_list
 from mhesa.cli.score_output import Counts, Output
 from mhesa.errors import InputError
 
 if TYPE_CHECKING:
-    from mhesa.data import File
     from mhesa.inference.heatmap import Heatmap
     from mhesa.inference.line_scores import FalseAlarms, LineScores
     from mhesa.inference.lines import KeyField, KeyPattern
@@ -221,14 +218,14 @@ def score(
     _only_with(not tsv, "no --tsv", {"--json": as_json, "--top": top})
     columns = Columns(unit=unit, spill=spill, correct=correct, skip_first=skip_first)
     alarms = None if false_alarms is None else FalseAlarms(false_alarms)
-    scores, find_key = LineScores(Masks(mask or (), preset or ())), _key_finder(key, key_field)
-    memory = _bytes(key_memory, "--key-memory")
-    files = _find(sources or ["-"])
+    scores, find_key = LineScores(Masks(mask or (), preset or ())), key_finder(key, key_field)
+    memory = size_in_bytes(key_memory, "--key-memory")
+    files = find_texts(sources or ["-"])
     inputs = [file.path if file else 0 for file in files]
     check_output(1, inputs)
     for written in filter(None, (heatmap, state)):
         check_output(written, [*inputs, *folder.iterdir()])
-    given = None if words is None else _word_list(words)
+    given = None if words is None else word_list(words)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     decoder = share(reader, quantize=quantize)
     if decoder is not None and None in files:
@@ -241,7 +238,7 @@ def score(
         total = sum(file.size for file in files if file)
         hidden = None in files or (sys.stdout.isatty() and page is None and top is None)
         advance = stack.enter_context(progress("scoring", total, hidden=hidden))
-        texts = _documents(files, text_field, advance, whole=key_field is not None)
+        texts = documents(files, text_field, advance, whole=key_field is not None)
         log = None
         rows: Iterator[Any]
         if keyed:
@@ -256,7 +253,7 @@ def score(
         rows = counts.of(rows)
         chosen = with_context(rows, context) if only else rows
         shown: Iterable[Any] = chosen if top is None else most_surprising(_until_interrupted(chosen), top)
-        output = Output(as_json, columns if tsv else None, columns, with_score=alarms is not None)
+        output = Output(as_json, tsv, columns, with_score=alarms is not None)
         if rank() == 0:
             output.header()
         for row in shown:
@@ -266,50 +263,6 @@ def score(
         counts.report(log, alarms)
     if counts.alarms:
         raise typer.Exit(ALARM)
-
-
-def _find(sources: list[str]) -> list[File | None]:
-    """The files of sources, each once; `None` is standard input, which is scored while it is read."""
-    from mhesa.data import find_files
-
-    found: dict[object, File | None] = {}
-    for source in sources:
-        for file in [None] if source == "-" else find_files([source]):
-            found.setdefault(file and file.identity(), file)
-    return list(found.values())
-
-
-def _documents(
-    files: list[File | None], text_field: str, advance: Callable[[int], object], whole: bool
-) -> Iterator[Text]:
-    """The documents of some files: the name and the chunks of bytes of each.
-
-    Args:
-        files: `None` is standard input.
-        text_field: see `File.documents`.
-        advance: likewise.
-        whole: whether files of JSON lines are read as they are.
-    """
-    from mhesa.data import standard_input
-    from mhesa.data.files import JSON_LINES
-
-    for file in files:
-        if file is None:
-            yield Text("-", standard_input(), None)
-            continue
-        identity = os.path.realpath(file.path)
-        if whole and file.form in JSON_LINES:
-            file = replace(file, form="")
-        for name, chunks in file.documents(text_field, advance):
-            yield Text(name, chunks, identity if name == file.name else f"{identity} {name}")
-
-
-class Text(NamedTuple):
-    """A text to score: its name, its bytes in chunks, and what identifies it in a later run."""
-
-    name: str
-    chunks: Iterator[bytes]
-    identity: str | None
 
 
 def _span_rows(
@@ -375,29 +328,6 @@ def _log_reader(
     # What was read and not committed is not to be kept: its lines come again.
     with closing(KeyedSessions(reader, memory=memory, path=state)) as sessions:
         yield LogReader(sessions, find_key, scores, alarms)
-
-
-def _key_finder(key: str | None, key_field: str | None) -> KeyPattern | KeyField | None:
-    from mhesa.inference.lines import KeyField, KeyPattern
-
-    if key is not None:
-        return KeyPattern(key)
-    return None if key_field is None else KeyField(key_field)
-
-
-def _bytes(text: str, option: str) -> int:
-    """The bytes of a size such as 256MB."""
-    found = re.fullmatch(r"(\d+) ?([KMGT]?)I?B?", text.upper())
-    if not found:
-        raise InputError(f"{option} must be a size such as 256MB or 1GB, not {text}")
-    return int(found[1]) << (10 * " KMGT".index(found[2] or " "))
-
-
-def _word_list(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _only_with(holds: bool, what: str, options: Mapping[str, object]) -> None:

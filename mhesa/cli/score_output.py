@@ -28,19 +28,20 @@ class Output:
 
     Args:
         as_json: as lines of JSON.
-        table: as tab-separated values with these columns.
-        units: the columns of words and the like, in JSON and in text.
+        as_table: as tab-separated values.
+        columns: of words and the like.
         with_score: print the score of lines in the place of their bits.
     """
 
-    def __init__(self, as_json: bool, table: Columns | None, units: Columns, with_score: bool) -> None:
-        self._as_json, self._table, self._units, self._with_score = as_json, table, units, with_score
+    def __init__(self, as_json: bool, as_table: bool, columns: Columns, with_score: bool) -> None:
+        self._as_json, self._as_table, self._columns = as_json, as_table, columns
+        self._with_score = with_score
         self._is_terminal = sys.stdout.isatty()
 
     def header(self) -> None:
         """Print the names of the columns, if there are any."""
-        if self._table:
-            self._write("\t".join(self._table.names))
+        if self._as_table:
+            self._write("\t".join(self._columns.names))
 
     def show(self, row: SpanSurprisal | UnitSurprisal) -> None:
         """Print a row, at once."""
@@ -54,10 +55,10 @@ class Output:
             self._write(self._span(row))
 
     def _unit(self, row: UnitSurprisal) -> str:
-        values = self._units.as_dict(row)
+        values = self._columns.as_dict(row)
         if self._as_json:
             return json.dumps(values, ensure_ascii=False)
-        if self._table:
+        if self._as_table:
             return "\t".join(map(_cell, values.values()))
         where = f"{row.number}" if row.source == "-" else f"{row.source}:{row.number}"
         return (

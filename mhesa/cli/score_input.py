@@ -1,0 +1,85 @@
+"""What `mhesa score` reads: texts as they arrive, keys, sizes and lists of words."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mhesa.errors import InputError
+
+if TYPE_CHECKING:
+    from mhesa.data import File
+    from mhesa.inference.lines import KeyField, KeyPattern
+
+
+class Text(NamedTuple):
+    """A text to score: its name, its bytes in chunks, and what identifies it in a later run."""
+
+    name: str
+    chunks: Iterator[bytes]
+    identity: str | None
+
+
+def find_texts(sources: list[str]) -> list[File | None]:
+    """The files of sources, each once; `None` is standard input, which is scored while it is read."""
+    from mhesa.data import find_files
+
+    found: dict[object, File | None] = {}
+    for source in sources:
+        for file in [None] if source == "-" else find_files([source]):
+            found.setdefault(file and file.identity(), file)
+    return list(found.values())
+
+
+def documents(
+    files: list[File | None], text_field: str, advance: Callable[[int], object], whole: bool
+) -> Iterator[Text]:
+    """The documents of some files: the name and the chunks of bytes of each.
+
+    Args:
+        files: `None` is standard input.
+        text_field: see `File.documents`.
+        advance: likewise.
+        whole: whether files of JSON lines are read as they are.
+    """
+    from mhesa.data import standard_input
+    from mhesa.data.files import JSON_LINES
+
+    for file in files:
+        if file is None:
+            yield Text("-", standard_input(), None)
+            continue
+        identity = os.path.realpath(file.path)
+        if whole and file.form in JSON_LINES:
+            file = replace(file, form="")
+        for name, chunks in file.documents(text_field, advance):
+            yield Text(name, chunks, identity if name == file.name else f"{identity} {name}")
+
+
+def key_finder(key: str | None, key_field: str | None) -> KeyPattern | KeyField | None:
+    """What finds the key of a line, by a pattern or by a field of JSON; `None` if lines have none."""
+    from mhesa.inference.lines import KeyField, KeyPattern
+
+    if key is not None:
+        return KeyPattern(key)
+    return None if key_field is None else KeyField(key_field)
+
+
+def size_in_bytes(text: str, option: str) -> int:
+    """The bytes of a size such as 256MB."""
+    found = re.fullmatch(r"(\d+) ?([KMGT]?)I?B?", text.upper())
+    if not found:
+        raise InputError(f"{option} must be a size such as 256MB or 1GB, not {text}")
+    return int(found[1]) << (10 * " KMGT".index(found[2] or " "))
+
+
+def word_list(path: Path) -> list[str]:
+    """The words of a file, with whitespace between them."""
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
