@@ -12,6 +12,8 @@ import regex
 from mhesa.errors import InputError
 from mhesa.tokenizers.stream import BLOCK_BYTES, character_start
 
+# Lines that are read together: each takes a kilobyte of objects.
+LINES_AT_ONCE = 4096
 # Seconds that a regular expression may take for a line.
 PATTERN_SECONDS = 1.0
 # How much of a key is shown.
@@ -63,7 +65,7 @@ def split_lines(chunks: Iterable[bytes], *, offset: int = 0, number: int = 1) ->
         number: of its first line.
 
     Yields:
-        The lines that each chunk completes.
+        The lines that each chunk completes, `LINES_AT_ONCE` of them at most.
 
     >>> [[piece.text for piece in pieces] for pieces in split_lines([b"one\ntw", b"o\nthree"])]
     [[b'one\n'], [b'two\n'], [b'three']]
@@ -81,6 +83,9 @@ def split_lines(chunks: Iterable[bytes], *, offset: int = 0, number: int = 1) ->
             pieces.append(Piece(number, offset + start, held[start:end], is_first))
             is_first = pieces[-1].is_last
             number, start = number + is_first, end
+            if len(pieces) == LINES_AT_ONCE:
+                yield pieces
+                pieces = []
         held, offset = held[start:], offset + start
         if pieces:
             yield pieces
