@@ -137,11 +137,11 @@ def _smoothing(**options: Any) -> Callable[[int], nn.Module]:
 
 # Models of 1.0 to 1.3 million parameters. The learning rates are the best of those in docs/learning.md.
 RECIPES = {
-    "original": Recipe(_smoothing(heads=8), 3e-3),
+    "original": Recipe(_smoothing(heads=8), 6e-3),
     "original, Muon": Recipe(_smoothing(heads=8), 3e-3, 0.02),
     "adaptive": Recipe(_smoothing(heads=32, adaptive=True, conv_size=4), 3e-3, 0.02),
     "transformer, Muon": Recipe(lambda n: Transformer(n, dim=160, depth=4, heads=5), 3e-3, 0.04, window=4096),
-    "LSTM": Recipe(lambda n: LSTM(n, dim=128, depth=2, width=256), 5e-3),
+    "LSTM": Recipe(lambda n: LSTM(n, dim=128, depth=2, width=256), 2e-2),
 }
 
 # Smaller ones, of 0.1 to 0.2 million parameters, for the probes.
