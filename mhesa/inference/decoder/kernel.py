@@ -135,7 +135,7 @@ def _smooth(v, alpha, decay, skip, state, n):  # type: ignore[no-untyped-def]
 
 
 @fast
-def _tap(out, x, weight, n, first):  # type: ignore[no-untyped-def]
+def _apply_tap(out, x, weight, n, first):  # type: ignore[no-untyped-def]
     """Write the products with the first tap's weights, or add those of another tap."""
     if first:
         for i in range(n):
@@ -158,7 +158,7 @@ def _keep_tail(args, stage, tail, start, end):  # type: ignore[no-untyped-def]
 
 
 @fast
-def _alphas(stage, row):  # type: ignore[no-untyped-def]
+def _write_alphas(stage, row):  # type: ignore[no-untyped-def]
     """Turn the logits of a row's heads into alphas, in place."""
     logits = offset(stage.rate_logits, row * stage.row_stride)
     for head in range(stage.heads):
@@ -320,7 +320,7 @@ def _convolve_rows(args, stage, turns, task, low, high):  # type: ignore[no-unty
             source = offset(args.uv, place * args.uv_stride)
             if place < start:
                 source = offset(tail, (stage.taps - 1 - (start - place)) * n)
-            _tap(out, source, offset(stage.conv, tap * n), n, tap == 0)
+            _apply_tap(out, source, offset(stage.conv, tap * n), n, tap == 0)
         if row == end - 1:
             _keep_tail(args, stage, tail, start, end)
     _pass_state_on(args, turns, task)
@@ -334,7 +334,7 @@ def _smooth_rows(args, stage, turns, task, low, high):  # type: ignore[no-untype
     for row in range(low, high):
         v = offset(stage.rows, row * stage.row_stride)
         _normalise(v, stage.weight, stage.bias, v, n)
-        _alphas(stage, row)
+        _write_alphas(stage, row)
     sequence = _sequence_of(args, low)
     _wait_for_state(args, turns, task, low, sequence)
     for row in range(low, high):

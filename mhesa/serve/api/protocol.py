@@ -27,7 +27,7 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 ScoreUnit = Literal["token", "character", "word", "sentence", "line", "text"]
-# Units of which surprisal alone is told.
+# Units whose items have surprisal, and neither entropy nor rank.
 PLAIN_UNITS = ("line", "text")
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
@@ -418,7 +418,7 @@ class ScoredItem(BaseModel):
     """A part of a text, and its surprisal in bits.
 
     Of tokens, characters, words and sentences `entropy` says how many bits were to be expected of the token
-    that the part begins in, and `rank` how many tokens were as likely as that one or likelier.
+    that the part begins in, and `rank` is that token's: 1 if none was likelier.
     """
 
     text: str

@@ -110,7 +110,8 @@ def _whole(text: bytes, cost: float) -> Iterator[protocol.ScoredItem]:
 def _lines(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> Iterator[protocol.ScoredItem]:
     ends, costs = share_by_line(text, bits, sizes)
     start = 0
-    for end, cost in zip(ends.tolist(), costs.tolist(), strict=True):
+    # One number at a time: a list of all of them would take ten times the memory of the arrays.
+    for end, cost in zip(map(int, ends), map(float, costs), strict=True):
         line = text[start:end].decode("utf-8", "replace")
         yield protocol.ScoredItem(text=line, offset=start, bytes=end - start, bits=cost)
         start = end
