@@ -20,7 +20,7 @@ PAGES = (
 )
 SECTION = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
 
-# What finds faults in logs; see `benchmarks.logs`.
+# The methods that `benchmarks.logs` compares, in the order of the columns.
 METHODS = (
     "adaptive",
     "adaptive, by key",

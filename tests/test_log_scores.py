@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 import mhesa
 from mhesa import GatedExponentialSmoothingLM, Reader, Session
 from mhesa.errors import InputError
-from mhesa.inference.line_scores import FalseAlarms, most_surprising_span
-from mhesa.inference.lines import Masks, split_lines
+from mhesa.inference.line_scores import FalseAlarms, LineScores, most_surprising_span
+from mhesa.inference.lines import Masks, Piece, split_lines
+from mhesa.inference.scoring import ScoredPiece
 from mhesa.inference.units import GivenWords, data_frame, surprisal_table
 from mhesa.tokenizers import Bytes, train_bpe
 
@@ -154,6 +155,16 @@ def test_alarms_are_marked_and_alone_with_their_context(run, folder):
 def test_the_span_is_where_the_surprisal_is():
     bits = np.array([1.0] * 10 + [8.0, 9, 7] + [1.0] * 10)
     assert most_surprising_span(bits) == (10, 13)
+
+
+def test_digits_neither_count_nor_stand_out():
+    def read(bits):
+        piece = ScoredPiece(Piece(1, 0, b"id 77 on\n", True), {"bits": np.array(bits)})
+        [row] = LineScores().read("t", [piece])
+        return row.score, row.span_text
+
+    assert read([1.0, 1, 1, 30, 30, 1, 7, 1, 1]) == (7.0, b"o")
+    assert read([1.0, 5, 1, 30, 30, 1, 1, 1, 1]) == (5.0, b"d")
 
 
 def test_nothing_is_said_to_be_nothing(run, folder):

@@ -83,9 +83,8 @@ class LineScores:
             text: the bytes of the line that count.
             bits: of each of them, `(bytes,)`.
         """
-        values = np.frombuffer(text, np.uint8)
-        counted = (values < ord("0")) | (values > ord("9"))
-        kind = values[counted][:BEGINNING].tobytes().decode("latin-1")
+        counted = _no_digits(text)
+        kind = np.frombuffer(text, np.uint8)[counted][:BEGINNING].tobytes().decode("latin-1")
         highest = float(bits[counted].max(initial=0.0))
         count, total = self._kinds.pop(kind, (1, 0.0))
         self._kinds[kind] = count + 1, total + highest
@@ -122,7 +121,7 @@ class LineScores:
         score = self.score(np.frombuffer(text, np.uint8)[counted].tobytes(), bits[counted])
         if line.score is None or score > line.score:
             line.score, line.scored = score, scored
-            line.counted = counted
+            line.counted = counted & _no_digits(text)
         line.bits += float(bits.sum())
         line.size += len(text)
         line.text += text[: SHOWN_BYTES - len(line.text)]
@@ -134,6 +133,12 @@ class LineScores:
     def load_json(self, text: str) -> None:
         """Go on with what `to_json` gave."""
         self._kinds = OrderedDict((kind, (count, total)) for kind, (count, total) in json.loads(text))
+
+
+def _no_digits(text: bytes) -> np.ndarray:
+    """Which bytes are no digits, `(bytes,)`."""
+    values = np.frombuffer(text, np.uint8)
+    return (values < ord("0")) | (values > ord("9"))
 
 
 class _Line:
