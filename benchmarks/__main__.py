@@ -252,7 +252,7 @@ def context_parallel(
 @app.command()
 def learning(
     part: Annotated[
-        str, typer.Argument(metavar="rates|tokens|minutes|latch|recall", help="What to compare.")
+        str, typer.Argument(metavar="rates|choices|tokens|minutes|latch|recall", help="What to compare.")
     ],
     sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE", help="As in mhesa train.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
@@ -262,9 +262,10 @@ def learning(
 ) -> None:
     """Compare what models of 1.0 to 1.3 million parameters learn: ours, the original, a transformer, an LSTM.
 
-    rates tunes a learning rate for each, tokens gives all the same text, minutes the same CPU time on one
-    thread. tokens also measures the loss by position and by how much context there is. latch and recall
-    are tasks that need a memory. Each part takes from 20 minutes to an hour.
+    rates tunes a learning rate for each; choices changes one thing of ours at a time; tokens gives all the
+    same text, and measures the loss by position and by how much context there is; minutes gives all the same
+    CPU time on one thread. latch and recall are tasks that need a memory. Each part takes from 20 minutes to
+    an hour.
 
     Example:
 

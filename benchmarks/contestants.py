@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhesa.model.layers import spread_rates
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.devices import computes_in_bf16
 from mhesa.training.muon import Muon
@@ -94,12 +96,14 @@ class Recipe:
         adamw: peak learning rate of AdamW.
         muon: that of Muon for the matrices of the model's `layers`; `None` leaves them to AdamW.
         window: tokens beyond which the model is not read: it falls apart there, in quadratic time.
+        context: tokens of a window that it is trained on.
     """
 
     build: Callable[[int], nn.Module]
     adamw: float
     muon: float | None = None
     window: int | None = None
+    context: int = 256
 
     @property
     def tuned(self) -> str:
@@ -135,13 +139,50 @@ def _smoothing(**options: Any) -> Callable[[int], nn.Module]:
     return lambda num_tokens: GatedExponentialSmoothingLM(num_tokens=num_tokens, **sizes)
 
 
+def _ours(
+    *, context: int = 256, rates: Callable[[int], tuple[Tensor, Tensor]] = spread_rates, **options: Any
+) -> Recipe:
+    """What `mhesa train` does by default, but for one choice.
+
+    Args:
+        rates: of a number of heads, the initial `alphas` and `dampen_factors`.
+        options: of the model.
+    """
+    build = _smoothing(**{"heads": 32, "adaptive": True, "conv_size": 4} | options)
+
+    def with_rates(num_tokens: int) -> nn.Module:
+        model = build(num_tokens)
+        for layer in model.layers:
+            alphas, dampen_factors = rates(layer.mhesa.heads)
+            with torch.no_grad():
+                layer.mhesa.alphas.copy_(alphas)
+                layer.mhesa.dampen_factors.copy_(dampen_factors)
+        return model
+
+    return Recipe(with_rates, 3e-3, 0.02, context=context)
+
+
 # Models of 1.0 to 1.3 million parameters. The learning rates are the best of those in docs/learning.md.
 RECIPES = {
     "original": Recipe(_smoothing(heads=8), 6e-3),
     "original, Muon": Recipe(_smoothing(heads=8), 3e-3, 0.02),
-    "adaptive": Recipe(_smoothing(heads=32, adaptive=True, conv_size=4), 3e-3, 0.02),
+    "adaptive": _ours(),
     "transformer, Muon": Recipe(lambda n: Transformer(n, dim=160, depth=4, heads=5), 3e-3, 0.04, window=4096),
     "LSTM": Recipe(lambda n: LSTM(n, dim=128, depth=2, width=256), 2e-2),
+}
+
+# What else "adaptive" could be: one choice of it made otherwise.
+CHOICES = {
+    "16 heads": _ours(heads=16),
+    "64 heads": _ours(heads=64),
+    "windows of 128": _ours(context=128),
+    "windows of 512": _ours(context=512),
+    "half the learning rate": _ours().at(0.5),
+    "twice the learning rate": _ours().at(2.0),
+    "initial rates of the original": _ours(rates=lambda heads: (torch.randn(heads), torch.randn(heads))),
+    "time constants up to 30": _ours(rates=partial(spread_rates, slowest=30)),
+    "time constants up to 3,000": _ours(rates=partial(spread_rates, slowest=3000)),
+    "decays up to 0.9999": _ours(rates=partial(spread_rates, damping=9.2)),
 }
 
 # Smaller ones, of 0.1 to 0.2 million parameters, for the probes.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import PROBED, RECIPES, Recipe
+from benchmarks.contestants import CHOICES, PROBED, RECIPES, Recipe
 from benchmarks.probes import IGNORED, PROBES, Probe, accuracy
 from mhesa.data import Source, Windows, open_corpus
 from mhesa.errors import InputError
@@ -21,7 +21,8 @@ from mhesa.ops.devices import computes_in_bf16
 from mhesa.tokenizers import Bytes
 from mhesa.training.schedule import learning_rate
 
-STEPS, ROWS, CONTEXT, NUM_TOKENS, WARMUP = 600, 16, 256, 257, 0.02
+# Tokens of a step, whatever the windows.
+STEPS, STEP_TOKENS, NUM_TOKENS, WARMUP = 600, 4096, 257, 0.02
 # Bytes after which a model starts anew, in the two figures of each run.
 SHORT, LONG = 256, 4096
 FACTORS = (0.5, 2.0)
@@ -113,9 +114,9 @@ class Text:
             )
         self.held_out = torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int64))
 
-    def batches(self, seed: int) -> Batches:
-        """Windows in an order that the seed decides."""
-        windows = Windows(self.corpus.tokens, context=CONTEXT, rows=ROWS, seed=seed)
+    def batches(self, seed: int, context: int = 256) -> Batches:
+        """Windows of `context` tokens in an order that the seed decides."""
+        windows = Windows(self.corpus.tokens, context=context, rows=STEP_TOKENS // context, seed=seed)
 
         def read(step: int) -> tuple[Tensor, Tensor]:
             ids = windows.read(windows.starts(step))
@@ -156,7 +157,7 @@ def train(
     return model.eval(), step, taken
 
 
-PARTS = ("rates", "tokens", "minutes", "latch", "recall")
+PARTS = ("rates", "choices", "tokens", "minutes", "latch", "recall")
 
 
 def bench_learning(
@@ -184,9 +185,10 @@ def bench_learning(
             for run, _ in bench_text(text, recipes, seed=0, steps=STEPS):
                 yield "runs", run
         return
+    recipes = CHOICES if part == "choices" else RECIPES
+    budget = {"seconds": seconds} if part == "minutes" else {"steps": STEPS}
     for seed in range(seeds):
-        budget = {"steps": STEPS} if part == "tokens" else {"seconds": seconds}
-        for run, model in bench_text(text, RECIPES, seed=seed, **budget):
+        for run, model in bench_text(text, recipes, seed=seed, **budget):
             yield "runs", run
             if part == "tokens" and seed == 0:
                 window = RECIPES[run.recipe].window
@@ -207,7 +209,9 @@ def bench_text(
     """Train each recipe on the same windows, for some steps or some seconds of CPU time."""
     budget = f"{steps} steps" if seconds is None else f"{seconds:g} s"
     for name, recipe in recipes.items():
-        model, taken, spent = train(recipe, text.batches(seed), seed=seed, steps=steps, seconds=seconds)
+        model, taken, spent = train(
+            recipe, text.batches(seed, recipe.context), seed=seed, steps=steps, seconds=seconds
+        )
         run = Run(
             budget=budget,
             recipe=name,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.contestants import LSTM, RECIPES, Recipe, Transformer
+from benchmarks.contestants import CHOICES, LSTM, RECIPES, Recipe, Transformer
 from benchmarks.learning import (
     CONTEXTS,
     NUM_TOKENS,
@@ -113,6 +113,21 @@ def test_the_contestants_are_of_one_size():
     assert max(sizes.values()) < 1.32 * min(sizes.values())
     assert RECIPES["adaptive"].at(2.0).muon == 2 * RECIPES["adaptive"].muon
     assert RECIPES["LSTM"].at(2.0).adamw == 2 * RECIPES["LSTM"].adamw
+
+
+def test_a_choice_changes_one_thing(text):
+    ours = RECIPES["adaptive"]
+    assert CHOICES["half the learning rate"].at(2.0).muon == ours.muon
+    inputs, targets = text.batches(0, CHOICES["windows of 512"].context)(0)
+    assert inputs.shape == targets.shape == (8, 512)
+    torch.manual_seed(0)
+    layers = {name: recipe.build(NUM_TOKENS).layers[0].mhesa for name, recipe in CHOICES.items()}
+    assert layers["64 heads"].heads == 64
+    slowest = {name: (-1 / torch.log1p(-layer.alphas.sigmoid())).max() for name, layer in layers.items()}
+    assert slowest["16 heads"] == pytest.approx(300, rel=1e-3)
+    assert slowest["time constants up to 3,000"] == pytest.approx(3000, rel=1e-3)
+    assert slowest["initial rates of the original"] < 30
+    assert layers["decays up to 0.9999"].dampen_factors.sigmoid().min() == pytest.approx(0.9999, abs=1e-5)
 
 
 def test_a_transformer_looks_back_only():
