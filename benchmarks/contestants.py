@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhesa.model.layers import spread_rates
+from mhesa.model.layers import MHESA, spread_rates
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.devices import computes_in_bf16
 from mhesa.training.muon import Muon
@@ -152,11 +152,12 @@ def _ours(
 
     def with_rates(num_tokens: int) -> nn.Module:
         model = build(num_tokens)
-        for layer in model.layers:
-            alphas, dampen_factors = rates(layer.mhesa.heads)
-            with torch.no_grad():
-                layer.mhesa.alphas.copy_(alphas)
-                layer.mhesa.dampen_factors.copy_(dampen_factors)
+        for module in model.modules():
+            if isinstance(module, MHESA):
+                alphas, dampen_factors = rates(module.heads)
+                with torch.no_grad():
+                    module.alphas.copy_(alphas)
+                    module.dampen_factors.copy_(dampen_factors)
         return model
 
     return Recipe(with_rates, 3e-3, 0.02, context=context)

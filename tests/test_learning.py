@@ -123,11 +123,15 @@ def test_a_choice_changes_one_thing(text):
     torch.manual_seed(0)
     layers = {name: recipe.build(NUM_TOKENS).layers[0].mhesa for name, recipe in CHOICES.items()}
     assert layers["64 heads"].heads == 64
-    slowest = {name: (-1 / torch.log1p(-layer.alphas.sigmoid())).max() for name, layer in layers.items()}
+    slowest = {
+        name: (-1 / torch.log1p(-layer.alphas.sigmoid())).max().item() for name, layer in layers.items()
+    }
     assert slowest["16 heads"] == pytest.approx(300, rel=1e-3)
     assert slowest["time constants up to 3,000"] == pytest.approx(3000, rel=1e-3)
     assert slowest["initial rates of the original"] < 30
-    assert layers["decays up to 0.9999"].dampen_factors.sigmoid().min() == pytest.approx(0.9999, abs=1e-5)
+    assert layers["decays up to 0.9999"].dampen_factors.sigmoid().min().item() == pytest.approx(
+        0.9999, abs=1e-5
+    )
 
 
 def test_a_transformer_looks_back_only():
