@@ -1,5 +1,6 @@
 """The command line as a person uses it: in a process of its own, and with everything mistaken."""
 
+import gc
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from commands import run_command
 from safetensors.torch import load_file
 
 from mhesa import cli
+from mhesa.errors import InputError
 from mhesa.hf import MhesaConfig, MhesaForCausalLM
 
 TINY = [
@@ -72,6 +74,29 @@ def trained(corpus, tmp_path_factory):
 
 
 # The main job
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "eval", "train", "serve"])
+def test_garbage_is_collected_while_a_command_works(command, trained, corpus, tmp_path, monkeypatch):
+    seen = {}
+
+    def work(*_, **__):
+        seen["while it works"] = gc.isenabled()
+        raise InputError("far enough")
+
+    monkeypatch.setattr("mhesa.training.train", work)
+    monkeypatch.setattr("mhesa.serve.http.server.serve", work)
+    monkeypatch.setattr("mhesa.inference.session.Session.stream", work)
+    # The package has functions of these names.
+    for name in ("score", "evaluate"):
+        monkeypatch.setattr(sys.modules[f"mhesa.cli.{name}"], "share", work)
+    sources = {"train": [corpus, "--out", tmp_path / "out"], "eval": [trained[0], corpus]}
+    monkeypatch.setattr("sys.argv", ["mhesa", command, *map(str, sources.get(command, [trained[0]]))])
+    with pytest.raises(SystemExit):
+        cli.main()
+    gc.unfreeze()
+    assert seen == {"while it works": True}
+    assert gc.isenabled()
 
 
 def test_train_says_what_it_did(trained):

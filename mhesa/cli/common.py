@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gc
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -52,6 +53,12 @@ Quantize = Annotated[
 ]
 
 
+def started() -> None:
+    """Collect garbage from now on, except what imports made: it stays until the process ends."""
+    gc.freeze()
+    gc.enable()
+
+
 def read_model(
     folder: Path, *, precision: str | None, quantize: str | None, device: str, backend: str | None
 ) -> Reader:
@@ -70,7 +77,9 @@ def read_model(
         raise InputError(f"precision must be fp32 or bf16, not {precision}")
     join_processes(device)
     model, tokenizer = load(folder, device=device, backend=backend)
-    return Reader(model.to(dtype=precisions[precision]), tokenizer, quantize=quantize)
+    reader = Reader(model.to(dtype=precisions[precision]), tokenizer, quantize=quantize)
+    started()
+    return reader
 
 
 def share(reader: Reader, *, quantize: str | None) -> ParallelDecoder | None:

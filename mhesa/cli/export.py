@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mhesa.cli.common import Folder, new_table, show
+from mhesa.cli.common import Folder, new_table, show, started
 from mhesa.errors import InputError
 
 
@@ -40,6 +40,7 @@ def export(
     from mhesa.model.loading import load
 
     model, tokenizer = load(folder)
+    started()
     table = new_table("file", "MB")
     written: list[Path] = []
     if web is not None:
