@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.decoder.native import ROWS
+from mhesa.inference.decoder.native import ROWS, NativeEngine
 
 NATIVE = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")]
 ALL = [*NATIVE, (torch.float64, None)]
@@ -241,13 +241,13 @@ def test_later_changes_of_the_weights_are_not_seen():
     assert torch.equal(decoder.step(ids, model.initial_state(1)), before)
 
 
-def test_processors_without_pair_instructions_get_the_same_sums(tmp_path):
+def test_processors_without_instructions_for_products_get_the_same_sums(tmp_path):
     """The instructions are chosen when a kernel is compiled, so compile for a processor without them."""
     script = """
 import sys, torch
 from mhesa.inference.decoder import matmul
 if sys.argv[1] == "plain":
-    matmul._processor_has = lambda feature: False
+    matmul.processor.has = lambda feature: False
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.inference.decoder import Decoder
 torch.manual_seed(0)
@@ -259,16 +259,33 @@ out.append(Decoder(model, max_batch=3).prefill(ids, model.initial_state(3)))
 torch.save(out, sys.argv[2])
 """
     results = []
-    for kind in ("paired", "plain"):
+    for kind in ("this", "plain"):
         file = tmp_path / kind
         # numba takes both for the same code, so those of the other processor have a cache of their own.
         environment = os.environ | ({"NUMBA_CACHE_DIR": str(tmp_path)} if kind == "plain" else {})
         subprocess.run([sys.executable, "-c", script, kind, str(file)], check=True, env=environment)
         results.append(torch.load(file, weights_only=True))
-    (paired_int8, paired_bf16), (plain_int8, plain_bf16) = results
+    (int8, bf16), (plain_int8, plain_bf16) = results
     # Sums of integers are exact; those of bf16 products are rounded in another order.
-    assert torch.equal(paired_int8, plain_int8)
-    torch.testing.assert_close(paired_bf16, plain_bf16, atol=2e-2, rtol=0)
+    assert torch.equal(int8, plain_int8)
+    torch.testing.assert_close(bf16, plain_bf16, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [8, 40, 64, 100])
+@pytest.mark.parametrize("rows", [1, 6, 15, 17, 50])
+def test_products_of_bf16_are_those_of_fp64_and_feel_no_other_memory(dim, rows):
+    torch.manual_seed(dim + rows)
+    model = GatedExponentialSmoothingLM(num_tokens=70, dim=dim, depth=1, heads=2, dim_mhesa=16).bfloat16()
+    engine = NativeEngine(model, torch.bfloat16, rows, single_thread_small_calls=False)
+    engine.operand.fill_(torch.nan)
+    ids = torch.randint(70, (rows,))
+    logits = engine.run(ids, torch.arange(rows + 1), model.initial_state(rows), True)
+    # What the last product read is still there.
+    operand, matrix = engine.operand[:rows, :dim].double(), model.to_logits.weight.double()
+    expected = operand @ matrix.T
+    scale = (operand.abs() @ matrix.abs().T).max().item()
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-6 * scale)
 
 
 @pytest.mark.gpu

@@ -29,11 +29,13 @@ from typing import Any
 import numpy as np
 from numba.extending import overload
 
-from mhesa.inference.decoder.matmul import PADDING, PANEL, TILE, multiply
+from mhesa.inference.decoder.matmul import LARGEST_PADDING, LARGEST_TILE, PANEL, multiply, tile_rows
+from mhesa.inference.decoder.tiles import begin_tiles, end_tiles
 from mhesa.ops.cpu.arguments import FLOAT32, INT64, OPERAND, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, fetch_add, signal, wait
-from mhesa.ops.cpu.compiling import jit, offset, stack_array, types
+from mhesa.ops.cpu.compiling import exists, jit, offset, stack_array, types
 from mhesa.ops.cpu.gelu_kernels import gelu
+from mhesa.ops.cpu.rates_tiles import write_row
 from mhesa.ops.cpu.simd import sigmoid
 
 # What a stage does. CONVOLVE normalises first. PACK writes rows of fp32 in the type that weights are
@@ -54,11 +56,11 @@ Stage = struct(
     row_stride="int64",
     weight=FLOAT32,  # of the embedding or the normalisation
     bias=FLOAT32,
-    alpha=FLOAT32,  # one a channel; of an adaptive layer the logits, one a head
-    decay=FLOAT32,  # one a channel; of an adaptive layer the damping factors, one a head
-    skip=FLOAT32,
-    rate_logits=FLOAT32,  # of an adaptive layer, in the rows of u and v
     heads="int64",
+    alpha=FLOAT32,  # one a head; of an adaptive layer the logits
+    decay=FLOAT32,  # one a head; of an adaptive layer the damping factors
+    skip=FLOAT32,
+    rate_logits=FLOAT32,  # of an adaptive layer, in the rows of u and v; as many values follow for the decays
     conv=FLOAT32,  # the convolution's weights, if there is one
     taps="int64",
     tail="int64",  # where the convolution's part of a state begins
@@ -92,13 +94,12 @@ Arguments = struct(
     operand=OPERAND,  # memory for packed rows
     operand_stride="int64",
     scales=FLOAT32,  # one a packed row, for int8
-    rates=FLOAT32,  # memory for alpha and decay of the channels of a row, for each sequence
 )
 
-# Rows of a batch that a task multiplies by a panel, in whole tiles.
-ROWS_PER_TASK = 8 * TILE
+# Rows of a batch that a task multiplies by a panel, in whole tiles of 6 or 16 rows.
+ROWS_PER_TASK = 48
 # The sums of a tile: each of its rows with all outputs of a panel.
-TILE_SUMS = TILE * PANEL
+TILE_SUMS = LARGEST_TILE * PANEL
 # Tasks of a stage for each thread: with more of them, threads wait less for the last.
 TASKS_PER_THREAD = 4
 SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -126,15 +127,6 @@ def _normalise(x, weight, bias, out, n):  # type: ignore[no-untyped-def]
 
 
 @fast
-def _smooth(v, alpha, decay, skip, state, n):  # type: ignore[no-untyped-def]
-    for i in range(n):
-        h = decay[i] * state[i] + alpha[i] * v[i]
-        h = np.float32(0) if abs(h) < SMALLEST_NORMAL else h
-        state[i] = h
-        v[i] = h + skip[i] * v[i]
-
-
-@fast
 def _apply_tap(out, x, weight, n, first):  # type: ignore[no-untyped-def]
     """Write the products with the first tap's weights, or add those of another tap."""
     if first:
@@ -158,30 +150,19 @@ def _keep_tail(args, stage, tail, start, end):  # type: ignore[no-untyped-def]
 
 
 @fast
-def _write_alphas(stage, row):  # type: ignore[no-untyped-def]
-    """Turn the logits of a row's heads into alphas, in place."""
-    logits = offset(stage.rate_logits, row * stage.row_stride)
-    for head in range(stage.heads):
-        logits[head] = sigmoid(stage.alpha[head] + logits[head])
-
-
-@fast
-def _spread_rates(stage, row, rates):  # type: ignore[no-untyped-def]
-    """Write alpha and decay of every channel of a row, from the alphas of its heads."""
-    n, channels = stage.columns, stage.columns // stage.heads
+def _write_rates(stage, row):  # type: ignore[no-untyped-def]
+    """Turn the logits of a row's heads into their alphas, and write their decays after them."""
     alphas = offset(stage.rate_logits, row * stage.row_stride)
     for head in range(stage.heads):
-        alpha = alphas[head]
-        decay = (np.float32(1) - alpha) * stage.decay[head]
-        for i in range(head * channels, (head + 1) * channels):
-            rates[i] = alpha
-            rates[n + i] = decay
+        alpha = sigmoid(stage.alpha[head] + alphas[head])
+        alphas[head] = alpha
+        alphas[stage.heads + head] = (np.float32(1) - alpha) * stage.decay[head]
 
 
 @jit
 def _pad(operand, n):  # type: ignore[no-untyped-def]
     # An earlier row may have left NaN there, which times a weight of zero is NaN.
-    for i in range(n, (n + PADDING - 1) // PADDING * PADDING):
+    for i in range(n, (n + LARGEST_PADDING - 1) // LARGEST_PADDING * LARGEST_PADDING):
         operand[i] = 0
 
 
@@ -331,21 +312,22 @@ def _convolve_rows(args, stage, turns, task, low, high):  # type: ignore[no-unty
 @jit
 def _smooth_rows(args, stage, turns, task, low, high):  # type: ignore[no-untyped-def]
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride)
+    heads, adaptive = stage.heads, exists(stage.rate_logits)
     for row in range(low, high):
         v = offset(stage.rows, row * stage.row_stride)
         _normalise(v, stage.weight, stage.bias, v, n)
-        _write_alphas(stage, row)
+        if adaptive:
+            _write_rates(stage, row)
     sequence = _sequence_of(args, low)
     _wait_for_state(args, turns, task, low, sequence)
     for row in range(low, high):
         sequence += row == args.offsets[sequence + 1]
         v, state = offset(stage.rows, row * stage.row_stride), offset(states, sequence * args.sequence_stride)
-        if stage.heads:
-            rates = offset(args.rates, sequence * 2 * n)
-            _spread_rates(stage, row, rates)
-            _smooth(v, rates, offset(rates, n), stage.skip, state, n)
-        else:
-            _smooth(v, stage.alpha, stage.decay, stage.skip, state, n)
+        alpha, decay = stage.alpha, stage.decay
+        if adaptive:
+            alpha = offset(stage.rate_logits, row * stage.row_stride)
+            decay = offset(alpha, heads)
+        write_row(True, heads, n // heads, (v, 0, alpha, decay, state, v, stage.skip, True, False))
     _pass_state_on(args, turns, task)
     for row in range(low, high):
         _pack_row(args, stage, offset(stage.rows, row * stage.row_stride), row)
@@ -363,7 +345,7 @@ def _pack_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
 @jit
 def _multiply_rows(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
     columns, stride, scales = stage.columns, stage.operand_stride, args.scales
-    blocks = (rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK
+    blocks, tile = (rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK, tile_rows(stage.matrix)
     for unit in range(low, high):
         panel, block = unit // blocks, unit % blocks
         weights, first_output = offset(stage.matrix, panel * columns * PANEL), panel * PANEL
@@ -371,8 +353,8 @@ def _multiply_rows(args, stage, rows, totals, low, high):  # type: ignore[no-unt
         matrix_scales = offset(stage.matrix_scales, first_output)
         last = min((block + 1) * ROWS_PER_TASK, rows)
         epilogue = stage.epilogue if panel < stage.gelu_panels or stage.epilogue != GELU else WRITE
-        for first in range(block * ROWS_PER_TASK, last, TILE):
-            count = min(TILE, last - first)
+        for first in range(block * ROWS_PER_TASK, last, tile):
+            count = min(tile, last - first)
             multiply(weights, offset(stage.operand, first * stride), stride, totals, columns, count)
             for i in range(count):
                 row = first + i
@@ -404,6 +386,7 @@ def run(args):  # type: ignore[no-untyped-def]
             args.refused = 1
             return
     outputs = args.rows if args.all_logits else args.sequences
+    begin_tiles(args.stages.matrix)
     for index in range(args.stage_count):
         stage = offset(args.stages, index)
         rows = outputs if stage.outputs_only else args.rows
@@ -421,3 +404,4 @@ def run(args):  # type: ignore[no-untyped-def]
             signal(done)
             task = fetch_add(taken)
         wait(done, tasks)
+    end_tiles(args.stages.matrix)

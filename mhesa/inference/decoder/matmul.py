@@ -10,19 +10,22 @@ the same instructions in the same order, so a row's result is the same bit for b
 - int8: products of pairs, summed exactly in 32-bit integers. Weights are int8 with a scale for each output,
   rows are int16 with a scale for each row.
 
-Processors that lack an instruction for pairs compute the same sums with several instructions.
+Processors that lack an instruction for pairs compute the same sums with several instructions. Those with AMX
+multiply bf16 in tiles instead, see `mhesa.inference.decoder.tiles`.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import llvmlite.binding
 import torch
 from llvmlite import ir
+from numba.extending import overload
 from torch import Tensor
 
+from mhesa.inference.decoder import tiles
+from mhesa.ops.cpu import processor
 from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
 from mhesa.ops.cpu.memory import empty_hugepages
 from mhesa.ops.cpu.simd import FLOAT, I8, I16, I32, I64
@@ -32,8 +35,10 @@ PANEL = 64
 LANES = 16
 # Rows that share one pass over a panel: 24 sums, 4 weights and 1 value fill 29 of 32 registers.
 TILE = 6
-# Columns are padded with zeros to a multiple of this: unrolled loops then have no remainder.
-PADDING = 16
+# The most that share one, on any processor.
+LARGEST_TILE = tiles.ROWS
+# Columns are padded with zeros to a multiple of this, of bf16 to whole tiles: loops then have no remainder.
+PADDING, LARGEST_PADDING = 16, tiles.COLUMNS
 
 _FLOATS, _INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(I32, LANES)
 
@@ -41,6 +46,15 @@ _FLOATS, _INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(I32, LANES)
 def padded(size: int, multiple: int) -> int:
     """`size`, rounded up to a multiple."""
     return -(-size // multiple) * multiple
+
+
+def padded_columns(columns: int, weights: torch.dtype) -> int:
+    """Columns of a packed matrix.
+
+    >>> padded_columns(40, torch.int8), padded_columns(40, torch.bfloat16)
+    (48, 64)
+    """
+    return padded(columns, LARGEST_PADDING if weights == torch.bfloat16 else PADDING)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -51,7 +65,7 @@ def pack(weight: Tensor) -> Tensor:
     """
     outputs, columns = weight.shape
     pair = 1 if weight.dtype == torch.float32 else 2
-    size = padded(outputs, PANEL), padded(columns, PADDING)
+    size = padded(outputs, PANEL), padded_columns(columns, weight.dtype)
     padded_weight = torch.zeros(size, dtype=weight.dtype, device="cpu")
     padded_weight[:outputs, :columns] = weight
     panels = padded_weight.view(-1, PANEL, padded_weight.shape[1] // pair, pair).transpose(1, 2)
@@ -94,11 +108,6 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]
 
 _PAIRS_OF_BF16 = ir.VectorType(_BFloat(), 2 * LANES)
 _PAIRS_OF_I16 = ir.VectorType(I16, 2 * LANES)
-
-
-@cache
-def _processor_has(feature: str) -> bool:
-    return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
 
 
 def _splat(builder: Any, value: Any, vector: Any) -> Any:
@@ -149,7 +158,7 @@ class _Bfloat16:
 
     @staticmethod
     def add(builder: Any, total: Any, a: Any, b: Any) -> Any:
-        if _processor_has("avx512bf16"):
+        if processor.has("avx512bf16"):
             a, b = builder.bitcast(a, _PAIRS_OF_BF16), builder.bitcast(b, _PAIRS_OF_BF16)
             return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, a, b)
         half, high = ir.Constant(_INTEGERS, [16] * LANES), ir.Constant(_INTEGERS, [-65536] * LANES)
@@ -172,7 +181,7 @@ class _Int8:
 
     @staticmethod
     def add(builder: Any, total: Any, a: Any, b: Any) -> Any:
-        if _processor_has("avx512vnni"):
+        if processor.has("avx512vnni"):
             if llvmlite.binding.llvm_version_info >= (22,):
                 a, b = builder.bitcast(a, _PAIRS_OF_I16), builder.bitcast(b, _PAIRS_OF_I16)
             return _call(builder, "llvm.x86.avx512.vpdpwssd.512", _INTEGERS, total, a, b)
@@ -185,9 +194,23 @@ class _Int8:
 _PRODUCTS: dict[Any, Any] = {types.float32: _Float32, types.uint16: _Bfloat16, types.int8: _Int8}
 
 
+def tile_rows(weights: Any) -> int:
+    """Rows that share one pass over a panel of these weights."""
+    raise NotImplementedError
+
+
+@overload(tile_rows)
+def _tile_rows_for(weights):  # type: ignore[no-untyped-def]
+    rows = tiles.ROWS if tiles.used_for(weights.dtype) else TILE
+    return lambda weights: rows
+
+
 @intrinsic
 def multiply(context: Any, weights: Any, x: Any, x_stride: Any, out: Any, columns: Any, rows: Any) -> Any:
-    """Write the products of a panel with up to 6 rows of `x`, `x_stride` apart, to `out`, `(rows, 64)`."""
+    """Write the products of a panel with up to `tile_rows` of `x`, `x_stride` apart, to `out`, `(rows, 64)`.
+
+    Where a tile has 16 rows, that many are read and written, however few there are.
+    """
     product, vectors = _PRODUCTS[weights.dtype], PANEL // LANES
 
     def write(builder: Any, args: Any, count: int) -> None:
@@ -220,6 +243,9 @@ def multiply(context: Any, weights: Any, x: Any, x_stride: Any, out: Any, column
                 builder.store(value, builder.bitcast(place, vector.as_pointer()), align=4)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if tiles.used_for(weights.dtype):
+            tiles.multiply_tiles(builder, args, PANEL)
+            return context.get_dummy_value()
         for count in range(1, TILE + 1):
             with builder.if_then(builder.icmp_signed("==", args[-1], I64(count))):
                 write(builder, args, count)

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from mhesa.inference.decoder import kernel
-from mhesa.inference.decoder.matmul import PADDING, PANEL, operand_max, pack, padded, quantize
+from mhesa.inference.decoder.matmul import (
+    LARGEST_PADDING,
+    LARGEST_TILE,
+    PANEL,
+    operand_max,
+    pack,
+    padded,
+    padded_columns,
+    quantize,
+)
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.cpu.arguments import Struct
@@ -54,12 +63,12 @@ class NativeEngine:
         u_size, v_size = padded(hidden, PANEL), padded(inner, PANEL)
         self.x = torch.zeros(rows, padded(self.dim, PANEL), **fp32)
         heads = blocks[0].mhesa.heads if blocks[0].to_alpha is not None else 0
-        self.uv = torch.zeros(rows, max(u_size + v_size + padded(heads, PANEL), 2 * self.dim), **fp32)
+        self.uv = torch.zeros(rows, max(u_size + v_size + padded(2 * heads, PANEL), 2 * self.dim), **fp32)
         self.v, self.rate_logits = self.uv[:, u_size:], self.uv[:, u_size + v_size :]
-        self.rates = torch.zeros(max_batch, 2, inner, **fp32)
-        widest = padded(max(self.dim, inner, hidden), PADDING)
+        widest = padded(max(self.dim, inner, hidden), LARGEST_PADDING)
         stored = torch.int16 if weights == torch.int8 else weights
-        self.operand = torch.zeros(rows, widest, dtype=stored, device="cpu")
+        # In whole tiles: `multiply` reads their last rows too.
+        self.operand = torch.zeros(padded(rows, LARGEST_TILE), widest, dtype=stored, device="cpu")
         self.scales = torch.zeros(rows, **fp32)
         self.logits = torch.zeros(rows, padded(self.num_tokens, PANEL), **fp32)
         stages = list(self._stages(model, blocks))
@@ -75,7 +84,6 @@ class NativeEngine:
             operand=self.operand.data_ptr(),
             operand_stride=self.operand.stride(0),
             scales=self.scales.data_ptr(),
-            rates=self.rates.data_ptr(),
         )
         self.function = compiled(kernel.run, weights, kernel.Arguments)
 
@@ -154,13 +162,12 @@ class NativeEngine:
         """What the smoothing stage needs to know of a block's rates."""
         mhesa = block.mhesa
         if block.to_alpha is None:
-            channels = block.to_gate.in_features // mhesa.heads
-            alpha, decay = (rate.float().repeat_interleave(channels) for rate in mhesa.rates())
-            return {"alpha": self._vector(alpha), "decay": self._vector(decay)}
+            alpha, decay = mhesa.rates()
+            return {"heads": mhesa.heads, "alpha": self._vector(alpha), "decay": self._vector(decay)}
         return {
+            "heads": mhesa.heads,
             "alpha": self._vector(mhesa.alphas),
             "decay": self._vector(mhesa.dampen_factors.float().sigmoid()),
-            "heads": mhesa.heads,
             "rate_logits": self.rate_logits.data_ptr(),
         }
 
@@ -192,7 +199,7 @@ class NativeEngine:
         return kernel.Stage(
             kind=kernel.MULTIPLY,
             epilogue=epilogue,
-            columns=padded(weights[0].shape[1], PADDING),
+            columns=padded_columns(weights[0].shape[1], self.weights),
             operand=operand.data_ptr(),
             operand_stride=operand.stride(0),
             matrix=panels.data_ptr(),

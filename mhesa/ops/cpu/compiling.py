@@ -21,6 +21,7 @@ import numba.extending
 import torch
 from llvmlite import ir
 
+from mhesa.ops.cpu import processor
 from mhesa.ops.cpu.arguments import Pointer, Struct
 
 # Numba is annotated in part only. Only kernels call these functions: the wrappers by which Python and C would
@@ -195,10 +196,10 @@ def compiled(kernel: Callable[..., None], dtype: torch.dtype, arguments: type[St
 
 @cache
 def _digest(*folders: Path) -> str:
-    """Changes when a source file does."""
+    """Changes when a source file does, or what the system lets this process use of the processor."""
     files = sorted(path for folder in {*folders} for path in folder.glob("*.py"))
     times = [(path.name, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(times).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((times, processor.has_tiles())).encode()).hexdigest()[:16]
 
 
 # Native code is freed with the object that numba returns.

@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 
 from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
+from mhesa.ops.cpu.processor import has
 
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 # Bytes of a vector register.
-_FEATURES = binding.get_host_cpu_features()
-REGISTER = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx2") else 16
+REGISTER = 64 if has("avx512f") else 32 if has("avx2") else 16
 # Taylor series of 2 ** x for -0.5 <= x <= 0.5, with a relative error of at most 1.2e-7.
 EXP2 = tuple(math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1))
 
