@@ -29,12 +29,18 @@ from typing import Any
 import numpy as np
 from numba.extending import overload
 
-from mhesa.inference.decoder.matmul import LARGEST_PADDING, LARGEST_TILE, PANEL, multiply, tile_rows
+from mhesa.inference.decoder.matmul import (
+    LARGEST_PADDING,
+    LARGEST_TILE,
+    PANEL,
+    multiply,
+    tile_rows,
+    write_gelu,
+)
 from mhesa.inference.decoder.tiles import begin_tiles, end_tiles
 from mhesa.ops.cpu.arguments import FLOAT32, INT64, OPERAND, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import exists, jit, offset, stack_array, types
-from mhesa.ops.cpu.gelu_kernels import gelu
 from mhesa.ops.cpu.rates_tiles import write_row
 from mhesa.ops.cpu.simd import sigmoid
 
@@ -112,6 +118,13 @@ EPSILON = np.float32(1e-5)
 fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
 
 
+# If products could be taken in any order, the division that gives `scale` would be done for every value.
+@jit(fastmath={"contract"})
+def _scale(x, mean, scale, weight, bias, out, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
+
+
 @fast
 def _normalise(x, weight, bias, out, n):  # type: ignore[no-untyped-def]
     total = np.float32(0)
@@ -122,8 +135,7 @@ def _normalise(x, weight, bias, out, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         spread += (x[i] - mean) * (x[i] - mean)
     scale = np.float32(1) / np.float32(math.sqrt(spread / np.float32(n) + EPSILON))
-    for i in range(n):
-        out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
+    _scale(x, mean, scale, weight, bias, out, n)
 
 
 @fast
@@ -150,13 +162,12 @@ def _keep_tail(args, stage, tail, start, end):  # type: ignore[no-untyped-def]
 
 
 @fast
-def _write_rates(stage, row):  # type: ignore[no-untyped-def]
-    """Turn the logits of a row's heads into their alphas, and write their decays after them."""
-    alphas = offset(stage.rate_logits, row * stage.row_stride)
-    for head in range(stage.heads):
-        alpha = sigmoid(stage.alpha[head] + alphas[head])
-        alphas[head] = alpha
-        alphas[stage.heads + head] = (np.float32(1) - alpha) * stage.decay[head]
+def _write_rates(rates, logits, damping, heads):  # type: ignore[no-untyped-def]
+    """Turn what a row adds to the logits into the alphas of its heads, and write their decays after them."""
+    for head in range(heads):
+        rates[head] = sigmoid(logits[head] + rates[head])
+    for head in range(heads):
+        rates[heads + head] = (np.float32(1) - rates[head]) * damping[head]
 
 
 @jit
@@ -221,8 +232,7 @@ def _sum_for(total, i, scale, weight_scales):  # type: ignore[no-untyped-def]
 @fast
 def _finish(epilogue, totals, scale, matrix_scales, out, bias):  # type: ignore[no-untyped-def]
     if epilogue == GELU:
-        for i in range(PANEL):
-            out[i] = gelu(_sum(totals, i, scale, matrix_scales))
+        write_gelu(totals, scale, matrix_scales, out)
     elif epilogue == GATE:
         for i in range(PANEL):
             out[i] *= _sum(totals, i, scale, matrix_scales)
@@ -317,7 +327,8 @@ def _smooth_rows(args, stage, turns, task, low, high):  # type: ignore[no-untype
         v = offset(stage.rows, row * stage.row_stride)
         _normalise(v, stage.weight, stage.bias, v, n)
         if adaptive:
-            _write_rates(stage, row)
+            rates = offset(stage.rate_logits, row * stage.row_stride)
+            _write_rates(rates, stage.alpha, stage.decay, heads)
     sequence = _sequence_of(args, low)
     _wait_for_state(args, turns, task, low, sequence)
     for row in range(low, high):

@@ -27,8 +27,9 @@ from torch import Tensor
 from mhesa.inference.decoder import tiles
 from mhesa.ops.cpu import processor
 from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
+from mhesa.ops.cpu.gelu_kernels import gelu
 from mhesa.ops.cpu.memory import empty_hugepages
-from mhesa.ops.cpu.simd import FLOAT, I8, I16, I32, I64
+from mhesa.ops.cpu.simd import FLOAT, I8, I16, I32, I64, Emitter
 
 # Outputs of a panel: four vectors, so that a single row has enough sums to hide the latency of an addition.
 PANEL = 64
@@ -252,3 +253,24 @@ def multiply(context: Any, weights: Any, x: Any, x_stride: Any, out: Any, column
         return context.get_dummy_value()
 
     return types.void(weights, x, types.int64, out, types.int64, types.int64), codegen
+
+
+@intrinsic
+def write_gelu(context: Any, sums: Any, scale: Any, weight_scales: Any, out: Any) -> Any:
+    """Write the GELU of a row's sums; those of int8 products are integers, to be scaled first."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums_0, scale, scales_0, out_0 = args
+        emit = Emitter(builder, types.float32, LANES)
+        for first in range(0, PANEL, LANES):
+            place = I64(first)
+            if sums.dtype == types.float32:
+                value = emit.load(sums_0, place)
+            else:
+                total = builder.load(emit.address(sums_0, place), align=4)
+                factor = builder.fmul(_splat(builder, scale, _FLOATS), emit.load(scales_0, place))
+                value = builder.fmul(builder.sitofp(total, _FLOATS), factor)
+            emit.store(gelu(emit, value), out_0, place)
+        return context.get_dummy_value()
+
+    return types.void(sums, scale, weight_scales, out), codegen

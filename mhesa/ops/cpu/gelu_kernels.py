@@ -86,21 +86,16 @@ def _phi(emit: Emitter, x: Any) -> Any:
     return builder.select(far, emit.constant(FLOAT, 0.0), phi)
 
 
+def gelu(emit: Emitter, x: Any) -> Any:
+    """GELU of fp32 values."""
+    return emit.builder.fmul(x, _phi(emit, x))
+
+
 def _density(emit: Emitter, x: Any) -> Any:
     """The density of the normal distribution at fp32 values."""
     builder = emit.builder
     power = builder.fmul(builder.fmul(x, x), emit.constant(FLOAT, -0.5 / math.log(2)))
     return builder.fmul(exp2(emit, power), emit.constant(FLOAT, 1 / math.sqrt(2 * math.pi)))
-
-
-@intrinsic
-def gelu(context, x):
-    """GELU of an fp32."""
-
-    def codegen(context, builder, signature, args):
-        return builder.fmul(args[0], _phi(Emitter(builder, types.float32, 1), args[0]))
-
-    return types.float32(types.float32), codegen
 
 
 @intrinsic
