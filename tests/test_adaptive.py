@@ -139,6 +139,31 @@ def test_results_are_the_same_bit_for_bit_in_a_batch_and_in_one_stretch(quantize
         assert torch.equal(alone, together[:, row : row + 1])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [(torch.float32, None), (torch.float32, "int8"), (torch.bfloat16, None)]
+)
+@pytest.mark.parametrize("conv_size", [0, 2, 9])
+def test_the_number_of_threads_changes_no_bit(dtype, quantize, conv_size):
+    """Two threads take 256 rows in two blocks, four in four; of three sequences some begin within a block."""
+    model = make(True, conv_size, torch.float32, dim=64, dim_mhesa=64).to(dtype)
+    decoder = Decoder(model, max_batch=3, quantize=quantize)
+    texts = [torch.randint(20, (length,)) for length in (700, 3, 321)]
+    found, before = {}, torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            state = decoder.initial_state(3)
+            logits = decoder.predict(texts, state)
+            assert (decoder._engine.args.block_rows > 0) == (threads > 1)
+            prompts = decoder.prefill(texts, state)
+            found[threads] = logits, prompts, state
+    finally:
+        torch.set_num_threads(before)
+    assert found[1][0].isfinite().all()
+    for threads in (2, 4):
+        assert all(map(torch.equal, found[threads], found[1]))
+
+
 def test_a_session_forks_saves_and_goes_on(tmp_path):
     model = GatedExponentialSmoothingLM(**SIZES | {"num_tokens": 257}, adaptive=True, conv_size=4)
     reader = Reader(model, Bytes())

@@ -5,6 +5,9 @@ rows of one. The rows pass through the model in stages, each cut into tasks that
 free; a stage begins when all tasks of the one before are done. Counters alone keep threads in step, so any
 number of them can take part, from any moment on.
 
+Where each thread can have many rows, it takes a block of them through all stages by itself instead: the rows
+stay in its own cache, and it waits for others only for the state.
+
 The stages of a layer:
 
     normalise x | u, v = GELU(W_u x), GELU(W_v x) | smooth v | u = u * W_g v | pack u | x = x + W_o u + b
@@ -89,7 +92,9 @@ Arguments = struct(
     refused="int64",  # set by the kernel: whether an id is outside the vocabulary
     stages=Pointer(Stage),
     stage_count="int64",
-    counters=INT64,  # of each stage tasks taken, tasks done and turns taken, `LINE` apart
+    first_output="int64",  # the first of the last stages, which take only rows whose logits are asked for
+    block_rows="int64",  # of a block that a thread takes through the stages before; 0 shares every stage out
+    counters=INT64,  # of each stage, and for blocks: tasks taken, tasks done and turns taken, `LINE` apart
     ids=INT64,
     offsets=INT64,
     state=FLOAT32,
@@ -303,7 +308,8 @@ def _convolve_rows(args, stage, turns, task, low, high):  # type: ignore[no-unty
     _wait_for_state(args, turns, task, low, sequence)
     for row in range(low, high):
         sequence += row == args.offsets[sequence + 1]
-        start, end = args.offsets[sequence], args.offsets[sequence + 1]
+        # What was before this block is in the tail: the rows of other blocks may be in use for another stage.
+        start, end = max(args.offsets[sequence], low), min(args.offsets[sequence + 1], high)
         tail = offset(states, sequence * args.sequence_stride)
         out = offset(args.uv, row * args.uv_stride + n)
         for tap in range(stage.taps):
@@ -354,27 +360,33 @@ def _pack_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _multiply_rows(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
-    columns, stride, scales = stage.columns, stage.operand_stride, args.scales
-    blocks, tile = (rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK, tile_rows(stage.matrix)
-    for unit in range(low, high):
-        panel, block = unit // blocks, unit % blocks
-        weights, first_output = offset(stage.matrix, panel * columns * PANEL), panel * PANEL
-        bias, out = offset(stage.bias, first_output), offset(stage.out, first_output)
-        matrix_scales = offset(stage.matrix_scales, first_output)
-        last = min((block + 1) * ROWS_PER_TASK, rows)
-        epilogue = stage.epilogue if panel < stage.gelu_panels or stage.epilogue != GELU else WRITE
-        for first in range(block * ROWS_PER_TASK, last, tile):
-            count = min(tile, last - first)
-            multiply(weights, offset(stage.operand, first * stride), stride, totals, columns, count)
-            for i in range(count):
-                row = first + i
-                out_i, sums = offset(out, row * stage.out_stride), offset(totals, i * PANEL)
-                _finish(epilogue, sums, scales[row], matrix_scales, out_i, bias)
+def _multiply(args, stage, totals, panel, low, high):  # type: ignore[no-untyped-def]
+    """Multiply a panel by the rows from `low` to `high`."""
+    columns, stride, scales, tile = stage.columns, stage.operand_stride, args.scales, tile_rows(stage.matrix)
+    weights, first_output = offset(stage.matrix, panel * columns * PANEL), panel * PANEL
+    bias, out = offset(stage.bias, first_output), offset(stage.out, first_output)
+    matrix_scales = offset(stage.matrix_scales, first_output)
+    epilogue = stage.epilogue if panel < stage.gelu_panels or stage.epilogue != GELU else WRITE
+    for first in range(low, high, tile):
+        count = min(tile, high - first)
+        multiply(weights, offset(stage.operand, first * stride), stride, totals, columns, count)
+        for i in range(count):
+            row = first + i
+            out_i, sums = offset(out, row * stage.out_stride), offset(totals, i * PANEL)
+            _finish(epilogue, sums, scales[row], matrix_scales, out_i, bias)
 
 
 @jit
-def _work(args, stage, rows, totals, turns, task, low, high):  # type: ignore[no-untyped-def]
+def _multiply_units(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
+    """A unit is a panel and some rows; those of one panel follow one another."""
+    blocks = (rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK
+    for unit in range(low, high):
+        first = unit % blocks * ROWS_PER_TASK
+        _multiply(args, stage, totals, unit // blocks, first, min(first + ROWS_PER_TASK, rows))
+
+
+@jit
+def _take_rows(args, stage, turns, task, low, high):  # type: ignore[no-untyped-def]
     if stage.kind == EMBED:
         _embed(args, stage, low, high)
     elif stage.kind == NORMALISE:
@@ -383,22 +395,37 @@ def _work(args, stage, rows, totals, turns, task, low, high):  # type: ignore[no
         _convolve_rows(args, stage, turns, task, low, high)
     elif stage.kind == SMOOTH:
         _smooth_rows(args, stage, turns, task, low, high)
-    elif stage.kind == PACK:
-        _pack_rows(args, stage, low, high)
     else:
-        _multiply_rows(args, stage, rows, totals, low, high)
+        _pack_rows(args, stage, low, high)
 
 
-def run(args):  # type: ignore[no-untyped-def]
-    """Take part in running the rows through all stages: states are changed in place, logits are written."""
-    totals = stack_array(args.stages.matrix, TILE_SUMS)
-    for row in range(args.rows):
-        if args.ids[row] < 0 or args.ids[row] >= args.num_tokens:
-            args.refused = 1
-            return
+@jit
+def _run_blocks(args, totals):  # type: ignore[no-untyped-def]
+    """Take blocks of rows through all stages but those at the end, one after another."""
+    blocks = (args.rows + args.block_rows - 1) // args.block_rows
+    taken = offset(args.counters, args.stage_count * 3 * LINE)
+    done = offset(taken, LINE)
+    block = fetch_add(taken)
+    while block < blocks:
+        low, high = block * args.block_rows, min((block + 1) * args.block_rows, args.rows)
+        for index in range(args.first_output):
+            stage = offset(args.stages, index)
+            if stage.kind == MULTIPLY:
+                for panel in range(stage.panels):
+                    _multiply(args, stage, totals, panel, low, high)
+            else:
+                turns = offset(args.counters, (index * 3 + 2) * LINE)
+                _take_rows(args, stage, turns, block, low, high)
+        signal(done)
+        block = fetch_add(taken)
+    wait(done, blocks)
+
+
+@jit
+def _run_stages(args, totals, first):  # type: ignore[no-untyped-def]
+    """Take part in all stages from the first one on."""
     outputs = args.rows if args.all_logits else args.sequences
-    begin_tiles(args.stages.matrix)
-    for index in range(args.stage_count):
+    for index in range(first, args.stage_count):
         stage = offset(args.stages, index)
         rows = outputs if stage.outputs_only else args.rows
         units = rows
@@ -411,8 +438,25 @@ def run(args):  # type: ignore[no-untyped-def]
         task = fetch_add(taken)
         while task < tasks:
             low = task * units_per_task
-            _work(args, stage, rows, totals, turns, task, low, min(low + units_per_task, units))
+            high = min(low + units_per_task, units)
+            if stage.kind == MULTIPLY:
+                _multiply_units(args, stage, rows, totals, low, high)
+            else:
+                _take_rows(args, stage, turns, task, low, high)
             signal(done)
             task = fetch_add(taken)
         wait(done, tasks)
+
+
+def run(args):  # type: ignore[no-untyped-def]
+    """Take part in running the rows through all stages: states are changed in place, logits are written."""
+    totals = stack_array(args.stages.matrix, TILE_SUMS)
+    for row in range(args.rows):
+        if args.ids[row] < 0 or args.ids[row] >= args.num_tokens:
+            args.refused = 1
+            return
+    begin_tiles(args.stages.matrix)
+    if args.block_rows:
+        _run_blocks(args, totals)
+    _run_stages(args, totals, args.first_output if args.block_rows else 0)
     end_tiles(args.stages.matrix)

@@ -30,6 +30,8 @@ from mhesa.ops.cpu.threads import available, parallel
 
 # Rows that go through the model together: few enough for their activations to stay in cache.
 ROWS = 256
+# Rows of a block that is worth reading all weights for.
+MIN_BLOCK = 64
 # Below this many multiplications, use one thread: waking a second takes longer than the call.
 MIN_PARALLEL = 1 << 16
 # The same if small calls are to leave cores free: two threads gain little on fewer multiplications.
@@ -73,11 +75,12 @@ class NativeEngine:
         self.logits = torch.zeros(rows, padded(self.num_tokens, PANEL), **fp32)
         stages = list(self._stages(model, blocks))
         self.stages = (kernel.Stage * len(stages))(*stages)
-        self.counters = np.zeros((len(stages), 3, LINE), dtype=np.int64)
+        self.counters = np.zeros((len(stages) + 1, 3, LINE), dtype=np.int64)
         self.args = kernel.Arguments(
             num_tokens=self.num_tokens,
             stages=ctypes.addressof(self.stages),
             stage_count=len(stages),
+            first_output=sum(not stage.outputs_only for stage in stages),
             counters=self.counters.ctypes.data,
             uv=self.uv.data_ptr(),
             uv_stride=self.uv.stride(0),
@@ -94,6 +97,8 @@ class NativeEngine:
         threads = available() if self.multiplications_per_row * len(ids) >= self.min_parallel else 1
         args.rows, args.sequences, args.all_logits = len(ids), sequences, all_logits
         args.threads, args.refused = threads, 0
+        rows = padded(-(-len(ids) // threads), LARGEST_TILE)
+        args.block_rows = rows if threads > 1 and rows >= MIN_BLOCK else 0
         args.ids, args.offsets, args.state = ids.data_ptr(), offsets.data_ptr(), state.data_ptr()
         args.layer_stride, args.sequence_stride = state.stride(0), state.stride(1)
         self.counters.fill(0)
