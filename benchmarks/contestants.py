@@ -145,7 +145,8 @@ def _ours(
     """What `mhesa train` does by default, but for one choice.
 
     Args:
-        rates: of a number of heads, the initial `alphas` and `dampen_factors`.
+        context: tokens of a window that it is trained on.
+        rates: makes the initial `alphas` and `dampen_factors` for a number of heads.
         options: of the model.
     """
     build = _smoothing(**{"heads": 32, "adaptive": True, "conv_size": 4} | options)
@@ -178,8 +179,8 @@ CHOICES = {
     "64 heads": _ours(heads=64),
     "windows of 128": _ours(context=128),
     "windows of 512": _ours(context=512),
-    "half the learning rate": _ours().at(0.5),
-    "twice the learning rate": _ours().at(2.0),
+    "half of Muon's learning rate": _ours().at(0.5),
+    "twice Muon's learning rate": _ours().at(2.0),
     "initial rates of the original": _ours(rates=lambda heads: (torch.randn(heads), torch.randn(heads))),
     "time constants up to 30": _ours(rates=partial(spread_rates, slowest=30)),
     "time constants up to 3,000": _ours(rates=partial(spread_rates, slowest=3000)),

@@ -206,7 +206,7 @@ def bench_text(
     steps: int | None = None,
     seconds: float | None = None,
 ) -> Iterator[tuple[Run, nn.Module]]:
-    """Train each recipe on the same windows, for some steps or some seconds of CPU time."""
+    """Train each recipe on windows of the same text, for some steps or some seconds of CPU time."""
     budget = f"{steps} steps" if seconds is None else f"{seconds:g} s"
     for name, recipe in recipes.items():
         model, taken, spent = train(

@@ -142,26 +142,27 @@ def test_results_are_the_same_bit_for_bit_in_a_batch_and_in_one_stretch(quantize
 @pytest.mark.parametrize(
     ("dtype", "quantize"), [(torch.float32, None), (torch.float32, "int8"), (torch.bfloat16, None)]
 )
-@pytest.mark.parametrize("conv_size", [0, 2, 9])
-def test_the_number_of_threads_changes_no_bit(dtype, quantize, conv_size):
-    """Two threads take 256 rows in two blocks, four in four; of three sequences some begin within a block."""
-    model = make(True, conv_size, torch.float32, dim=64, dim_mhesa=64).to(dtype)
+@pytest.mark.parametrize(("adaptive", "conv_size"), [(True, 0), (True, 2), (True, 9), (False, 0), (False, 4)])
+def test_the_number_of_threads_changes_no_bit(dtype, quantize, adaptive, conv_size):
+    """The threads share the rows of a call out, unless they are many; some sequences begin within a share."""
+    model = make(adaptive, conv_size, torch.float32, dim=64, dim_mhesa=64).to(dtype)
     decoder = Decoder(model, max_batch=3, quantize=quantize)
-    texts = [torch.randint(20, (length,)) for length in (700, 3, 321)]
+    texts = [torch.randint(20, (length,)) for length in (700, 3, 317)]
     found, before = {}, torch.get_num_threads()
     try:
-        for threads in (1, 2, 4):
+        for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             state = decoder.initial_state(3)
             logits = decoder.predict(texts, state)
-            assert (decoder._engine.args.block_rows > 0) == (threads > 1)
+            # Of the last call's 252 rows.
+            assert decoder._engine.args.share_rows == {1: 0, 2: 128, 3: 96, 5: 0}[threads]
             prompts = decoder.prefill(texts, state)
             found[threads] = logits, prompts, state
     finally:
         torch.set_num_threads(before)
     assert found[1][0].isfinite().all()
-    for threads in (2, 4):
-        assert all(map(torch.equal, found[threads], found[1]))
+    for results in found.values():
+        assert all(map(torch.equal, results, found[1]))
 
 
 def test_a_session_forks_saves_and_goes_on(tmp_path):

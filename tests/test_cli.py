@@ -76,7 +76,7 @@ def trained(corpus, tmp_path_factory):
 # The main job
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "eval", "train", "serve"])
+@pytest.mark.parametrize("command", ["generate", "score", "eval", "train", "serve", "export"])
 def test_garbage_is_collected_while_a_command_works(command, trained, corpus, tmp_path, monkeypatch):
     seen = {}
 
@@ -86,15 +86,20 @@ def test_garbage_is_collected_while_a_command_works(command, trained, corpus, tm
 
     monkeypatch.setattr("mhesa.training.train", work)
     monkeypatch.setattr("mhesa.serve.http.server.serve", work)
+    monkeypatch.setattr("mhesa.export.web.export_web", work)
     monkeypatch.setattr("mhesa.inference.session.Session.stream", work)
     # The package has functions of these names.
     for name in ("score", "evaluate"):
         monkeypatch.setattr(sys.modules[f"mhesa.cli.{name}"], "share", work)
-    sources = {"train": [corpus, "--out", tmp_path / "out"], "eval": [trained[0], corpus]}
+    out = tmp_path / "out"
+    sources = {
+        "train": [corpus, "--out", out],
+        "eval": [trained[0], corpus],
+        "export": [trained[0], "--web", out],
+    }
     monkeypatch.setattr("sys.argv", ["mhesa", command, *map(str, sources.get(command, [trained[0]]))])
     with pytest.raises(SystemExit):
         cli.main()
-    gc.unfreeze()
     assert seen == {"while it works": True}
     assert gc.isenabled()
 

@@ -117,7 +117,7 @@ def test_the_contestants_are_of_one_size():
 
 def test_a_choice_changes_one_thing(text):
     ours = RECIPES["adaptive"]
-    assert CHOICES["half the learning rate"].at(2.0).muon == ours.muon
+    assert CHOICES["half of Muon's learning rate"].at(2.0).muon == ours.muon
     inputs, targets = text.batches(0, CHOICES["windows of 512"].context)(0)
     assert inputs.shape == targets.shape == (8, 512)
     torch.manual_seed(0)

@@ -53,12 +53,6 @@ Quantize = Annotated[
 ]
 
 
-def started() -> None:
-    """Collect garbage from now on, except what imports made: it stays until the process ends."""
-    gc.freeze()
-    gc.enable()
-
-
 def read_model(
     folder: Path, *, precision: str | None, quantize: str | None, device: str, backend: str | None
 ) -> Reader:
@@ -78,7 +72,7 @@ def read_model(
     join_processes(device)
     model, tokenizer = load(folder, device=device, backend=backend)
     reader = Reader(model.to(dtype=precisions[precision]), tokenizer, quantize=quantize)
-    started()
+    gc.enable()
     return reader
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mhesa.cli.common import Folder, new_table, show, started
+from mhesa.cli.common import Folder, new_table, show
 from mhesa.errors import InputError
 
 
@@ -40,7 +41,7 @@ def export(
     from mhesa.model.loading import load
 
     model, tokenizer = load(folder)
-    started()
+    gc.enable()
     table = new_table("file", "MB")
     written: list[Path] = []
     if web is not None:

@@ -5,8 +5,8 @@ rows of one. The rows pass through the model in stages, each cut into tasks that
 free; a stage begins when all tasks of the one before are done. Counters alone keep threads in step, so any
 number of them can take part, from any moment on.
 
-Where each thread can have many rows, it takes a block of them through all stages by itself instead: the rows
-stay in its own cache, and it waits for others only for the state.
+Where each thread can have many rows, it takes a share of them through all stages by itself instead, up to the
+logits: the rows stay in its own cache, and it waits for others only for its turn at the state.
 
 The stages of a layer:
 
@@ -36,6 +36,7 @@ from mhesa.inference.decoder.matmul import (
     LARGEST_PADDING,
     LARGEST_TILE,
     PANEL,
+    TILE,
     multiply,
     tile_rows,
     write_gelu,
@@ -92,9 +93,9 @@ Arguments = struct(
     refused="int64",  # set by the kernel: whether an id is outside the vocabulary
     stages=Pointer(Stage),
     stage_count="int64",
-    first_output="int64",  # the first of the last stages, which take only rows whose logits are asked for
-    block_rows="int64",  # of a block that a thread takes through the stages before; 0 shares every stage out
-    counters=INT64,  # of each stage, and for blocks: tasks taken, tasks done and turns taken, `LINE` apart
+    first_output="int64",  # the first stage that takes only the rows whose logits are wanted
+    share_rows="int64",  # rows that a thread takes through all stages before that one; 0: stages are shared
+    counters=INT64,  # tasks taken, tasks done and turns taken, `LINE` apart: of each stage, then of shares
     ids=INT64,
     offsets=INT64,
     state=FLOAT32,
@@ -107,8 +108,8 @@ Arguments = struct(
     scales=FLOAT32,  # one a packed row, for int8
 )
 
-# Rows of a batch that a task multiplies by a panel, in whole tiles of 6 or 16 rows.
-ROWS_PER_TASK = 48
+# Rows of a batch that a task multiplies by a panel, in whole tiles on any processor.
+ROWS_PER_TASK = math.lcm(TILE, LARGEST_TILE)
 # The sums of a tile: each of its rows with all outputs of a panel.
 TILE_SUMS = LARGEST_TILE * PANEL
 # Tasks of a stage for each thread: with more of them, threads wait less for the last.
@@ -123,7 +124,7 @@ EPSILON = np.float32(1e-5)
 fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
 
 
-# If products could be taken in any order, the division that gives `scale` would be done for every value.
+# Not `fast`: LLVM would divide every value by the square root instead of multiplying it by `scale`.
 @jit(fastmath={"contract"})
 def _scale(x, mean, scale, weight, bias, out, n):  # type: ignore[no-untyped-def]
     for i in range(n):
@@ -308,7 +309,7 @@ def _convolve_rows(args, stage, turns, task, low, high):  # type: ignore[no-unty
     _wait_for_state(args, turns, task, low, sequence)
     for row in range(low, high):
         sequence += row == args.offsets[sequence + 1]
-        # What was before this block is in the tail: the rows of other blocks may be in use for another stage.
+        # Rows before `low` are read from the tail: their memory may hold values of a later stage already.
         start, end = max(args.offsets[sequence], low), min(args.offsets[sequence + 1], high)
         tail = offset(states, sequence * args.sequence_stride)
         out = offset(args.uv, row * args.uv_stride + n)
@@ -400,14 +401,14 @@ def _take_rows(args, stage, turns, task, low, high):  # type: ignore[no-untyped-
 
 
 @jit
-def _run_blocks(args, totals):  # type: ignore[no-untyped-def]
-    """Take blocks of rows through all stages but those at the end, one after another."""
-    blocks = (args.rows + args.block_rows - 1) // args.block_rows
+def _run_shares(args, totals):  # type: ignore[no-untyped-def]
+    """Take shares of the rows through all stages before the logits, one after another."""
+    shares = (args.rows + args.share_rows - 1) // args.share_rows
     taken = offset(args.counters, args.stage_count * 3 * LINE)
     done = offset(taken, LINE)
-    block = fetch_add(taken)
-    while block < blocks:
-        low, high = block * args.block_rows, min((block + 1) * args.block_rows, args.rows)
+    share = fetch_add(taken)
+    while share < shares:
+        low, high = share * args.share_rows, min((share + 1) * args.share_rows, args.rows)
         for index in range(args.first_output):
             stage = offset(args.stages, index)
             if stage.kind == MULTIPLY:
@@ -415,10 +416,10 @@ def _run_blocks(args, totals):  # type: ignore[no-untyped-def]
                     _multiply(args, stage, totals, panel, low, high)
             else:
                 turns = offset(args.counters, (index * 3 + 2) * LINE)
-                _take_rows(args, stage, turns, block, low, high)
+                _take_rows(args, stage, turns, share, low, high)
         signal(done)
-        block = fetch_add(taken)
-    wait(done, blocks)
+        share = fetch_add(taken)
+    wait(done, shares)
 
 
 @jit
@@ -456,7 +457,7 @@ def run(args):  # type: ignore[no-untyped-def]
             args.refused = 1
             return
     begin_tiles(args.stages.matrix)
-    if args.block_rows:
-        _run_blocks(args, totals)
-    _run_stages(args, totals, args.first_output if args.block_rows else 0)
+    if args.share_rows:
+        _run_shares(args, totals)
+    _run_stages(args, totals, args.first_output if args.share_rows else 0)
     end_tiles(args.stages.matrix)

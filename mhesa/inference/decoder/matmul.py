@@ -26,10 +26,10 @@ from torch import Tensor
 
 from mhesa.inference.decoder import tiles
 from mhesa.ops.cpu import processor
-from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
+from mhesa.ops.cpu.compiling import STORED_TYPES, cgutils, intrinsic, types
 from mhesa.ops.cpu.gelu_kernels import gelu
 from mhesa.ops.cpu.memory import empty_hugepages
-from mhesa.ops.cpu.simd import FLOAT, I8, I16, I32, I64, Emitter
+from mhesa.ops.cpu.simd import FLOAT, I8, I16, I32, I64, Emitter, call
 
 # Outputs of a panel: four vectors, so that a single row has enough sums to hide the latency of an addition.
 PANEL = 64
@@ -38,7 +38,7 @@ LANES = 16
 TILE = 6
 # The most that share one, on any processor.
 LARGEST_TILE = tiles.ROWS
-# Columns are padded with zeros to a multiple of this, of bf16 to whole tiles: loops then have no remainder.
+# Columns are padded with zeros to a multiple of the first, for tiles of the second: loops have no remainder.
 PADDING, LARGEST_PADDING = 16, tiles.COLUMNS
 
 _FLOATS, _INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(I32, LANES)
@@ -49,13 +49,18 @@ def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def multiplies_tiles(weights: torch.dtype) -> bool:
+    """Whether weights of this type are multiplied in tile registers."""
+    return tiles.used_for(STORED_TYPES[weights])
+
+
 def padded_columns(columns: int, weights: torch.dtype) -> int:
     """Columns of a packed matrix.
 
-    >>> padded_columns(40, torch.int8), padded_columns(40, torch.bfloat16)
-    (48, 64)
+    >>> padded_columns(40, torch.int8)
+    48
     """
-    return padded(columns, LARGEST_PADDING if weights == torch.bfloat16 else PADDING)
+    return padded(columns, LARGEST_PADDING if multiplies_tiles(weights) else PADDING)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -118,13 +123,8 @@ def _splat(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, [0] * LANES))
 
 
-def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
-    kind = ir.FunctionType(result, [arg.type for arg in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
-
-
 def _fma(builder: Any, total: Any, a: Any, b: Any) -> Any:
-    return _call(builder, "llvm.fma.v16f32", _FLOATS, a, b, total)
+    return call(builder, "llvm.fma.v16f32", _FLOATS, a, b, total)
 
 
 class _Float32:
@@ -161,7 +161,7 @@ class _Bfloat16:
     def add(builder: Any, total: Any, a: Any, b: Any) -> Any:
         if processor.has("avx512bf16"):
             a, b = builder.bitcast(a, _PAIRS_OF_BF16), builder.bitcast(b, _PAIRS_OF_BF16)
-            return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, a, b)
+            return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, a, b)
         half, high = ir.Constant(_INTEGERS, [16] * LANES), ir.Constant(_INTEGERS, [-65536] * LANES)
         first = (builder.bitcast(builder.shl(side, half), _FLOATS) for side in (a, b))
         second = (builder.bitcast(builder.and_(side, high), _FLOATS) for side in (a, b))
@@ -185,7 +185,7 @@ class _Int8:
         if processor.has("avx512vnni"):
             if llvmlite.binding.llvm_version_info >= (22,):
                 a, b = builder.bitcast(a, _PAIRS_OF_I16), builder.bitcast(b, _PAIRS_OF_I16)
-            return _call(builder, "llvm.x86.avx512.vpdpwssd.512", _INTEGERS, total, a, b)
+            return call(builder, "llvm.x86.avx512.vpdpwssd.512", _INTEGERS, total, a, b)
         half = ir.Constant(_INTEGERS, [16] * LANES)
         first = builder.mul(*(builder.ashr(builder.shl(side, half), half) for side in (a, b)))
         second = builder.mul(*(builder.ashr(side, half) for side in (a, b)))

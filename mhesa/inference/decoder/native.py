@@ -15,6 +15,7 @@ from mhesa.inference.decoder.matmul import (
     LARGEST_PADDING,
     LARGEST_TILE,
     PANEL,
+    multiplies_tiles,
     operand_max,
     pack,
     padded,
@@ -30,8 +31,8 @@ from mhesa.ops.cpu.threads import available, parallel
 
 # Rows that go through the model together: few enough for their activations to stay in cache.
 ROWS = 256
-# Rows of a block that is worth reading all weights for.
-MIN_BLOCK = 64
+# The fewest rows for which a thread reads all weights by itself.
+MIN_SHARE = 64
 # Below this many multiplications, use one thread: waking a second takes longer than the call.
 MIN_PARALLEL = 1 << 16
 # The same if small calls are to leave cores free: two threads gain little on fewer multiplications.
@@ -69,7 +70,7 @@ class NativeEngine:
         self.v, self.rate_logits = self.uv[:, u_size:], self.uv[:, u_size + v_size :]
         widest = padded(max(self.dim, inner, hidden), LARGEST_PADDING)
         stored = torch.int16 if weights == torch.int8 else weights
-        # In whole tiles: `multiply` reads their last rows too.
+        # `multiply` reads 16 rows even where fewer are in use.
         self.operand = torch.zeros(padded(rows, LARGEST_TILE), widest, dtype=stored, device="cpu")
         self.scales = torch.zeros(rows, **fp32)
         self.logits = torch.zeros(rows, padded(self.num_tokens, PANEL), **fp32)
@@ -88,7 +89,8 @@ class NativeEngine:
             operand_stride=self.operand.stride(0),
             scales=self.scales.data_ptr(),
         )
-        self.function = compiled(kernel.run, weights, kernel.Arguments)
+        variant = "tiles_" if multiplies_tiles(weights) else ""
+        self.function = compiled(kernel.run, weights, kernel.Arguments, variant)
 
     def run(self, ids: Tensor, offsets: Tensor, state: Tensor, all_logits: bool) -> Tensor:
         """See `mhesa.inference.decoder.decoder.Engine`."""
@@ -97,8 +99,9 @@ class NativeEngine:
         threads = available() if self.multiplications_per_row * len(ids) >= self.min_parallel else 1
         args.rows, args.sequences, args.all_logits = len(ids), sequences, all_logits
         args.threads, args.refused = threads, 0
-        rows = padded(-(-len(ids) // threads), LARGEST_TILE)
-        args.block_rows = rows if threads > 1 and rows >= MIN_BLOCK else 0
+        args.share_rows = 0
+        if threads > 1 and len(ids) >= threads * MIN_SHARE:
+            args.share_rows = padded(-(-len(ids) // threads), LARGEST_TILE)
         args.ids, args.offsets, args.state = ids.data_ptr(), offsets.data_ptr(), state.data_ptr()
         args.layer_stride, args.sequence_stride = state.stride(0), state.stride(1)
         self.counters.fill(0)

@@ -1,19 +1,18 @@
 """Products of bf16 in tiles: Intel's AMX has registers of 16 rows of 64 bytes, and multiplies two at once.
 
 A step of a product takes 32 columns: a tile of 16 rows of the operand times four tiles of weights, 16 outputs
-each, added to four tiles of sums. Panels are laid out in memory as these tiles are. The order of the sums is
-not that of other processors, but the same for every row, however many there are.
+each, added to four tiles of sums. A panel has its pairs of columns in a tile's order already: tiles are read
+from it with a stride. The order of the sums is not that of other processors, but the same for every row,
+however many there are.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-
 from mhesa.ops.cpu import processor
 from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
-from mhesa.ops.cpu.simd import I8, I64
+from mhesa.ops.cpu.simd import I8, I64, VOID, call
 
 # Of a tile.
 ROWS, BYTES = 16, 64
@@ -24,8 +23,7 @@ _CONFIGURATION = bytes([1, *[0] * 15, *[BYTES, 0] * 8, *[0] * 16, *[ROWS] * 8, *
 
 
 def _call(builder: Any, name: str, *args: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
-    builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), args)
+    call(builder, f"llvm.x86.{name}", VOID, *args)
 
 
 def multiply_tiles(builder: Any, args: Any, outputs: int) -> None:
@@ -54,7 +52,7 @@ def multiply_tiles(builder: Any, args: Any, outputs: int) -> None:
 
 def used_for(weights: Any) -> bool:
     """Whether weights of this type of numba's are multiplied in tiles."""
-    return weights == types.uint16 and processor.has_tiles()
+    return weights == types.uint16 and processor.request_tiles()
 
 
 @intrinsic

@@ -21,7 +21,6 @@ import numba.extending
 import torch
 from llvmlite import ir
 
-from mhesa.ops.cpu import processor
 from mhesa.ops.cpu.arguments import Pointer, Struct
 
 # Numba is annotated in part only. Only kernels call these functions: the wrappers by which Python and C would
@@ -174,19 +173,22 @@ def stack_array(context: Any, like: Any, count: Any) -> Any:
 
 
 @cache
-def compiled(kernel: Callable[..., None], dtype: torch.dtype, arguments: type[Struct]) -> int:
+def compiled(
+    kernel: Callable[..., None], dtype: torch.dtype, arguments: type[Struct], variant: str = ""
+) -> int:
     """The address of a kernel's native function, from the cache on disk if it is there.
 
     Args:
         kernel: a function of one pointer to `arguments`.
         dtype: what "stored" means in them.
         arguments: the declaration of the arguments.
+        variant: names what else the code depends on, for the cache.
     """
     signature = types.void(StructPointer(arguments, STORED_TYPES[dtype]))
     try:
         # Numba's cache sees changes of the kernel's own file only, so the name holds a digest of all sources.
         folders = Path(__file__).parent, Path(kernel.__code__.co_filename).parent
-        kernel.__qualname__ = f"{kernel.__name__}_{_digest(*folders)}"
+        kernel.__qualname__ = f"{kernel.__name__}_{variant}{_digest(*folders)}"
         function = cfunc(signature, cache=True, error_model="numpy")(kernel)
     except (OSError, RuntimeError):  # numba finds no folder to write to, or cannot write to it
         function = cfunc(signature, error_model="numpy")(kernel)
@@ -196,10 +198,10 @@ def compiled(kernel: Callable[..., None], dtype: torch.dtype, arguments: type[St
 
 @cache
 def _digest(*folders: Path) -> str:
-    """Changes when a source file does, or what the system lets this process use of the processor."""
+    """Changes when a source file does."""
     files = sorted(path for folder in {*folders} for path in folder.glob("*.py"))
     times = [(path.name, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr((times, processor.has_tiles())).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(times).encode()).hexdigest()[:16]
 
 
 # Native code is freed with the object that numba returns.

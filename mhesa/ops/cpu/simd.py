@@ -12,12 +12,19 @@ from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
 from mhesa.ops.cpu.processor import has
 
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
+VOID = ir.VoidType()
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 # Bytes of a vector register.
 REGISTER = 64 if has("avx512f") else 32 if has("avx2") else 16
 # Taylor series of 2 ** x for -0.5 <= x <= 0.5, with a relative error of at most 1.2e-7.
 EXP2 = tuple(math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1))
+
+
+def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+    """Call a function of LLVM's that returns a value of type `result`."""
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
 def specialized(builder: Any, write: Callable[..., None], *flags: Any, known: tuple[bool, ...] = ()) -> None:
