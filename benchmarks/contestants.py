@@ -18,6 +18,8 @@ from mhesa.training.muon import Muon
 from mhesa.training.optimizers import BETAS, decay_groups
 
 WEIGHT_DECAY = 0.1
+# Tokens of a window, unless a recipe says otherwise.
+CONTEXT = 256
 
 
 class Block(nn.Module):
@@ -103,7 +105,7 @@ class Recipe:
     adamw: float
     muon: float | None = None
     window: int | None = None
-    context: int = 256
+    context: int = CONTEXT
 
     @property
     def tuned(self) -> str:
@@ -140,7 +142,7 @@ def _smoothing(**options: Any) -> Callable[[int], nn.Module]:
 
 
 def _ours(
-    *, context: int = 256, rates: Callable[[int], tuple[Tensor, Tensor]] = spread_rates, **options: Any
+    *, context: int = CONTEXT, rates: Callable[[int], tuple[Tensor, Tensor]] = spread_rates, **options: Any
 ) -> Recipe:
     """What `mhesa train` does by default, but for one choice.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import CHOICES, PROBED, RECIPES, Recipe
+from benchmarks.contestants import CHOICES, CONTEXT, PROBED, RECIPES, Recipe
 from benchmarks.probes import IGNORED, PROBES, Probe, accuracy
 from mhesa.data import Source, Windows, open_corpus
 from mhesa.errors import InputError
@@ -114,7 +114,7 @@ class Text:
             )
         self.held_out = torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int64))
 
-    def batches(self, seed: int, context: int = 256) -> Batches:
+    def batches(self, seed: int, context: int = CONTEXT) -> Batches:
         """Windows of `context` tokens in an order that the seed decides."""
         windows = Windows(self.corpus.tokens, context=context, rows=STEP_TOKENS // context, seed=seed)
 

@@ -53,9 +53,9 @@ HARNESS = """
 import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-model, arguments, tasks, out = sys.argv[1:]
+model, arguments, tasks, out, *names = sys.argv[1:]
 found = simple_evaluate(
-    model=model, model_args=arguments, tasks=["choices", "rolling"], device="cpu", log_samples=True,
+    model=model, model_args=arguments, tasks=names, device="cpu", log_samples=True,
     task_manager=TaskManager(include_path=tasks, include_defaults=False),
 )
 with open(out, "w") as file:
@@ -158,7 +158,7 @@ def harness(program, tasks, tmp_path):
     """Run lm-evaluation-harness: each log-likelihood by task."""
 
     def run(model, arguments):
-        program("-c", HARNESS, model, arguments, tasks, tmp_path / "samples")
+        program("-c", HARNESS, model, arguments, tasks, tmp_path / "samples", *TASKS)
         found = {}
         for name, rows in json.loads((tmp_path / "samples").read_text()).items():
             rows.sort(key=lambda row: row["doc_id"])

@@ -126,7 +126,7 @@ fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
 
 # Not `fast`: LLVM would divide every value by the square root instead of multiplying it by `scale`.
 @jit(fastmath={"contract"})
-def _scale(x, mean, scale, weight, bias, out, n):  # type: ignore[no-untyped-def]
+def _shift_and_scale(x, mean, scale, weight, bias, out, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
 
@@ -141,7 +141,7 @@ def _normalise(x, weight, bias, out, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         spread += (x[i] - mean) * (x[i] - mean)
     scale = np.float32(1) / np.float32(math.sqrt(spread / np.float32(n) + EPSILON))
-    _scale(x, mean, scale, weight, bias, out, n)
+    _shift_and_scale(x, mean, scale, weight, bias, out, n)
 
 
 @fast

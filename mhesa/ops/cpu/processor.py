@@ -12,8 +12,7 @@ from llvmlite import binding
 
 # arch_prctl(2): the system call, its request, and the tile registers' number.
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
-
-
+# Numba does not annotate it.
 _CONFIG: Any = numba.config
 
 
