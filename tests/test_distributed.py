@@ -160,6 +160,8 @@ def test_what_they_saved_others_resume(shared, tmp_path, processes, columns, opt
 
 
 SHARDED = """
+import sys
+from pathlib import Path
 from mhesa.model.config import ModelConfig
 from mhesa.processes import join_processes, rank
 from mhesa.training.distributed import distribute, is_sharded, model_state
@@ -177,7 +179,7 @@ gathered = model_state(model)
 assert gathered.keys() == (whole.keys() if rank() == 0 else set())
 if rank() == 0:
     assert all(torch.equal(gathered[name], value) for name, value in whole.items())
-print("held", held, "of", total)
+Path(sys.argv[1], f"held-{rank()}").write_text(f"{held} {total}")
 """
 
 
@@ -185,9 +187,12 @@ def test_sharded_weights_are_held_once(tmp_path):
     (tmp_path / "sharded.py").write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "sharded.py")]
+    command += [str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100, env=environment)
-    assert done.stdout.count("held ") == 2, done.stderr
+    assert done.returncode == 0, done.stderr
+    (first, whole), (second, _) = (map(int, (tmp_path / f"held-{rank}").read_text().split()) for rank in (0, 1))
+    assert first + second == whole
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
