@@ -191,7 +191,9 @@ def test_sharded_weights_are_held_once(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100, env=environment)
     assert done.returncode == 0, done.stderr
-    (first, whole), (second, _) = (map(int, (tmp_path / f"held-{rank}").read_text().split()) for rank in (0, 1))
+    (first, whole), (second, _) = (
+        map(int, (tmp_path / f"held-{rank}").read_text().split()) for rank in (0, 1)
+    )
     assert first + second == whole
 
 

@@ -159,7 +159,7 @@ def test_the_span_is_where_the_surprisal_is():
 
 def test_digits_neither_count_nor_stand_out():
     def read(bits):
-        piece = ScoredPiece(Piece(1, 0, b"id 77 on\n", True), {"bits": np.array(bits)})
+        piece = ScoredPiece(Piece(1, 0, b"id 77 on\n", True), np.array(bits))
         [row] = LineScores().read("t", [piece])
         return row.score, row.span_text
 

@@ -72,8 +72,14 @@ def read_model(
     join_processes(device)
     model, tokenizer = load(folder, device=device, backend=backend)
     reader = Reader(model.to(dtype=precisions[precision]), tokenizer, quantize=quantize)
-    gc.enable()
+    collect_garbage()
     return reader
+
+
+def collect_garbage() -> None:
+    """Search for garbage from now on, but not among what was imported, which stays."""
+    gc.freeze()
+    gc.enable()
 
 
 def share(reader: Reader, *, quantize: str | None) -> ParallelDecoder | None:

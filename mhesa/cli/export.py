@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mhesa.cli.common import Folder, new_table, show
+from mhesa.cli.common import Folder, collect_garbage, new_table, show
 from mhesa.errors import InputError
 
 
@@ -41,7 +40,7 @@ def export(
     from mhesa.model.loading import load
 
     model, tokenizer = load(folder)
-    gc.enable()
+    collect_garbage()
     table = new_table("file", "MB")
     written: list[Path] = []
     if web is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mhesa.atomic_io import check_output
-from mhesa.cli.common import Backend, Device, Folder, Quantize
+from mhesa.cli.common import Backend, Device, Folder, Quantize, collect_garbage
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.serve.settings import Limits, Settings, read_keys
@@ -68,5 +67,5 @@ def serve(
     model, tokenizer = load(folder, device=device, backend=backend)
     if settings.sessions is not None:
         check_output(settings.sessions, [*folder.iterdir(), *([keys] if keys else [])])
-    gc.enable()
+    collect_garbage()
     serve(Service(model, tokenizer, settings, quantize))

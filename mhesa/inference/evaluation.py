@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mhesa.data import Document
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.parallel import ParallelDecoder
+from mhesa.inference.statistics import BITS, read_tokens
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.tokenizers.base import Tokenizer
 
@@ -77,26 +77,18 @@ def surprisals(
     Returns:
         `-log2` of each target's probability in bits, `(length,)`; in fp64, so that sums of many are right.
     """
-    # Preallocate: freed large blocks between live small ones would fragment the heap.
-    nats = torch.empty(len(targets), dtype=torch.float64)
-    size = tokens_at_once(decoder)
+    if isinstance(decoder, Decoder):
+        return read_tokens(decoder, inputs, targets, state, BITS)["bits"]
+    bits, size = np.empty(len(targets)), tokens_at_once(decoder)
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
-        nats[rows] = _nats(decoder, inputs[rows], targets[rows], state)
-    return nats.numpy() / math.log(2)
+        bits[rows] = decoder.nats(inputs[rows], targets[rows], state).double().cpu().numpy() / math.log(2)
+    return bits
 
 
 def tokens_at_once(decoder: Decoder | ParallelDecoder) -> int:
     """How many tokens to read at once, so that few logits are in memory."""
     return WINDOW * (decoder.processes if isinstance(decoder, ParallelDecoder) else 1)
-
-
-def _nats(decoder: Decoder | ParallelDecoder, inputs: Tensor, targets: Tensor, state: Tensor) -> Tensor:
-    """The cross-entropy of each target of one window, `(length,)`; `state` is updated in place."""
-    if isinstance(decoder, ParallelDecoder):
-        return decoder.nats(inputs, targets, state)
-    logits = decoder.predict(inputs, state).float()
-    return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
 @torch.no_grad()

@@ -14,11 +14,9 @@ import numpy as np
 import torch
 
 from mhesa.errors import InputError
-from mhesa.inference.decoder.decoder import split_into_calls
-from mhesa.inference.evaluation import WINDOW
 from mhesa.inference.session import Reader
 from mhesa.inference.session_database import open_database, state_from_bytes, state_to_bytes
-from mhesa.inference.statistics import BITS, Statistic, token_statistics
+from mhesa.inference.statistics import BITS, Statistic, read_tokens
 from mhesa.locks import only_writer_of_file
 
 # SQLite's application_id and user_version of our files.
@@ -185,16 +183,11 @@ class KeyedSessions:
         last = torch.from_numpy(self._tokens[slots])
         inputs = [torch.cat([last[i : i + 1], ids[:-1]]) for i, ids in enumerate(targets)]
         state = self._states[slots].transpose(0, 1).to(decoder.device, self._state_type).contiguous()
-        parts = []
-        wanted, start = torch.cat(targets), 0
-        for first, end, pieces in split_into_calls(inputs, WINDOW):
-            logits = decoder.predict(pieces, state[:, first:end])
-            parts.append(token_statistics(logits, wanted[start : start + len(logits)], statistics))
-            start += len(logits)
+        columns = read_tokens(decoder, inputs, torch.cat(targets), state, statistics)
         self._states[slots] = state.transpose(0, 1).float().cpu()
         self._tokens[slots] = [text[-1] for text in texts]
         self._changed.update(digests)
-        return {name: np.concatenate([part[name] for part in parts]) for name in statistics}
+        return columns
 
     def _slot(self, digest: bytes) -> int:
         """The slot of a key, whose session is brought into memory."""

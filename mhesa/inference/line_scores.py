@@ -9,18 +9,42 @@ import json
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from mhesa.errors import InputError
-from mhesa.inference.lines import SHOWN_KEY, Masks
+from mhesa.inference.lines import SHOWN_KEY, Masks, Piece
 from mhesa.inference.scoring import SHOWN_BYTES, ScoredPiece, SpanSurprisal
 
 # Bytes that lines of one kind begin with, digits left out, and how many kinds are remembered.
 BEGINNING, KINDS = 24, 1024
+DIGITS = b"0123456789"
+# For `bytes.translate`: 1 for each byte that is no digit.
+NO_DIGIT = bytes(byte not in DIGITS for byte in range(256))
 # The relative error of a threshold, and the smallest and the largest score that is told from others.
 PRECISION, SMALLEST, LARGEST = 0.01, 1e-3, 1e9
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The piece of a line with the highest score. Its most surprising part is found when it is asked for.
+
+    Args:
+        text: of the piece.
+        bits: of each of its bytes, zero for those that do not count, `(bytes,)`.
+        offset: where the piece begins in the line, in bytes.
+    """
+
+    text: bytes
+    bits: np.ndarray
+    offset: int = 0
+
+    @cached_property
+    def span(self) -> tuple[int, int]:
+        """Where the most surprising part begins and ends in the piece."""
+        return most_surprising_span(self.bits)
 
 
 @dataclass(frozen=True)
@@ -29,17 +53,27 @@ class LineSurprisal(SpanSurprisal):
 
     Args:
         score: bits of its most surprising byte, digits left out, above what lines that begin alike have.
-        span: where the most surprising part begins and ends, in bytes from the line's beginning.
-        span_text: the part.
+        peak: where its most surprising part is.
         key: of its session; `None` if it has none.
         alarm: whether the score is above the threshold; `None` if there is none.
     """
 
     score: float = 0.0
-    span: tuple[int, int] = (0, 0)
-    span_text: bytes = b""
+    peak: Peak = field(default_factory=lambda: Peak(b"", np.zeros(0)), repr=False, compare=False)
     key: str | None = None
     alarm: bool | None = None
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where the most surprising part begins and ends, in bytes from the line's beginning."""
+        start, end = self.peak.span
+        return self.peak.offset + start, self.peak.offset + end
+
+    @property
+    def span_text(self) -> bytes:
+        """The beginning of that part."""
+        start, end = self.peak.span
+        return self.peak.text[start : min(end, start + SHOWN_BYTES)]
 
     def as_dict(self) -> dict[str, object]:
         """The values under the names that they have in JSON."""
@@ -83,9 +117,8 @@ class LineScores:
             text: the bytes of the line that count.
             bits: of each of them, `(bytes,)`.
         """
-        counted = _no_digits(text)
-        kind = np.frombuffer(text, np.uint8)[counted][:BEGINNING].tobytes().decode("latin-1")
-        highest = float(bits[counted].max(initial=0.0))
+        kind = text.translate(None, DIGITS)[:BEGINNING].decode("latin-1")
+        highest = float(np.where(_no_digits(text), bits, 0.0).max(initial=0.0))
         count, total = self._kinds.pop(kind, (1, 0.0))
         self._kinds[kind] = count + 1, total + highest
         if len(self._kinds) > KINDS:
@@ -104,7 +137,7 @@ class LineScores:
         """
         line: _Line | None = None
         for scored in pieces:
-            line = line or _Line(scored)
+            line = line or _Line(scored.piece)
             self._add_piece(line, source, scored)
             if scored.piece.is_last:
                 yield line.whole(source)
@@ -113,16 +146,18 @@ class LineScores:
             yield line.whole(source)
 
     def _add_piece(self, line: _Line, source: str, scored: ScoredPiece) -> None:
-        text, bits = scored.piece.text, scored.columns["bits"]
-        counted = np.ones(len(text), dtype=bool)
+        text, bits = scored.piece.text, scored.bits
+        line.bits += float(bits.sum())
         if self._masks:
             content = text.removesuffix(b"\n")
+            counted = np.ones(len(text), dtype=bool)
             counted[: len(content)] = self._masks.counted(content, f"{source}, line {scored.piece.number}")
-        score = self.score(np.frombuffer(text, np.uint8)[counted].tobytes(), bits[counted])
+            score = self.score(np.frombuffer(text, np.uint8)[counted].tobytes(), bits[counted])
+            bits = np.where(counted, bits, 0.0)
+        else:
+            score = self.score(text, bits)
         if line.score is None or score > line.score:
-            line.score, line.scored = score, scored
-            line.counted = counted & _no_digits(text)
-        line.bits += float(bits.sum())
+            line.score, line.peak = score, Peak(text, np.where(_no_digits(text), bits, 0.0), line.size)
         line.size += len(text)
         line.text += text[: SHOWN_BYTES - len(line.text)]
 
@@ -136,24 +171,20 @@ class LineScores:
 
 
 def _no_digits(text: bytes) -> np.ndarray:
-    """Which bytes are no digits, `(bytes,)`."""
-    values = np.frombuffer(text, np.uint8)
-    return (values < ord("0")) | (values > ord("9"))
+    """Which bytes are no digits, bool `(bytes,)`."""
+    return np.frombuffer(text.translate(NO_DIGIT), np.bool_)
 
 
 class _Line:
     """A line whose pieces are coming; of them, the one with the highest score is kept."""
 
-    def __init__(self, first: ScoredPiece) -> None:
-        self.first, self.scored = first.piece, first
+    def __init__(self, first: Piece) -> None:
+        self.first = first
         self.score: float | None = None
-        self.counted = np.zeros(0, dtype=bool)
+        self.peak = Peak(b"", np.zeros(0))
         self.bits, self.size, self.text = 0.0, 0, b""
 
     def whole(self, source: str) -> LineSurprisal:
-        piece = self.scored.piece
-        start, end = most_surprising_span(np.where(self.counted, self.scored.columns["bits"], 0.0))
-        before = piece.offset - self.first.offset
         return LineSurprisal(
             source,
             self.first.number,
@@ -162,8 +193,7 @@ class _Line:
             self.size,
             self.text,
             score=self.score or 0.0,
-            span=(before + start, before + end),
-            span_text=piece.text[start : min(end, start + SHOWN_BYTES)],
+            peak=self.peak,
             key=self.first.key,
         )
 

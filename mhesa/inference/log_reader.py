@@ -99,7 +99,7 @@ class LogReader:
         columns = self.sessions.score_ids(keys, ids, BITS)
         for piece, tokens, found in zip(pieces, ids, columns, strict=True):
             shares = share_by_byte(found["bits"], reader.token_sizes[tokens], len(piece.text))
-            yield ScoredPiece(piece, {"bits": shares})
+            yield ScoredPiece(piece, shares)
 
     def _resume(self, chunks: Iterable[bytes], name: str | None) -> tuple[Position, Iterator[bytes]]:
         """Where to go on in a file, and its text from there."""

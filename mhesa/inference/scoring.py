@@ -5,17 +5,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mhesa.errors import InputError
-from mhesa.inference.evaluation import surprisals, tokens_at_once
+from mhesa.inference.evaluation import surprisals
 from mhesa.inference.lines import Piece
 from mhesa.inference.parallel import ParallelDecoder
 from mhesa.inference.session import Reader
-from mhesa.inference.statistics import BITS, Statistic, token_statistics
+from mhesa.inference.statistics import BITS, Statistic, read_tokens
 from mhesa.tokenizers.stream import NEWLINE, Block, character_start, encode_stream
 
 # How much of the beginning of a line or document is kept to be shown.
@@ -94,17 +94,16 @@ class Batch:
             start = tokens.stop
 
 
-@dataclass(frozen=True)
-class ScoredPiece:
-    """A line, or a part of a long one, and statistics of its bytes.
+class ScoredPiece(NamedTuple):
+    """A line, or a part of a long one, and the surprisal of its bytes.
 
     Args:
         piece: where it is, and its text.
-        columns: each token's statistics, shared out over its bytes, by name, fp64 `(bytes,)` each.
+        bits: each token's surprisal, shared out over its bytes, fp64 `(bytes,)`.
     """
 
     piece: Piece
-    columns: Mapping[str, np.ndarray]
+    bits: np.ndarray
 
 
 def score(
@@ -139,34 +138,14 @@ def score(
         if decoder is not None:
             columns = {"bits": surprisals(decoder, read[:-1], read[1:], state)}
         else:
-            columns = read_tokens(reader, read[:-1], read[1:], state, statistics)
+            columns = read_tokens(reader.decoder, read[:-1], read[1:], state, statistics)
         yield Batch(blocks, columns, sizes[ids])
         last = read[-1:]
     if with_end:
         end = torch.tensor([reader.tokenizer.eos_token_id])
-        yield Batch([], read_tokens(reader, last, end, state, statistics), np.zeros(1, dtype=np.int64))
-
-
-def read_tokens(
-    reader: Reader, inputs: Tensor, targets: Tensor, state: Tensor, statistics: Mapping[str, Statistic]
-) -> dict[str, np.ndarray]:
-    """Read tokens of one text, and compute statistics of the predictions of those that came.
-
-    Args:
-        reader: the model.
-        inputs: ids to read, int64 `(length,)`.
-        targets: the token that came after each, `(length,)`.
-        state: `(depth, 1, state_size)`, changed in place.
-        statistics: by name.
-    """
-    found = {name: np.empty(len(targets)) for name in statistics}
-    size = tokens_at_once(reader.decoder)
-    for start in range(0, len(targets), size):
-        rows = slice(start, start + size)
-        part = token_statistics(reader.decoder.predict(inputs[rows], state), targets[rows], statistics)
-        for name, values in part.items():
-            found[name][rows] = values
-    return found
+        yield Batch(
+            [], read_tokens(reader.decoder, last, end, state, statistics), np.zeros(1, dtype=np.int64)
+        )
 
 
 def share_by_byte(values: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
@@ -217,19 +196,28 @@ def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> tuple[np.
 
 
 def line_pieces(batches: Iterable[Batch]) -> Iterator[ScoredPiece]:
-    """The lines of a text, each in one or more pieces, with the statistics of their bytes."""
+    """The lines of a text, each in one or more pieces, with the surprisal of their bytes."""
     number, offset, is_first = 1, 0, True
     for batch in batches:
-        for text, sizes, columns in batch.by_block():
-            shares = {name: share_by_byte(values, sizes, len(text)) for name, values in columns.items()}
-            start = 0
+        bits, place = _bits_by_byte(batch), 0
+        for block in batch.blocks:
+            text, start = block.text, 0
             while start < len(text):
                 end = text.find(b"\n", start) + 1 or len(text)
-                piece = Piece(number, offset + start, text[start:end], is_first)
-                yield ScoredPiece(piece, {name: values[start:end] for name, values in shares.items()})
+                piece = Piece(number, offset + place + start, text[start:end], is_first)
+                yield ScoredPiece(piece, bits[place + start : place + end])
                 is_first = piece.is_last
                 number, start = number + is_first, end
-            offset += len(text)
+            place += len(text)
+        offset += place
+
+
+def _bits_by_byte(batch: Batch) -> np.ndarray:
+    """The surprisal of each byte of all blocks, fp64 `(bytes,)`."""
+    if (batch.sizes == 1).all() and all(len(block.ids) == len(block.text) for block in batch.blocks):
+        return batch.bits
+    shares = [share_by_byte(columns["bits"], sizes, len(text)) for text, sizes, columns in batch.by_block()]
+    return np.concatenate([np.zeros(0), *shares])
 
 
 def by_token(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
@@ -252,7 +240,7 @@ def by_line(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
         piece = scored.piece
         first = piece if first is None else first
         shown += piece.text[: SHOWN_BYTES - len(shown)]
-        bits, size = bits + float(scored.columns["bits"].sum()), size + len(piece.text)
+        bits, size = bits + float(scored.bits.sum()), size + len(piece.text)
         if piece.is_last:
             yield SpanSurprisal(name, first.number, first.offset, bits, size, shown)
             shown, bits, size, first = b"", 0.0, 0, None

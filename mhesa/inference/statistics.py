@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from mhesa.inference.decoder import Decoder
 
 # Rows whose log-probabilities are in memory at once: few enough to stay in a core's cache.
 ROWS = 256
@@ -75,6 +78,10 @@ def token_statistics(
     Returns:
         By name fp64 `(tokens,)`.
     """
+    if set(statistics.values()) == {bits} and logits.device.type == "cpu" and logits.dtype == torch.float32:
+        from mhesa.inference.surprisal_kernel import surprisal
+
+        return dict.fromkeys(statistics, surprisal(logits, targets))
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     found = {name: np.empty(len(targets)) for name in statistics}
     for start in range(0, len(targets), ROWS):
@@ -83,4 +90,35 @@ def token_statistics(
         wanted = targets[rows].to(logprobs.device)
         for name, statistic in statistics.items():
             found[name][rows] = statistic(logprobs, wanted).cpu().numpy()
+    return found
+
+
+def read_tokens(
+    decoder: Decoder,
+    inputs: Tensor | Sequence[Tensor],
+    targets: Tensor,
+    state: Tensor,
+    statistics: Mapping[str, Statistic],
+) -> dict[str, np.ndarray]:
+    """Read texts, and compute statistics of the predictions of the tokens that came.
+
+    Args:
+        decoder: the model.
+        inputs: ids of one text `(length,)`, or of each of several.
+        targets: the token that came after each, one text after the other, `(tokens,)`.
+        state: `(depth, texts, state_size)`, changed in place.
+        statistics: by name.
+
+    Returns:
+        By name fp64 `(tokens,)`.
+    """
+    # Preallocate: freed large blocks between live small ones would fragment the heap.
+    found = {name: np.empty(len(targets)) for name in statistics}
+
+    def measure(logits: Tensor, start: int) -> None:
+        rows = slice(start, start + len(logits))
+        for name, values in token_statistics(logits, targets[rows], statistics).items():
+            found[name][rows] = values
+
+    decoder.read(inputs, state, measure)
     return found

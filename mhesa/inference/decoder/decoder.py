@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import NoReturn, Protocol
 
 import torch
@@ -137,8 +139,7 @@ class Decoder:
         out = torch.empty(len(sequences), self.num_tokens, dtype=self._state_type, device=self.device)
         with self._lock:
             for first, last, pieces in split_into_calls(sequences, self._engine.rows):
-                offsets = _offsets(*(len(piece) for piece in pieces))
-                out[first:last] = self._engine.run(torch.cat(pieces), offsets, state[:, first:last], False)
+                out[first:last] = self._run(pieces, state[:, first:last], False)
         return out
 
     def predict(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
@@ -156,15 +157,38 @@ class Decoder:
             IndexError: an id outside the vocabulary.
         """
         sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
+        tokens = sum(len(sequence) for sequence in sequences)
+        out = torch.empty(tokens, self.num_tokens, dtype=self._state_type, device=self.device)
+
+        def keep(logits: Tensor, start: int) -> None:
+            out[start : start + len(logits)] = logits
+
+        self.read(sequences, state, keep)
+        return out
+
+    def read(
+        self, ids: Tensor | Sequence[Tensor], state: Tensor, take: Callable[[Tensor, int], object]
+    ) -> None:
+        """As `predict`, for logits that are not to be kept.
+
+        Args:
+            ids: as `predict` takes them.
+            state: likewise.
+            take: called with logits, `(some tokens, num_tokens)`, and how many tokens came before them. The
+                logits are overwritten when it returns.
+        """
+        sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
         self._check(state, len(sequences))
+        done = 0
         with self._lock:
-            parts = [
-                self._engine.run(
-                    torch.cat(pieces), _offsets(*(len(piece) for piece in pieces)), state[:, first:last], True
-                ).clone()
-                for first, last, pieces in split_into_calls(sequences, self._engine.rows)
-            ]
-        return torch.cat(parts)
+            for first, last, pieces in split_into_calls(sequences, self._engine.rows):
+                logits = self._run(pieces, state[:, first:last], True)
+                take(logits, done)
+                done += len(logits)
+
+    def _run(self, pieces: list[Tensor], state: Tensor, all_logits: bool) -> Tensor:
+        ids = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return self._engine.run(ids, _offsets(*map(len, pieces)), state, all_logits)
 
     def _check(self, state: Tensor, batch: int) -> None:
         check_state(state, (self._depth, batch, self._width), self._state_type, self.device)
@@ -196,9 +220,11 @@ def _engine(
     return (GraphEngine if weight.device.type == "cuda" else LayersEngine)(model)
 
 
+# Long texts are read in calls of one length.
+@lru_cache(maxsize=64)
 def _offsets(*lengths: int) -> Tensor:
-    """Where sequences of these lengths start and the last ends, int64 `(sequences + 1,)`."""
-    return torch.tensor([0, *lengths], device="cpu").cumsum(0)
+    """Where sequences of these lengths start and the last ends, int64 `(sequences + 1,)`; to be read only."""
+    return torch.tensor([0, *accumulate(lengths)], device="cpu")
 
 
 def split_into_calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tensor]]]:
@@ -216,14 +242,15 @@ def split_into_calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int,
     pieces: list[Tensor] = []
     first, room = 0, rows
     for index, sequence in enumerate(sequences):
-        if len(sequence) == 0:
+        start, length = 0, len(sequence)
+        if length == 0:
             raise InputError("a sequence to read must hold at least one token")
-        while len(sequence):
+        while start < length:
             if not pieces:
                 first, room = index, rows
-            pieces.append(sequence[:room])
-            room -= len(pieces[-1])
-            sequence = sequence[len(pieces[-1]) :]
+            count = min(room, length - start)
+            pieces.append(sequence[start : start + count])
+            start, room = start + count, room - count
             if room == 0:
                 calls.append((first, index + 1, pieces))
                 pieces = []

@@ -14,18 +14,12 @@ from typing import Any
 from llvmlite import ir
 
 from mhesa.ops.cpu.compiling import intrinsic, jit, literals, offset, types
-from mhesa.ops.cpu.simd import I32, I64, REGISTER, Emitter, specialized
+from mhesa.ops.cpu.simd import I32, I64, REGISTER, Emitter, shuffle, specialized
 
 # Channels of a tile; processors with shorter vectors take several instructions.
 LANES, HALF = 16, 8
 # Channels of a tile of several heads: four vector registers of fp32.
 GROUP = max(REGISTER, LANES)
-
-
-def _shuffle(emit: Emitter, vector: Any, lanes: list[int]) -> Any:
-    """The vector of the named lanes."""
-    mask = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
-    return emit.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
 
 
 def _load_rates(emit: Emitter, pointer: Any, dims: int) -> Any:
@@ -37,14 +31,14 @@ def _load_rates(emit: Emitter, pointer: Any, dims: int) -> Any:
     if heads == 1:
         one = ir.Constant(ir.VectorType(emit.element, 1), ir.Undefined)
         rates = emit.builder.insert_element(one, rates, I32(0))
-    return _shuffle(emit, rates, [lane // dims for lane in range(emit.lanes)])
+    return shuffle(emit, rates, [lane // dims for lane in range(emit.lanes)])
 
 
 def _store_head_sums(emit: Emitter, vector: Any, pointer: Any, dims: int) -> None:
     """Store the sums over each head's `dims` lanes; if all lanes are of one head, add to what is there."""
     heads, lanes = Emitter(emit.builder, emit.stored, emit.lanes // dims), emit.lanes
     while lanes > heads.lanes:
-        even, odd = (_shuffle(emit, vector, list(range(first, lanes, 2))) for first in (0, 1))
+        even, odd = (shuffle(emit, vector, list(range(first, lanes, 2))) for first in (0, 1))
         vector, lanes = emit.builder.fadd(even, odd), lanes // 2
     if heads.lanes == 1 and emit.lanes > 1:
         vector = emit.builder.extract_element(vector, I32(0))

@@ -144,6 +144,12 @@ class Emitter:
         return self.builder.select(small, self.constant(self.element, 0.0), value)
 
 
+def shuffle(emit: Emitter, vector: Any, lanes: list[int]) -> Any:
+    """The vector of the named lanes."""
+    mask = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
+    return emit.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
 def polynomial(emit: Emitter, x: Any, coefficients: tuple[float, ...]) -> Any:
     """A polynomial at fp32 values, by Horner's rule; the coefficient of the highest power comes first."""
     value = emit.constant(FLOAT, coefficients[0])
