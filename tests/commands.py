@@ -55,15 +55,37 @@ def run_processes(count, *arguments, meanwhile=lambda processes: None):
 
     `meanwhile` is called with the processes while they run.
     """
+    done = _run(group_variables(count), arguments, b"", meanwhile)[0]
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def call_in_processes(count, function, *arguments):
+    """Call a function in processes that find each other likewise; none may fail."""
+    processes = [
+        FORKED.Process(target=_call, args=(variables, function, arguments))
+        for variables in group_variables(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(SECONDS)
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def _call(variables, function, arguments):
+    os.environ.update(variables)
+    function(*arguments)
+
+
+def group_variables(count):
+    """The environment of each of `count` processes, as `torchrun` sets it."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     group = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     ranks = [{"RANK": rank, "LOCAL_RANK": rank} | group for rank in range(count)]
-    variables = [os.environ | {name: str(value) for name, value in rank.items()} for rank in ranks]
-    done = _run(variables, arguments, b"", meanwhile)[0]
-    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
-    return done
+    return [os.environ | {name: str(value) for name, value in rank.items()} for rank in ranks]
 
 
 ON_A_SMALL_DISK = """

@@ -302,3 +302,20 @@ def test_the_graph_on_a_gpu_is_the_step():
             logits, expected = model.step(ids.cuda(), expected)
         torch.testing.assert_close(decoder.step(ids, state), logits)
     torch.testing.assert_close(state, expected)
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), ALL)
+def test_logits_that_are_not_kept_are_those_that_are(dtype, quantize):
+    model = tiny(dtype)
+    decoder = Decoder(model, max_batch=2, quantize=quantize)
+    texts = [torch.randint(50, (length,)) for length in (ROWS + 40, 7)]
+    kept, read = model.initial_state(2), model.initial_state(2)
+    expected, found = decoder.predict(texts, kept), []
+
+    def take(logits, start):
+        assert start == sum(map(len, found))
+        found.append(logits.clone())
+
+    decoder.read(texts, read, take)
+    assert torch.equal(torch.cat(found).to(expected.dtype), expected)
+    assert torch.equal(read, kept)

@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import run_processes
+from commands import call_in_processes, run_processes
 from safetensors.torch import load_file
 
 from mhesa.data import Windows
 from mhesa.errors import InputError
+from mhesa.model.config import ModelConfig
+from mhesa.processes import join_processes, rank
 from mhesa.training import TrainingSettings, train
 from mhesa.training.batches import Batches
 from mhesa.training.checkpoint import newest
-from mhesa.training.distributed import Grid
+from mhesa.training.distributed import Grid, distribute, is_sharded, model_state
 
 OPTIONS = {
     "steps": 30,
@@ -159,41 +161,29 @@ def test_what_they_saved_others_resume(shared, tmp_path, processes, columns, opt
     assert held_out(out) == pytest.approx(held_out(shared), abs=1e-4)
 
 
-SHARDED = """
-import sys
-from pathlib import Path
-from mhesa.model.config import ModelConfig
-from mhesa.processes import join_processes, rank
-from mhesa.training.distributed import distribute, is_sharded, model_state
-import torch
-join_processes("cpu")
-torch.manual_seed(0)
-model = ModelConfig(dim=16, depth=2, heads=2, dim_mhesa=8).build()
-whole = {name: value.clone() for name, value in model.state_dict().items()}
-total = sum(p.numel() for p in model.parameters())
-distribute(model, "cpu", fsdp=True)
-assert is_sharded(model)
-held = sum(p.to_local().numel() for p in model.parameters())
-assert abs(held - total / 2) <= 2 * len(list(model.parameters())) * 16
-gathered = model_state(model)
-assert gathered.keys() == (whole.keys() if rank() == 0 else set())
-if rank() == 0:
-    assert all(torch.equal(gathered[name], value) for name, value in whole.items())
-Path(sys.argv[1], f"held-{rank()}").write_text(f"{held} {total}")
-"""
+def shard(folder):
+    """What each of two processes does: share out a model's weights, and gather them again."""
+    join_processes("cpu")
+    torch.manual_seed(0)
+    model = ModelConfig(dim=16, depth=2, heads=2, dim_mhesa=8).build()
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    total = sum(p.numel() for p in model.parameters())
+    distribute(model, "cpu", fsdp=True)
+    assert is_sharded(model)
+    held = sum(p.to_local().numel() for p in model.parameters())
+    assert abs(held - total / 2) <= 2 * len(list(model.parameters())) * 16
+    gathered = model_state(model)
+    assert gathered.keys() == (whole.keys() if rank() == 0 else set())
+    if rank() == 0:
+        assert all(torch.equal(gathered[name], value) for name, value in whole.items())
+    (folder / f"held-{rank()}").write_text(f"{held} {total}")
 
 
 def test_sharded_weights_are_held_once(tmp_path):
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "sharded.py")]
-    command += [str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=100, env=environment)
-    assert done.returncode == 0, done.stderr
-    (first, whole), (second, _) = (
-        map(int, (tmp_path / f"held-{rank}").read_text().split()) for rank in (0, 1)
-    )
+    call_in_processes(2, shard, tmp_path)
+    (first, whole), (second, _) = [
+        [int(number) for number in (tmp_path / f"held-{rank}").read_text().split()] for rank in (0, 1)
+    ]
     assert first + second == whole
 
 

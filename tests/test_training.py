@@ -188,18 +188,18 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_a_run_goes_on_as_if_it_had_never_stopped(settings, tmp_path, way):
-    whole = replace(settings, steps=64, save_every=7, **way)
+    whole = replace(settings, steps=40, save_every=7, **way)
     stopped = replace(whole, out=str(tmp_path / "stopped"))
     train(whole)
-    interrupt_at(stopped, 20)
+    interrupt_at(stopped, 10)
     with pytest.raises(Stopped) as caught:
         train(stopped)
-    assert 20 <= caught.value.step < 64
-    interrupt_at(stopped, 40)
+    assert 10 <= caught.value.step < 40
+    interrupt_at(stopped, 20)
     with pytest.raises(Stopped):
         train(stopped, resume=True)
     train(stopped, resume=True)
-    assert_same_run(stopped, whole, 64)
+    assert_same_run(stopped, whole, 40)
 
 
 def test_an_older_checkpoint_gives_the_same_run(settings, tmp_path, capsys):

@@ -110,6 +110,20 @@ def run(inputs, name="triton", reverse=False):
     }
 
 
+CLEAN = {}
+
+
+def run_once(inputs, regime, reverse=False):
+    """As `run`, once for all tests whose inputs are made from the same shape, and so are equal."""
+    given = {name: value for name, value in inputs.items() if value is not None}
+    key = regime, reverse, *((name, *value.shape) for name, value in given.items())
+    if key not in CLEAN:
+        CLEAN[key] = given, run(inputs, reverse=reverse)
+    known, found = CLEAN[key]
+    assert_same(given, known)
+    return found
+
+
 def reference(inputs, reverse=False):
     """The same in fp64 by definition."""
     wide = {
@@ -274,7 +288,7 @@ def test_nan_stays_where_it_belongs(operand, reverse, regime):
     clean = make_inputs((2, 160, 2, 4))
     dirty = clean | {operand: clean[operand].clone()}
     dirty[operand][1, step, 1, 2] = torch.nan
-    expected, actual = run(clean, reverse=reverse), run(dirty, reverse=reverse)
+    expected, actual = run_once(clean, regime, reverse), run(dirty, reverse=reverse)
     # The gradient runs against the scan.
     forwards = (operand == "x") != reverse
     tainted = torch.zeros(2, 160, 2, 4, dtype=torch.bool)
@@ -300,7 +314,7 @@ def test_packed_neighbours_are_not_felt(neighbour, regime):
     sequence = PACKING.index(start)
     for name in ("initial_state", "dfinal"):
         dirty[name][:sequence] = dirty[name][sequence + 1 :] = neighbour
-    expected, actual = run(clean), run(dirty)
+    expected, actual = run_once(clean, regime), run(dirty)
     for name in ("y", "dx"):
         assert torch.equal(actual[name][:, start:stop], expected[name][:, start:stop]), name
     for name in ("final", "dinitial_state"):
@@ -465,7 +479,7 @@ def test_packed_neighbours_with_rates_of_every_step_are_not_felt(neighbour, regi
     sequence = PACKING.index(start)
     for name in ("initial_state", "dfinal"):
         dirty[name][:sequence] = dirty[name][sequence + 1 :] = neighbour
-    expected, actual = run(clean), run(dirty)
+    expected, actual = run_once(clean, regime), run(dirty)
     for name in ("y", "dx", "dalpha", "ddecay"):
         assert torch.equal(actual[name][:, start:stop], expected[name][:, start:stop]), name
     for name in ("final", "dinitial_state"):
@@ -480,7 +494,7 @@ def test_a_nan_with_rates_of_every_step_stays_where_it_belongs(operand, regime):
     clean = make_inputs((2, 160, 2, 16), stepwise=BOTH)
     dirty = clean | {operand: clean[operand].clone()}
     dirty[operand][1, step, 1] = torch.nan
-    expected, actual = run(clean), run(dirty)
+    expected, actual = run_once(clean, regime), run(dirty)
     later, earlier = torch.zeros(2, 2, 160, 2, dtype=torch.bool)
     later[1, step:, 1] = operand != "dy"
     # The step of a rate takes the gradient of its own input, not of its state.

@@ -71,21 +71,51 @@ def commands(environment):
     return run
 
 
-@pytest.fixture(scope="module", params=["bytes", "bpe:300"])
-def trained(request, commands, tmp_path_factory):
-    """A run of each kind of tokenizer, and the text that it read."""
+KINDS = ["bytes", "bpe:300"]
+
+
+@pytest.fixture(scope="module")
+def runs(commands, tmp_path_factory):
+    """A run of each kind of tokenizer, what each command printed of it, and the text that it read."""
     folder = tmp_path_factory.mktemp("run")
     text = folder / "bottles.txt"
     text.write_text(TEXT)
     options = [f"--{name}={value}" for name, value in TINY.items()]
-    [written] = commands(
-        [
-            *("train", text, "--out", folder / "run", "--steps", 20, "--eval-every", 10),
-            *("--tokenizer", request.param, *options),
+    lines = []
+    for number, kind in enumerate(KINDS):
+        run = folder / str(number)
+        train = [
+            "train",
+            text,
+            "--out",
+            run,
+            "--steps",
+            20,
+            "--eval-every",
+            10,
+            "--tokenizer",
+            kind,
+            *options,
         ]
-    )
-    assert "held-out text" in written
-    return folder / "run", text
+        lines += [
+            train,
+            ["config", run],
+            ["generate", run, "--prompt", "7 bott", "--length", 20, "--seed", 1],
+            ["eval", run, text, "--json"],
+            ["score", run, text],
+            ["train", "--resume", "--out", run, "--steps", 22],
+        ]
+    printed = commands(*lines)
+    return {
+        kind: (folder / str(number), printed[number * 6 : number * 6 + 6])
+        for number, kind in enumerate(KINDS)
+    }
+
+
+@pytest.fixture(params=KINDS)
+def trained(request, runs):
+    """One of them."""
+    return runs[request.param]
 
 
 def test_transformers_is_not_there(environment):
@@ -94,15 +124,9 @@ def test_transformers_is_not_there(environment):
         assert b"ModuleNotFoundError" in done.stderr
 
 
-def test_every_command_works(commands, trained):
-    run, text = trained
-    config, generated, evaluated, scored, _ = commands(
-        ["config", run],
-        ["generate", run, "--prompt", "7 bott", "--length", 20, "--seed", 1],
-        ["eval", run, text, "--json"],
-        ["score", run, text],
-        ["train", "--resume", "--out", run, "--steps", 22],
-    )
+def test_every_command_works(trained):
+    _, (written, config, generated, evaluated, scored, _) = trained
+    assert "held-out text" in written
     assert "dim: 16\n" in config
     assert generated.startswith("7 bott")
     assert json.loads(evaluated)["bytes"] == len(TEXT)
