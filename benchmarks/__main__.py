@@ -293,6 +293,7 @@ def logs(
     models: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Trained models, <log>-adaptive and <log>-fixed.")
     ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How often faults are put in, elsewhere each time.")] = 3,
     as_json: AsJson = False,
     save: Save = False,
 ) -> None:
@@ -308,7 +309,7 @@ def logs(
     from benchmarks.logs import bench_logs
 
     tables: dict[str, list[Any]] = {}
-    for name, row in bench_logs(folder, steps=steps, models=models):
+    for name, row in bench_logs(folder, steps=steps, models=models, seeds=seeds):
         tables.setdefault(name, []).append(row)
     if not as_json:
         for name, rows in tables.items():

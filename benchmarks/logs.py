@@ -73,7 +73,7 @@ class Labelled:
 
 
 def bench_logs(
-    folder: Path, *, steps: int, models: Path | None = None, seed: int = 0
+    folder: Path, *, steps: int, models: Path | None = None, seeds: int = 3
 ) -> Iterator[tuple[str, Found | Labelled]]:
     """Put faults into the second half of each log, and find them after training on the first.
 
@@ -81,7 +81,7 @@ def bench_logs(
         folder: of the logs.
         steps: of training for each model, at most.
         models: a folder of trained models, `<log>-<model>` each, in place of training.
-        seed: of the faults.
+        seeds: how often faults of each kind are put in, elsewhere each time; all are counted together.
 
     Yields:
         Rows with the name of their table.
@@ -91,17 +91,17 @@ def bench_logs(
         half = len(lines) // 2
         normal = [line for line, alert in zip(lines[:half], alerts[:half], strict=True) if not alert]
         later = [line for line, alert in zip(lines[half:], alerts[half:], strict=True) if not alert]
-        streams = {kind: put_in(kind, log, later, seed) for kind in FAULTS}
+        streams = {kind: [put_in(kind, log, later, seed) for seed in range(seeds)] for kind in FAULTS}
         recall: dict[str, dict[str, float]] = {kind: {} for kind in FAULTS}
         for name, method in _methods(log, normal, steps, models):
             threshold = np.quantile(method(later), 1 - FALSE_ALARMS)
-            for kind, faulty in streams.items():
-                found = method(faulty.lines)[np.array(faulty.faults)] > threshold
-                recall[kind][name] = float(found.mean())
+            for kind, those in streams.items():
+                scores = [method(faulty.lines)[np.array(faulty.faults)] for faulty in those]
+                recall[kind][name] = float((np.concatenate(scores) > threshold).mean())
             if any(alerts):
                 yield "alerts", _labelled(name, method, Faulty(lines[half:], alerts[half:]))
-        for kind, faulty in streams.items():
-            yield "faults", Found(log.name, kind, sum(faulty.faults), recall[kind])
+        for kind, those in streams.items():
+            yield "faults", Found(log.name, kind, sum(sum(faulty.faults) for faulty in those), recall[kind])
 
 
 def _labelled(name: str, method: Method, log: Faulty) -> Labelled:
