@@ -15,8 +15,8 @@ The stages of a layer:
 A convolution follows the normalisation in the same stage. The logits of rates that follow the input are
 further outputs of the product that makes u and v.
 
-Stages that change a state, convolving and smoothing, are cut into blocks of rows like the others. What needs
-no state is done in any order; the state itself goes through the blocks of a sequence in turns.
+Stages that change a state, convolving and smoothing, are cut into pieces of rows like the others. What needs
+no state is done in any order; the state itself goes through the pieces of a sequence in turns.
 
 The table of stages is data, written by `mhesa.inference.decoder.native`.
 

@@ -49,18 +49,13 @@ def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def multiplies_tiles(weights: torch.dtype) -> bool:
-    """Whether weights of this type are multiplied in tile registers."""
-    return tiles.used_for(STORED_TYPES[weights])
-
-
 def padded_columns(columns: int, weights: torch.dtype) -> int:
     """Columns of a packed matrix.
 
     >>> padded_columns(40, torch.int8)
     48
     """
-    return padded(columns, LARGEST_PADDING if multiplies_tiles(weights) else PADDING)
+    return padded(columns, LARGEST_PADDING if tiles.used_for(STORED_TYPES[weights]) else PADDING)
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhesa.inference.decoder import kernel
+from mhesa.inference.decoder import kernel, tiles
 from mhesa.inference.decoder.matmul import (
     LARGEST_PADDING,
     LARGEST_TILE,
     PANEL,
-    multiplies_tiles,
     operand_max,
     pack,
     padded,
@@ -26,7 +25,7 @@ from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.cpu.arguments import Struct
 from mhesa.ops.cpu.atomics import LINE
-from mhesa.ops.cpu.compiling import compiled
+from mhesa.ops.cpu.compiling import STORED_TYPES, compiled
 from mhesa.ops.cpu.threads import available, parallel
 
 # Rows that go through the model together: few enough for their activations to stay in cache.
@@ -89,7 +88,7 @@ class NativeEngine:
             operand_stride=self.operand.stride(0),
             scales=self.scales.data_ptr(),
         )
-        variant = "tiles_" if multiplies_tiles(weights) else ""
+        variant = "tiles_" if tiles.used_for(STORED_TYPES[weights]) else ""
         self.function = compiled(kernel.run, weights, kernel.Arguments, variant)
 
     def run(self, ids: Tensor, offsets: Tensor, state: Tensor, all_logits: bool) -> Tensor:
