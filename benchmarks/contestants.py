@@ -185,8 +185,6 @@ CHOICES = {
     "twice Muon's learning rate": _ours().at(2.0),
     "initial rates of the original": _ours(rates=lambda heads: (torch.randn(heads), torch.randn(heads))),
     "time constants up to 30": _ours(rates=partial(spread_rates, slowest=30)),
-    "time constants up to 3,000": _ours(rates=partial(spread_rates, slowest=3000)),
-    "decays up to 0.9999": _ours(rates=partial(spread_rates, damping=9.2)),
 }
 
 # Smaller ones, of 0.1 to 0.2 million parameters, for the probes.

@@ -24,12 +24,15 @@ def log_softmax(logits):
     spread=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
     shift=st.sampled_from([0.0, -1e5, 1e5]),
     padding=st.integers(0, 3),
+    columns_first=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_surprisal_is_that_of_fp64(rows, num_tokens, spread, shift, padding, seed):
+def test_surprisal_is_that_of_fp64(rows, num_tokens, spread, shift, padding, columns_first, seed):
     generator = torch.Generator().manual_seed(seed)
     memory = torch.full((rows, num_tokens + padding), torch.nan)
     logits = memory[:, :num_tokens]
+    if columns_first:
+        logits = torch.full((num_tokens + padding, rows), torch.nan).T[:, :num_tokens]
     logits.copy_(torch.randn(rows, num_tokens, generator=generator) * spread + shift)
     targets = torch.randint(num_tokens, (rows,), generator=generator)
     expected = -log_softmax(logits)[np.arange(rows), targets.numpy()] / math.log(2)
@@ -62,6 +65,8 @@ def test_surprisal_is_the_same_bits_on_any_number_of_threads():
 def test_a_token_without_a_logit_is_refused(target):
     with pytest.raises(IndexError, match="tokens must be 0 to 4"):
         surprisal(torch.zeros(2, 5), torch.tensor([0, target]))
+    with pytest.raises(IndexError, match="2 tokens, and logits for 1"):
+        surprisal(torch.zeros(1, 5), torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

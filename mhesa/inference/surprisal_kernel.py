@@ -43,18 +43,22 @@ def surprisal(logits: Tensor, targets: Tensor) -> np.ndarray:
     """Surprisal in bits of the tokens that came, fp64 `(rows,)`; NaN in a row of logits that has one.
 
     Args:
-        logits: fp32 on CPU, `(rows, num_tokens)`, each row contiguous.
+        logits: fp32 on CPU, `(rows, num_tokens)`.
         targets: the token that came, int64 `(rows,)`.
 
     Raises:
-        IndexError: a token that there is no logit for.
+        IndexError: a token that there is no logit for, or more tokens than rows.
 
     >>> surprisal(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])).round(6).tolist()
     [2.0]
     """
-    num_tokens, targets = logits.shape[1], targets.contiguous()
+    num_tokens, targets = logits.shape[1], targets.to(torch.int64).contiguous()
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
         raise IndexError(f"tokens must be 0 to {num_tokens - 1}")
+    if len(targets) > len(logits):
+        raise IndexError(f"{len(targets)} tokens, and logits for {len(logits)}")
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
     found = np.empty(len(targets))
     args = Arguments(
         rows=len(targets),
