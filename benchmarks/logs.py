@@ -95,13 +95,13 @@ def bench_logs(
         recall: dict[str, dict[str, float]] = {kind: {} for kind in FAULTS}
         for name, method in _methods(log, normal, steps, models):
             threshold = np.quantile(method(later), 1 - FALSE_ALARMS)
-            for kind, those in streams.items():
-                scores = [method(faulty.lines)[np.array(faulty.faults)] for faulty in those]
+            for kind, runs in streams.items():
+                scores = [method(faulty.lines)[np.array(faulty.faults)] for faulty in runs]
                 recall[kind][name] = float((np.concatenate(scores) > threshold).mean())
             if any(alerts):
                 yield "alerts", _labelled(name, method, Faulty(lines[half:], alerts[half:]))
-        for kind, those in streams.items():
-            yield "faults", Found(log.name, kind, sum(sum(faulty.faults) for faulty in those), recall[kind])
+        for kind, runs in streams.items():
+            yield "faults", Found(log.name, kind, sum(sum(faulty.faults) for faulty in runs), recall[kind])
 
 
 def _labelled(name: str, method: Method, log: Faulty) -> Labelled:

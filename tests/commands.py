@@ -70,6 +70,8 @@ def call_in_processes(count, function, *arguments):
         process.start()
     for process in processes:
         process.join(SECONDS)
+        process.kill()
+        process.join()
     assert [process.exitcode for process in processes] == [0] * count
 
 

@@ -127,11 +127,8 @@ def test_a_choice_changes_one_thing(text):
         name: (-1 / torch.log1p(-layer.alphas.sigmoid())).max().item() for name, layer in layers.items()
     }
     assert slowest["16 heads"] == pytest.approx(300, rel=1e-3)
-    assert slowest["time constants up to 3,000"] == pytest.approx(3000, rel=1e-3)
+    assert slowest["time constants up to 30"] == pytest.approx(30, rel=1e-3)
     assert slowest["initial rates of the original"] < 30
-    assert layers["decays up to 0.9999"].dampen_factors.sigmoid().min().item() == pytest.approx(
-        0.9999, abs=1e-5
-    )
 
 
 def test_a_transformer_looks_back_only():

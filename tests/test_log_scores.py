@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from mhesa import GatedExponentialSmoothingLM, Reader, Session
 from mhesa.errors import InputError
 from mhesa.inference.line_scores import FalseAlarms, LineScores, most_surprising_span
 from mhesa.inference.lines import Masks, Piece, split_lines
-from mhesa.inference.scoring import ScoredPiece
+from mhesa.inference.scoring import SHOWN_BYTES, ScoredPiece
 from mhesa.inference.units import GivenWords, data_frame, surprisal_table
 from mhesa.tokenizers import Bytes, train_bpe
 
@@ -165,6 +166,45 @@ def test_digits_neither_count_nor_stand_out():
 
     assert read([1.0, 1, 1, 30, 30, 1, 7, 1, 1]) == (7.0, b"o")
     assert read([1.0, 5, 1, 30, 30, 1, 1, 1, 1]) == (5.0, b"d")
+
+
+@pytest.mark.parametrize("size", [40, 3 * SHOWN_BYTES])
+@pytest.mark.parametrize("highest", [0, 1, 2])
+def test_the_span_is_counted_from_the_beginning_of_a_line_in_pieces(size, highest):
+    """In pieces that are kept whole, and in longer ones, of which only the span is kept."""
+    letters = np.random.default_rng(0)
+    texts = [bytes(letters.choice([*b"abc7 "], size).tolist()) for _ in range(3)]
+    texts[2] = texts[2][:-1] + b"\n"
+    bits = [letters.exponential(1.0, size) for _ in range(3)]
+    # A digit and what is masked stand out most, and do not count.
+    masked = texts[highest].index(b"c")
+    bits[highest][[texts[highest].index(b"7"), masked]] = 99.0
+    bits[highest][[20, 21]] = 50.0
+    texts[highest] = texts[highest][:20] + b"XY" + texts[highest][22:]
+    pieces = [Piece(1, size * i, text, i == 0) for i, text in enumerate(texts)]
+    scored = [ScoredPiece(piece, cost) for piece, cost in zip(pieces, bits, strict=True)]
+    [row] = LineScores(Masks(["c"])).read("t", scored)
+    counted = [byte not in b"0123456789c" for byte in texts[highest]]
+    start, end = most_surprising_span(np.where(counted, bits[highest], 0.0))
+    assert start <= 20 < 22 <= end
+    assert row.span == (size * highest + start, size * highest + end)
+    assert row.span_text == texts[highest][start:end][:SHOWN_BYTES]
+    assert (row.as_dict()["span"], row.size) == ([*row.span], 3 * size)
+    assert row.bits == pytest.approx(sum(cost.sum() for cost in bits))
+
+
+def test_a_long_line_that_is_kept_takes_little_memory():
+    def row():
+        text = b"x" * (1 << 16)
+        [found] = LineScores().read("t", [ScoredPiece(Piece(1, 0, text), np.ones(len(text)))])
+        return found
+
+    row()
+    tracemalloc.start()
+    kept = [row() for _ in range(20)]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < len(kept) * 8 * SHOWN_BYTES
 
 
 def test_nothing_is_said_to_be_nothing(run, folder):

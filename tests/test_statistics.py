@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from mhesa.inference.statistics import BITS, bits, entropy, rank, token_statistics
-from mhesa.inference.surprisal_kernel import LANES, surprisal
+from mhesa import GatedExponentialSmoothingLM
+from mhesa.errors import InputError
+from mhesa.inference.decoder import Decoder
+from mhesa.inference.statistics import BITS, bits, entropy, rank, read_tokens, token_statistics
+from mhesa.inference.surprisal_kernel import LANES, MIN_PARALLEL, surprisal
 
 
 def log_softmax(logits):
@@ -52,6 +55,7 @@ def test_surprisal_of_logits_that_are_not_finite():
 
 def test_surprisal_is_the_same_bits_on_any_number_of_threads():
     logits, targets = torch.randn(1000, 300), torch.randint(300, (1000,))
+    assert logits.numel() >= MIN_PARALLEL
     alone = surprisal(logits, targets)
     threads = torch.get_num_threads()
     try:
@@ -65,8 +69,6 @@ def test_surprisal_is_the_same_bits_on_any_number_of_threads():
 def test_a_token_without_a_logit_is_refused(target):
     with pytest.raises(IndexError, match="tokens must be 0 to 4"):
         surprisal(torch.zeros(2, 5), torch.tensor([0, target]))
-    with pytest.raises(IndexError, match="2 tokens, and logits for 1"):
-        surprisal(torch.zeros(1, 5), torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -81,3 +83,22 @@ def test_statistics_are_those_of_scipy(dtype):
     np.testing.assert_array_equal(found["rank"], 1 + (logprobs > own[:, None]).sum(1))
     alone = token_statistics(logits, targets, BITS)["bits"]
     np.testing.assert_allclose(alone, found["bits"], rtol=1e-6, atol=2e-6)
+
+
+def test_predictions_and_tokens_must_be_as_many():
+    for logits, tokens in ((1, 2), (2, 1)):
+        with pytest.raises(InputError, match=f"{tokens} tokens, and predictions of {logits}"):
+            surprisal(torch.zeros(logits, 5), torch.zeros(tokens, dtype=torch.int64))
+    decoder = Decoder(GatedExponentialSmoothingLM(num_tokens=5, dim=4, depth=1, heads=1, dim_mhesa=4))
+    state = decoder.initial_state(1)
+    for targets in (2, 4):
+        with pytest.raises(InputError, match=f"{targets} targets for 3 tokens"):
+            read_tokens(decoder, torch.tensor([1, 2, 3]), torch.zeros(targets), state, BITS)
+    assert not state.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_tokens_of_any_integer_type_are_read(dtype):
+    logits = torch.randn(20, 9)
+    targets = torch.randint(9, (20,))
+    np.testing.assert_array_equal(surprisal(logits, targets.to(dtype)), surprisal(logits, targets))

@@ -72,12 +72,12 @@ def read_model(
     join_processes(device)
     model, tokenizer = load(folder, device=device, backend=backend)
     reader = Reader(model.to(dtype=precisions[precision]), tokenizer, quantize=quantize)
-    collect_garbage()
+    resume_garbage_collection()
     return reader
 
 
-def collect_garbage() -> None:
-    """Search for garbage from now on, but not among what was imported, which stays."""
+def resume_garbage_collection() -> None:
+    """Turn garbage collection on, leaving out the objects made so far: what was imported stays."""
     gc.freeze()
     gc.enable()
 

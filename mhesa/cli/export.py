@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mhesa.cli.common import Folder, collect_garbage, new_table, show
+from mhesa.cli.common import Folder, new_table, resume_garbage_collection, show
 from mhesa.errors import InputError
 
 
@@ -40,7 +40,7 @@ def export(
     from mhesa.model.loading import load
 
     model, tokenizer = load(folder)
-    collect_garbage()
+    resume_garbage_collection()
     table = new_table("file", "MB")
     written: list[Path] = []
     if web is not None:

@@ -60,10 +60,8 @@ class Output:
             return json.dumps(values, ensure_ascii=False)
         if self._as_table:
             return "\t".join(map(_cell, values.values()))
-        where = f"{row.number}" if row.source == "-" else f"{row.source}:{row.number}"
-        return (
-            f"{row.surprisal:10.2f} {row.entropy:6.2f} {row.rank:5}  {where}  {one_line(row.text.encode())}"
-        )
+        figures = f"{row.surprisal:10.2f} {row.entropy:6.2f} {row.rank:5}"
+        return f"{figures}  {_where(row)}  {one_line(row.text.encode())}"
 
     def _span(self, row: SpanSurprisal) -> str:
         from mhesa.inference.line_scores import LineSurprisal
@@ -111,9 +109,7 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6f}"
     if isinstance(value, str):
-        return "".join(
-            c if c.isprintable() else c.encode("unicode_escape").decode() for c in value.replace("\\", "\\\\")
-        )
+        return _printable(value.replace("\\", "\\\\"))
     return "" if value is None else str(value)
 
 

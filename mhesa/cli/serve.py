@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mhesa.atomic_io import check_output
-from mhesa.cli.common import Backend, Device, Folder, Quantize, collect_garbage
+from mhesa.cli.common import Backend, Device, Folder, Quantize
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.serve.settings import Limits, Settings, read_keys
@@ -67,5 +68,5 @@ def serve(
     model, tokenizer = load(folder, device=device, backend=backend)
     if settings.sessions is not None:
         check_output(settings.sessions, [*folder.iterdir(), *([keys] if keys else [])])
-    collect_garbage()
+    gc.enable()
     serve(Service(model, tokenizer, settings, quantize))

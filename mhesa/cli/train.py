@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mhesa.cli.common import collect_garbage, new_table
+from mhesa.cli.common import new_table, resume_garbage_collection
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.settings import setting_of
@@ -74,7 +74,7 @@ def train(
     console = Console(stderr=True)
     if resolve_device(chosen.device) == "cpu":
         keep_memory()
-    collect_garbage()
+    resume_garbage_collection()
     try:
         summary = run(chosen, resume=resume, overwrite=overwrite, console=console)
     except Stopped as stopped:

@@ -17,7 +17,7 @@ from mhesa.inference.statistics import BITS, read_tokens
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.tokenizers.base import Tokenizer
 
-# Tokens whose logits are in a process's memory at once.
+# Tokens between two reports of progress. Of a `ParallelDecoder`, those whose logits a process holds at once.
 WINDOW = 4096
 
 

@@ -27,24 +27,39 @@ NO_DIGIT = bytes(byte not in DIGITS for byte in range(256))
 PRECISION, SMALLEST, LARGEST = 0.01, 1e-3, 1e9
 
 
-@dataclass(frozen=True)
 class Peak:
-    """The piece of a line with the highest score. Its most surprising part is found when it is asked for.
+    """The most surprising part of a line. It is looked for when it is asked for: few lines' parts are shown.
 
     Args:
-        text: of the piece.
+        text: the piece of the line with the highest score.
         bits: of each of its bytes, zero for those that do not count, `(bytes,)`.
         offset: where the piece begins in the line, in bytes.
     """
 
-    text: bytes
-    bits: np.ndarray
-    offset: int = 0
+    def __init__(self, text: bytes = b"", bits: np.ndarray | None = None, offset: int = 0) -> None:
+        self._text, self._bits, self._offset = text, np.zeros(0) if bits is None else bits, offset
+        if len(text) > SHOWN_BYTES:
+            # Too large to keep.
+            self._found = self._find()
+            self._text, self._bits = b"", np.zeros(0)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where the part begins and ends, in bytes from the line's beginning."""
+        return self._found[0]
+
+    @property
+    def text(self) -> bytes:
+        """The beginning of the part."""
+        return self._found[1]
 
     @cached_property
-    def span(self) -> tuple[int, int]:
-        """Where the most surprising part begins and ends in the piece."""
-        return most_surprising_span(self.bits)
+    def _found(self) -> tuple[tuple[int, int], bytes]:
+        return self._find()
+
+    def _find(self) -> tuple[tuple[int, int], bytes]:
+        start, end = most_surprising_span(self._bits)
+        return (self._offset + start, self._offset + end), self._text[start : min(end, start + SHOWN_BYTES)]
 
 
 @dataclass(frozen=True)
@@ -53,27 +68,25 @@ class LineSurprisal(SpanSurprisal):
 
     Args:
         score: bits of its most surprising byte, digits left out, above what lines that begin alike have.
-        peak: where its most surprising part is.
+        peak: its most surprising part.
         key: of its session; `None` if it has none.
         alarm: whether the score is above the threshold; `None` if there is none.
     """
 
     score: float = 0.0
-    peak: Peak = field(default_factory=lambda: Peak(b"", np.zeros(0)), repr=False, compare=False)
+    peak: Peak = field(default_factory=Peak, repr=False, compare=False)
     key: str | None = None
     alarm: bool | None = None
 
     @property
     def span(self) -> tuple[int, int]:
         """Where the most surprising part begins and ends, in bytes from the line's beginning."""
-        start, end = self.peak.span
-        return self.peak.offset + start, self.peak.offset + end
+        return self.peak.span
 
     @property
     def span_text(self) -> bytes:
         """The beginning of that part."""
-        start, end = self.peak.span
-        return self.peak.text[start : min(end, start + SHOWN_BYTES)]
+        return self.peak.text
 
     def as_dict(self) -> dict[str, object]:
         """The values under the names that they have in JSON."""
@@ -147,17 +160,18 @@ class LineScores:
 
     def _add_piece(self, line: _Line, source: str, scored: ScoredPiece) -> None:
         text, bits = scored.piece.text, scored.bits
-        line.bits += float(bits.sum())
         if self._masks:
             content = text.removesuffix(b"\n")
             counted = np.ones(len(text), dtype=bool)
             counted[: len(content)] = self._masks.counted(content, f"{source}, line {scored.piece.number}")
             score = self.score(np.frombuffer(text, np.uint8)[counted].tobytes(), bits[counted])
-            bits = np.where(counted, bits, 0.0)
+            counted_bits = np.where(counted & _no_digits(text), bits, 0.0)
         else:
             score = self.score(text, bits)
+            counted_bits = np.where(_no_digits(text), bits, 0.0)
         if line.score is None or score > line.score:
-            line.score, line.peak = score, Peak(text, np.where(_no_digits(text), bits, 0.0), line.size)
+            line.score, line.peak = score, Peak(text, counted_bits, line.size)
+        line.bits += float(bits.sum())
         line.size += len(text)
         line.text += text[: SHOWN_BYTES - len(line.text)]
 
@@ -181,7 +195,7 @@ class _Line:
     def __init__(self, first: Piece) -> None:
         self.first = first
         self.score: float | None = None
-        self.peak = Peak(b"", np.zeros(0))
+        self.peak = Peak()
         self.bits, self.size, self.text = 0.0, 0, b""
 
     def whole(self, source: str) -> LineSurprisal:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhesa.errors import InputError
 from mhesa.inference.decoder import Decoder
 
-# Rows whose log-probabilities are in memory at once: few enough to stay in a core's cache.
+# Rows whose log-probabilities are computed at once on a CPU: few enough to stay in a core's cache.
 ROWS = 256
 
 # Makes of log-probabilities in nats `(rows, num_tokens)` and the tokens that came `(rows,)` a number each.
@@ -25,7 +26,6 @@ def bits(logprobs: Tensor, targets: Tensor) -> Tensor:
         logprobs: `(rows, num_tokens)`, in nats.
         targets: the token that came, `(rows,)`.
 
-    >>> import torch
     >>> bits(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])).item()
     2.0
     """
@@ -35,7 +35,6 @@ def bits(logprobs: Tensor, targets: Tensor) -> Tensor:
 def entropy(logprobs: Tensor, targets: Tensor) -> Tensor:
     """The surprisal in bits that the model expects; see `bits` for the arguments, `(rows, num_tokens)`.
 
-    >>> import torch
     >>> entropy(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0])).item()
     1.0
     """
@@ -46,7 +45,6 @@ def entropy(logprobs: Tensor, targets: Tensor) -> Tensor:
 def rank(logprobs: Tensor, targets: Tensor) -> Tensor:
     """1 for the likeliest token, and one more for each that is likelier; see `bits`, `(rows, num_tokens)`.
 
-    >>> import torch
     >>> rank(torch.tensor([[0.1, 0.6, 0.3]]).log(), torch.tensor([2])).item()
     2
     """
@@ -84,8 +82,9 @@ def token_statistics(
         return dict.fromkeys(statistics, surprisal(logits, targets))
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     found = {name: np.empty(len(targets)) for name in statistics}
-    for start in range(0, len(targets), ROWS):
-        rows = slice(start, start + ROWS)
+    size = ROWS if logits.device.type == "cpu" else max(len(targets), 1)
+    for start in range(0, len(targets), size):
+        rows = slice(start, start + size)
         logprobs = logits[rows].float().log_softmax(1)
         wanted = targets[rows].to(logprobs.device)
         for name, statistic in statistics.items():
@@ -111,7 +110,13 @@ def read_tokens(
 
     Returns:
         By name fp64 `(tokens,)`.
+
+    Raises:
+        InputError: not as many targets as inputs, or what `Decoder.read` raises.
     """
+    read = len(inputs) if isinstance(inputs, Tensor) else sum(map(len, inputs))
+    if read != len(targets):
+        raise InputError(f"{len(targets)} targets for {read} tokens")
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     found = {name: np.empty(len(targets)) for name in statistics}
 

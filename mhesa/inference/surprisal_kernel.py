@@ -12,63 +12,72 @@ import math
 
 import numpy as np
 import torch
-from llvmlite import ir
 from torch import Tensor
 
+from mhesa.errors import InputError
 from mhesa.ops.cpu.arguments import FLOAT32, FLOAT64, INT64, struct
 from mhesa.ops.cpu.atomics import fence, fetch_add
 from mhesa.ops.cpu.compiling import compiled, intrinsic, literals, member, offset, stack_array, types
 from mhesa.ops.cpu.scan_tiles import fill
-from mhesa.ops.cpu.simd import FLOAT, I32, I64, Emitter, exp2, shuffle
+from mhesa.ops.cpu.simd import FLOAT, I32, I64, Emitter, exp2, shuffle, splat
 from mhesa.ops.cpu.threads import available, parallel
 
 Arguments = struct(
     "Arguments",
     next_task="int64",
     rows="int64",
+    rows_per_task="int64",
     num_tokens="int64",
     row_stride="int64",
     logits=FLOAT32,
     targets=INT64,
     out=FLOAT64,
 )
-# Rows of a task. Below so many logits, one thread is done before another has woken.
-ROWS_PER_TASK, MIN_PARALLEL = 16, 1 << 17
+# Logits that a thread takes at once, in whole rows.
+LOGITS_PER_TASK = 1 << 12
+# With fewer logits one thread is done before another has woken.
+MIN_PARALLEL = 1 << 17
 # Logits that are taken together: four vector registers where they hold sixteen each.
 LANES = 64
 BITS_PER_NAT = 1 / math.log(2)
 
 
 def surprisal(logits: Tensor, targets: Tensor) -> np.ndarray:
-    """Surprisal in bits of the tokens that came, fp64 `(rows,)`; NaN in a row of logits that has one.
+    """Surprisal in bits of the tokens that came, fp64 `(rows,)`.
+
+    It is NaN where a row of logits holds NaN or plus infinity, or minus infinity alone.
 
     Args:
         logits: fp32 on CPU, `(rows, num_tokens)`.
-        targets: the token that came, int64 `(rows,)`.
+        targets: the token that came, `(rows,)`.
 
     Raises:
-        IndexError: a token that there is no logit for, or more tokens than rows.
+        InputError: not as many tokens as rows.
+        IndexError: a token that there is no logit for.
 
     >>> surprisal(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])).round(6).tolist()
     [2.0]
     """
-    num_tokens, targets = logits.shape[1], targets.to(torch.int64).contiguous()
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
+    rows, num_tokens = logits.shape
+    targets = targets.to("cpu", torch.int64).contiguous()
+    if len(targets) != rows:
+        raise InputError(f"{len(targets)} tokens, and predictions of {rows}")
+    if rows and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
         raise IndexError(f"tokens must be 0 to {num_tokens - 1}")
-    if len(targets) > len(logits):
-        raise IndexError(f"{len(targets)} tokens, and logits for {len(logits)}")
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    found = np.empty(len(targets))
+    found = np.empty(rows)
+    rows_per_task = max(1, LOGITS_PER_TASK // max(num_tokens, 1))
     args = Arguments(
-        rows=len(targets),
+        rows=rows,
+        rows_per_task=rows_per_task,
         num_tokens=num_tokens,
         row_stride=logits.stride(0),
         logits=logits.data_ptr(),
         targets=targets.data_ptr(),
         out=found.ctypes.data,
     )
-    threads = 1 if logits.numel() < MIN_PARALLEL else available()
+    threads = 1 if logits.numel() < MIN_PARALLEL else min(available(), -(-rows // rows_per_task))
     parallel(compiled(_kernel, torch.float32, Arguments), args.address, threads)
     return found
 
@@ -79,8 +88,8 @@ def _maximum(builder, a, b):
 
 
 @intrinsic
-def _add_maxima(context, logits, maxima, lanes):
-    """Take `lanes` logits into as many maxima; NaN is left out."""
+def _raise_maxima(context, logits, maxima, lanes):
+    """Raise each of `lanes` maxima to its logit where that is larger; NaN changes nothing."""
     if not literals(lanes):
         return None
 
@@ -101,12 +110,7 @@ def _add_powers(context, logits, largest, sums, lanes):
     def codegen(context, builder, signature, args):
         emit, start = Emitter(builder, types.float32, lanes.literal_value), I64(0)
         value, before = emit.load(args[0], start), emit.load(args[2], start)
-        top = args[1]
-        if emit.lanes > 1:
-            one = ir.VectorType(FLOAT, 1)
-            top = builder.insert_element(ir.Constant(one, ir.Undefined), top, I32(0))
-            top = builder.shuffle_vector(top, ir.Constant(one, ir.Undefined), emit.constant(I32, 0))
-        power = builder.fmul(builder.fsub(value, top), emit.constant(FLOAT, BITS_PER_NAT))
+        power = builder.fmul(builder.fsub(value, splat(emit, args[1])), emit.constant(FLOAT, BITS_PER_NAT))
         # `exp2` makes zero of NaN.
         missing = builder.fcmp_unordered("uno", power, power)
         emit.store(builder.fadd(before, builder.select(missing, power, exp2(emit, power))), args[2], start)
@@ -142,16 +146,16 @@ def _kernel(args):
     n, values = args.num_tokens, stack_array(args.logits, LANES)
     whole = n - n % LANES
     while True:
-        first = fetch_add(member(args, "next_task")) * ROWS_PER_TASK
+        first = fetch_add(member(args, "next_task")) * args.rows_per_task
         if first >= args.rows:
             break
-        for row in range(first, min(first + ROWS_PER_TASK, args.rows)):
+        for row in range(first, min(first + args.rows_per_task, args.rows)):
             logits = offset(args.logits, row * args.row_stride)
             fill(values, -np.inf, LANES)
             for i in range(0, whole, LANES):
-                _add_maxima(offset(logits, i), values, LANES)
+                _raise_maxima(offset(logits, i), values, LANES)
             for i in range(whole, n):
-                _add_maxima(offset(logits, i), values, 1)
+                _raise_maxima(offset(logits, i), values, 1)
             largest = _largest(values)
             fill(values, 0, LANES)
             for i in range(0, whole, LANES):

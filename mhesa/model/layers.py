@@ -117,17 +117,14 @@ class MHESA(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
 
-def spread_rates(heads: int, slowest: float = SLOWEST, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+def spread_rates(heads: int, slowest: float = SLOWEST) -> tuple[Tensor, Tensor]:
     """Initial values of an adaptive block's `alphas` and `dampen_factors`, `(heads,)` each.
 
     The time constants of the heads are spread evenly in their logarithm, from 1 step to `slowest`.
-
-    Args:
-        damping: the logit of the damping factor.
     """
     # On the CPU even where the module is not: for the meta device, torch would import its compiler.
     steps = torch.logspace(0, math.log10(slowest), heads, dtype=torch.float64, device="cpu")
-    return torch.logit(-torch.expm1(-1 / steps)).float(), torch.full((heads,), damping)
+    return torch.logit(-torch.expm1(-1 / steps)).float(), torch.full((heads,), DAMPING)
 
 
 def identity_taps(size: int, dim: int) -> Tensor:

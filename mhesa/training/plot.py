@@ -24,7 +24,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, float], p
         return
     figure = Figure(figsize=(8, 4.5), dpi=120)
     # Margins that fit: finding them takes as long as drawing.
-    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.115, top=0.975)
+    figure.subplots_adjust(left=0.1, right=0.985, bottom=0.115, top=0.975)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     tokens = [row["tokens"] / 1e6 for row in rows]

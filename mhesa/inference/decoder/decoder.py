@@ -150,7 +150,7 @@ class Decoder:
             state: `(depth, sequences, state_size)`, changed in place.
 
         Returns:
-            Logits, `(tokens, num_tokens)`, one sequence after the other.
+            Logits in the type of the state, `(tokens, num_tokens)`, one sequence after the other.
 
         Raises:
             InputError: as `prefill` does.
@@ -169,13 +169,14 @@ class Decoder:
     def read(
         self, ids: Tensor | Sequence[Tensor], state: Tensor, take: Callable[[Tensor, int], object]
     ) -> None:
-        """As `predict`, for logits that are not to be kept.
+        """As `predict`, but hands out the logits some rows at a time, in memory that does not grow.
 
         Args:
             ids: as `predict` takes them.
             state: likewise.
             take: called with logits, `(some tokens, num_tokens)`, and how many tokens came before them. The
-                logits are overwritten when it returns.
+                logits are overwritten when it returns. It must not call the decoder, and other threads that
+                do wait for it.
         """
         sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
         self._check(state, len(sequences))

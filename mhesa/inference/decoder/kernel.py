@@ -380,10 +380,10 @@ def _multiply(args, stage, totals, panel, low, high):  # type: ignore[no-untyped
 @jit
 def _multiply_units(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
     """A unit is a panel and some rows; those of one panel follow one another."""
-    blocks = (rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK
+    pieces = (rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK
     for unit in range(low, high):
-        first = unit % blocks * ROWS_PER_TASK
-        _multiply(args, stage, totals, unit // blocks, first, min(first + ROWS_PER_TASK, rows))
+        first = unit % pieces * ROWS_PER_TASK
+        _multiply(args, stage, totals, unit // pieces, first, min(first + ROWS_PER_TASK, rows))
 
 
 @jit

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-
 from mhesa.ops.cpu.compiling import intrinsic, jit, literals, offset, types
-from mhesa.ops.cpu.simd import I32, I64, REGISTER, Emitter, shuffle, specialized
+from mhesa.ops.cpu.simd import I32, I64, REGISTER, Emitter, shuffle, specialized, splat
 
 # Channels of a tile; processors with shorter vectors take several instructions.
 LANES, HALF = 16, 8
@@ -26,11 +24,8 @@ def _load_rates(emit: Emitter, pointer: Any, dims: int) -> Any:
     """The rates of neighbouring heads, each in the lanes of its `dims` channels."""
     heads = emit.lanes // dims
     rates = Emitter(emit.builder, emit.stored, heads).load(pointer, I64(0))
-    if emit.lanes == 1:
-        return rates
     if heads == 1:
-        one = ir.Constant(ir.VectorType(emit.element, 1), ir.Undefined)
-        rates = emit.builder.insert_element(one, rates, I32(0))
+        return splat(emit, rates)
     return shuffle(emit, rates, [lane // dims for lane in range(emit.lanes)])
 
 

@@ -150,6 +150,14 @@ def shuffle(emit: Emitter, vector: Any, lanes: list[int]) -> Any:
     return emit.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
 
 
+def splat(emit: Emitter, value: Any) -> Any:
+    """A vector with a number in every lane."""
+    if emit.lanes == 1:
+        return value
+    one = ir.Constant(ir.VectorType(value.type, 1), ir.Undefined)
+    return shuffle(emit, emit.builder.insert_element(one, value, I32(0)), [0] * emit.lanes)
+
+
 def polynomial(emit: Emitter, x: Any, coefficients: tuple[float, ...]) -> Any:
     """A polynomial at fp32 values, by Horner's rule; the coefficient of the highest power comes first."""
     value = emit.constant(FLOAT, coefficients[0])
