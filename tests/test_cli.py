@@ -102,6 +102,7 @@ def test_garbage_is_collected_while_a_command_works(command, trained, corpus, tm
         cli.main()
     assert seen == {"while it works": True}
     assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 def test_train_says_what_it_did(trained):

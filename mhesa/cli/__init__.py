@@ -64,6 +64,8 @@ def main() -> None:
         _fail(f"cannot go on: {where}{error.strerror or error}", 1)
     finally:
         gc.enable()
+        # For a program that goes on: what a command kept out of collection may become garbage.
+        gc.unfreeze()
 
 
 def _fail(message: str, code: int) -> None:
