@@ -293,7 +293,7 @@ def logs(
     models: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Trained models, <log>-adaptive and <log>-fixed.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How often faults are put in, elsewhere each time.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="How often faults are put in, elsewhere each time.")] = 1,
     as_json: AsJson = False,
     save: Save = False,
 ) -> None:

@@ -73,7 +73,7 @@ class Labelled:
 
 
 def bench_logs(
-    folder: Path, *, steps: int, models: Path | None = None, seeds: int = 3
+    folder: Path, *, steps: int, models: Path | None = None, seeds: int = 1
 ) -> Iterator[tuple[str, Found | Labelled]]:
     """Put faults into the second half of each log, and find them after training on the first.
 
