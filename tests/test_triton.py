@@ -110,16 +110,17 @@ def run(inputs, name="triton", reverse=False):
     }
 
 
-CLEAN = {}
+# Inputs and results by regime, direction and shapes.
+RESULTS = {}
 
 
 def run_once(inputs, regime, reverse=False):
     """As `run`, once for all tests whose inputs are made from the same shape, and so are equal."""
     given = {name: value for name, value in inputs.items() if value is not None}
     key = regime, reverse, *((name, *value.shape) for name, value in given.items())
-    if key not in CLEAN:
-        CLEAN[key] = given, run(inputs, reverse=reverse)
-    known, found = CLEAN[key]
+    if key not in RESULTS:
+        RESULTS[key] = given, run(inputs, reverse=reverse)
+    known, found = RESULTS[key]
     assert_same(given, known)
     return found
 

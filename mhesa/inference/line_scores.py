@@ -10,7 +10,6 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
@@ -36,30 +35,30 @@ class Peak:
         offset: where the piece begins in the line, in bytes.
     """
 
-    def __init__(self, text: bytes = b"", bits: np.ndarray | None = None, offset: int = 0) -> None:
-        self._text, self._bits, self._offset = text, np.zeros(0) if bits is None else bits, offset
+    def __init__(self, text: bytes, bits: np.ndarray, offset: int) -> None:
+        self._text, self._bits, self._offset = text, bits, offset
+        self._found: tuple[tuple[int, int], bytes] | None = None
         if len(text) > SHOWN_BYTES:
             # Too large to keep.
-            self._found = self._find()
-            self._text, self._bits = b"", np.zeros(0)
+            self._find()
 
     @property
     def span(self) -> tuple[int, int]:
         """Where the part begins and ends, in bytes from the line's beginning."""
-        return self._found[0]
+        return self._find()[0]
 
     @property
     def text(self) -> bytes:
         """The beginning of the part."""
-        return self._found[1]
-
-    @cached_property
-    def _found(self) -> tuple[tuple[int, int], bytes]:
-        return self._find()
+        return self._find()[1]
 
     def _find(self) -> tuple[tuple[int, int], bytes]:
-        start, end = most_surprising_span(self._bits)
-        return (self._offset + start, self._offset + end), self._text[start : min(end, start + SHOWN_BYTES)]
+        if self._found is None:
+            start, end = most_surprising_span(self._bits)
+            shown = self._text[start : min(end, start + SHOWN_BYTES)]
+            self._found = (self._offset + start, self._offset + end), shown
+            self._text, self._bits = b"", np.zeros(0)
+        return self._found
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,9 @@ class LineSurprisal(SpanSurprisal):
         alarm: whether the score is above the threshold; `None` if there is none.
     """
 
-    score: float = 0.0
-    peak: Peak = field(default_factory=Peak, repr=False, compare=False)
-    key: str | None = None
+    score: float
+    peak: Peak = field(repr=False, compare=False)
+    key: str | None
     alarm: bool | None = None
 
     @property
@@ -169,8 +168,8 @@ class LineScores:
         else:
             score = self.score(text, bits)
             counted_bits = np.where(_no_digits(text), bits, 0.0)
-        if line.score is None or score > line.score:
-            line.score, line.peak = score, Peak(text, counted_bits, line.size)
+        if line.highest is None or score > line.highest[0]:
+            line.highest = score, Peak(text, counted_bits, line.size)
         line.bits += float(bits.sum())
         line.size += len(text)
         line.text += text[: SHOWN_BYTES - len(line.text)]
@@ -194,11 +193,12 @@ class _Line:
 
     def __init__(self, first: Piece) -> None:
         self.first = first
-        self.score: float | None = None
-        self.peak = Peak()
+        self.highest: tuple[float, Peak] | None = None
         self.bits, self.size, self.text = 0.0, 0, b""
 
     def whole(self, source: str) -> LineSurprisal:
+        assert self.highest is not None, "a line has a piece"
+        score, peak = self.highest
         return LineSurprisal(
             source,
             self.first.number,
@@ -206,8 +206,8 @@ class _Line:
             self.bits,
             self.size,
             self.text,
-            score=self.score or 0.0,
-            peak=self.peak,
+            score=score,
+            peak=peak,
             key=self.first.key,
         )
 
