@@ -33,26 +33,29 @@ import numpy as np
 from numba.extending import overload
 
 from mhesa.inference.decoder.matmul import (
+    ADD,
+    GATE,
+    GELU,
+    LANES,
     LARGEST_PADDING,
     LARGEST_TILE,
     PANEL,
     TILE,
+    WRITE,
     multiply,
     tile_rows,
-    write_gelu,
+    write_sums,
 )
 from mhesa.inference.decoder.tiles import begin_tiles, end_tiles
 from mhesa.ops.cpu.arguments import FLOAT32, INT64, OPERAND, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, fetch_add, signal, wait
-from mhesa.ops.cpu.compiling import exists, jit, offset, stack_array, types
+from mhesa.ops.cpu.compiling import exists, intrinsic, jit, literals, offset, stack_array, types
 from mhesa.ops.cpu.rates_tiles import write_row
-from mhesa.ops.cpu.simd import sigmoid
+from mhesa.ops.cpu.simd import Emitter, sigmoid, splat
 
 # What a stage does. CONVOLVE normalises first. PACK writes rows of fp32 in the type that weights are
 # multiplied with.
 EMBED, NORMALISE, CONVOLVE, SMOOTH, PACK, MULTIPLY = range(6)
-# What a product does with its sums: write them, write their GELU, multiply its output by them, or add them.
-WRITE, GELU, GATE, ADD = range(4)
 
 Stage = struct(
     "Stage",
@@ -118,17 +121,27 @@ SMALLEST_NORMAL = np.float32(2.0**-126)
 EPSILON = np.float32(1e-5)
 
 # Kernels have no annotations: numba finds the types. `overload` compiles another function in place of `_pack`
-# and `_sum` for each type of weights.
+# for each type of weights.
 
 # Sums may be taken in any order and fused with products, which vectors need.
 fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
 
 
-# Not `fast`: LLVM would divide every value by the square root instead of multiplying it by `scale`.
-@jit(fastmath={"contract"})
-def _shift_and_scale(x, mean, scale, weight, bias, out, n):  # type: ignore[no-untyped-def]
-    for i in range(n):
-        out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
+@intrinsic
+def _shift_and_scale(context, x, mean, scale, weight, bias, out, index, lanes):  # type: ignore[no-untyped-def]
+    """Write `lanes` normalised values. `out` may be `x`, for which LLVM would not use vectors by itself."""
+    if not literals(lanes):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        x_0, mean, scale, weight_0, bias_0, out_0, index, _ = args
+        emit = Emitter(builder, types.float32, lanes.literal_value)
+        centred = builder.fsub(emit.load(x_0, index), splat(emit, mean))
+        factor = builder.fmul(splat(emit, scale), emit.load(weight_0, index))
+        emit.store(emit.fma(centred, factor, emit.load(bias_0, index)), out_0, index)
+        return context.get_dummy_value()
+
+    return types.void(x, mean, scale, weight, bias, out, types.int64, lanes), codegen
 
 
 @fast
@@ -141,7 +154,11 @@ def _normalise(x, weight, bias, out, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         spread += (x[i] - mean) * (x[i] - mean)
     scale = np.float32(1) / np.float32(math.sqrt(spread / np.float32(n) + EPSILON))
-    _shift_and_scale(x, mean, scale, weight, bias, out, n)
+    vectors = n - n % LANES
+    for i in range(0, vectors, LANES):
+        _shift_and_scale(x, mean, scale, weight, bias, out, i, LANES)
+    for i in range(vectors, n):
+        _shift_and_scale(x, mean, scale, weight, bias, out, i, 1)
 
 
 @fast
@@ -223,31 +240,17 @@ def _pack_int16(row, operand, scales, index, largest, n):  # type: ignore[no-unt
     _pad(operand, n)
 
 
-def _sum(total: Any, i: int, scale: float, weight_scales: Any) -> float:
-    """The `i`-th sum as fp32."""
-    raise NotImplementedError
-
-
-@overload(_sum)
-def _sum_for(total, i, scale, weight_scales):  # type: ignore[no-untyped-def]
-    if total.dtype == types.float32:
-        return lambda total, i, scale, weight_scales: total[i]
-    return lambda total, i, scale, weight_scales: np.float32(total[i]) * (scale * weight_scales[i])
-
-
-@fast
-def _finish(epilogue, totals, scale, matrix_scales, out, bias):  # type: ignore[no-untyped-def]
+@jit
+def _finish(epilogue, totals, scale, matrix_scales, bias, out):  # type: ignore[no-untyped-def]
+    # The constants are known to the compiler, which writes the instructions of each.
     if epilogue == GELU:
-        write_gelu(totals, scale, matrix_scales, out)
+        write_sums(GELU, totals, scale, matrix_scales, bias, out)
     elif epilogue == GATE:
-        for i in range(PANEL):
-            out[i] *= _sum(totals, i, scale, matrix_scales)
+        write_sums(GATE, totals, scale, matrix_scales, bias, out)
     elif epilogue == ADD:
-        for i in range(PANEL):
-            out[i] += _sum(totals, i, scale, matrix_scales) + bias[i]
+        write_sums(ADD, totals, scale, matrix_scales, bias, out)
     else:
-        for i in range(PANEL):
-            out[i] = _sum(totals, i, scale, matrix_scales)
+        write_sums(WRITE, totals, scale, matrix_scales, bias, out)
 
 
 @jit
@@ -374,7 +377,7 @@ def _multiply(args, stage, totals, panel, low, high):  # type: ignore[no-untyped
         for i in range(count):
             row = first + i
             out_i, sums = offset(out, row * stage.out_stride), offset(totals, i * PANEL)
-            _finish(epilogue, sums, scales[row], matrix_scales, out_i, bias)
+            _finish(epilogue, sums, scales[row], matrix_scales, bias, out_i)
 
 
 @jit

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from mhesa.inference.decoder import tiles
 from mhesa.ops.cpu import processor
-from mhesa.ops.cpu.compiling import STORED_TYPES, cgutils, intrinsic, types
+from mhesa.ops.cpu.compiling import STORED_TYPES, cgutils, intrinsic, literals, types
 from mhesa.ops.cpu.gelu_kernels import gelu
 from mhesa.ops.cpu.memory import empty_hugepages
-from mhesa.ops.cpu.simd import FLOAT, I8, I16, I32, I64, Emitter, call
+from mhesa.ops.cpu.simd import FLOAT, I8, I16, I32, I64, Emitter, call, splat
 
 # Outputs of a panel: four vectors, so that a single row has enough sums to hide the latency of an addition.
 PANEL = 64
@@ -40,6 +40,9 @@ TILE = 6
 LARGEST_TILE = tiles.ROWS
 # Columns are padded with zeros to a multiple of the first, for tiles of the second: loops have no remainder.
 PADDING, LARGEST_PADDING = 16, tiles.COLUMNS
+
+# What a product does with its sums: write them, write their GELU, multiply its output by them, or add them.
+WRITE, GELU, GATE, ADD = range(4)
 
 _FLOATS, _INTEGERS = ir.VectorType(FLOAT, LANES), ir.VectorType(I32, LANES)
 
@@ -251,21 +254,29 @@ def multiply(context: Any, weights: Any, x: Any, x_stride: Any, out: Any, column
 
 
 @intrinsic
-def write_gelu(context: Any, sums: Any, scale: Any, weight_scales: Any, out: Any) -> Any:
-    """Write the GELU of a row's sums; those of int8 products are integers, to be scaled first."""
+def write_sums(
+    context: Any, epilogue: Any, sums: Any, scale: Any, weight_scales: Any, bias: Any, out: Any
+) -> Any:
+    """Do what a product's `epilogue` says with a row's sums of a panel; those of int8 are scaled first."""
+    if not literals(epilogue):
+        return None
+    what = epilogue.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sums_0, scale, scales_0, out_0 = args
-        emit = Emitter(builder, types.float32, LANES)
-        for first in range(0, PANEL, LANES):
-            place = I64(first)
-            if sums.dtype == types.float32:
-                value = emit.load(sums_0, place)
-            else:
-                total = builder.load(emit.address(sums_0, place), align=4)
-                factor = builder.fmul(_splat(builder, scale, _FLOATS), emit.load(scales_0, place))
-                value = builder.fmul(builder.sitofp(total, _FLOATS), factor)
-            emit.store(gelu(emit, value), out_0, place)
+        _, sums_0, scale, scales_0, bias_0, out_0 = args
+        # As one vector: each instruction is written for all of a row, so that none waits for the one before.
+        emit, start = Emitter(builder, types.float32, PANEL), I64(0)
+        value = builder.load(emit.address(sums_0, start), align=4)
+        if sums.dtype != types.float32:
+            factor = builder.fmul(splat(emit, scale), emit.load(scales_0, start))
+            value = builder.fmul(builder.sitofp(value, emit.type), factor)
+        if what == GELU:
+            value = gelu(emit, value)
+        elif what == GATE:
+            value = builder.fmul(emit.load(out_0, start), value)
+        elif what == ADD:
+            value = builder.fadd(emit.load(out_0, start), builder.fadd(value, emit.load(bias_0, start)))
+        emit.store(value, out_0, start)
         return context.get_dummy_value()
 
-    return types.void(sums, scale, weight_scales, out), codegen
+    return types.void(epilogue, sums, scale, weight_scales, bias, out), codegen

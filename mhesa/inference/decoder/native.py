@@ -12,9 +12,13 @@ from torch import Tensor
 
 from mhesa.inference.decoder import kernel, tiles
 from mhesa.inference.decoder.matmul import (
+    ADD,
+    GATE,
+    GELU,
     LARGEST_PADDING,
     LARGEST_TILE,
     PANEL,
+    WRITE,
     operand_max,
     pack,
     padded,
@@ -120,9 +124,7 @@ class NativeEngine:
         for index, block in enumerate(blocks):
             yield from self._block_stages(index, block)
         yield self._rows(kernel.PACK, self.x, self.dim, outputs_only=True)
-        yield self._product(
-            kernel.WRITE, [model.to_logits.weight], self.operand, self.logits, outputs_only=True
-        )
+        yield self._product(WRITE, [model.to_logits.weight], self.operand, self.logits, outputs_only=True)
 
     def _block_stages(self, index: int, block: GatedMHESA) -> Iterator[Struct]:
         mhesa, norm = block.mhesa, block.norm
@@ -146,7 +148,7 @@ class NativeEngine:
         gelu_panels = sum(padded(len(matrix), PANEL) // PANEL for matrix in matrices)
         if block.to_alpha is not None:
             matrices.append(block.to_alpha.weight)
-        yield self._product(kernel.GELU, matrices, self.operand, self.uv, gelu_panels=gelu_panels)
+        yield self._product(GELU, matrices, self.operand, self.uv, gelu_panels=gelu_panels)
         yield self._rows(
             kernel.SMOOTH,
             self.v,
@@ -157,13 +159,13 @@ class NativeEngine:
             skip=self._vector(mhesa.param_D),
             **self._rates(block),
         )
-        yield self._product(kernel.GATE, [block.to_gate.weight], self.operand, self.uv)
+        yield self._product(GATE, [block.to_gate.weight], self.operand, self.uv)
         gated = self.uv
         if self.weights != torch.float32:
             yield self._rows(kernel.PACK, self.uv, hidden)
             gated = self.operand
         bias = self._vector(block.to_out.bias, padded(self.dim, PANEL))
-        yield self._product(kernel.ADD, [block.to_out.weight], gated, self.x, bias=bias)
+        yield self._product(ADD, [block.to_out.weight], gated, self.x, bias=bias)
 
     def _rates(self, block: GatedMHESA) -> dict[str, int]:
         """What the smoothing stage needs to know of a block's rates."""
