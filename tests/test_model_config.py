@@ -19,8 +19,8 @@ from mhesa.model.config import JSON_NAMES, ModelConfig, ModelSizes, _expansion_f
 from mhesa.training import TrainingSettings
 
 # No field has its default.
-SIZES = {"dim": 20, "depth": 3, "heads": 2, "dim_mhesa": 12, "dim_expansion_factor": 1.5, "dropout": 0.25}
-FORM = {"adaptive": True, "conv_size": 3}
+SIZES = {"dim": 20, "depth": 3, "heads": 2, "dim_mhesa": 12, "dim_expansion_factor": 1.5}
+FORM = {"adaptive": True, "conv_size": 3, "dropout": 0.25}
 CONFIG = ModelConfig(
     **SIZES, **FORM, backend="chunked", num_tokens=50, tie_word_embeddings=True, eos_token_id=7
 )
@@ -73,7 +73,9 @@ def test_every_size_is_a_field_for_transformers_and_a_training_setting():
         assert f"\n        {JSON_NAMES.get(field.name, field.name)}: " in MhesaConfig.__doc__ or (
             field.name == "eos_token_id"
         )
-    settings = TrainingSettings(out="run", **SIZES, smoothing="adaptive", conv=3, backend="chunked")
+    settings = TrainingSettings(
+        out="run", **SIZES, smoothing="adaptive", conv=3, dropout=0.25, backend="chunked"
+    )
     assert settings.model_config(50, 7) == replace(CONFIG, tie_word_embeddings=False)
 
 

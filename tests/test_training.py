@@ -26,7 +26,7 @@ from mhesa.training import Stopped, TrainingSettings, train
 from mhesa.training.checkpoint import Progress, newest, save, steps
 from mhesa.training.optimizers import decay_groups
 from mhesa.training.plot import draw_curve
-from mhesa.training.schedule import learning_rate
+from mhesa.training.schedule import Budget, learning_rate
 
 TINY = {
     "dim": 16,
@@ -56,6 +56,14 @@ def test_the_schedule_has_no_jumps():
     assert (np.diff(rates[1000:]) < 0).all()
     assert learning_rate(0.0, 0.0) == 1
     assert learning_rate(2.0, 0.1) == pytest.approx(0.1)
+
+
+def test_a_time_allows_the_steps_that_its_speed_so_far_does():
+    assert Budget(steps=300, minutes=None).expected_steps(0) == 300
+    budget = Budget(steps=None, minutes=2)
+    assert budget.expected_steps(0) == 0
+    budget.set(6.0)
+    assert budget.expected_steps(20) == pytest.approx(400)
 
 
 def test_only_matrices_decay():
@@ -108,6 +116,23 @@ def test_a_run_from_python(settings):
         train(settings)
     more = train(replace(settings, steps=5), resume=True)
     assert more.steps == 5
+
+
+@pytest.mark.parametrize(("steps", "probability"), [(20, 0.0), (40, 0.1)], ids=["4 times", "8 times"])
+def test_dropout_follows_how_often_the_text_is_read(settings, tmp_path, steps, probability):
+    text = tmp_path / "short.txt"
+    text.write_text(TEXT[:800])
+    automatic = replace(settings, sources=(str(text),), holdout="tail:0.2", steps=steps)
+    given = replace(automatic, out=str(tmp_path / "given"), dropout=probability)
+    other = replace(automatic, out=str(tmp_path / "other"), dropout=0.1 - probability)
+    for run in (automatic, given, other):
+        train(run)
+    assert_same_run(automatic, given, steps)
+    assert not all(torch.equal(value, weights(other)[name]) for name, value in weights(automatic).items())
+    assert {row["dropout"] for row in rows(automatic) if "loss" in row} == {probability}
+    # What is not given is no property of the model.
+    for run, saved in ((automatic, 0.0), (given, probability)):
+        assert json.loads((Path(run.out) / "config.json").read_text())["dropout"] == saved
 
 
 def test_a_loss_that_is_no_number_ends_the_run(settings):
@@ -237,6 +262,7 @@ def test_a_run_of_the_trainer_of_transformers_goes_on(tmp_path, monkeypatch):
     assert all(torch.equal(finished[saved_name(name)], value) for name, value in model.state_dict().items())
     train(run, resume=True)
     for mine, theirs in zip(figures(run), expected, strict=True):
+        assert mine.pop("dropout", 0.1) == 0.1
         assert mine == pytest.approx(theirs, rel=1e-5)
     found = weights(run)
     assert found.keys() == finished.keys()

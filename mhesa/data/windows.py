@@ -64,6 +64,10 @@ class Windows:
         places = (divmod(step * self.rows + row, self.per_pass) for row in range(self.rows))
         return np.array([self._order(pass_)[index] for pass_, index in places])
 
+    def readings(self, steps: float) -> float:
+        """How often so many steps read each token of the text, on average."""
+        return steps * self.rows * self.context / len(self.tokens)
+
     def is_stream_start(self, step: int) -> bool:
         """Whether no state is carried into this step: a pass begins with it, or there are no streams."""
         return not self.streams or step % self.per_pass == 0

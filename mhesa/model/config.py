@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Sizes that `config.json` calls by transformers' names.
 JSON_NAMES = {"num_tokens": "vocab_size", "dim": "hidden_size", "depth": "num_hidden_layers"}
+DROPPED = "Probability of dropping an element of a block's gated product or output"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +41,6 @@ class ModelSizes:
     dim_expansion_factor: Annotated[
         float, Doc("Width of a block's gate, as a multiple of dim.", FINITE, "Model")
     ] = 4.0
-    dropout: Annotated[
-        float,
-        Doc("Probability of dropping an element of a block's gated product or output.", FRACTION, "Model"),
-    ] = 0.0
     backend: Annotated[
         str | None, Doc("Implementation of the operator; the best one if omitted.", panel="Machine")
     ] = None
@@ -71,6 +68,7 @@ class ModelConfig(ModelSizes):
     conv_size: Annotated[
         int, Doc("Taps of a short causal convolution of each block's input; 0 for none.", AT_LEAST_0)
     ] = 0
+    dropout: Annotated[float, Doc(f"{DROPPED}.", FRACTION)] = 0.0
     tie_word_embeddings: Annotated[bool, Doc("Share the embedding's weights with the head.")] = False
     eos_token_id: Annotated[
         int | list[int] | None, Doc("The token that ends a text, for transformers' generate to stop at.")
@@ -88,8 +86,8 @@ class ModelConfig(ModelSizes):
 
     def block_arguments(self) -> dict[str, Any]:
         """The arguments of each `GatedMHESA` block."""
-        names = {field.name for field in fields(ModelSizes)} - {"depth"} | {"adaptive", "conv_size"}
-        return {name: getattr(self, name) for name in names}
+        names = {field.name for field in fields(ModelSizes)} | {"adaptive", "conv_size", "dropout"}
+        return {name: getattr(self, name) for name in names - {"depth"}}
 
     @property
     def dim_hidden(self) -> int:

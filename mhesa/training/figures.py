@@ -68,7 +68,7 @@ class Figures:
         self._check(self.progress.losses, "loss")
         self._check([float(norm)], "gradient")
 
-    def write_step(self, learning_rate: float, norm: Tensor) -> None:
+    def write_step(self, learning_rate: float, norm: Tensor, dropout: float) -> None:
         """Write the figures of the steps since the last such row; `norm` of the gradient is a scalar."""
         self.collect(norm)
         progress = self.progress
@@ -83,6 +83,7 @@ class Figures:
             bits_per_byte=loss / math.log(2) / self.bytes_a_token,
             learning_rate=learning_rate,
             gradient_norm=float(norm),
+            dropout=dropout,
             tokens_per_second=steps * tokens / max(seconds, 1e-9),
         )
 

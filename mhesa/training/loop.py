@@ -1,7 +1,7 @@
 """The training loop.
 
-A step, in order: 1 learning rate, 2 windows, 3 forward and backward, 4 clipping, 5 optimizer, 6 clock and
-signals, 7 figures, 8 evaluation, 9 checkpoint.
+A step, in order: 1 learning rate and dropout, 2 windows, 3 forward and backward, 4 clipping, 5 optimizer,
+6 clock and signals, 7 figures, 8 evaluation, 9 checkpoint.
 
 All that a step computes is a function of its number and of the state before it. A run that was stopped and
 resumed therefore gives, bit for bit, what it would have given without the stop.
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
@@ -39,7 +40,7 @@ from mhesa.training.distributed import (
 from mhesa.training.figures import Evaluation, Figures, Row
 from mhesa.training.folder import CHECKPOINTS, METRICS
 from mhesa.training.optimizers import make_optimizers
-from mhesa.training.schedule import Budget, StopOnSignal, learning_rate
+from mhesa.training.schedule import Budget, StopOnSignal, choose_dropout, learning_rate
 from mhesa.training.settings import TrainingSettings
 
 STEPS_BETWEEN_ROWS = 10
@@ -102,11 +103,15 @@ def train_model(
     while True:
         step = progress.step
 
-        # 1. The learning rate follows the budget.
+        # 1. Learning rate and dropout follow the budget.
         rate = learning_rate(budget.spent(step), settings.warmup, settings.schedule)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["peak_lr"]
+        dropout = settings.dropout
+        if dropout is None:
+            dropout = choose_dropout(batches.windows.readings(budget.expected_steps(step)))
+        _set_dropout(model, dropout)
 
         # 2. This process's windows, as micro-batches.
         with phase("windows"):
@@ -115,7 +120,7 @@ def train_model(
         # 3. Forward and backward. Gradients add up over micro-batches, and over processes with the last.
         loss = torch.zeros((), device=device)
         for index, batch in enumerate(micro_batches):
-            if settings.dropout:
+            if dropout:
                 torch.manual_seed(_dropout_seed(settings.seed, step, index, rank()))
             initial = None if states is None else states.initial(index, batch)
             with sync_gradients(forward, index + 1 == settings.accumulate):
@@ -158,7 +163,7 @@ def train_model(
 
             # 7. A row of figures
             if progress.step % STEPS_BETWEEN_ROWS == 0 or done:
-                figures.write_step(rate * settings.lr, norm)
+                figures.write_step(rate * settings.lr, norm, dropout)
 
             # 8. Evaluation on text held out
             is_best = False
@@ -174,7 +179,14 @@ def train_model(
                 _save(settings, progress, model, optimizers, states)
 
         if done:
+            _set_dropout(model, settings.dropout or 0.0)
             return progress, int(signal)
+
+
+def _set_dropout(model: nn.Module, probability: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
 
 
 def _dropout_seed(*key: int) -> int:

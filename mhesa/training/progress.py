@@ -61,9 +61,10 @@ class ProgressDisplay:
         if "sample" in row:
             self._show_evaluation(row)
             return
+        dropout = f"  dropout {row['dropout']:g}" if row["dropout"] else ""
         figures = (
             f"step {row['step']:,}  loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte  "
-            f"{row['tokens_per_second']:,.0f} tokens/s"
+            f"{row['tokens_per_second']:,.0f} tokens/s{dropout}"
         )
         if self.console.is_terminal:
             if self._task is not None:

@@ -158,7 +158,8 @@ def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Co
         prepare(folder, settings, asdict(corpus.facts), done)
         tokenizer.save_pretrained(folder)
     barrier()
-    _announce(console, settings, corpus, config.parameters, start)
+    readings = None if settings.steps is None else windows.readings(settings.steps)
+    _announce(console, settings, corpus, config.parameters, readings, start)
     return Run(settings, config, folder, tokenizer, corpus, windows, start, display)
 
 
@@ -317,7 +318,12 @@ def make_tokenizer(settings: TrainingSettings, source: Source) -> Bytes | TextTo
 
 
 def _announce(
-    console: Console, settings: TrainingSettings, corpus: Corpus, parameters: int, start: Path | None
+    console: Console,
+    settings: TrainingSettings,
+    corpus: Corpus,
+    parameters: int,
+    readings: float | None,
+    start: Path | None,
 ) -> None:
     facts = corpus.facts
     documents = _count(facts.documents, "document")
@@ -325,6 +331,7 @@ def _announce(
     shared = "" if processes() == 1 else f", {processes()} processes"
     if settings.context_parallel > 1:
         shared += f", {settings.context_parallel} to a window"
+    often = "" if readings is None else f", the text {readings:,.3g} times"
     console.print(
         f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
         f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"
@@ -333,7 +340,7 @@ def _announce(
         f"[bold]{parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
         f"{settings.heads} heads over {settings.dim_mhesa}\n"
         f"[bold]{budget}[/] on {settings.device} in {settings.precision}, "
-        f"{settings.batch_size} x {settings.context} tokens a step{shared}",
+        f"{settings.batch_size} x {settings.context} tokens a step{shared}{often}",
         highlight=False,
     )
     if start is not None:

@@ -1,4 +1,4 @@
-"""The budget of a run, the learning rate over it, and signals that end the run."""
+"""The budget of a run, the learning rate and dropout that follow from it, and signals that end the run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Any
 LOWEST_RATE = 0.1
 # `wsd` lowers the rate over this last fraction of the budget.
 DECAY = 0.2
+# A text that is read more often than this is learnt by heart without dropout (docs/learning.md).
+FEW_READINGS = 5
+DROPOUT = 0.1
 
 
 def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> float:
@@ -34,6 +37,15 @@ def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> floa
         return 1 - (1 - LOWEST_RATE) * fall
     angle = math.pi * min((spent - warmup) / (1 - warmup), 1.0)
     return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(angle)) / 2
+
+
+def choose_dropout(readings: float) -> float:
+    """The probability of dropping an element in a run that reads its text so many times.
+
+    >>> choose_dropout(4), choose_dropout(14)
+    (0.0, 0.1)
+    """
+    return DROPOUT if readings > FEW_READINGS else 0.0
 
 
 class Budget:
@@ -61,6 +73,12 @@ class Budget:
     def set(self, seconds: float) -> None:
         """Set the time that decisions use."""
         self.seconds = seconds
+
+    def expected_steps(self, step: int) -> float:
+        """The steps of the whole budget, by the speed before `step` where they are not given; 0 at first."""
+        if self.steps is not None:
+            return self.steps
+        return step / spent if (spent := self.spent(step)) else 0.0
 
     def spent(self, step: int) -> float:
         """The fraction of the budget that is used before `step`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mhesa.errors import InputError
-from mhesa.model.config import ModelConfig, ModelSizes
+from mhesa.model.config import DROPPED, ModelConfig, ModelSizes
 from mhesa.settings import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -23,6 +23,7 @@ from mhesa.settings import (
     one_of,
     settings_of,
 )
+from mhesa.training.schedule import DROPOUT, FEW_READINGS
 
 SETTINGS = "settings.json"
 # The groups of `mhesa train --help`, in their order.
@@ -134,6 +135,15 @@ class TrainingSettings(ModelSizes):
     weight_decay: Annotated[
         float, Doc("Weight decay of matrices; vectors have none.", AT_LEAST_0, TRAINING)
     ] = 0.1
+    dropout: Annotated[
+        float | None,
+        Doc(
+            f"{DROPPED}; if omitted, {DROPOUT} where the budget lets the run read its text more than "
+            f"{FEW_READINGS} times, else 0.",
+            FRACTION,
+            TRAINING,
+        ),
+    ] = None
     seed: Annotated[
         int,
         Doc(
@@ -264,6 +274,7 @@ class TrainingSettings(ModelSizes):
             eos_token_id=eos_token_id,
             adaptive=adaptive,
             conv_size=conv_size,
+            dropout=self.dropout or 0.0,
             **sizes,
         )
 
