@@ -300,7 +300,7 @@ def test_the_graph_on_a_gpu_is_the_step():
         ids = torch.randint(50, (3,))
         with torch.inference_mode():
             logits, expected = model.step(ids.cuda(), expected)
-        torch.testing.assert_close(decoder.step(ids, state), logits)
+        torch.testing.assert_close(decoder.step(ids, state), logits.to(state.dtype))
     torch.testing.assert_close(state, expected)
 
 
@@ -325,6 +325,17 @@ def test_logits_that_are_not_kept_are_those_of_single_steps(dtype, quantize):
     limits = {"rtol": 0, "atol": 0 if (dtype, quantize) in NATIVE else 1e-12}
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), **limits)
     torch.testing.assert_close(state, stepped, **limits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_logits_have_the_type_of_the_state(dtype):
+    decoder = Decoder(tiny(dtype))
+    state, ids = decoder.initial_state(1), torch.tensor([3, 1, 4])
+    read = []
+    decoder.read(ids, state, lambda logits, start: read.append(logits.dtype))
+    types = [decoder.step(ids[:1], state), decoder.prefill([ids], state), decoder.predict(ids, state)]
+    assert {*read, *(logits.dtype for logits in types)} == {state.dtype}
+    assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_a_reader_that_fails_leaves_the_decoder_free():

@@ -32,7 +32,8 @@ class Engine(Protocol):
             all_logits: return logits of every row, not only of each sequence's last.
 
         Returns:
-            Logits, `(rows or sequences, num_tokens)`; the next call may overwrite them.
+            Logits in the type of the state, `(rows or sequences, num_tokens)`; the next call may overwrite
+            them.
         """
 
 
@@ -108,7 +109,7 @@ class Decoder:
             state: `(depth, batch, state_size)`, changed in place; it may be a slice of a larger tensor.
 
         Returns:
-            Logits of the next token, `(batch, num_tokens)`.
+            Logits of the next token in the type of the state, `(batch, num_tokens)`.
 
         Raises:
             InputError: ids or a state that do not fit the model or one another, or more sequences than
@@ -128,7 +129,7 @@ class Decoder:
             state: as `step` takes it.
 
         Returns:
-            Logits of the token after the last, `(batch, num_tokens)`.
+            Logits of the token after the last in the type of the state, `(batch, num_tokens)`.
 
         Raises:
             InputError: as `step` does, or a sequence is empty.
@@ -174,9 +175,9 @@ class Decoder:
         Args:
             ids: as `predict` takes them.
             state: likewise.
-            take: called with logits, `(some tokens, num_tokens)`, and how many tokens came before them. The
-                logits are overwritten when it returns. It must not call the decoder, and other threads that
-                do wait for it.
+            take: called with logits in that type, `(some tokens, num_tokens)`, and how many tokens came
+                before them. The logits are overwritten when it returns. It must not call the decoder, and
+                other threads that do wait for it.
         """
         sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
         self._check(state, len(sequences))

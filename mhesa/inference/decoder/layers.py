@@ -25,13 +25,13 @@ class LayersEngine:
             raise IndexError(f"token ids must be 0 to {size - 1}")
         device = self.model.to_logits.weight.device
         if len(ids) == len(offsets) - 1:
-            return self._step(ids.to(device), state)
+            return self._step(ids.to(device), state).to(state.dtype)
         hidden, states = run_blocks(
             self.model.layers, self.model.token_emb(ids[None].to(device)), state, offsets.to(device)
         )
         state.copy_(torch.stack(states))
         rows = hidden[0] if all_logits else hidden[0, offsets[1:].to(device) - 1]
-        return self.model.to_logits(rows)
+        return self.model.to_logits(rows).to(state.dtype)
 
     def _step(self, ids: Tensor, state: Tensor) -> Tensor:
         logits, after = self.model.step(ids, state)
