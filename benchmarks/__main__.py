@@ -287,6 +287,48 @@ def learning(
 
 
 @app.command()
+def score(
+    megabytes: Annotated[float, typer.Option(min=0.1, help="Of the text.")] = 2.0,
+    keys: Annotated[int, typer.Option(min=1, help="How many users the lines are of.")] = 10_000,
+    key_memory: Annotated[str, typer.Option(metavar="SIZE", help="As in mhesa score.")] = "256MB",
+    precision: Annotated[
+        list[str] | None, typer.Option(metavar="fp32|bf16", help="Of the model; both if omitted.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each kind; the median counts.")] = 3,
+    as_json: AsJson = False,
+    save: Save = False,
+) -> None:
+    """Time mhesa score on lines of a log, with one session and with one for each key, as a whole command.
+
+    The model has the sizes of `mhesa train`, 1.25 million parameters. What an eighth of the text takes is
+    taken off: the start of the command is in a column of its own.
+
+    Example:
+
+        python -m benchmarks score --megabytes 60 --keys 1000000 --precision bf16 --rounds 1
+    """
+    from benchmarks.score import TOLERANCE, bench_score
+
+    precisions = precision or list(TOLERANCE)
+    if not set(precisions) <= set(TOLERANCE):
+        raise InputError(f"precision must be one of {', '.join(TOLERANCE)}, not {', '.join(precisions)}")
+    tables: dict[str, list[Any]] = {"scores": []}
+    with progress("timing", 4 * rounds * len(precisions)) as advance:
+        for rows in bench_score(
+            megabytes=megabytes,
+            keys=keys,
+            key_memory=key_memory,
+            precisions=precisions,
+            rounds=rounds,
+            on_run=lambda: advance(1),
+        ):
+            tables["scores"] += rows
+            if not as_json:
+                _show("scores", rows)
+    _finish("score", tables, as_json, save)
+
+
+@app.command()
 def logs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of HDFS.log, Spark.log and so on.")],
     steps: Annotated[int, typer.Option(help="Of training for each model, at most.")] = 400,

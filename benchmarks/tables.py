@@ -141,6 +141,20 @@ TABLES = {
         identity=("parameters", "name", "precision", "batch"),
         figure="tokens_per_second",
     ),
+    "scores": Table(
+        {
+            "precision": "{precision}",
+            "MB": "{megabytes:.0f}",
+            "lines in": "{name}",
+            "bytes/s": "{bytes_per_second:,.0f}",
+            "over one": "{over_one:.2f}",
+            "start, s": "{start:.1f}",
+            "peak, MB": "{peak:.0f}",
+            "of an eighth, MB": "{peak_small:.0f}",
+        },
+        identity=("name", "precision", "megabytes"),
+        figure="bytes_per_second",
+    ),
     "sequences": Table(
         {
             "tokens": "{length:,}",

@@ -12,9 +12,9 @@ from typing import Any
 LOWEST_RATE = 0.1
 # `wsd` lowers the rate over this last fraction of the budget.
 DECAY = 0.2
-# A text that is read more often than this is learnt by heart without dropout (docs/learning.md).
-FEW_READINGS = 5
-DROPOUT = 0.1
+# Dropout where a text is read fewer than `READINGS` times, fewer than twice as often, and so on. The more
+# often it is read, the more of it is learnt by heart (docs/learning.md).
+DROPOUT, READINGS = (0.0, 0.1, 0.2, 0.3), 5
 
 
 def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> float:
@@ -42,10 +42,10 @@ def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> floa
 def choose_dropout(readings: float) -> float:
     """The probability of dropping an element in a run that reads its text so many times.
 
-    >>> choose_dropout(4), choose_dropout(14)
-    (0.0, 0.1)
+    >>> choose_dropout(4), choose_dropout(14), choose_dropout(100)
+    (0.0, 0.2, 0.3)
     """
-    return DROPOUT if readings > FEW_READINGS else 0.0
+    return DROPOUT[min(int(readings / READINGS), len(DROPOUT) - 1)]
 
 
 class Budget:

@@ -23,7 +23,7 @@ from mhesa.settings import (
     one_of,
     settings_of,
 )
-from mhesa.training.schedule import DROPOUT, FEW_READINGS
+from mhesa.training.schedule import DROPOUT, READINGS
 
 SETTINGS = "settings.json"
 # The groups of `mhesa train --help`, in their order.
@@ -138,8 +138,8 @@ class TrainingSettings(ModelSizes):
     dropout: Annotated[
         float | None,
         Doc(
-            f"{DROPPED}; if omitted, {DROPOUT} where the budget lets the run read its text more than "
-            f"{FEW_READINGS} times, else 0.",
+            f"{DROPPED}; if omitted, {DROPOUT[1]} for every {READINGS} times that the budget lets the run "
+            f"read its text, at most {DROPOUT[-1]}.",
             FRACTION,
             TRAINING,
         ),
