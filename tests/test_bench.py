@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import FORKED  # noqa: F401 - benchmarks fork from the server that it sets up
 
-from benchmarks import lengths, ops, results, train
+from benchmarks import lengths, ops, results, score, train
 from benchmarks.__main__ import main
 from benchmarks.bandwidth import readers
 from benchmarks.compare import HERE, compare
@@ -214,6 +214,30 @@ def test_a_run_is_timed_part_by_part(tmp_path):
     by_name = {part.name: part.share for part in parts}
     arithmetic = sum(by_name[name] for name in ("forward", "backward", "clipping", "optimizer"))
     assert outcome.outside == pytest.approx(1 - arithmetic)
+
+
+def test_scoring_is_timed_where_its_bits_are_right(tmp_path, monkeypatch):
+    model, text = score.make_model(tmp_path / "model"), tmp_path / "some.log"
+    score.write_text(text, 4000, keys=3)
+    keyed = ["--key", score.KEY, "--key-memory", "8MB"]
+    score.check(model, text, "fp32", keyed)
+    assert 50 < score.run(model, text, "fp32", []).peak < 10_000
+    monkeypatch.setitem(score.TOLERANCE, "fp32", 1e-9)
+    with pytest.raises(RuntimeError, match="bits, not"):
+        score.check(model, text, "fp32", [])
+
+
+def test_the_start_of_a_command_is_taken_off(tmp_path):
+    texts = [tmp_path / "part.log", tmp_path / "whole.log"]
+    for text, size in zip(texts, (1000, 8000), strict=True):
+        text.write_bytes(b"x" * size)
+    seconds = {("one", texts[0]): 3, ("one", texts[1]): 10, ("keyed", texts[0]): 5, ("keyed", texts[1]): 19}
+    runs = {
+        case: [score.Run(taken + noise, 100.0) for noise in (0, 9, -1)] for case, taken in seconds.items()
+    }
+    one, keyed = score.rows(runs, ["one", "keyed"], texts, "fp32")
+    assert (one.bytes_per_second, one.start, one.over_one) == (1000, 2, 1)
+    assert (keyed.bytes_per_second, keyed.start, keyed.over_one) == (500, 3, 0.5)
 
 
 def test_a_wrong_shape_is_refused(command):
