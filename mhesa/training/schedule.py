@@ -12,9 +12,9 @@ from typing import Any
 LOWEST_RATE = 0.1
 # `wsd` lowers the rate over this last fraction of the budget.
 DECAY = 0.2
-# Dropout where a text is read fewer than `READINGS` times, fewer than twice as often, and so on. The more
-# often it is read, the more of it is learnt by heart (docs/learning.md).
-DROPOUT, READINGS = (0.0, 0.1, 0.2, 0.3), 5
+# Dropout is a tenth for every so many times that the text is read. The more often it is read, the more of it is
+# learnt by heart (docs/learning.md).
+READINGS_A_TENTH, HIGHEST_DROPOUT = 5, 0.5
 
 
 def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> float:
@@ -43,9 +43,9 @@ def choose_dropout(readings: float) -> float:
     """The probability of dropping an element in a run that reads its text so many times.
 
     >>> choose_dropout(4), choose_dropout(14), choose_dropout(100)
-    (0.0, 0.2, 0.3)
+    (0.0, 0.2, 0.5)
     """
-    return DROPOUT[min(int(readings / READINGS), len(DROPOUT) - 1)]
+    return min(int(readings / READINGS_A_TENTH) / 10, HIGHEST_DROPOUT)
 
 
 class Budget:

@@ -23,7 +23,7 @@ from mhesa.settings import (
     one_of,
     settings_of,
 )
-from mhesa.training.schedule import DROPOUT, READINGS
+from mhesa.training.schedule import HIGHEST_DROPOUT, READINGS_A_TENTH
 
 SETTINGS = "settings.json"
 # The groups of `mhesa train --help`, in their order.
@@ -138,8 +138,8 @@ class TrainingSettings(ModelSizes):
     dropout: Annotated[
         float | None,
         Doc(
-            f"{DROPPED}; if omitted, {DROPOUT[1]} for every {READINGS} times that the budget lets the run "
-            f"read its text, at most {DROPOUT[-1]}.",
+            f"{DROPPED}; if omitted, 0.1 for every {READINGS_A_TENTH} times that the budget lets the run read "
+            f"its text, at most {HIGHEST_DROPOUT}.",
             FRACTION,
             TRAINING,
         ),
