@@ -12,8 +12,8 @@ from typing import Any
 LOWEST_RATE = 0.1
 # `wsd` lowers the rate over this last fraction of the budget.
 DECAY = 0.2
-# Dropout is a tenth for every so many times that the text is read. The more often it is read, the more of it is
-# learnt by heart (docs/learning.md).
+# Dropout is a tenth for every so many times that the text is read. The more often it is read, the more of it
+# is learnt by heart (docs/learning.md).
 READINGS_A_TENTH, HIGHEST_DROPOUT = 5, 0.5
 
 

@@ -138,8 +138,8 @@ class TrainingSettings(ModelSizes):
     dropout: Annotated[
         float | None,
         Doc(
-            f"{DROPPED}; if omitted, 0.1 for every {READINGS_A_TENTH} times that the budget lets the run read "
-            f"its text, at most {HIGHEST_DROPOUT}.",
+            f"{DROPPED}; if omitted, 0.1 for every {READINGS_A_TENTH} times that the budget lets the run "
+            f"read its text, at most {HIGHEST_DROPOUT}.",
             FRACTION,
             TRAINING,
         ),
