@@ -300,8 +300,9 @@ def score(
 ) -> None:
     """Time mhesa score on lines of a log, with one session and with one for each key, as a whole command.
 
-    The model has the sizes of `mhesa train`, 1.25 million parameters. What an eighth of the text takes is
-    taken off: the start of the command is in a column of its own.
+    The model has the sizes of `mhesa train`, 1.25 million parameters. The speed is the difference between a
+    run on the text and one on an eighth of it, so the start of the command does not count. Keys that need
+    more than --key-memory are kept in a file, and take longer.
 
     Example:
 

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 import mhesa
+from mhesa.errors import InputError
 from mhesa.model.config import ModelConfig
 from mhesa.model.loading import save
 from mhesa.tokenizers import Bytes
 
-# A run reads so much less of the text than the other: what both take is the start.
-SMALL = 8
-# Lines whose bits are compared with those of the model in fp64, and the largest difference, in bits a byte.
-CHECKED, TOLERANCE = 40, {"fp32": 1e-4, "bf16": 5e-2}
+# The shorter run reads one part of so many. What both runs take is the start.
+PARTS = 8
+# Bytes of lines, about so many users, whose bits are compared with those of the model in fp64, and the
+# largest difference in bits a byte.
+CHECKED_BYTES, CHECKED_KEYS = 4000, 5
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+# Runs the command in its arguments, and prints the seconds that it took and the largest memory that it held.
+# It is a process of its own, for Linux counts the memory of whoever starts a command as the command's.
+LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+if done.returncode:
+    sys.exit(done.stderr)
+seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps([seconds, peak * (1 if sys.platform == "darwin" else 1024) / 1e6]))
+"""
 KEY = r"user=(\w+)"
 VERBS = ("opened", "closed", "moved", "signed", "refused", "renamed", "copied", "checked")
 THINGS = ("the first door", "a ledger", "its mailbox", "an order of paper", "the night's backup", "a window")
@@ -42,9 +53,9 @@ class Row:
         megabytes: of the text.
         bytes_per_second: without the start of the command.
         over_one: that over the same with one session.
-        start: seconds that no byte is read in.
+        start: seconds before the first byte is read.
         peak: the largest resident memory, in MB.
-        peak_small: the same of an eighth of the text.
+        peak_of_part: the same on an eighth of the text.
     """
 
     name: str
@@ -54,12 +65,12 @@ class Row:
     over_one: float
     start: float
     peak: float
-    peak_small: float
+    peak_of_part: float
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the command."""
+    """The seconds that one run of the command took, and its largest resident memory in MB."""
 
     seconds: float
     peak: float
@@ -91,13 +102,15 @@ def bench_score(
         folder = Path(name)
         model = make_model(folder / "model")
         texts = [folder / "part.log", folder / "whole.log"]
-        for text, size in zip(texts, (megabytes / SMALL, megabytes), strict=True):
+        checked = folder / "checked.log"
+        write_text(checked, CHECKED_BYTES, CHECKED_KEYS)
+        for text, size in zip(texts, (megabytes / PARTS, megabytes), strict=True):
             write_text(text, int(size * 1e6), keys)
         keyed = f"a session for each of {keys:,} keys"
         ways = {"one session": [], keyed: ["--key", KEY, "--key-memory", key_memory]}
         for precision in precisions:
             for options in ways.values():
-                check(model, texts[0], precision, options)
+                check(model, checked, precision, options)
             runs: dict[tuple[str, Path], list[Run]] = {(way, text): [] for way in ways for text in texts}
             for _ in range(rounds):
                 for (way, text), found in runs.items():
@@ -123,11 +136,11 @@ def make_model(folder: Path) -> Path:
 
 def write_text(path: Path, size: int, keys: int) -> None:
     """Write lines of at least `size` bytes in all, each about one of `keys` users."""
-    choose = random.Random(0)
+    choose, written = random.Random(0), 0
     with path.open("w") as file:
-        while file.tell() < size:
-            second = file.tell() // 1000
-            file.write(
+        while written < size:
+            second = written // 1000
+            written += file.write(
                 f"2026-01-01 {second // 3600 % 24:02d}:{second // 60 % 60:02d}:{second % 60:02d} INFO "
                 f"user=u{choose.randrange(keys):07d} {choose.choice(VERBS)} {choose.choice(THINGS)} "
                 f"in {choose.randrange(1000)} ms, {choose.randrange(10**6)} bytes\n"
@@ -140,18 +153,15 @@ def command(model: Path, text: Path, precision: str, options: Sequence[str]) -> 
 
 
 def check(model: Path, text: Path, precision: str, options: Sequence[str]) -> None:
-    """Compare the first lines' bits with those of the model in fp64.
+    """Compare the bits of all lines with those of the model in fp64.
 
     Raises:
         RuntimeError: they differ.
+        InputError: the command fails.
     """
-    lines = list(islice(text.open("rb"), CHECKED))
-    part = text.with_name("checked.log")
-    part.write_bytes(b"".join(lines))
-    printed = subprocess.run(
-        [*command(model, part, precision, options), "--json"], capture_output=True, text=True, check=True
-    )
-    found = [json.loads(line)["bits"] for line in printed.stdout.splitlines()]
+    lines = text.read_bytes().splitlines(keepends=True)
+    printed = _output([*command(model, text, precision, options), "--json"])
+    found = [json.loads(line)["bits"] for line in printed.splitlines()]
     plain, tokenizer = mhesa.load(model)
     plain.double()
     sessions: dict[bytes, bytes] = {}
@@ -170,25 +180,32 @@ def check(model: Path, text: Path, precision: str, options: Sequence[str]) -> No
 
 def run(model: Path, text: Path, precision: str, options: Sequence[str]) -> Run:
     """Run the command; its output goes nowhere."""
-    start = time.perf_counter()
-    with open(os.devnull, "w") as nowhere:
-        process = subprocess.Popen(command(model, text, precision, options), stdout=nowhere, stderr=nowhere)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"mhesa score ended with {process.returncode}")
-    return Run(time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6)
+    launched = [sys.executable, "-c", LAUNCHER, *command(model, text, precision, options)]
+    return Run(*json.loads(_output(launched)))
+
+
+def _output(words: Sequence[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"mhesa score failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 def rows(
     runs: dict[tuple[str, Path], list[Run]], ways: Sequence[str], texts: Sequence[Path], precision: str
 ) -> list[Row]:
-    """The medians of runs on a part of the text and on the whole."""
+    """The medians of runs on a part of the text and on the whole.
+
+    Raises:
+        InputError: the part took as long as the whole.
+    """
     found: list[Row] = []
     sizes = [text.stat().st_size for text in texts]
     for way in ways:
         seconds = [statistics.median(run.seconds for run in runs[way, text]) for text in texts]
         peaks = [statistics.median(run.peak for run in runs[way, text]) for text in texts]
+        if seconds[1] <= seconds[0]:
+            raise InputError("the text is too short to be timed on this machine; give more --megabytes")
         rate = (sizes[1] - sizes[0]) / (seconds[1] - seconds[0])
         found.append(
             Row(
@@ -199,7 +216,7 @@ def rows(
                 over_one=rate / found[0].bytes_per_second if found else 1.0,
                 start=seconds[1] - sizes[1] / rate,
                 peak=peaks[1],
-                peak_small=peaks[0],
+                peak_of_part=peaks[0],
             )
         )
     return found

@@ -144,13 +144,13 @@ TABLES = {
     "scores": Table(
         {
             "precision": "{precision}",
-            "MB": "{megabytes:.0f}",
+            "MB": "{megabytes:.1f}",
             "lines in": "{name}",
             "bytes/s": "{bytes_per_second:,.0f}",
             "over one": "{over_one:.2f}",
             "start, s": "{start:.1f}",
             "peak, MB": "{peak:.0f}",
-            "of an eighth, MB": "{peak_small:.0f}",
+            "of an eighth, MB": "{peak_of_part:.0f}",
         },
         identity=("name", "precision", "megabytes"),
         figure="bytes_per_second",

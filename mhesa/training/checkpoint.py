@@ -33,6 +33,7 @@ class Progress:
         best_step: the step of the best evaluation.
         best_bits_per_byte: its result.
         evaluations_since_best: evaluations since then, none of them better.
+        dropout: chosen where the settings do not give it.
     """
 
     step: int = 0
@@ -41,6 +42,7 @@ class Progress:
     best_step: int | None = None
     best_bits_per_byte: float | None = None
     evaluations_since_best: int = 0
+    dropout: float = 0.0
 
 
 def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:

@@ -68,8 +68,16 @@ class Figures:
         self._check(self.progress.losses, "loss")
         self._check([float(norm)], "gradient")
 
-    def write_step(self, learning_rate: float, norm: Tensor, dropout: float) -> None:
-        """Write the figures of the steps since the last such row; `norm` of the gradient is a scalar."""
+    def write_step(self, learning_rate: float, norm: Tensor, dropout: float) -> float:
+        """Write the figures of the steps since the last such row.
+
+        Args:
+            learning_rate: of the last step, as is `dropout`.
+            norm: of its gradient, a scalar.
+
+        Returns:
+            Seconds that each of the steps took.
+        """
         self.collect(norm)
         progress = self.progress
         loss = sum(progress.losses) / len(progress.losses)
@@ -86,6 +94,7 @@ class Figures:
             dropout=dropout,
             tokens_per_second=steps * tokens / max(seconds, 1e-9),
         )
+        return max(seconds, 1e-9) / steps
 
     def write_evaluation(self, found: Evaluation | None) -> bool:
         """Write what the first process found, `None` in all others; whether it is the best so far."""

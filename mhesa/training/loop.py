@@ -97,20 +97,22 @@ def train_model(
         _restore(start, model, optimizers, states, settings.accumulate)
     progress = Progress() if start is None else checkpoint.load_progress(start)
     figures = Figures(settings, progress, bytes_a_token, on_row)
+    if settings.steps is not None:
+        progress.dropout = choose_dropout(batches.windows.readings(settings.steps))
+    # With a budget of minutes, the second row is the first whose speed is not that of a start.
+    at_speed = (progress.step // STEPS_BETWEEN_ROWS + 2) * STEPS_BETWEEN_ROWS
     budget.start(progress.seconds)
     model.train()
 
     while True:
         step = progress.step
 
-        # 1. Learning rate and dropout follow the budget.
+        # 1. Learning rate and dropout follow from the budget.
         rate = learning_rate(budget.spent(step), settings.warmup, settings.schedule)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["peak_lr"]
-        dropout = settings.dropout
-        if dropout is None:
-            dropout = choose_dropout(batches.windows.readings(budget.expected_steps(step)))
+        dropout = progress.dropout if settings.dropout is None else settings.dropout
         _set_dropout(model, dropout)
 
         # 2. This process's windows, as micro-batches.
@@ -163,7 +165,10 @@ def train_model(
 
             # 7. A row of figures
             if progress.step % STEPS_BETWEEN_ROWS == 0 or done:
-                figures.write_step(rate * settings.lr, norm, dropout)
+                seconds_a_step = figures.write_step(rate * settings.lr, norm, dropout)
+                if progress.step == at_speed:
+                    steps = budget.expected_steps(progress.step, seconds_a_step)
+                    progress.dropout = choose_dropout(batches.windows.readings(steps))
 
             # 8. Evaluation on text held out
             is_best = False
@@ -179,6 +184,7 @@ def train_model(
                 _save(settings, progress, model, optimizers, states)
 
         if done:
+            # What was automatic is no property of the model that is saved.
             _set_dropout(model, settings.dropout or 0.0)
             return progress, int(signal)
 

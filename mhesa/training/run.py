@@ -158,8 +158,7 @@ def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Co
         prepare(folder, settings, asdict(corpus.facts), done)
         tokenizer.save_pretrained(folder)
     barrier()
-    readings = None if settings.steps is None else windows.readings(settings.steps)
-    _announce(console, settings, corpus, config.parameters, readings, start)
+    _announce(console, settings, corpus, config.parameters, windows, start)
     return Run(settings, config, folder, tokenizer, corpus, windows, start, display)
 
 
@@ -322,7 +321,7 @@ def _announce(
     settings: TrainingSettings,
     corpus: Corpus,
     parameters: int,
-    readings: float | None,
+    windows: Windows,
     start: Path | None,
 ) -> None:
     facts = corpus.facts
@@ -331,7 +330,7 @@ def _announce(
     shared = "" if processes() == 1 else f", {processes()} processes"
     if settings.context_parallel > 1:
         shared += f", {settings.context_parallel} to a window"
-    often = "" if readings is None else f", the text {readings:,.3g} times"
+    often = "" if settings.steps is None else f", the text {windows.readings(settings.steps):,.1f} times"
     console.print(
         f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
         f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"

@@ -12,8 +12,8 @@ from typing import Any
 LOWEST_RATE = 0.1
 # `wsd` lowers the rate over this last fraction of the budget.
 DECAY = 0.2
-# Dropout is a tenth for every so many times that the text is read. The more often it is read, the more of it
-# is learnt by heart (docs/learning.md).
+# Dropout grows by 0.1 with every so many readings of the text: the more often it is read, the more of it is
+# learnt by heart (docs/learning.md).
 READINGS_A_TENTH, HIGHEST_DROPOUT = 5, 0.5
 
 
@@ -74,11 +74,12 @@ class Budget:
         """Set the time that decisions use."""
         self.seconds = seconds
 
-    def expected_steps(self, step: int) -> float:
-        """The steps of the whole budget, by the speed before `step` where they are not given; 0 at first."""
+    def expected_steps(self, step: int, seconds_a_step: float) -> float:
+        """The steps of the whole budget: those before `step`, and of the time that is left at this speed."""
         if self.steps is not None:
             return self.steps
-        return step / spent if (spent := self.spent(step)) else 0.0
+        assert self.minutes is not None
+        return step + (60 * self.minutes - self.seconds) / seconds_a_step
 
     def spent(self, step: int) -> float:
         """The fraction of the budget that is used before `step`."""

@@ -35,8 +35,8 @@ LARGEST_VOCABULARY = 1_000_000
 # in the same time; a CPU that computes in fp32 is slower and takes a quarter.
 TOKENS_A_STEP = {"bf16": 4096, "fp32": 1024}
 TOKENS_A_STEP_ON_ACCELERATORS = 65536
-# What settings mean that were saved before these existed.
-BEFORE_ADAPTIVE = {"smoothing": "fixed", "optimizer": "adamw"}
+# What these settings were where a file does not have them yet.
+EARLIER_DEFAULTS = {"smoothing": "fixed", "optimizer": "adamw", "dropout": 0.0}
 
 
 @documented
@@ -352,7 +352,7 @@ class TrainingSettings(ModelSizes):
             unknown = set(values) - {field.name for field in fields(cls)}
             if unknown:
                 raise InputError(f"{path} holds unknown settings: {', '.join(sorted(unknown))}")
-            return cls(**{**BEFORE_ADAPTIVE, **values, "sources": tuple(values["sources"])})
+            return cls(**{**EARLIER_DEFAULTS, **values, "sources": tuple(values["sources"])})
         except (TypeError, KeyError) as error:
             raise InputError(f"{path} does not hold the settings of a training run") from error
         except ValueError as error:

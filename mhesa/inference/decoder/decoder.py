@@ -175,9 +175,9 @@ class Decoder:
         Args:
             ids: as `predict` takes them.
             state: likewise.
-            take: called with logits in that type, `(some tokens, num_tokens)`, and how many tokens came
-                before them. The logits are overwritten when it returns. It must not call the decoder, and
-                other threads that do wait for it.
+            take: called with logits in the type of the state, `(some tokens, num_tokens)`, and how many
+                tokens came before them. The logits are overwritten when it returns. It must not call the
+                decoder, and other threads that do wait for it.
         """
         sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
         self._check(state, len(sequences))

@@ -242,7 +242,7 @@ def _pack_int16(row, operand, scales, index, largest, n):  # type: ignore[no-unt
 
 @jit
 def _finish(epilogue, totals, scale, matrix_scales, bias, out):  # type: ignore[no-untyped-def]
-    # The constants are known to the compiler, which writes the instructions of each.
+    # Each branch passes a constant, so that only the instructions of that epilogue are written.
     if epilogue == GELU:
         write_sums(GELU, totals, scale, matrix_scales, bias, out)
     elif epilogue == GATE:

@@ -264,19 +264,22 @@ def write_sums(
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, sums_0, scale, scales_0, bias_0, out_0 = args
-        # As one vector: each instruction is written for all of a row, so that none waits for the one before.
-        emit, start = Emitter(builder, types.float32, PANEL), I64(0)
-        value = builder.load(emit.address(sums_0, start), align=4)
-        if sums.dtype != types.float32:
-            factor = builder.fmul(splat(emit, scale), emit.load(scales_0, start))
-            value = builder.fmul(builder.sitofp(value, emit.type), factor)
-        if what == GELU:
-            value = gelu(emit, value)
-        elif what == GATE:
-            value = builder.fmul(emit.load(out_0, start), value)
-        elif what == ADD:
-            value = builder.fadd(emit.load(out_0, start), builder.fadd(value, emit.load(bias_0, start)))
-        emit.store(value, out_0, start)
+        # The parts of one wide vector are independent, so the processor overlaps them. It takes the registers
+        # of AVX-512, which has more of them and longer ones.
+        emit = Emitter(builder, types.float32, PANEL if processor.has("avx512f") else LANES)
+        for first in range(0, PANEL, emit.lanes):
+            place = I64(first)
+            value = builder.load(emit.address(sums_0, place), align=4)
+            if sums.dtype != types.float32:
+                factor = builder.fmul(splat(emit, scale), emit.load(scales_0, place))
+                value = builder.fmul(builder.sitofp(value, emit.type), factor)
+            if what == GELU:
+                value = gelu(emit, value)
+            elif what == GATE:
+                value = builder.fmul(emit.load(out_0, place), value)
+            elif what == ADD:
+                value = builder.fadd(emit.load(out_0, place), builder.fadd(value, emit.load(bias_0, place)))
+            emit.store(value, out_0, place)
         return context.get_dummy_value()
 
     return types.void(epilogue, sums, scale, weight_scales, bias, out), codegen
