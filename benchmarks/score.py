@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import statistics
@@ -17,9 +18,9 @@ import torch
 
 import mhesa
 from mhesa.errors import InputError
-from mhesa.model.config import ModelConfig
 from mhesa.model.loading import save
 from mhesa.tokenizers import Bytes
+from mhesa.training import TrainingSettings
 
 # The shorter run reads one part of so many. What both runs take is the start.
 PARTS = 8
@@ -123,13 +124,7 @@ def make_model(folder: Path) -> Path:
     """A folder with the model that `mhesa train` makes by default, untrained."""
     tokenizer = Bytes()
     torch.manual_seed(0)
-    config = ModelConfig(
-        num_tokens=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        heads=32,
-        adaptive=True,
-        conv_size=4,
-    )
+    config = TrainingSettings(out=str(folder)).model_config(len(tokenizer), tokenizer.eos_token_id)
     save(config.build().eval(), tokenizer, folder)
     return folder
 
@@ -173,7 +168,7 @@ def check(model: Path, text: Path, precision: str, options: Sequence[str]) -> No
         with torch.no_grad():
             logprobs = plain(ids[:, :-1])[0].log_softmax(1)
         taken = logprobs.gather(1, ids[0, 1:, None])[len(before) :, 0]
-        expected = -float(taken.sum()) / float(torch.tensor(2.0).double().log())
+        expected = -float(taken.sum()) / math.log(2)
         if abs(bits - expected) > TOLERANCE[precision] * len(line):
             raise RuntimeError(f"{precision} {options}: {bits} bits, not {expected}, for {line!r}")
 

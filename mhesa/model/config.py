@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Sizes that `config.json` calls by transformers' names.
 JSON_NAMES = {"num_tokens": "vocab_size", "dim": "hidden_size", "depth": "num_hidden_layers"}
-DROPPED = "Probability of dropping an element of a block's gated product or output"
+DROPOUT_TEXT = "Probability of dropping an element of a block's gated product or output"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class ModelConfig(ModelSizes):
     conv_size: Annotated[
         int, Doc("Taps of a short causal convolution of each block's input; 0 for none.", AT_LEAST_0)
     ] = 0
-    dropout: Annotated[float, Doc(f"{DROPPED}.", FRACTION)] = 0.0
+    dropout: Annotated[float, Doc(f"{DROPOUT_TEXT}.", FRACTION)] = 0.0
     tie_word_embeddings: Annotated[bool, Doc("Share the embedding's weights with the head.")] = False
     eos_token_id: Annotated[
         int | list[int] | None, Doc("The token that ends a text, for transformers' generate to stop at.")

@@ -100,7 +100,7 @@ def train_model(
     if settings.steps is not None:
         progress.dropout = choose_dropout(batches.windows.readings(settings.steps))
     # With a budget of minutes, the second row is the first whose speed is not that of a start.
-    at_speed = (progress.step // STEPS_BETWEEN_ROWS + 2) * STEPS_BETWEEN_ROWS
+    speed_known_at = (progress.step // STEPS_BETWEEN_ROWS + 2) * STEPS_BETWEEN_ROWS
     budget.start(progress.seconds)
     model.train()
 
@@ -166,7 +166,7 @@ def train_model(
             # 7. A row of figures
             if progress.step % STEPS_BETWEEN_ROWS == 0 or done:
                 seconds_a_step = figures.write_step(rate * settings.lr, norm, dropout)
-                if progress.step == at_speed:
+                if progress.step == speed_known_at:
                     steps = budget.expected_steps(progress.step, seconds_a_step)
                     progress.dropout = choose_dropout(batches.windows.readings(steps))
 

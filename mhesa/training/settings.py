@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mhesa.errors import InputError
-from mhesa.model.config import DROPPED, ModelConfig, ModelSizes
+from mhesa.model.config import DROPOUT_TEXT, ModelConfig, ModelSizes
 from mhesa.settings import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -138,8 +138,8 @@ class TrainingSettings(ModelSizes):
     dropout: Annotated[
         float | None,
         Doc(
-            f"{DROPPED}; if omitted, 0.1 for every {READINGS_A_TENTH} times that the budget lets the run "
-            f"read its text, at most {HIGHEST_DROPOUT}.",
+            f"{DROPOUT_TEXT}; if omitted, 0.1 for every {READINGS_A_TENTH} times that the budget lets the "
+            f"run read its text, at most {HIGHEST_DROPOUT}.",
             FRACTION,
             TRAINING,
         ),

@@ -114,13 +114,6 @@ _PAIRS_OF_BF16 = ir.VectorType(_BFloat(), 2 * LANES)
 _PAIRS_OF_I16 = ir.VectorType(I16, 2 * LANES)
 
 
-def _splat(builder: Any, value: Any, vector: Any) -> Any:
-    """A vector with `value` in every lane."""
-    undefined = ir.Constant(vector, ir.Undefined)
-    first = builder.insert_element(undefined, value, I32(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, [0] * LANES))
-
-
 def _fma(builder: Any, total: Any, a: Any, b: Any) -> Any:
     return call(builder, "llvm.fma.v16f32", _FLOATS, a, b, total)
 
@@ -136,7 +129,7 @@ class _Float32:
 
     @staticmethod
     def values(builder: Any, pointer: Any) -> Any:
-        return _splat(builder, builder.load(pointer), _FLOATS)
+        return splat(Emitter(builder, types.float32, LANES), builder.load(pointer))
 
     add = staticmethod(_fma)
 
@@ -153,7 +146,7 @@ class _Bfloat16:
     @staticmethod
     def values(builder: Any, pointer: Any) -> Any:
         pair = builder.load(builder.bitcast(pointer, I32.as_pointer()), align=2)
-        return _splat(builder, pair, _INTEGERS)
+        return splat(Emitter(builder, types.float32, LANES), pair)
 
     @staticmethod
     def add(builder: Any, total: Any, a: Any, b: Any) -> Any:
