@@ -12,10 +12,10 @@ from mhesa.ops.cpu.compiling import jit, member, offset
 
 def draw(args):  # type: ignore[no-untyped-def]
     """Draw a token for one row after another; `args` is `mhesa.inference.sampling.Arguments`."""
-    n, thread = args.num_tokens, fetch_add(member(args, "next_thread"))
+    n, thread = args.num_tokens, fetch_add(member(args, "next_thread"), 1)
     weights, order = offset(args.weights, thread * n), offset(args.order, thread * n)
     while True:
-        row = fetch_add(member(args, "next_row"))
+        row = fetch_add(member(args, "next_row"), 1)
         if row >= args.rows:
             return
         logits, sampler = offset(args.logits, row * args.row_stride), args.samplers[row]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
-from mhesa.inference.decoder import Decoder
+
+if TYPE_CHECKING:
+    from mhesa.inference.decoder import Decoder
 
 # Rows whose log-probabilities are computed at once on a CPU: few enough to stay in a core's cache.
 ROWS = 256
@@ -92,6 +95,12 @@ def token_statistics(
     return found
 
 
+def check_count(targets: Tensor, read: int) -> None:
+    """Refuse targets that are not as many as the tokens read."""
+    if len(targets) != read:
+        raise InputError(f"{len(targets)} targets for {read} tokens")
+
+
 def read_tokens(
     decoder: Decoder,
     inputs: Tensor | Sequence[Tensor],
@@ -114,9 +123,10 @@ def read_tokens(
     Raises:
         InputError: not as many targets as inputs, or what `Decoder.read` raises.
     """
+    if set(statistics.values()) == {bits}:
+        return dict.fromkeys(statistics, decoder.surprisal(inputs, targets, state))
     read = len(inputs) if isinstance(inputs, Tensor) else sum(map(len, inputs))
-    if read != len(targets):
-        raise InputError(f"{len(targets)} targets for {read} tokens")
+    check_count(targets, read)
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     found = {name: np.empty(len(targets)) for name in statistics}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mhesa.errors import InputError
 from mhesa.ops.cpu.arguments import FLOAT32, FLOAT64, INT64, struct
 from mhesa.ops.cpu.atomics import fence, fetch_add
-from mhesa.ops.cpu.compiling import compiled, intrinsic, literals, member, offset, stack_array, types
+from mhesa.ops.cpu.compiling import compiled, intrinsic, jit, literals, member, offset, stack_array, types
 from mhesa.ops.cpu.scan_tiles import fill
 from mhesa.ops.cpu.simd import FLOAT, I32, I64, Emitter, exp2, shuffle, splat
 from mhesa.ops.cpu.threads import available, parallel
@@ -59,11 +59,7 @@ def surprisal(logits: Tensor, targets: Tensor) -> np.ndarray:
     [2.0]
     """
     rows, num_tokens = logits.shape
-    targets = targets.to("cpu", torch.int64).contiguous()
-    if len(targets) != rows:
-        raise InputError(f"{len(targets)} tokens, and predictions of {rows}")
-    if rows and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
-        raise IndexError(f"tokens must be 0 to {num_tokens - 1}")
+    targets = check_targets(targets, rows, num_tokens)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     found = np.empty(rows)
@@ -80,6 +76,16 @@ def surprisal(logits: Tensor, targets: Tensor) -> np.ndarray:
     threads = 1 if logits.numel() < MIN_PARALLEL else min(available(), -(-rows // rows_per_task))
     parallel(compiled(_kernel, torch.float32, Arguments), args.address, threads)
     return found
+
+
+def check_targets(targets: Tensor, rows: int, num_tokens: int) -> Tensor:
+    """Tokens that came, as the kernels read them; see `surprisal`."""
+    targets = targets.to("cpu", torch.int64).contiguous()
+    if len(targets) != rows:
+        raise InputError(f"{len(targets)} tokens, and predictions of {rows}")
+    if rows and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
+        raise IndexError(f"tokens must be 0 to {num_tokens - 1}")
+    return targets
 
 
 def _maximum(builder, a, b):
@@ -142,26 +148,31 @@ def _reduction(combine):
 _largest, _sum = _reduction(_maximum), _reduction(lambda builder, a, b: builder.fadd(a, b))
 
 
-def _kernel(args):
-    n, values = args.num_tokens, stack_array(args.logits, LANES)
+@jit
+def row_bits(logits, n, target, values):
+    """The surprisal of one token; `values` is memory for `LANES` values."""
     whole = n - n % LANES
+    fill(values, -np.inf, LANES)
+    for i in range(0, whole, LANES):
+        _raise_maxima(offset(logits, i), values, LANES)
+    for i in range(whole, n):
+        _raise_maxima(offset(logits, i), values, 1)
+    largest = _largest(values)
+    fill(values, 0, LANES)
+    for i in range(0, whole, LANES):
+        _add_powers(offset(logits, i), largest, values, LANES)
+    for i in range(whole, n):
+        _add_powers(offset(logits, i), largest, values, 1)
+    return math.log2(_sum(values)) + (largest - logits[target]) * BITS_PER_NAT
+
+
+def _kernel(args):
+    values = stack_array(args.logits, LANES)
     while True:
-        first = fetch_add(member(args, "next_task")) * args.rows_per_task
+        first = fetch_add(member(args, "next_task"), 1) * args.rows_per_task
         if first >= args.rows:
             break
         for row in range(first, min(first + args.rows_per_task, args.rows)):
             logits = offset(args.logits, row * args.row_stride)
-            fill(values, -np.inf, LANES)
-            for i in range(0, whole, LANES):
-                _raise_maxima(offset(logits, i), values, LANES)
-            for i in range(whole, n):
-                _raise_maxima(offset(logits, i), values, 1)
-            largest = _largest(values)
-            fill(values, 0, LANES)
-            for i in range(0, whole, LANES):
-                _add_powers(offset(logits, i), largest, values, LANES)
-            for i in range(whole, n):
-                _add_powers(offset(logits, i), largest, values, 1)
-            bits_to_largest = (largest - logits[args.targets[row]]) * BITS_PER_NAT
-            args.out[row] = math.log2(_sum(values)) + bits_to_largest
+            args.out[row] = row_bits(logits, args.num_tokens, args.targets[row], values)
     fence()

@@ -7,10 +7,12 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NoReturn, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
+from mhesa.inference.statistics import check_count
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.checks import check_ids, check_sequences, check_state, check_weights
 from mhesa.ops.cpu.threads import new_lock
@@ -18,9 +20,10 @@ from mhesa.settings import check_sizes
 
 
 class Engine(Protocol):
-    """Runs the model over a few rows, at most `rows` at a time."""
+    """Runs the model over a few rows: at most `rows` at a time, or `long_rows` for their surprisal alone."""
 
     rows: int
+    long_rows: int
 
     def run(self, ids: Tensor, offsets: Tensor, state: Tensor, all_logits: bool) -> Tensor:
         """Read rows of some sequences.
@@ -34,6 +37,13 @@ class Engine(Protocol):
         Returns:
             Logits in the type of the state, `(rows or sequences, num_tokens)`; the next call may overwrite
             them.
+        """
+
+    def surprisal(self, ids: Tensor, offsets: Tensor, state: Tensor, targets: Tensor) -> np.ndarray:
+        """Read rows as `run` does, and find the surprisal of the token after each, `targets`.
+
+        Returns:
+            In bits, fp64 `(rows,)`.
         """
 
 
@@ -188,9 +198,36 @@ class Decoder:
                 take(logits, done)
                 done += len(logits)
 
+    def surprisal(self, ids: Tensor | Sequence[Tensor], targets: Tensor, state: Tensor) -> np.ndarray:
+        """Read many tokens of each sequence and find how surprising the token after each is.
+
+        Logits are not kept, which makes this faster than `predict` and `read`.
+
+        Args:
+            ids: as `predict` takes them.
+            targets: the token that came after each, one sequence after the other, `(tokens,)`.
+            state: as `predict` takes it.
+
+        Returns:
+            Surprisal in bits, `-log2` of the probability of the token that came, fp64 `(tokens,)`.
+
+        Raises:
+            InputError: as `prefill` does, or there are not as many targets as tokens.
+            IndexError: an id or a target outside the vocabulary.
+        """
+        sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
+        self._check(state, len(sequences))
+        check_count(targets, sum(map(len, sequences)))
+        found, done = np.empty(len(targets)), 0
+        with self._lock:
+            for first, last, pieces in split_into_calls(sequences, self._engine.long_rows):
+                rows = slice(done, done + sum(map(len, pieces)))
+                found[rows] = self._engine.surprisal(*_joined(pieces), state[:, first:last], targets[rows])
+                done = rows.stop
+        return found
+
     def _run(self, pieces: list[Tensor], state: Tensor, all_logits: bool) -> Tensor:
-        ids = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return self._engine.run(ids, _offsets(*map(len, pieces)), state, all_logits)
+        return self._engine.run(*_joined(pieces), state, all_logits)
 
     def _check(self, state: Tensor, batch: int) -> None:
         check_state(state, (self._depth, batch, self._width), self._state_type, self.device)
@@ -220,6 +257,11 @@ def _engine(
     from mhesa.inference.decoder.layers import GraphEngine, LayersEngine
 
     return (GraphEngine if weight.device.type == "cuda" else LayersEngine)(model)
+
+
+def _joined(pieces: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sequences one after the other, and where each starts and the last ends."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces), _offsets(*map(len, pieces))
 
 
 # Long texts are read in calls of one length.

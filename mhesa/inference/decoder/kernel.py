@@ -5,8 +5,12 @@ rows of one. The rows pass through the model in stages, each cut into tasks that
 free; a stage begins when all tasks of the one before are done. Counters alone keep threads in step, so any
 number of them can take part, from any moment on.
 
-Where each thread can have many rows, it takes a share of them through all stages by itself instead, up to the
-logits: the rows stay in its own cache, and it waits for others only for its turn at the state.
+Where each thread can have many rows, it takes a share of them through all stages by itself instead, up to
+the logits: the rows stay in its own cache, and it waits for others only for its turn at the state. Where
+surprisal alone is wanted, the share goes through the logits too, to the bits of each token; its memory is the
+thread's own and used again for the next share, so a call may have any number of rows. Shares of a fast thread
+are larger than those of a slow one, so that none waits for the other: cores differ, and so does what else
+they have to do.
 
 The stages of a layer:
 
@@ -47,8 +51,10 @@ from mhesa.inference.decoder.matmul import (
     write_sums,
 )
 from mhesa.inference.decoder.tiles import begin_tiles, end_tiles
-from mhesa.ops.cpu.arguments import FLOAT32, INT64, OPERAND, STORED, Pointer, struct
-from mhesa.ops.cpu.atomics import LINE, fetch_add, signal, wait
+from mhesa.inference.surprisal_kernel import LANES as SURPRISAL_LANES
+from mhesa.inference.surprisal_kernel import row_bits
+from mhesa.ops.cpu.arguments import FLOAT32, FLOAT64, INT64, OPERAND, STORED, Pointer, struct
+from mhesa.ops.cpu.atomics import LINE, clock, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import exists, intrinsic, jit, literals, offset, stack_array, types
 from mhesa.ops.cpu.rates_tiles import write_row
 from mhesa.ops.cpu.simd import Emitter, sigmoid, splat
@@ -96,9 +102,15 @@ Arguments = struct(
     refused="int64",  # set by the kernel: whether an id is outside the vocabulary
     stages=Pointer(Stage),
     stage_count="int64",
-    first_output="int64",  # the first stage that takes only the rows whose logits are wanted
-    share_rows="int64",  # rows that a thread takes through all stages before that one; 0: stages are shared
-    counters=INT64,  # tasks taken, tasks done and turns taken, `LINE` apart: of each stage, then of shares
+    share_rows="int64",  # rows of a share, where threads are equally fast; 0: stages are shared
+    share_stages="int64",  # stages that a thread takes its share through
+    own_rows="int64",  # rows of memory that each thread has to itself; 0: memory is each row's own
+    row_times=FLOAT64,  # the nanoseconds that each thread's last rows took; 0: it has had none
+    targets=INT64,  # tokens that came, and their surprisal in bits; null: not wanted
+    bits=FLOAT64,
+    # Of each stage, `LINE` apart: tasks taken, tasks done, and rows that have left the state to those after.
+    # Then of shares: rows taken, rows done, threads.
+    counters=INT64,
     ids=INT64,
     offsets=INT64,
     state=FLOAT32,
@@ -253,29 +265,33 @@ def _finish(epilogue, totals, scale, matrix_scales, bias, out):  # type: ignore[
         write_sums(WRITE, totals, scale, matrix_scales, bias, out)
 
 
+# In what follows, `row` is a token's index and `row + place` that of its values in memory.
+
+
 @jit
-def _embed(args, stage, low, high):  # type: ignore[no-untyped-def]
+def _embed(args, stage, place, low, high):  # type: ignore[no-untyped-def]
     n = stage.columns
     for row in range(low, high):
-        x, token = offset(stage.out, row * stage.out_stride), offset(stage.weight, args.ids[row] * n)
+        x = offset(stage.out, (row + place) * stage.out_stride)
+        token = offset(stage.weight, args.ids[row] * n)
         for i in range(n):
             x[i] = token[i]
 
 
 @jit
-def _pack_row(args, stage, values, row):  # type: ignore[no-untyped-def]
-    operand = offset(args.operand, row * args.operand_stride)
-    _pack(values, operand, args.scales, row, stage.operand_max, stage.columns)
+def _pack_row(args, stage, values, at):  # type: ignore[no-untyped-def]
+    operand = offset(args.operand, at * args.operand_stride)
+    _pack(values, operand, args.scales, at, stage.operand_max, stage.columns)
 
 
 @jit
-def _normalise_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
-    for row in range(low, high):
-        x = offset(stage.rows, row * stage.row_stride)
+def _normalise_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
+    for at in range(first, end):
+        x = offset(stage.rows, at * stage.row_stride)
         # The memory for u and v is not in use yet: the normalised row fits there.
-        normal = offset(args.uv, row * args.uv_stride)
+        normal = offset(args.uv, at * args.uv_stride)
         _normalise(x, stage.weight, stage.bias, normal, stage.columns)
-        _pack_row(args, stage, normal, row)
+        _pack_row(args, stage, normal, at)
 
 
 @jit
@@ -287,97 +303,105 @@ def _sequence_of(args, row):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _wait_for_state(args, turns, task, low, sequence):  # type: ignore[no-untyped-def]
-    """Wait for the tasks before, if the first row continues a sequence whose state they change."""
+def _wait_for_state(args, turns, low, sequence):  # type: ignore[no-untyped-def]
+    """Wait for the rows before, if they change the state of the first row's sequence; return how long."""
+    start = clock()
     if args.offsets[sequence] < low:
-        wait(turns, task)
+        wait(turns, low)
+    return clock() - start
 
 
 @jit
-def _pass_state_on(args, turns, task):  # type: ignore[no-untyped-def]
-    # Turns are counted, so they must end in order.
+def _pass_state_on(args, turns, low, high):  # type: ignore[no-untyped-def]
+    """Let the rows after these have the state; return how long the rows before took to."""
+    start = clock()
+    # Rows are counted, so they must end in order.
     if args.rows > args.sequences:
-        wait(turns, task)
-        signal(turns)
+        wait(turns, low)
+        signal(turns, high - low)
+    return clock() - start
 
 
 @jit
-def _convolve_rows(args, stage, turns, task, low, high):  # type: ignore[no-untyped-def]
+def _convolve_rows(args, stage, turns, place, low, high):  # type: ignore[no-untyped-def]
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride + stage.tail)
     # The memory for u and v is not in use yet: the normalised row fits there, and after it the convolved one.
-    for row in range(low, high):
-        normal = offset(args.uv, row * args.uv_stride)
-        _normalise(offset(stage.rows, row * stage.row_stride), stage.weight, stage.bias, normal, n)
+    for at in range(low + place, high + place):
+        normal = offset(args.uv, at * args.uv_stride)
+        _normalise(offset(stage.rows, at * stage.row_stride), stage.weight, stage.bias, normal, n)
     sequence = _sequence_of(args, low)
-    _wait_for_state(args, turns, task, low, sequence)
+    waited = _wait_for_state(args, turns, low, sequence)
     for row in range(low, high):
         sequence += row == args.offsets[sequence + 1]
-        # Rows before `low` are read from the tail: their memory may hold values of a later stage already.
+        # Rows before `low` are read from the tail: their memory may hold other values already.
         start, end = max(args.offsets[sequence], low), min(args.offsets[sequence + 1], high)
         tail = offset(states, sequence * args.sequence_stride)
-        out = offset(args.uv, row * args.uv_stride + n)
+        out = offset(args.uv, (row + place) * args.uv_stride + n)
         for tap in range(stage.taps):
-            place = row - tap
-            source = offset(args.uv, place * args.uv_stride)
-            if place < start:
-                source = offset(tail, (stage.taps - 1 - (start - place)) * n)
+            before = row - tap
+            source = offset(args.uv, (before + place) * args.uv_stride)
+            if before < start:
+                source = offset(tail, (stage.taps - 1 - (start - before)) * n)
             _apply_tap(out, source, offset(stage.conv, tap * n), n, tap == 0)
         if row == end - 1:
-            _keep_tail(args, stage, tail, start, end)
-    _pass_state_on(args, turns, task)
-    for row in range(low, high):
-        _pack_row(args, stage, offset(args.uv, row * args.uv_stride + n), row)
+            _keep_tail(args, stage, tail, start + place, end + place)
+    waited += _pass_state_on(args, turns, low, high)
+    for at in range(low + place, high + place):
+        _pack_row(args, stage, offset(args.uv, at * args.uv_stride + n), at)
+    return waited
 
 
 @jit
-def _smooth_rows(args, stage, turns, task, low, high):  # type: ignore[no-untyped-def]
+def _smooth_rows(args, stage, turns, place, low, high):  # type: ignore[no-untyped-def]
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride)
     heads, adaptive = stage.heads, exists(stage.rate_logits)
-    for row in range(low, high):
-        v = offset(stage.rows, row * stage.row_stride)
+    for at in range(low + place, high + place):
+        v = offset(stage.rows, at * stage.row_stride)
         _normalise(v, stage.weight, stage.bias, v, n)
         if adaptive:
-            rates = offset(stage.rate_logits, row * stage.row_stride)
+            rates = offset(stage.rate_logits, at * stage.row_stride)
             _write_rates(rates, stage.alpha, stage.decay, heads)
     sequence = _sequence_of(args, low)
-    _wait_for_state(args, turns, task, low, sequence)
+    waited = _wait_for_state(args, turns, low, sequence)
     for row in range(low, high):
         sequence += row == args.offsets[sequence + 1]
-        v, state = offset(stage.rows, row * stage.row_stride), offset(states, sequence * args.sequence_stride)
+        start = (row + place) * stage.row_stride
+        v, state = offset(stage.rows, start), offset(states, sequence * args.sequence_stride)
         alpha, decay = stage.alpha, stage.decay
         if adaptive:
-            alpha = offset(stage.rate_logits, row * stage.row_stride)
+            alpha = offset(stage.rate_logits, start)
             decay = offset(alpha, heads)
         write_row(True, heads, n // heads, (v, 0, alpha, decay, state, v, stage.skip, True, False))
-    _pass_state_on(args, turns, task)
-    for row in range(low, high):
-        _pack_row(args, stage, offset(stage.rows, row * stage.row_stride), row)
+    waited += _pass_state_on(args, turns, low, high)
+    for at in range(low + place, high + place):
+        _pack_row(args, stage, offset(stage.rows, at * stage.row_stride), at)
+    return waited
 
 
 @jit
-def _pack_rows(args, stage, low, high):  # type: ignore[no-untyped-def]
-    for row in range(low, high):
-        source = row
+def _pack_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
+    for at in range(first, end):
+        source = at
         if stage.outputs_only and not args.all_logits:
-            source = args.offsets[row + 1] - 1
-        _pack_row(args, stage, offset(stage.rows, source * stage.row_stride), row)
+            source = args.offsets[at + 1] - 1
+        _pack_row(args, stage, offset(stage.rows, source * stage.row_stride), at)
 
 
 @jit
-def _multiply(args, stage, totals, panel, low, high):  # type: ignore[no-untyped-def]
-    """Multiply a panel by the rows from `low` to `high`."""
+def _multiply(args, stage, totals, panel, first, end):  # type: ignore[no-untyped-def]
+    """Multiply a panel by the rows that lie at `first` to `end`."""
     columns, stride, scales, tile = stage.columns, stage.operand_stride, args.scales, tile_rows(stage.matrix)
     weights, first_output = offset(stage.matrix, panel * columns * PANEL), panel * PANEL
     bias, out = offset(stage.bias, first_output), offset(stage.out, first_output)
     matrix_scales = offset(stage.matrix_scales, first_output)
     epilogue = stage.epilogue if panel < stage.gelu_panels or stage.epilogue != GELU else WRITE
-    for first in range(low, high, tile):
-        count = min(tile, high - first)
-        multiply(weights, offset(stage.operand, first * stride), stride, totals, columns, count)
+    for top in range(first, end, tile):
+        count = min(tile, end - top)
+        multiply(weights, offset(stage.operand, top * stride), stride, totals, columns, count)
         for i in range(count):
-            row = first + i
-            out_i, sums = offset(out, row * stage.out_stride), offset(totals, i * PANEL)
-            _finish(epilogue, sums, scales[row], matrix_scales, bias, out_i)
+            at = top + i
+            out_i, sums = offset(out, at * stage.out_stride), offset(totals, i * PANEL)
+            _finish(epilogue, sums, scales[at], matrix_scales, bias, out_i)
 
 
 @jit
@@ -390,39 +414,70 @@ def _multiply_units(args, stage, rows, totals, low, high):  # type: ignore[no-un
 
 
 @jit
-def _take_rows(args, stage, turns, task, low, high):  # type: ignore[no-untyped-def]
+def _take_rows(args, stage, turns, place, low, high):  # type: ignore[no-untyped-def]
+    """Take rows through a stage that is no product; return how long they waited for their turn."""
+    if stage.kind == CONVOLVE:
+        return _convolve_rows(args, stage, turns, place, low, high)
+    if stage.kind == SMOOTH:
+        return _smooth_rows(args, stage, turns, place, low, high)
     if stage.kind == EMBED:
-        _embed(args, stage, low, high)
+        _embed(args, stage, place, low, high)
     elif stage.kind == NORMALISE:
-        _normalise_rows(args, stage, low, high)
-    elif stage.kind == CONVOLVE:
-        _convolve_rows(args, stage, turns, task, low, high)
-    elif stage.kind == SMOOTH:
-        _smooth_rows(args, stage, turns, task, low, high)
+        _normalise_rows(args, stage, low + place, high + place)
     else:
-        _pack_rows(args, stage, low, high)
+        _pack_rows(args, stage, low + place, high + place)
+    return 0
+
+
+@jit
+def _find_bits(args, values, place, low, high):  # type: ignore[no-untyped-def]
+    stage = offset(args.stages, args.stage_count - 1)
+    for row in range(low, high):
+        logits = offset(stage.out, (row + place) * stage.out_stride)
+        args.bits[row] = row_bits(logits, args.num_tokens, args.targets[row], values)
+
+
+@jit
+def _rows_for(args, thread):  # type: ignore[no-untyped-def]
+    """How many rows a thread's next share has: all threads should take the same time over theirs."""
+    mine, speeds = args.row_times[thread], 0.0
+    for other in range(args.threads):
+        theirs = args.row_times[other]
+        # A thread that has had no rows counts as equally fast.
+        speeds += mine / theirs if mine > 0 and theirs > 0 else 1.0
+    tiles = args.threads * args.share_rows / speeds / LARGEST_TILE
+    rows = max(round(tiles), 1) * LARGEST_TILE
+    return min(rows, args.own_rows) if args.own_rows else rows
 
 
 @jit
 def _run_shares(args, totals):  # type: ignore[no-untyped-def]
-    """Take shares of the rows through all stages before the logits, one after another."""
-    shares = (args.rows + args.share_rows - 1) // args.share_rows
+    """Take shares of the rows through `share_stages` stages, one after another."""
     taken = offset(args.counters, args.stage_count * 3 * LINE)
-    done = offset(taken, LINE)
-    share = fetch_add(taken)
-    while share < shares:
-        low, high = share * args.share_rows, min((share + 1) * args.share_rows, args.rows)
-        for index in range(args.first_output):
+    done, threads = offset(taken, LINE), offset(taken, 2 * LINE)
+    thread, values = fetch_add(threads, 1), stack_array(args.uv, SURPRISAL_LANES)
+    count = _rows_for(args, thread)
+    low = fetch_add(taken, count)
+    while low < args.rows:
+        high, place = min(low + count, args.rows), 0
+        if args.own_rows:
+            place = thread * args.own_rows - low
+        start, waited = clock(), 0
+        for index in range(args.share_stages):
             stage = offset(args.stages, index)
             if stage.kind == MULTIPLY:
                 for panel in range(stage.panels):
-                    _multiply(args, stage, totals, panel, low, high)
+                    _multiply(args, stage, totals, panel, low + place, high + place)
             else:
                 turns = offset(args.counters, (index * 3 + 2) * LINE)
-                _take_rows(args, stage, turns, share, low, high)
-        signal(done)
-        share = fetch_add(taken)
-    wait(done, shares)
+                waited += _take_rows(args, stage, turns, place, low, high)
+        if exists(args.bits):
+            _find_bits(args, values, place, low, high)
+        args.row_times[thread] = (clock() - start - waited) / (high - low)
+        signal(done, high - low)
+        count = _rows_for(args, thread)
+        low = fetch_add(taken, count)
+    wait(done, args.rows)
 
 
 @jit
@@ -439,16 +494,16 @@ def _run_stages(args, totals, first):  # type: ignore[no-untyped-def]
         tasks = (units + units_per_task - 1) // units_per_task
         taken = offset(args.counters, index * 3 * LINE)
         done, turns = offset(taken, LINE), offset(taken, 2 * LINE)
-        task = fetch_add(taken)
+        task = fetch_add(taken, 1)
         while task < tasks:
             low = task * units_per_task
             high = min(low + units_per_task, units)
             if stage.kind == MULTIPLY:
                 _multiply_units(args, stage, rows, totals, low, high)
             else:
-                _take_rows(args, stage, turns, task, low, high)
-            signal(done)
-            task = fetch_add(taken)
+                _take_rows(args, stage, turns, 0, low, high)
+            signal(done, 1)
+            task = fetch_add(taken, 1)
         wait(done, tasks)
 
 
@@ -462,5 +517,5 @@ def run(args):  # type: ignore[no-untyped-def]
     begin_tiles(args.stages.matrix)
     if args.share_rows:
         _run_shares(args, totals)
-    _run_stages(args, totals, args.first_output if args.share_rows else 0)
+    _run_stages(args, totals, args.share_stages)
     end_tiles(args.stages.matrix)

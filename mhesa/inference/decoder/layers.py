@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mhesa.inference.statistics import BITS, token_statistics
 from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
 
 
@@ -12,7 +14,7 @@ class LayersEngine:
     """Runs the model as it is; its weights are not copied."""
 
     # Enough to keep a GPU busy.
-    rows = 4096
+    rows = long_rows = 4096
 
     def __init__(self, model: GatedExponentialSmoothingLM) -> None:
         self.model = model
@@ -32,6 +34,10 @@ class LayersEngine:
         state.copy_(torch.stack(states))
         rows = hidden[0] if all_logits else hidden[0, offsets[1:].to(device) - 1]
         return self.model.to_logits(rows).to(state.dtype)
+
+    def surprisal(self, ids: Tensor, offsets: Tensor, state: Tensor, targets: Tensor) -> np.ndarray:
+        """See `mhesa.inference.decoder.decoder.Engine`."""
+        return token_statistics(self.run(ids, offsets, state, True), targets, BITS)["bits"]
 
     def _step(self, ids: Tensor, state: Tensor) -> Tensor:
         logits, after = self.model.step(ids, state)

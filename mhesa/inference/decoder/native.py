@@ -25,6 +25,7 @@ from mhesa.inference.decoder.matmul import (
     padded_columns,
     quantize,
 )
+from mhesa.inference.surprisal_kernel import check_targets, surprisal
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.cpu.arguments import Struct
@@ -36,6 +37,11 @@ from mhesa.ops.cpu.threads import available, parallel
 ROWS = 256
 # The fewest rows for which a thread reads all weights by itself.
 MIN_SHARE = 64
+# Rows of a share where surprisal alone is wanted, and of the memory that a thread has for shares, as those of
+# a fast one are larger.
+SHARE, LARGEST_SHARE = 128, 256
+# Multiplications of a call that finds surprisal: it takes less than a second, so Ctrl-C gets through.
+LONG_CALL = 1 << 36
 # Below this many multiplications, use one thread: waking a second takes longer than the call.
 MIN_PARALLEL = 1 << 16
 # The same if small calls are to leave cores free: two threads gain little on fewer multiplications.
@@ -58,7 +64,9 @@ class NativeEngine:
     ) -> None:
         self.weights, self.rows = weights, max(max_batch, ROWS)
         self.min_parallel = MIN_PARALLEL_SPARING_CORES if single_thread_small_calls else MIN_PARALLEL
-        rows = self.rows
+        # Threads that have rows of memory to themselves when surprisal alone is wanted.
+        self.threads = available()
+        rows = max(self.rows, self.threads * LARGEST_SHARE)
         # Explicit, for PyTorch's defaults may be others.
         fp32: Any = {"dtype": torch.float32, "device": "cpu"}
         self.num_tokens, self.dim = model.token_emb.weight.shape
@@ -79,12 +87,13 @@ class NativeEngine:
         self.logits = torch.zeros(rows, padded(self.num_tokens, PANEL), **fp32)
         stages = list(self._stages(model, blocks))
         self.stages = (kernel.Stage * len(stages))(*stages)
+        self.long_rows = max(ROWS, LONG_CALL // self.multiplications_per_row)
         self.counters = np.zeros((len(stages) + 1, 3, LINE), dtype=np.int64)
+        self.row_times = np.zeros(available())
         self.args = kernel.Arguments(
             num_tokens=self.num_tokens,
             stages=ctypes.addressof(self.stages),
             stage_count=len(stages),
-            first_output=sum(not stage.outputs_only for stage in stages),
             counters=self.counters.ctypes.data,
             uv=self.uv.data_ptr(),
             uv_stride=self.uv.stride(0),
@@ -92,26 +101,55 @@ class NativeEngine:
             operand_stride=self.operand.stride(0),
             scales=self.scales.data_ptr(),
         )
+        self.first_output = sum(not stage.outputs_only for stage in stages)
         variant = "tiles_" if tiles.used_for(STORED_TYPES[weights]) else ""
         self.function = compiled(kernel.run, weights, kernel.Arguments, variant)
 
     def run(self, ids: Tensor, offsets: Tensor, state: Tensor, all_logits: bool) -> Tensor:
         """See `mhesa.inference.decoder.decoder.Engine`."""
-        ids = ids.contiguous()
         args, sequences = self.args, len(offsets) - 1
-        threads = available() if self.multiplications_per_row * len(ids) >= self.min_parallel else 1
-        args.rows, args.sequences, args.all_logits = len(ids), sequences, all_logits
-        args.threads, args.refused = threads, 0
-        args.share_rows = 0
+        threads = self._threads_for(len(ids))
+        args.all_logits, args.bits, args.own_rows = all_logits, 0, 0
+        args.share_rows = args.share_stages = 0
         if threads > 1 and len(ids) >= threads * MIN_SHARE:
             args.share_rows = padded(-(-len(ids) // threads), LARGEST_TILE)
+            args.share_stages = self.first_output
+        self._call(ids, offsets, state, threads)
+        return self.logits[: len(ids) if all_logits else sequences, : self.num_tokens]
+
+    def surprisal(self, ids: Tensor, offsets: Tensor, state: Tensor, targets: Tensor) -> np.ndarray:
+        """See `mhesa.inference.decoder.decoder.Engine`."""
+        if len(ids) <= ROWS:
+            return surprisal(self.run(ids, offsets, state, True), targets)
+        args, threads = self.args, min(self._threads_for(len(ids)), self.threads, len(ids) // MIN_SHARE)
+        targets = check_targets(targets, len(ids), self.num_tokens)
+        found = np.empty(len(ids))
+        args.all_logits, args.share_stages = True, len(self.stages)
+        args.share_rows, args.own_rows = (
+            min(SHARE, padded(-(-len(ids) // threads), LARGEST_TILE)),
+            LARGEST_SHARE,
+        )
+        args.targets, args.bits = targets.data_ptr(), found.ctypes.data
+        self._call(ids, offsets, state, threads)
+        return found
+
+    def _threads_for(self, rows: int) -> int:
+        return available() if self.multiplications_per_row * rows >= self.min_parallel else 1
+
+    def _call(self, ids: Tensor, offsets: Tensor, state: Tensor, threads: int) -> None:
+        args, ids = self.args, ids.contiguous()
+        args.rows, args.sequences = len(ids), len(offsets) - 1
+        args.threads, args.refused = threads, 0
         args.ids, args.offsets, args.state = ids.data_ptr(), offsets.data_ptr(), state.data_ptr()
         args.layer_stride, args.sequence_stride = state.stride(0), state.stride(1)
         self.counters.fill(0)
+        if threads > len(self.row_times):
+            self.row_times = np.zeros(threads)
+        self.row_times.fill(0)
+        args.row_times = self.row_times.ctypes.data
         parallel(self.function, args.address, threads)
         if args.refused:
             raise IndexError(f"token ids must be 0 to {self.num_tokens - 1}")
-        return self.logits[: len(ids) if all_logits else sequences, : self.num_tokens]
 
     def _stages(self, model: GatedExponentialSmoothingLM, blocks: list[GatedMHESA]) -> Iterator[Struct]:
         yield kernel.Stage(

@@ -1,4 +1,4 @@
-"""How the threads of a kernel share work: counters that all of them read and write."""
+"""How the threads of a kernel share work: counters that all of them read and write, and a clock."""
 
 # Numba finds the types of these functions when it compiles them.
 # mypy: allow-untyped-defs, allow-untyped-decorators
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from llvmlite import ir
 
@@ -18,13 +19,13 @@ LINE = 8
 
 
 @intrinsic
-def fetch_add(context, counter):
-    """Add one to a counter of all threads and return what it held before."""
+def fetch_add(context, counter, count):
+    """Add to a counter of all threads and return what it held before."""
 
     def codegen(context, builder, signature, args):
-        return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
+        return builder.atomic_rmw("add", *args, "monotonic")
 
-    return types.int64(counter), codegen
+    return types.int64(counter, types.int64), codegen
 
 
 @intrinsic
@@ -39,14 +40,14 @@ def fence(context):
 
 
 @intrinsic
-def signal(context, counter):
-    """Add one to a counter; whoever waits for it then sees all that this thread has written."""
+def signal(context, counter, count):
+    """Add to a counter; whoever waits for it then sees all that this thread has written."""
 
     def codegen(context, builder, signature, args):
-        builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "release")
+        builder.atomic_rmw("add", *args, "release")
         return context.get_dummy_value()
 
-    return types.void(counter), codegen
+    return types.void(counter, types.int64), codegen
 
 
 @jit
@@ -80,3 +81,25 @@ def _yield_core(context):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def clock(context):
+    """The time since some moment, in nanoseconds; on Windows in ticks of another length."""
+
+    def codegen(context, builder, signature, args):
+        kind, word = ir.IntType(32), ir.IntType(64)
+        now = cgutils.alloca_once(builder, ir.ArrayType(word, 2))
+        address = builder.bitcast(now, word.as_pointer())
+        if os.name == "posix":
+            function = ir.FunctionType(kind, [kind, word.as_pointer()])
+            get_time = cgutils.get_or_insert_function(builder.module, function, "clock_gettime")
+            builder.call(get_time, [kind(time.CLOCK_MONOTONIC), address])
+            seconds, rest = (builder.load(builder.gep(address, [ir.IntType(64)(place)])) for place in (0, 1))
+            return builder.add(builder.mul(seconds, word(10**9)), rest)
+        function = ir.FunctionType(kind, [word.as_pointer()])
+        get_time = cgutils.get_or_insert_function(builder.module, function, "QueryPerformanceCounter")
+        builder.call(get_time, [address])
+        return builder.load(address)
+
+    return types.int64(), codegen

@@ -123,7 +123,7 @@ def _clear(out, count):
 def _forward(args):
     dim = args.dim
     while True:
-        index = fetch_add(member(args, "next_piece"))
+        index = fetch_add(member(args, "next_piece"), 1)
         if index >= args.count:
             break
         piece = offset(args.pieces, index)
@@ -138,7 +138,7 @@ def _forward(args):
 def _backward(args):
     dim = args.dim
     while True:
-        index = fetch_add(member(args, "next_piece"))
+        index = fetch_add(member(args, "next_piece"), 1)
         if index >= args.count:
             break
         piece = offset(args.pieces, index)

@@ -131,7 +131,7 @@ def _kernel(args: Any) -> None:
     x, gate, dy, out, dgate = args.x, args.gate, args.dy, args.out, args.dgate
     gated, derivative, nontemporal = exists(gate), exists(dy), args.nontemporal != 0
     while True:
-        i = fetch_add(member(args, "next_task")) * TASK_SIZE
+        i = fetch_add(member(args, "next_task"), 1) * TASK_SIZE
         if i >= args.count:
             break
         end = min(i + TASK_SIZE, args.count)

@@ -113,9 +113,9 @@ def forward(args):
     skips, nontemporal = exists(args.skip), args.nontemporal != 0
     x_gap, x_step, out_step = args.x_head - head_dim, sign * args.x_row, sign * channels
     alpha_step, decay_step = sign * args.alpha_row, sign * args.decay_row
-    entering = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
+    entering = offset(args.buffer, fetch_add(member(args, "next_buffer"), 1) * args.buffer_size)
     while True:
-        task = fetch_add(member(args, "next_task"))
+        task = fetch_add(member(args, "next_task"), 1)
         if task >= args.tasks * args.blocks:
             break
         block, head, next_head, low, high = _task(args, task)
@@ -143,7 +143,7 @@ def forward(args):
                     advance_row(x_gap == 0, n, head_dim, (offset(x, row * x_step), x_gap, a, d, state, state))
                 state = entering
             if relay:
-                signal(turns)
+                signal(turns, 1)
             if writes:
                 for row in range(rows):
                     x_t, out_t = offset(x, row * x_step), offset(out, row * out_step)
@@ -161,10 +161,10 @@ def backward(args):
     x_gap, dy_gap = args.x_head - head_dim, args.dy_head - head_dim
     x_step, dy_step, out_step = sign * args.x_row, sign * args.dy_row, sign * channels
     alpha_step, decay_step, rate_step = sign * args.alpha_row, sign * args.decay_row, sign * heads
-    entering = offset(args.buffer, fetch_add(member(args, "next_buffer")) * args.buffer_size)
+    entering = offset(args.buffer, fetch_add(member(args, "next_buffer"), 1) * args.buffer_size)
     before = offset(entering, channels)
     while True:
-        task = args.tasks * args.blocks - 1 - fetch_add(member(args, "next_task"))
+        task = args.tasks * args.blocks - 1 - fetch_add(member(args, "next_task"), 1)
         if task < 0:
             break
         block, head, next_head, low, high = _task(args, task)
@@ -195,7 +195,7 @@ def backward(args):
                     dy_t, d = offset(dy, row * dy_step), offset(decay, row * decay_step)
                     carry_row(dy_gap == 0, n, head_dim, (dy_t, dy_gap, d, p))
                 p = entering
-                signal(turns)
+                signal(turns, 1)
             dskip = offset(args.dskip, i * channels + start)
             if skips:
                 fill(dskip, 0, width)

@@ -148,7 +148,7 @@ def forward(args):
     sign = -1 if args.reverse else 1
     x_step, out_step = sign * args.x_row, sign * channels
     while True:
-        task = fetch_add(member(args, "next_task"))
+        task = fetch_add(member(args, "next_task"), 1)
         if task >= args.splits * args.blocks:
             break
         block, split = task // args.splits, task % args.splits
@@ -208,7 +208,7 @@ def relay(args):
     sign = -1 if args.reverse else 1
     x_step, out_step, loaded = sign * args.x_row, sign * channels, -1
     while True:
-        task = fetch_add(member(args, "next_task"))
+        task = fetch_add(member(args, "next_task"), 1)
         if task >= args.chunk_count * args.blocks:
             break
         chunk, block = offset(args.chunks, task // args.blocks), task % args.blocks
@@ -240,7 +240,7 @@ def relay(args):
             step += stride
         copy(offset(final, state), offset(row, ROW_P), n)
         copy(offset(row, ROW_P), offset(row, ROW_R), n)
-        signal(turns)
+        signal(turns, 1)
         for step in range(rows):
             x_t, out_t = offset(x_0, step * x_step), offset(out_0, step * out_step)
             forward_row(x_step, n, (x_t, x_step, out_t, out_step, row, skips, nontemporal))
@@ -256,7 +256,7 @@ def ends(args):
     n = args.heads * args.head_dim
     _load_rates(args, row, 0, n)
     while True:
-        index = fetch_add(member(args, "next_task"))
+        index = fetch_add(member(args, "next_task"), 1)
         if index >= args.chunk_count:
             break
         chunk = offset(args.chunks, index)
@@ -351,7 +351,7 @@ def backward(args):
     sign = -1 if args.reverse else 1
     x_step, dy_step, out_step = sign * args.x_row, sign * args.dy_row, sign * channels
     while True:
-        task = fetch_add(member(args, "next_task"))
+        task = fetch_add(member(args, "next_task"), 1)
         if task >= args.splits * args.blocks:
             break
         block, split = task // args.splits, task % args.splits
