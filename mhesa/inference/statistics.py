@@ -95,6 +95,16 @@ def token_statistics(
     return found
 
 
+def check_targets(targets: Tensor, rows: int, num_tokens: int) -> Tensor:
+    """Tokens that came, as kernels read them: int64 `(rows,)`, contiguous, each with a logit."""
+    targets = targets.to("cpu", torch.int64).contiguous()
+    if len(targets) != rows:
+        raise InputError(f"{len(targets)} tokens, and predictions of {rows}")
+    if rows and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
+        raise IndexError(f"tokens must be 0 to {num_tokens - 1}")
+    return targets
+
+
 def check_count(targets: Tensor, read: int) -> None:
     """Refuse targets that are not as many as the tokens read."""
     if len(targets) != read:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhesa.errors import InputError
+from mhesa.inference.statistics import check_targets
 from mhesa.ops.cpu.arguments import FLOAT32, FLOAT64, INT64, struct
 from mhesa.ops.cpu.atomics import fence, fetch_add
 from mhesa.ops.cpu.compiling import compiled, intrinsic, jit, literals, member, offset, stack_array, types
@@ -76,16 +76,6 @@ def surprisal(logits: Tensor, targets: Tensor) -> np.ndarray:
     threads = 1 if logits.numel() < MIN_PARALLEL else min(available(), -(-rows // rows_per_task))
     parallel(compiled(_kernel, torch.float32, Arguments), args.address, threads)
     return found
-
-
-def check_targets(targets: Tensor, rows: int, num_tokens: int) -> Tensor:
-    """Tokens that came, as the kernels read them; see `surprisal`."""
-    targets = targets.to("cpu", torch.int64).contiguous()
-    if len(targets) != rows:
-        raise InputError(f"{len(targets)} tokens, and predictions of {rows}")
-    if rows and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
-        raise IndexError(f"tokens must be 0 to {num_tokens - 1}")
-    return targets
 
 
 def _maximum(builder, a, b):

@@ -25,7 +25,7 @@ from mhesa.inference.decoder.matmul import (
     padded_columns,
     quantize,
 )
-from mhesa.inference.surprisal_kernel import check_targets, surprisal
+from mhesa.inference.surprisal_kernel import surprisal
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.cpu.arguments import Struct
@@ -122,7 +122,6 @@ class NativeEngine:
         if len(ids) <= ROWS:
             return surprisal(self.run(ids, offsets, state, True), targets)
         args, threads = self.args, min(self._threads_for(len(ids)), self.threads, len(ids) // MIN_SHARE)
-        targets = check_targets(targets, len(ids), self.num_tokens)
         found = np.empty(len(ids))
         args.all_logits, args.share_stages = True, len(self.stages)
         args.share_rows, args.own_rows = (

@@ -1,0 +1,114 @@
+"""`Decoder.surprisal`: the bits of the logits that `predict` gives, however rows are cut and shared out."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhesa import GatedExponentialSmoothingLM
+from mhesa.errors import InputError
+from mhesa.inference.decoder import Decoder, native
+from mhesa.inference.statistics import BITS, token_statistics
+
+# Weights that are read in native code, their quantisation, and a type that the model's own layers read.
+FORMS = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8"), (torch.float64, None)]
+
+
+def model_of(dtype, *, adaptive=True, conv_size=4):
+    torch.manual_seed(0)
+    model = GatedExponentialSmoothingLM(
+        num_tokens=70, dim=24, depth=2, heads=2, dim_mhesa=32, adaptive=adaptive, conv_size=conv_size
+    )
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def expected(decoder, ids, targets):
+    """The surprisal and the state by way of all logits."""
+    state = decoder.initial_state(len(ids))
+    return token_statistics(decoder.predict(ids, state), targets, BITS)["bits"], state
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), FORMS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_it_is_that_of_all_logits_bit_for_bit(threads, dtype, quantize, count):
+    threads(count)
+    lengths = [1, 700, 3, 256, 17, 1, 1200]
+    decoder = Decoder(model_of(dtype), max_batch=len(lengths), quantize=quantize)
+    ids = [torch.randint(70, (length,)) for length in lengths]
+    targets = torch.randint(70, (sum(lengths),))
+    bits, after = expected(decoder, ids, targets)
+    state = decoder.initial_state(len(ids))
+    np.testing.assert_array_equal(decoder.surprisal(ids, targets, state), bits)
+    assert torch.equal(state, after)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=6),
+    count=st.integers(1, 4),
+    share=st.sampled_from([16, 48, 128]),
+    call=st.sampled_from([1, 1 << 22, 1 << 36]),
+    adaptive=st.booleans(),
+    conv_size=st.sampled_from([0, 1, 4]),
+)
+def test_it_does_not_depend_on_how_rows_are_cut(lengths, count, share, call, adaptive, conv_size):
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "SHARE", share)
+        patch.setattr(native, "LARGEST_SHARE", 2 * share)
+        patch.setattr(native, "LONG_CALL", call)
+        try:
+            torch.set_num_threads(count)
+            model = model_of(torch.float32, adaptive=adaptive, conv_size=conv_size)
+            decoder = Decoder(model, max_batch=len(lengths))
+            ids = [torch.randint(70, (length,)) for length in lengths]
+            targets = torch.randint(70, (sum(lengths),))
+            bits, after = expected(decoder, ids, targets)
+            state = decoder.initial_state(len(ids))
+            np.testing.assert_array_equal(decoder.surprisal(ids, targets, state), bits)
+            assert torch.equal(state, after)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_more_threads_than_there_were_when_it_was_made(threads):
+    threads(1)
+    decoder = Decoder(model_of(torch.float32))
+    ids, targets = torch.randint(70, (1000,)), torch.randint(70, (1000,))
+    bits, _ = expected(decoder, [ids], targets)
+    threads(3)
+    np.testing.assert_array_equal(decoder.surprisal(ids, targets, decoder.initial_state(1)), bits)
+
+
+@pytest.mark.parametrize("length", [20, 2000])
+@pytest.mark.parametrize(("dtype", "quantize"), FORMS)
+def test_tokens_outside_the_vocabulary_are_refused(dtype, quantize, length):
+    decoder = Decoder(model_of(dtype), quantize=quantize)
+    state = decoder.initial_state(1)
+    right, wrong = torch.randint(70, (length,)), torch.randint(70, (length,))
+    wrong[-1] = 70
+    with pytest.raises(IndexError, match="must be 0 to 69"):
+        decoder.surprisal(wrong, right, state)
+    with pytest.raises(IndexError, match="must be 0 to 69"):
+        decoder.surprisal(right, wrong, state)
+    with pytest.raises(InputError, match=f"{length - 1} targets for {length} tokens"):
+        decoder.surprisal(right, right[1:], state)
+    assert not state.any()
+
+
+@pytest.mark.parametrize("length", [20, 2000])
+def test_weights_that_are_not_finite_give_no_number(length):
+    model = model_of(torch.float32)
+    with torch.no_grad():
+        model.to_logits.weight[5] = torch.nan
+    ids = torch.randint(70, (length,))
+    decoder = Decoder(model)
+    assert np.isnan(decoder.surprisal(ids, ids, decoder.initial_state(1))).all()
