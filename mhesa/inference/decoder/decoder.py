@@ -20,7 +20,7 @@ from mhesa.settings import check_sizes
 
 
 class Engine(Protocol):
-    """Runs the model over a few rows: at most `rows` at a time, or `long_rows` for their surprisal alone."""
+    """Runs the model over some rows: at most `rows` at a time if all logits are wanted, else `long_rows`."""
 
     rows: int
     long_rows: int
@@ -149,7 +149,7 @@ class Decoder:
         self._check(state, len(sequences))
         out = torch.empty(len(sequences), self.num_tokens, dtype=self._state_type, device=self.device)
         with self._lock:
-            for first, last, pieces in split_into_calls(sequences, self._engine.rows):
+            for first, last, pieces in split_into_calls(sequences, self._engine.long_rows):
                 out[first:last] = self._run(pieces, state[:, first:last], False)
         return out
 

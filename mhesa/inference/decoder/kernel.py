@@ -6,11 +6,11 @@ free; a stage begins when all tasks of the one before are done. Counters alone k
 number of them can take part, from any moment on.
 
 Where each thread can have many rows, it takes a share of them through all stages by itself instead, up to
-the logits: the rows stay in its own cache, and it waits for others only for its turn at the state. Where
-surprisal alone is wanted, the share goes through the logits too, to the bits of each token; its memory is the
-thread's own and used again for the next share, so a call may have any number of rows. Shares of a fast thread
-are larger than those of a slow one, so that none waits for the other: cores differ, and so does what else
-they have to do.
+the logits: the rows stay in its own cache, and it waits for others only for its turn at the state. Its
+memory is its own and used again for the next share, so a call may have any number of rows, unless all logits
+are wanted. Where surprisal alone is wanted, the share goes through the logits too, to the bits of each token.
+Shares of a fast thread are larger than those of a slow one, so that none waits for the other: cores differ,
+and so does what else they have to do.
 
 The stages of a layer:
 
@@ -106,6 +106,9 @@ Arguments = struct(
     share_stages="int64",  # stages that a thread takes its share through
     own_rows="int64",  # rows of memory that each thread has to itself; 0: memory is each row's own
     row_times=FLOAT64,  # the nanoseconds that each thread's last rows took; 0: it has had none
+    x=FLOAT32,  # memory for rows between layers
+    x_stride="int64",
+    last=FLOAT32,  # where threads with rows of their own leave the last one of each sequence
     targets=INT64,  # tokens that came, and their surprisal in bits; null: not wanted
     bits=FLOAT64,
     # Of each stage, `LINE` apart: tasks taken, tasks done, and rows that have left the state to those after.
@@ -381,10 +384,13 @@ def _smooth_rows(args, stage, turns, place, low, high):  # type: ignore[no-untyp
 @jit
 def _pack_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
     for at in range(first, end):
-        source = at
+        rows, source = stage.rows, at
         if stage.outputs_only and not args.all_logits:
-            source = args.offsets[at + 1] - 1
-        _pack_row(args, stage, offset(stage.rows, source * stage.row_stride), at)
+            if args.own_rows:
+                rows = args.last
+            else:
+                source = args.offsets[at + 1] - 1
+        _pack_row(args, stage, offset(rows, source * stage.row_stride), at)
 
 
 @jit
@@ -438,6 +444,18 @@ def _find_bits(args, values, place, low, high):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _keep_last(args, place, low, high):  # type: ignore[no-untyped-def]
+    """Keep the last row of each sequence that ends here: the memory of these rows is used again."""
+    sequence = _sequence_of(args, low)
+    while sequence < args.sequences and args.offsets[sequence + 1] <= high:
+        row = args.offsets[sequence + 1] - 1
+        x, last = offset(args.x, (row + place) * args.x_stride), offset(args.last, sequence * args.x_stride)
+        for i in range(args.x_stride):
+            last[i] = x[i]
+        sequence += 1
+
+
+@jit
 def _rows_for(args, thread):  # type: ignore[no-untyped-def]
     """How many rows a thread's next share has: all threads should take the same time over theirs."""
     mine, speeds = args.row_times[thread], 0.0
@@ -473,6 +491,8 @@ def _run_shares(args, totals):  # type: ignore[no-untyped-def]
                 waited += _take_rows(args, stage, turns, place, low, high)
         if exists(args.bits):
             _find_bits(args, values, place, low, high)
+        elif args.own_rows:
+            _keep_last(args, place, low, high)
         args.row_times[thread] = (clock() - start - waited) / (high - low)
         signal(done, high - low)
         count = _rows_for(args, thread)

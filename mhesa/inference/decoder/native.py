@@ -37,10 +37,9 @@ from mhesa.ops.cpu.threads import available, parallel
 ROWS = 256
 # The fewest rows for which a thread reads all weights by itself.
 MIN_SHARE = 64
-# Rows of a share where surprisal alone is wanted, and of the memory that a thread has for shares, as those of
-# a fast one are larger.
+# Rows of a share where not all logits are wanted, and of a thread's memory: a fast one takes more.
 SHARE, LARGEST_SHARE = 128, 256
-# Multiplications of a call that finds surprisal: it takes less than a second, so Ctrl-C gets through.
+# Multiplications of a call of many rows: it takes less than a second, so Ctrl-C gets through.
 LONG_CALL = 1 << 36
 # Below this many multiplications, use one thread: waking a second takes longer than the call.
 MIN_PARALLEL = 1 << 16
@@ -64,7 +63,7 @@ class NativeEngine:
     ) -> None:
         self.weights, self.rows = weights, max(max_batch, ROWS)
         self.min_parallel = MIN_PARALLEL_SPARING_CORES if single_thread_small_calls else MIN_PARALLEL
-        # Threads that have rows of memory to themselves when surprisal alone is wanted.
+        # Threads that have rows of memory to themselves when not all logits are wanted.
         self.threads = available()
         rows = max(self.rows, self.threads * LARGEST_SHARE)
         # Explicit, for PyTorch's defaults may be others.
@@ -76,6 +75,7 @@ class NativeEngine:
         self.multiplications_per_row = 0
         u_size, v_size = padded(hidden, PANEL), padded(inner, PANEL)
         self.x = torch.zeros(rows, padded(self.dim, PANEL), **fp32)
+        self.last = torch.zeros(max_batch, self.x.stride(0), **fp32)
         heads = blocks[0].mhesa.heads if blocks[0].to_alpha is not None else 0
         self.uv = torch.zeros(rows, max(u_size + v_size + padded(2 * heads, PANEL), 2 * self.dim), **fp32)
         self.v, self.rate_logits = self.uv[:, u_size:], self.uv[:, u_size + v_size :]
@@ -95,6 +95,9 @@ class NativeEngine:
             stages=ctypes.addressof(self.stages),
             stage_count=len(stages),
             counters=self.counters.ctypes.data,
+            x=self.x.data_ptr(),
+            x_stride=self.x.stride(0),
+            last=self.last.data_ptr(),
             uv=self.uv.data_ptr(),
             uv_stride=self.uv.stride(0),
             operand=self.operand.data_ptr(),
@@ -109,9 +112,11 @@ class NativeEngine:
         """See `mhesa.inference.decoder.decoder.Engine`."""
         args, sequences = self.args, len(offsets) - 1
         threads = self._threads_for(len(ids))
-        args.all_logits, args.bits, args.own_rows = all_logits, 0, 0
-        args.share_rows = args.share_stages = 0
-        if threads > 1 and len(ids) >= threads * MIN_SHARE:
+        args.all_logits, args.bits = all_logits, 0
+        args.share_rows = args.share_stages = args.own_rows = 0
+        if len(ids) > self.rows:
+            threads = self._share(len(ids), self.first_output)
+        elif threads > 1 and len(ids) >= threads * MIN_SHARE:
             args.share_rows = padded(-(-len(ids) // threads), LARGEST_TILE)
             args.share_stages = self.first_output
         self._call(ids, offsets, state, threads)
@@ -119,18 +124,20 @@ class NativeEngine:
 
     def surprisal(self, ids: Tensor, offsets: Tensor, state: Tensor, targets: Tensor) -> np.ndarray:
         """See `mhesa.inference.decoder.decoder.Engine`."""
-        if len(ids) <= ROWS:
+        if len(ids) <= self.rows:
             return surprisal(self.run(ids, offsets, state, True), targets)
-        args, threads = self.args, min(self._threads_for(len(ids)), self.threads, len(ids) // MIN_SHARE)
         found = np.empty(len(ids))
-        args.all_logits, args.share_stages = True, len(self.stages)
-        args.share_rows, args.own_rows = (
-            min(SHARE, padded(-(-len(ids) // threads), LARGEST_TILE)),
-            LARGEST_SHARE,
-        )
-        args.targets, args.bits = targets.data_ptr(), found.ctypes.data
-        self._call(ids, offsets, state, threads)
+        self.args.all_logits = True
+        self.args.targets, self.args.bits = targets.data_ptr(), found.ctypes.data
+        self._call(ids, offsets, state, self._share(len(ids), len(self.stages)))
         return found
+
+    def _share(self, rows: int, stages: int) -> int:
+        """Have threads take shares through some stages, in memory of their own; return how many threads."""
+        threads = min(self._threads_for(rows), self.threads, rows // MIN_SHARE)
+        self.args.share_rows = min(SHARE, padded(-(-rows // threads), LARGEST_TILE))
+        self.args.own_rows, self.args.share_stages = LARGEST_SHARE, stages
+        return threads
 
     def _threads_for(self, rows: int) -> int:
         return available() if self.multiplications_per_row * rows >= self.min_parallel else 1

@@ -1,4 +1,7 @@
-"""`Decoder.surprisal`: the bits of the logits that `predict` gives, however rows are cut and shared out."""
+"""Reading without all logits: their bits, and the last of them, are those that `predict` gives.
+
+They do not depend on how rows are cut and shared out among threads.
+"""
 
 import numpy as np
 import pytest
@@ -30,24 +33,28 @@ def threads():
     torch.set_num_threads(before)
 
 
-def expected(decoder, ids, targets):
-    """The surprisal and the state by way of all logits."""
-    state = decoder.initial_state(len(ids))
-    return token_statistics(decoder.predict(ids, state), targets, BITS)["bits"], state
+def check(decoder, ids, targets):
+    """Compare with the way through all logits, bit for bit."""
+    after, state = decoder.initial_state(len(ids)), decoder.initial_state(len(ids))
+    logits = decoder.predict(ids, after)
+    bits = decoder.surprisal(ids, targets, state)
+    np.testing.assert_array_equal(bits, token_statistics(logits, targets, BITS)["bits"])
+    assert torch.equal(state, after)
+    state.zero_()
+    ends = torch.tensor([len(text) for text in ids]).cumsum(0) - 1
+    assert torch.equal(decoder.prefill(ids, state), logits[ends])
+    assert torch.equal(state, after)
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), FORMS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_it_is_that_of_all_logits_bit_for_bit(threads, dtype, quantize, count):
+def test_they_are_those_of_all_logits(threads, dtype, quantize, count):
     threads(count)
     lengths = [1, 700, 3, 256, 17, 1, 1200]
     decoder = Decoder(model_of(dtype), max_batch=len(lengths), quantize=quantize)
     ids = [torch.randint(70, (length,)) for length in lengths]
     targets = torch.randint(70, (sum(lengths),))
-    bits, after = expected(decoder, ids, targets)
-    state = decoder.initial_state(len(ids))
-    np.testing.assert_array_equal(decoder.surprisal(ids, targets, state), bits)
-    assert torch.equal(state, after)
+    check(decoder, ids, targets)
 
 
 @settings(max_examples=25, deadline=None)
@@ -59,7 +66,7 @@ def test_it_is_that_of_all_logits_bit_for_bit(threads, dtype, quantize, count):
     adaptive=st.booleans(),
     conv_size=st.sampled_from([0, 1, 4]),
 )
-def test_it_does_not_depend_on_how_rows_are_cut(lengths, count, share, call, adaptive, conv_size):
+def test_nothing_depends_on_how_rows_are_cut(lengths, count, share, call, adaptive, conv_size):
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "SHARE", share)
@@ -71,10 +78,7 @@ def test_it_does_not_depend_on_how_rows_are_cut(lengths, count, share, call, ada
             decoder = Decoder(model, max_batch=len(lengths))
             ids = [torch.randint(70, (length,)) for length in lengths]
             targets = torch.randint(70, (sum(lengths),))
-            bits, after = expected(decoder, ids, targets)
-            state = decoder.initial_state(len(ids))
-            np.testing.assert_array_equal(decoder.surprisal(ids, targets, state), bits)
-            assert torch.equal(state, after)
+            check(decoder, ids, targets)
         finally:
             torch.set_num_threads(before)
 
@@ -83,9 +87,8 @@ def test_more_threads_than_there_were_when_it_was_made(threads):
     threads(1)
     decoder = Decoder(model_of(torch.float32))
     ids, targets = torch.randint(70, (1000,)), torch.randint(70, (1000,))
-    bits, _ = expected(decoder, [ids], targets)
     threads(3)
-    np.testing.assert_array_equal(decoder.surprisal(ids, targets, decoder.initial_state(1)), bits)
+    check(decoder, [ids], targets)
 
 
 @pytest.mark.parametrize("length", [20, 2000])
