@@ -6,8 +6,8 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Each worker runs torch on one thread (tests/conftest.py).
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-OLDEST_TESTS := package cli folder data vocabulary session serve hf_configuration hf_generation hf_modeling \
-	hf_tokenization
+OLDEST_TESTS := package cli folder data_sources data_formats data_corpus vocabulary session serve \
+	hf_configuration hf_generation hf_modeling hf_tokenization
 
 .PHONY: try demo test test-oldest coverage torture model site wasm dist clean
 
