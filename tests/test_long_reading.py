@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
-from mhesa.inference.decoder import Decoder, native
+from mhesa.inference.decoder import Decoder, kernel, native
 from mhesa.inference.statistics import BITS, token_statistics
+from mhesa.ops.cpu.compiling import compiled
+from mhesa.ops.cpu.threads import parallel
 
 # Weights that are read in native code, their quantisation, and a type that the model's own layers read.
 FORMS = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8"), (torch.float64, None)]
@@ -44,6 +46,7 @@ def check(decoder, ids, targets):
     ends = torch.tensor([len(text) for text in ids]).cumsum(0) - 1
     assert torch.equal(decoder.prefill(ids, state), logits[ends])
     assert torch.equal(state, after)
+    return decoder
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), FORMS)
@@ -57,12 +60,54 @@ def test_they_are_those_of_all_logits(threads, dtype, quantize, count):
     check(decoder, ids, targets)
 
 
+def test_threads_take_shares_in_memory_of_their_own(threads):
+    """The tests above compare nothing new unless they do."""
+    threads(2)
+    decoder = Decoder(model_of(torch.float32))
+    ids, args = torch.randint(70, (2000,)), decoder._engine.args
+    decoder.predict(ids, decoder.initial_state(1))
+    assert args.own_rows == 0
+    decoder.prefill([ids], decoder.initial_state(1))
+    assert (args.own_rows, args.threads) == (native.LARGEST_SHARE, 2)
+    decoder.predict(ids, decoder.initial_state(1))
+    decoder.surprisal(ids, ids, decoder.initial_state(1))
+    assert (args.own_rows, args.threads) == (native.LARGEST_SHARE, 2)
+
+
+def ask(args):
+    for thread in range(args.threads):
+        args.counters[thread] = kernel.rows_for(args, thread)
+
+
+@pytest.mark.parametrize(
+    ("row_times", "rows"),
+    [
+        ([5.0, 5.0], [128, 128]),
+        ([1.0, 3.0], [192, 64]),
+        ([0.0, 3.0], [128, 128]),
+        ([1.0, 1e9], [256, 16]),
+        ([1.0, 9.0, 9.0, 9.0], [256, 48, 48, 48]),
+    ],
+)
+def test_a_thread_gets_the_rows_that_it_has_time_for(row_times, rows):
+    times, found = np.array(row_times), np.zeros(len(rows), dtype=np.int64)
+    args = kernel.Arguments(
+        threads=len(rows),
+        share_rows=128,
+        own_rows=256,
+        row_times=times.ctypes.data,
+        counters=found.ctypes.data,
+    )
+    parallel(compiled(ask, torch.float32, kernel.Arguments), args.address, 1)
+    assert found.tolist() == rows
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 600), min_size=1, max_size=6),
     count=st.integers(1, 4),
     share=st.sampled_from([16, 48, 128]),
-    call=st.sampled_from([1, 1 << 22, 1 << 36]),
+    call=st.sampled_from([1, 1 << 24, 1 << 36]),
     adaptive=st.booleans(),
     conv_size=st.sampled_from([0, 1, 4]),
 )
@@ -105,6 +150,15 @@ def test_tokens_outside_the_vocabulary_are_refused(dtype, quantize, length):
     with pytest.raises(InputError, match=f"{length - 1} targets for {length} tokens"):
         decoder.surprisal(right, right[1:], state)
     assert not state.any()
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.zeros(3), torch.zeros(3) > 1, torch.zeros(3, 1, dtype=torch.int64)]
+)
+def test_targets_are_integers_of_one_dimension(targets):
+    decoder = Decoder(model_of(torch.float32))
+    with pytest.raises(InputError, match=r"targets must be integers of \(tokens,\), not torch"):
+        decoder.surprisal(torch.tensor([1, 2, 3]), targets, decoder.initial_state(1))
 
 
 @pytest.mark.parametrize("length", [20, 2000])

@@ -12,8 +12,8 @@ from scipy import special, stats
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
 from mhesa.inference.decoder import Decoder
+from mhesa.inference.decoder.surprisal_kernel import LANES, MIN_PARALLEL, surprisal
 from mhesa.inference.statistics import BITS, bits, entropy, rank, read_tokens, token_statistics
-from mhesa.inference.surprisal_kernel import LANES, MIN_PARALLEL, surprisal
 
 
 def log_softmax(logits):
@@ -67,7 +67,7 @@ def test_surprisal_is_the_same_bits_on_any_number_of_threads():
 
 @pytest.mark.parametrize("target", [-1, 5])
 def test_a_token_without_a_logit_is_refused(target):
-    with pytest.raises(IndexError, match="tokens must be 0 to 4"):
+    with pytest.raises(IndexError, match="targets must be 0 to 4"):
         surprisal(torch.zeros(2, 5), torch.tensor([0, target]))
 
 
@@ -87,13 +87,13 @@ def test_statistics_are_those_of_scipy(dtype):
 
 def test_predictions_and_tokens_must_be_as_many():
     for logits, tokens in ((1, 2), (2, 1)):
-        with pytest.raises(InputError, match=f"{tokens} tokens, and predictions of {logits}"):
+        with pytest.raises(InputError, match=f"{tokens} targets for {logits} tokens"):
             surprisal(torch.zeros(logits, 5), torch.zeros(tokens, dtype=torch.int64))
     decoder = Decoder(GatedExponentialSmoothingLM(num_tokens=5, dim=4, depth=1, heads=1, dim_mhesa=4))
     state = decoder.initial_state(1)
     for targets in (2, 4):
         with pytest.raises(InputError, match=f"{targets} targets for 3 tokens"):
-            read_tokens(decoder, torch.tensor([1, 2, 3]), torch.zeros(targets), state, BITS)
+            read_tokens(decoder, torch.tensor([1, 2, 3]), torch.arange(targets), state, BITS)
     assert not state.any()
 
 

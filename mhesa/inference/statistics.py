@@ -80,7 +80,7 @@ def token_statistics(
         By name fp64 `(tokens,)`.
     """
     if set(statistics.values()) == {bits} and logits.device.type == "cpu" and logits.dtype == torch.float32:
-        from mhesa.inference.surprisal_kernel import surprisal
+        from mhesa.inference.decoder.surprisal_kernel import surprisal
 
         return dict.fromkeys(statistics, surprisal(logits, targets))
     # Preallocate: freed large blocks between live small ones would fragment the heap.
@@ -96,19 +96,22 @@ def token_statistics(
 
 
 def check_targets(targets: Tensor, rows: int, num_tokens: int) -> Tensor:
-    """Tokens that came, as kernels read them: int64 `(rows,)`, contiguous, each with a logit."""
-    targets = targets.to("cpu", torch.int64).contiguous()
+    """Tokens that came after `rows` others, as kernels read them: int64 `(rows,)` on CPU, contiguous.
+
+    Raises:
+        InputError: they are no integers of one dimension, or not as many.
+        IndexError: one is outside the vocabulary of `num_tokens`.
+    """
+    whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype is torch.bool)
+    if targets.ndim != 1 or not whole:
+        shape = tuple(targets.shape)
+        raise InputError(f"targets must be integers of (tokens,), not {targets.dtype} of {shape}")
     if len(targets) != rows:
-        raise InputError(f"{len(targets)} tokens, and predictions of {rows}")
+        raise InputError(f"{len(targets)} targets for {rows} tokens")
+    targets = targets.to("cpu", torch.int64).contiguous()
     if rows and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
-        raise IndexError(f"tokens must be 0 to {num_tokens - 1}")
+        raise IndexError(f"targets must be 0 to {num_tokens - 1}")
     return targets
-
-
-def check_count(targets: Tensor, read: int) -> None:
-    """Refuse targets that are not as many as the tokens read."""
-    if len(targets) != read:
-        raise InputError(f"{len(targets)} targets for {read} tokens")
 
 
 def read_tokens(
@@ -132,11 +135,12 @@ def read_tokens(
 
     Raises:
         InputError: not as many targets as inputs, or what `Decoder.read` raises.
+        IndexError: an id or a target outside the vocabulary.
     """
     if set(statistics.values()) == {bits}:
         return dict.fromkeys(statistics, decoder.surprisal(inputs, targets, state))
     read = len(inputs) if isinstance(inputs, Tensor) else sum(map(len, inputs))
-    check_count(targets, read)
+    targets = check_targets(targets, read, decoder.num_tokens)
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     found = {name: np.empty(len(targets)) for name in statistics}
 

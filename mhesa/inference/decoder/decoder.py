@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
-from mhesa.inference.statistics import check_count, check_targets
+from mhesa.inference.statistics import check_targets
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.checks import check_ids, check_sequences, check_state, check_weights
 from mhesa.ops.cpu.threads import new_lock
@@ -217,8 +217,7 @@ class Decoder:
         """
         sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
         self._check(state, len(sequences))
-        check_count(targets, sum(map(len, sequences)))
-        targets = check_targets(targets, len(targets), self.num_tokens)
+        targets = check_targets(targets, sum(map(len, sequences)), self.num_tokens)
         found, done = np.empty(len(targets)), 0
         with self._lock:
             for first, last, pieces in split_into_calls(sequences, self._engine.long_rows):

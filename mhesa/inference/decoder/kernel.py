@@ -2,8 +2,8 @@
 
 A row is one token of one sequence: a decoding step has a row for every sequence, reading a prompt has many
 rows of one. The rows pass through the model in stages, each cut into tasks that threads take when they are
-free; a stage begins when all tasks of the one before are done. Counters alone keep threads in step, so any
-number of them can take part, from any moment on.
+free; a stage begins when all tasks of the one before are done. Counters alone keep threads in step, so fewer
+of them than asked for can take part, from any moment on.
 
 Where each thread can have many rows, it takes a share of them through all stages by itself instead, up to
 the logits: the rows stay in its own cache, and it waits for others only for its turn at the state. Its
@@ -50,9 +50,9 @@ from mhesa.inference.decoder.matmul import (
     tile_rows,
     write_sums,
 )
+from mhesa.inference.decoder.surprisal_kernel import LANES as SURPRISAL_LANES
+from mhesa.inference.decoder.surprisal_kernel import row_bits
 from mhesa.inference.decoder.tiles import begin_tiles, end_tiles
-from mhesa.inference.surprisal_kernel import LANES as SURPRISAL_LANES
-from mhesa.inference.surprisal_kernel import row_bits
 from mhesa.ops.cpu.arguments import FLOAT32, FLOAT64, INT64, OPERAND, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, clock, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import exists, intrinsic, jit, literals, offset, stack_array, types
@@ -106,8 +106,7 @@ Arguments = struct(
     share_stages="int64",  # stages that a thread takes its share through
     own_rows="int64",  # rows of memory that each thread has to itself; 0: memory is each row's own
     row_times=FLOAT64,  # the nanoseconds that each thread's last rows took; 0: it has had none
-    x=FLOAT32,  # memory for rows between layers
-    x_stride="int64",
+    logits_rows="int64",  # rows of memory for logits that each thread has to itself
     last=FLOAT32,  # where threads with rows of their own leave the last one of each sequence
     targets=INT64,  # tokens that came, and their surprisal in bits; null: not wanted
     bits=FLOAT64,
@@ -189,12 +188,12 @@ def _apply_tap(out, x, weight, n, first):  # type: ignore[no-untyped-def]
 
 @jit
 def _keep_tail(args, stage, tail, start, end):  # type: ignore[no-untyped-def]
-    """Make the last normalised rows of a sequence, `start` to `end`, the tail of its state, oldest first."""
+    """Make the last of a sequence's normalised rows, at `start` to `end`, its tail, oldest first."""
     n, kept, count = stage.columns, stage.taps - 1, end - start
-    for place in range(kept):
-        row = end - kept + place
-        source = offset(args.uv, row * args.uv_stride) if row >= start else offset(tail, (place + count) * n)
-        target = offset(tail, place * n)
+    for tap in range(kept):
+        at = end - kept + tap
+        source = offset(args.uv, at * args.uv_stride) if at >= start else offset(tail, (tap + count) * n)
+        target = offset(tail, tap * n)
         for i in range(n):
             target[i] = source[i]
 
@@ -268,14 +267,14 @@ def _finish(epilogue, totals, scale, matrix_scales, bias, out):  # type: ignore[
         write_sums(WRITE, totals, scale, matrix_scales, bias, out)
 
 
-# In what follows, `row` is a token's index and `row + place` that of its values in memory.
+# In what follows, `row` is a token's index, and its values lie at `row + shift`, which is called `at`.
 
 
 @jit
-def _embed(args, stage, place, low, high):  # type: ignore[no-untyped-def]
+def _embed(args, stage, shift, low, high):  # type: ignore[no-untyped-def]
     n = stage.columns
     for row in range(low, high):
-        x = offset(stage.out, (row + place) * stage.out_stride)
+        x = offset(stage.out, (row + shift) * stage.out_stride)
         token = offset(stage.weight, args.ids[row] * n)
         for i in range(n):
             x[i] = token[i]
@@ -308,28 +307,30 @@ def _sequence_of(args, row):  # type: ignore[no-untyped-def]
 @jit
 def _wait_for_state(args, turns, low, sequence):  # type: ignore[no-untyped-def]
     """Wait for the rows before, if they change the state of the first row's sequence; return how long."""
+    if args.offsets[sequence] >= low:
+        return 0
     start = clock()
-    if args.offsets[sequence] < low:
-        wait(turns, low)
+    wait(turns, low)
     return clock() - start
 
 
 @jit
 def _pass_state_on(args, turns, low, high):  # type: ignore[no-untyped-def]
     """Let the rows after these have the state; return how long the rows before took to."""
+    if args.rows == args.sequences:
+        return 0
     start = clock()
     # Rows are counted, so they must end in order.
-    if args.rows > args.sequences:
-        wait(turns, low)
-        signal(turns, high - low)
+    wait(turns, low)
+    signal(turns, high - low)
     return clock() - start
 
 
 @jit
-def _convolve_rows(args, stage, turns, place, low, high):  # type: ignore[no-untyped-def]
+def _convolve_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped-def]
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride + stage.tail)
     # The memory for u and v is not in use yet: the normalised row fits there, and after it the convolved one.
-    for at in range(low + place, high + place):
+    for at in range(low + shift, high + shift):
         normal = offset(args.uv, at * args.uv_stride)
         _normalise(offset(stage.rows, at * stage.row_stride), stage.weight, stage.bias, normal, n)
     sequence = _sequence_of(args, low)
@@ -339,26 +340,26 @@ def _convolve_rows(args, stage, turns, place, low, high):  # type: ignore[no-unt
         # Rows before `low` are read from the tail: their memory may hold other values already.
         start, end = max(args.offsets[sequence], low), min(args.offsets[sequence + 1], high)
         tail = offset(states, sequence * args.sequence_stride)
-        out = offset(args.uv, (row + place) * args.uv_stride + n)
+        out = offset(args.uv, (row + shift) * args.uv_stride + n)
         for tap in range(stage.taps):
             before = row - tap
-            source = offset(args.uv, (before + place) * args.uv_stride)
+            source = offset(args.uv, (before + shift) * args.uv_stride)
             if before < start:
                 source = offset(tail, (stage.taps - 1 - (start - before)) * n)
             _apply_tap(out, source, offset(stage.conv, tap * n), n, tap == 0)
         if row == end - 1:
-            _keep_tail(args, stage, tail, start + place, end + place)
+            _keep_tail(args, stage, tail, start + shift, end + shift)
     waited += _pass_state_on(args, turns, low, high)
-    for at in range(low + place, high + place):
+    for at in range(low + shift, high + shift):
         _pack_row(args, stage, offset(args.uv, at * args.uv_stride + n), at)
     return waited
 
 
 @jit
-def _smooth_rows(args, stage, turns, place, low, high):  # type: ignore[no-untyped-def]
+def _smooth_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped-def]
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride)
     heads, adaptive = stage.heads, exists(stage.rate_logits)
-    for at in range(low + place, high + place):
+    for at in range(low + shift, high + shift):
         v = offset(stage.rows, at * stage.row_stride)
         _normalise(v, stage.weight, stage.bias, v, n)
         if adaptive:
@@ -368,7 +369,7 @@ def _smooth_rows(args, stage, turns, place, low, high):  # type: ignore[no-untyp
     waited = _wait_for_state(args, turns, low, sequence)
     for row in range(low, high):
         sequence += row == args.offsets[sequence + 1]
-        start = (row + place) * stage.row_stride
+        start = (row + shift) * stage.row_stride
         v, state = offset(stage.rows, start), offset(states, sequence * args.sequence_stride)
         alpha, decay = stage.alpha, stage.decay
         if adaptive:
@@ -376,7 +377,7 @@ def _smooth_rows(args, stage, turns, place, low, high):  # type: ignore[no-untyp
             decay = offset(alpha, heads)
         write_row(True, heads, n // heads, (v, 0, alpha, decay, state, v, stage.skip, True, False))
     waited += _pass_state_on(args, turns, low, high)
-    for at in range(low + place, high + place):
+    for at in range(low + shift, high + shift):
         _pack_row(args, stage, offset(stage.rows, at * stage.row_stride), at)
     return waited
 
@@ -394,8 +395,8 @@ def _pack_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _multiply(args, stage, totals, panel, first, end):  # type: ignore[no-untyped-def]
-    """Multiply a panel by the rows that lie at `first` to `end`."""
+def _multiply(args, stage, totals, panel, first, end, out_shift):  # type: ignore[no-untyped-def]
+    """Multiply a panel by the rows that lie at `first` to `end`; outputs lie `out_shift` rows further."""
     columns, stride, scales, tile = stage.columns, stage.operand_stride, args.scales, tile_rows(stage.matrix)
     weights, first_output = offset(stage.matrix, panel * columns * PANEL), panel * PANEL
     bias, out = offset(stage.bias, first_output), offset(stage.out, first_output)
@@ -406,7 +407,7 @@ def _multiply(args, stage, totals, panel, first, end):  # type: ignore[no-untype
         multiply(weights, offset(stage.operand, top * stride), stride, totals, columns, count)
         for i in range(count):
             at = top + i
-            out_i, sums = offset(out, at * stage.out_stride), offset(totals, i * PANEL)
+            out_i, sums = offset(out, (at + out_shift) * stage.out_stride), offset(totals, i * PANEL)
             _finish(epilogue, sums, scales[at], matrix_scales, bias, out_i)
 
 
@@ -416,47 +417,53 @@ def _multiply_units(args, stage, rows, totals, low, high):  # type: ignore[no-un
     pieces = (rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK
     for unit in range(low, high):
         first = unit % pieces * ROWS_PER_TASK
-        _multiply(args, stage, totals, unit // pieces, first, min(first + ROWS_PER_TASK, rows))
+        _multiply(args, stage, totals, unit // pieces, first, min(first + ROWS_PER_TASK, rows), 0)
 
 
 @jit
-def _take_rows(args, stage, turns, place, low, high):  # type: ignore[no-untyped-def]
+def _take_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped-def]
     """Take rows through a stage that is no product; return how long they waited for their turn."""
     if stage.kind == CONVOLVE:
-        return _convolve_rows(args, stage, turns, place, low, high)
+        return _convolve_rows(args, stage, turns, shift, low, high)
     if stage.kind == SMOOTH:
-        return _smooth_rows(args, stage, turns, place, low, high)
+        return _smooth_rows(args, stage, turns, shift, low, high)
     if stage.kind == EMBED:
-        _embed(args, stage, place, low, high)
+        _embed(args, stage, shift, low, high)
     elif stage.kind == NORMALISE:
-        _normalise_rows(args, stage, low + place, high + place)
+        _normalise_rows(args, stage, low + shift, high + shift)
     else:
-        _pack_rows(args, stage, low + place, high + place)
+        _pack_rows(args, stage, low + shift, high + shift)
     return 0
 
 
 @jit
-def _find_bits(args, values, place, low, high):  # type: ignore[no-untyped-def]
-    stage = offset(args.stages, args.stage_count - 1)
-    for row in range(low, high):
-        logits = offset(stage.out, (row + place) * stage.out_stride)
-        args.bits[row] = row_bits(logits, args.num_tokens, args.targets[row], values)
+def _find_bits(args, totals, thread, shift, low, high):  # type: ignore[no-untyped-def]
+    """Make logits of some rows at a time, in memory of the thread's own, and of those the bits."""
+    stage, values = offset(args.stages, args.stage_count - 1), stack_array(args.uv, SURPRISAL_LANES)
+    own = thread * args.logits_rows
+    for first in range(low, high, args.logits_rows):
+        end = min(first + args.logits_rows, high)
+        for panel in range(stage.panels):
+            _multiply(args, stage, totals, panel, first + shift, end + shift, own - first - shift)
+        for row in range(first, end):
+            logits = offset(stage.out, (own + row - first) * stage.out_stride)
+            args.bits[row] = row_bits(logits, args.num_tokens, args.targets[row], values)
 
 
 @jit
-def _keep_last(args, place, low, high):  # type: ignore[no-untyped-def]
+def _keep_last(args, shift, low, high):  # type: ignore[no-untyped-def]
     """Keep the last row of each sequence that ends here: the memory of these rows is used again."""
-    sequence = _sequence_of(args, low)
+    stage, sequence = args.stages, _sequence_of(args, low)
     while sequence < args.sequences and args.offsets[sequence + 1] <= high:
-        row = args.offsets[sequence + 1] - 1
-        x, last = offset(args.x, (row + place) * args.x_stride), offset(args.last, sequence * args.x_stride)
-        for i in range(args.x_stride):
+        x = offset(stage.out, (args.offsets[sequence + 1] - 1 + shift) * stage.out_stride)
+        last = offset(args.last, sequence * stage.out_stride)
+        for i in range(stage.columns):
             last[i] = x[i]
         sequence += 1
 
 
 @jit
-def _rows_for(args, thread):  # type: ignore[no-untyped-def]
+def rows_for(args, thread):  # type: ignore[no-untyped-def]
     """How many rows a thread's next share has: all threads should take the same time over theirs."""
     mine, speeds = args.row_times[thread], 0.0
     for other in range(args.threads):
@@ -469,34 +476,40 @@ def _rows_for(args, thread):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _run_share(args, totals, thread, low, high):  # type: ignore[no-untyped-def]
+    """Take rows through `share_stages` stages, and note how long one took."""
+    shift = thread * args.own_rows - low if args.own_rows else 0
+    start, waited = clock(), 0
+    for index in range(args.share_stages):
+        stage = offset(args.stages, index)
+        if stage.kind == MULTIPLY:
+            for panel in range(stage.panels):
+                _multiply(args, stage, totals, panel, low + shift, high + shift, 0)
+        else:
+            turns = offset(args.counters, (index * 3 + 2) * LINE)
+            waited += _take_rows(args, stage, turns, shift, low, high)
+    if exists(args.bits):
+        _find_bits(args, totals, thread, shift, low, high)
+    elif args.own_rows:
+        _keep_last(args, shift, low, high)
+    args.row_times[thread] = (clock() - start - waited) / (high - low)
+
+
+@jit
 def _run_shares(args, totals):  # type: ignore[no-untyped-def]
-    """Take shares of the rows through `share_stages` stages, one after another."""
+    """Take shares of the rows, one after another."""
     taken = offset(args.counters, args.stage_count * 3 * LINE)
-    done, threads = offset(taken, LINE), offset(taken, 2 * LINE)
-    thread, values = fetch_add(threads, 1), stack_array(args.uv, SURPRISAL_LANES)
-    count = _rows_for(args, thread)
-    low = fetch_add(taken, count)
-    while low < args.rows:
-        high, place = min(low + count, args.rows), 0
-        if args.own_rows:
-            place = thread * args.own_rows - low
-        start, waited = clock(), 0
-        for index in range(args.share_stages):
-            stage = offset(args.stages, index)
-            if stage.kind == MULTIPLY:
-                for panel in range(stage.panels):
-                    _multiply(args, stage, totals, panel, low + place, high + place)
-            else:
-                turns = offset(args.counters, (index * 3 + 2) * LINE)
-                waited += _take_rows(args, stage, turns, place, low, high)
-        if exists(args.bits):
-            _find_bits(args, values, place, low, high)
-        elif args.own_rows:
-            _keep_last(args, place, low, high)
-        args.row_times[thread] = (clock() - start - waited) / (high - low)
-        signal(done, high - low)
-        count = _rows_for(args, thread)
+    done = offset(taken, LINE)
+    thread = fetch_add(offset(taken, 2 * LINE), 1)
+    # There is memory for as many threads as were asked for.
+    while thread < args.threads:
+        count = rows_for(args, thread)
         low = fetch_add(taken, count)
+        if low >= args.rows:
+            break
+        high = min(low + count, args.rows)
+        _run_share(args, totals, thread, low, high)
+        signal(done, high - low)
     wait(done, args.rows)
 
 
@@ -537,5 +550,6 @@ def run(args):  # type: ignore[no-untyped-def]
     begin_tiles(args.stages.matrix)
     if args.share_rows:
         _run_shares(args, totals)
-    _run_stages(args, totals, args.share_stages)
+    if not exists(args.bits):
+        _run_stages(args, totals, args.share_stages)
     end_tiles(args.stages.matrix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from mhesa.inference.decoder.matmul import (
     padded_columns,
     quantize,
 )
-from mhesa.inference.surprisal_kernel import surprisal
+from mhesa.inference.decoder.surprisal_kernel import surprisal
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.cpu.arguments import Struct
@@ -37,10 +38,14 @@ from mhesa.ops.cpu.threads import available, parallel
 ROWS = 256
 # The fewest rows for which a thread reads all weights by itself.
 MIN_SHARE = 64
-# Rows of a share where not all logits are wanted, and of a thread's memory: a fast one takes more.
+# Where not all logits are wanted: rows of a share if threads are equally fast, and the most that a fast one
+# takes, for which each thread has memory. Whole tiles.
 SHARE, LARGEST_SHARE = 128, 256
-# Multiplications of a call of many rows: it takes less than a second, so Ctrl-C gets through.
-LONG_CALL = 1 << 36
+# Logits that a thread makes before it looks at them, in whole tiles of rows.
+LOGITS = 1 << 20
+# A call has at most so many rows and about so many multiplications: it ends in a fraction of a second, for
+# Ctrl-C and other Python threads to get through.
+LONG_ROWS, LONG_CALL = 1 << 14, 1 << 36
 # Below this many multiplications, use one thread: waking a second takes longer than the call.
 MIN_PARALLEL = 1 << 16
 # The same if small calls are to leave cores free: two threads gain little on fewer multiplications.
@@ -64,39 +69,38 @@ class NativeEngine:
         self.weights, self.rows = weights, max(max_batch, ROWS)
         self.min_parallel = MIN_PARALLEL_SPARING_CORES if single_thread_small_calls else MIN_PARALLEL
         # Threads that have rows of memory to themselves when not all logits are wanted.
-        self.threads = available()
+        self.threads = max(available(), os.cpu_count() or 1)
         rows = max(self.rows, self.threads * LARGEST_SHARE)
-        # Explicit, for PyTorch's defaults may be others.
-        fp32: Any = {"dtype": torch.float32, "device": "cpu"}
         self.num_tokens, self.dim = model.token_emb.weight.shape
         blocks = [cast(GatedMHESA, block) for block in model.layers]
         inner, hidden = blocks[0].to_gate.in_features, blocks[0].to_out.in_features
         self.kept_alive: list[Tensor] = []
         self.multiplications_per_row = 0
         u_size, v_size = padded(hidden, PANEL), padded(inner, PANEL)
-        self.x = torch.zeros(rows, padded(self.dim, PANEL), **fp32)
-        self.last = torch.zeros(max_batch, self.x.stride(0), **fp32)
+        self.x = _memory(rows, padded(self.dim, PANEL))
+        self.last = _memory(max_batch, self.x.stride(0))
         heads = blocks[0].mhesa.heads if blocks[0].to_alpha is not None else 0
-        self.uv = torch.zeros(rows, max(u_size + v_size + padded(2 * heads, PANEL), 2 * self.dim), **fp32)
+        self.uv = _memory(rows, max(u_size + v_size + padded(2 * heads, PANEL), 2 * self.dim))
         self.v, self.rate_logits = self.uv[:, u_size:], self.uv[:, u_size + v_size :]
         widest = padded(max(self.dim, inner, hidden), LARGEST_PADDING)
         stored = torch.int16 if weights == torch.int8 else weights
         # `multiply` reads 16 rows even where fewer are in use.
-        self.operand = torch.zeros(padded(rows, LARGEST_TILE), widest, dtype=stored, device="cpu")
-        self.scales = torch.zeros(rows, **fp32)
-        self.logits = torch.zeros(rows, padded(self.num_tokens, PANEL), **fp32)
+        self.operand = _memory(padded(rows, LARGEST_TILE), widest, stored)
+        self.scales = _memory(1, rows)
+        logits_size = padded(self.num_tokens, PANEL)
+        tiles_of_logits = min(max(LOGITS // logits_size // LARGEST_TILE, 1), LARGEST_SHARE // LARGEST_TILE)
+        self.logits_rows = tiles_of_logits * LARGEST_TILE
+        self.logits = _memory(max(self.rows, self.threads * self.logits_rows), logits_size)
         stages = list(self._stages(model, blocks))
         self.stages = (kernel.Stage * len(stages))(*stages)
-        self.long_rows = max(ROWS, LONG_CALL // self.multiplications_per_row)
+        self.long_rows = max(self.rows, min(LONG_ROWS, LONG_CALL // self.multiplications_per_row))
         self.counters = np.zeros((len(stages) + 1, 3, LINE), dtype=np.int64)
-        self.row_times = np.zeros(available())
         self.args = kernel.Arguments(
             num_tokens=self.num_tokens,
             stages=ctypes.addressof(self.stages),
             stage_count=len(stages),
             counters=self.counters.ctypes.data,
-            x=self.x.data_ptr(),
-            x_stride=self.x.stride(0),
+            logits_rows=self.logits_rows,
             last=self.last.data_ptr(),
             uv=self.uv.data_ptr(),
             uv_stride=self.uv.stride(0),
@@ -110,49 +114,45 @@ class NativeEngine:
 
     def run(self, ids: Tensor, offsets: Tensor, state: Tensor, all_logits: bool) -> Tensor:
         """See `mhesa.inference.decoder.decoder.Engine`."""
-        args, sequences = self.args, len(offsets) - 1
-        threads = self._threads_for(len(ids))
-        args.all_logits, args.bits = all_logits, 0
-        args.share_rows = args.share_stages = args.own_rows = 0
-        if len(ids) > self.rows:
-            threads = self._share(len(ids), self.first_output)
-        elif threads > 1 and len(ids) >= threads * MIN_SHARE:
-            args.share_rows = padded(-(-len(ids) // threads), LARGEST_TILE)
-            args.share_stages = self.first_output
+        assert len(ids) <= self.rows or not all_logits, "there is memory for no more logits"
+        rows, threads = len(ids), self._threads_for(len(ids))
+        share_rows = own_rows = 0
+        if rows > self.rows and rows >= threads * MIN_SHARE:
+            share_rows, own_rows = SHARE, LARGEST_SHARE
+        elif threads > 1 and rows >= threads * MIN_SHARE:
+            share_rows = padded(-(-rows // threads), LARGEST_TILE)
+        self.args.share_rows, self.args.own_rows = share_rows, own_rows
+        self.args.share_stages = self.first_output if share_rows else 0
+        self.args.all_logits, self.args.bits = all_logits, 0
         self._call(ids, offsets, state, threads)
-        return self.logits[: len(ids) if all_logits else sequences, : self.num_tokens]
+        return self.logits[: rows if all_logits else len(offsets) - 1, : self.num_tokens]
 
     def surprisal(self, ids: Tensor, offsets: Tensor, state: Tensor, targets: Tensor) -> np.ndarray:
         """See `mhesa.inference.decoder.decoder.Engine`."""
-        if len(ids) <= self.rows:
+        rows = len(ids)
+        if rows <= self.rows:
             return surprisal(self.run(ids, offsets, state, True), targets)
-        found = np.empty(len(ids))
-        self.args.all_logits = True
-        self.args.targets, self.args.bits = targets.data_ptr(), found.ctypes.data
-        self._call(ids, offsets, state, self._share(len(ids), len(self.stages)))
+        found = np.empty(rows)
+        threads = min(self._threads_for(rows), rows // MIN_SHARE)
+        self.args.share_rows = min(SHARE, padded(-(-rows // threads), LARGEST_TILE))
+        self.args.own_rows = LARGEST_SHARE
+        self.args.share_stages = len(self.stages) - 1
+        self.args.all_logits, self.args.bits = True, found.ctypes.data
+        self.args.targets = targets.data_ptr()
+        self._call(ids, offsets, state, threads)
         return found
 
-    def _share(self, rows: int, stages: int) -> int:
-        """Have threads take shares through some stages, in memory of their own; return how many threads."""
-        threads = min(self._threads_for(rows), self.threads, rows // MIN_SHARE)
-        self.args.share_rows = min(SHARE, padded(-(-rows // threads), LARGEST_TILE))
-        self.args.own_rows, self.args.share_stages = LARGEST_SHARE, stages
-        return threads
-
     def _threads_for(self, rows: int) -> int:
-        return available() if self.multiplications_per_row * rows >= self.min_parallel else 1
+        few = self.multiplications_per_row * rows < self.min_parallel
+        return 1 if few else min(available(), self.threads)
 
     def _call(self, ids: Tensor, offsets: Tensor, state: Tensor, threads: int) -> None:
-        args, ids = self.args, ids.contiguous()
+        args, ids, row_times = self.args, ids.contiguous(), np.zeros(threads)
         args.rows, args.sequences = len(ids), len(offsets) - 1
-        args.threads, args.refused = threads, 0
+        args.threads, args.refused, args.row_times = threads, 0, row_times.ctypes.data
         args.ids, args.offsets, args.state = ids.data_ptr(), offsets.data_ptr(), state.data_ptr()
         args.layer_stride, args.sequence_stride = state.stride(0), state.stride(1)
         self.counters.fill(0)
-        if threads > len(self.row_times):
-            self.row_times = np.zeros(threads)
-        self.row_times.fill(0)
-        args.row_times = self.row_times.ctypes.data
         parallel(self.function, args.address, threads)
         if args.refused:
             raise IndexError(f"token ids must be 0 to {self.num_tokens - 1}")
@@ -270,3 +270,8 @@ class NativeEngine:
             copy = torch.nn.functional.pad(copy, (0, size - len(copy)))
         self.kept_alive.append(copy)
         return copy.data_ptr()
+
+
+def _memory(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros of `(rows, columns)` that take no memory until they are written, as those of torch do."""
+    return torch.from_numpy(np.zeros((rows, columns * dtype.itemsize), dtype=np.uint8)).view(dtype)
