@@ -117,9 +117,10 @@ class NativeEngine:
         assert len(ids) <= self.rows or not all_logits, "there is memory for no more logits"
         rows, threads = len(ids), self._threads_for(len(ids))
         share_rows = own_rows = 0
-        if rows > self.rows and rows >= threads * MIN_SHARE:
-            share_rows, own_rows = SHARE, LARGEST_SHARE
-        elif threads > 1 and rows >= threads * MIN_SHARE:
+        enough = rows >= threads * MIN_SHARE
+        if rows > len(self.x) or (rows > self.rows and enough):
+            threads, share_rows, own_rows = min(threads, self.threads), SHARE, LARGEST_SHARE
+        elif threads > 1 and enough:
             share_rows = padded(-(-rows // threads), LARGEST_TILE)
         self.args.share_rows, self.args.own_rows = share_rows, own_rows
         self.args.share_stages = self.first_output if share_rows else 0
@@ -133,7 +134,7 @@ class NativeEngine:
         if rows <= self.rows:
             return surprisal(self.run(ids, offsets, state, True), targets)
         found = np.empty(rows)
-        threads = min(self._threads_for(rows), rows // MIN_SHARE)
+        threads = min(self._threads_for(rows), self.threads, rows // MIN_SHARE)
         self.args.share_rows = min(SHARE, padded(-(-rows // threads), LARGEST_TILE))
         self.args.own_rows = LARGEST_SHARE
         self.args.share_stages = len(self.stages) - 1
@@ -143,8 +144,7 @@ class NativeEngine:
         return found
 
     def _threads_for(self, rows: int) -> int:
-        few = self.multiplications_per_row * rows < self.min_parallel
-        return 1 if few else min(available(), self.threads)
+        return available() if self.multiplications_per_row * rows >= self.min_parallel else 1
 
     def _call(self, ids: Tensor, offsets: Tensor, state: Tensor, threads: int) -> None:
         args, ids, row_times = self.args, ids.contiguous(), np.zeros(threads)
