@@ -29,7 +29,7 @@ def _sum(numbers, count):  # type: ignore[no-untyped-def]
 
 def _read(args):  # type: ignore[no-untyped-def]
     while True:
-        task = fetch_add(member(args, "next_task"))
+        task = fetch_add(member(args, "next_task"), 1)
         start = task * TASK_SIZE
         if start >= args.count:
             return
