@@ -46,6 +46,8 @@ LOGITS = 1 << 20
 # A call has at most so many rows and about so many multiplications: it ends in a fraction of a second, for
 # Ctrl-C and other Python threads to get through.
 LONG_ROWS, LONG_CALL = 1 << 14, 1 << 36
+# Bytes of a cache line: vectors that lie in two of them take longer.
+ALIGNMENT = 64
 # Below this many multiplications, use one thread: waking a second takes longer than the call.
 MIN_PARALLEL = 1 << 16
 # The same if small calls are to leave cores free: two threads gain little on fewer multiplications.
@@ -274,4 +276,7 @@ class NativeEngine:
 
 def _memory(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Zeros of `(rows, columns)` that take no memory until they are written, as those of torch do."""
-    return torch.from_numpy(np.zeros((rows, columns * dtype.itemsize), dtype=np.uint8)).view(dtype)
+    size = rows * columns * dtype.itemsize
+    block = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    start = -block.ctypes.data % ALIGNMENT
+    return torch.from_numpy(block[start : start + size]).view(dtype).view(rows, columns)
