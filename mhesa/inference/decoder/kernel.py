@@ -437,17 +437,12 @@ def _take_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped
 
 
 @jit
-def _find_bits(args, totals, thread, shift, low, high):  # type: ignore[no-untyped-def]
-    """Make logits of some rows at a time, in memory of the thread's own, and of those the bits."""
-    stage, values = offset(args.stages, args.stage_count - 1), stack_array(args.uv, SURPRISAL_LANES)
-    own = thread * args.logits_rows
-    for first in range(low, high, args.logits_rows):
-        end = min(first + args.logits_rows, high)
-        for panel in range(stage.panels):
-            _multiply(args, stage, totals, panel, first + shift, end + shift, own - first - shift)
-        for row in range(first, end):
-            logits = offset(stage.out, (own + row - first) * stage.out_stride)
-            args.bits[row] = row_bits(logits, args.num_tokens, args.targets[row], values)
+def _find_bits(args, stage, own, first, end):  # type: ignore[no-untyped-def]
+    """Make bits of the logits of some rows, which lie at `own` and after it."""
+    values = stack_array(args.uv, SURPRISAL_LANES)
+    for row in range(first, end):
+        logits = offset(stage.out, (own + row - first) * stage.out_stride)
+        args.bits[row] = row_bits(logits, args.num_tokens, args.targets[row], values)
 
 
 @jit
@@ -479,18 +474,24 @@ def rows_for(args, thread):  # type: ignore[no-untyped-def]
 def _run_share(args, totals, thread, low, high):  # type: ignore[no-untyped-def]
     """Take rows through `share_stages` stages, and note how long one took."""
     shift = thread * args.own_rows - low if args.own_rows else 0
-    start, waited = clock(), 0
+    start, waited, own = clock(), 0, thread * args.logits_rows
     for index in range(args.share_stages):
         stage = offset(args.stages, index)
-        if stage.kind == MULTIPLY:
-            for panel in range(stage.panels):
-                _multiply(args, stage, totals, panel, low + shift, high + shift, 0)
-        else:
+        if stage.kind != MULTIPLY:
             turns = offset(args.counters, (index * 3 + 2) * LINE)
             waited += _take_rows(args, stage, turns, shift, low, high)
-    if exists(args.bits):
-        _find_bits(args, totals, thread, shift, low, high)
-    elif args.own_rows:
+            continue
+        # Logits are made of some rows at a time, as there is no memory for those of all.
+        makes_logits = index == args.stage_count - 1
+        step = args.logits_rows if makes_logits else high - low
+        for first in range(low, high, step):
+            end, out_shift = min(first + step, high), own - first - shift if makes_logits else 0
+            # One call, for each is compiled anew into this function.
+            for panel in range(stage.panels):
+                _multiply(args, stage, totals, panel, first + shift, end + shift, out_shift)
+            if makes_logits:
+                _find_bits(args, stage, own, first, end)
+    if args.own_rows and not exists(args.bits):
         _keep_last(args, shift, low, high)
     args.row_times[thread] = (clock() - start - waited) / (high - low)
 

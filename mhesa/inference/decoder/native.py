@@ -139,7 +139,7 @@ class NativeEngine:
         threads = min(self._threads_for(rows), self.threads, rows // MIN_SHARE)
         self.args.share_rows = min(SHARE, padded(-(-rows // threads), LARGEST_TILE))
         self.args.own_rows = LARGEST_SHARE
-        self.args.share_stages = len(self.stages) - 1
+        self.args.share_stages = len(self.stages)
         self.args.all_logits, self.args.bits = True, found.ctypes.data
         self.args.targets = targets.data_ptr()
         self._call(ids, offsets, state, threads)
