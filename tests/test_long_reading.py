@@ -108,15 +108,17 @@ def test_a_thread_gets_the_rows_that_it_has_time_for(row_times, rows):
     count=st.integers(1, 4),
     share=st.sampled_from([16, 48, 128]),
     call=st.sampled_from([1, 1 << 24, 1 << 36]),
+    logits=st.sampled_from([1, 5000, 1 << 20]),
     adaptive=st.booleans(),
     conv_size=st.sampled_from([0, 1, 4]),
 )
-def test_nothing_depends_on_how_rows_are_cut(lengths, count, share, call, adaptive, conv_size):
+def test_nothing_depends_on_how_rows_are_cut(lengths, count, share, call, logits, adaptive, conv_size):
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "SHARE", share)
         patch.setattr(native, "LARGEST_SHARE", 2 * share)
         patch.setattr(native, "LONG_CALL", call)
+        patch.setattr(native, "LOGITS", logits)
         try:
             torch.set_num_threads(count)
             model = model_of(torch.float32, adaptive=adaptive, conv_size=conv_size)
