@@ -46,7 +46,6 @@ def check(decoder, ids, targets):
     ends = torch.tensor([len(text) for text in ids]).cumsum(0) - 1
     assert torch.equal(decoder.prefill(ids, state), logits[ends])
     assert torch.equal(state, after)
-    return decoder
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), FORMS)
@@ -61,7 +60,7 @@ def test_they_are_those_of_all_logits(threads, dtype, quantize, count):
 
 
 def test_threads_take_shares_in_memory_of_their_own(threads):
-    """The tests above compare nothing new unless they do."""
+    """Without this, the comparisons of this file could pass in memory that threads share."""
     threads(2)
     decoder = Decoder(model_of(torch.float32))
     ids, args = torch.randint(70, (2000,)), decoder._engine.args

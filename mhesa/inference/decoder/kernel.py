@@ -105,7 +105,7 @@ Arguments = struct(
     share_rows="int64",  # rows of a share, where threads are equally fast; 0: stages are shared
     share_stages="int64",  # stages that a thread takes its share through
     own_rows="int64",  # rows of memory that each thread has to itself; 0: memory is each row's own
-    row_times=FLOAT64,  # the nanoseconds that each thread's last rows took; 0: it has had none
+    row_times=FLOAT64,  # nanoseconds that a row of each thread's last share took; 0: it has had none
     logits_rows="int64",  # rows of memory for logits that each thread has to itself
     last=FLOAT32,  # where threads with rows of their own leave the last one of each sequence
     targets=INT64,  # tokens that came, and their surprisal in bits; null: not wanted
@@ -437,11 +437,11 @@ def _take_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped
 
 
 @jit
-def _find_bits(args, stage, own, first, end):  # type: ignore[no-untyped-def]
-    """Make bits of the logits of some rows, which lie at `own` and after it."""
+def _find_bits(args, stage, logits_at, first, end):  # type: ignore[no-untyped-def]
+    """Make bits of the logits of some rows, the first of which lies at `logits_at`."""
     values = stack_array(args.uv, SURPRISAL_LANES)
     for row in range(first, end):
-        logits = offset(stage.out, (own + row - first) * stage.out_stride)
+        logits = offset(stage.out, (logits_at + row - first) * stage.out_stride)
         args.bits[row] = row_bits(logits, args.num_tokens, args.targets[row], values)
 
 
@@ -474,7 +474,7 @@ def rows_for(args, thread):  # type: ignore[no-untyped-def]
 def _run_share(args, totals, thread, low, high):  # type: ignore[no-untyped-def]
     """Take rows through `share_stages` stages, and note how long one took."""
     shift = thread * args.own_rows - low if args.own_rows else 0
-    start, waited, own = clock(), 0, thread * args.logits_rows
+    start, waited, logits_at = clock(), 0, thread * args.logits_rows
     for index in range(args.share_stages):
         stage = offset(args.stages, index)
         if stage.kind != MULTIPLY:
@@ -485,12 +485,13 @@ def _run_share(args, totals, thread, low, high):  # type: ignore[no-untyped-def]
         makes_logits = index == args.stage_count - 1
         step = args.logits_rows if makes_logits else high - low
         for first in range(low, high, step):
-            end, out_shift = min(first + step, high), own - first - shift if makes_logits else 0
-            # One call, for each is compiled anew into this function.
+            end = min(first + step, high)
+            out_shift = logits_at - first - shift if makes_logits else 0
+            # Called in one place: LLVM compiles a copy of it for each.
             for panel in range(stage.panels):
                 _multiply(args, stage, totals, panel, first + shift, end + shift, out_shift)
             if makes_logits:
-                _find_bits(args, stage, own, first, end)
+                _find_bits(args, stage, logits_at, first, end)
     if args.own_rows and not exists(args.bits):
         _keep_last(args, shift, low, high)
     args.row_times[thread] = (clock() - start - waited) / (high - low)
@@ -551,6 +552,5 @@ def run(args):  # type: ignore[no-untyped-def]
     begin_tiles(args.stages.matrix)
     if args.share_rows:
         _run_shares(args, totals)
-    if not exists(args.bits):
-        _run_stages(args, totals, args.share_stages)
+    _run_stages(args, totals, args.share_stages)
     end_tiles(args.stages.matrix)

@@ -88,16 +88,16 @@ def clock(context):
     """The time since some moment, in nanoseconds; on Windows in ticks of another length."""
 
     def codegen(context, builder, signature, args):
-        kind, word = ir.IntType(32), ir.IntType(64)
+        number, word = ir.IntType(32), ir.IntType(64)
         now = cgutils.alloca_once(builder, ir.ArrayType(word, 2))
         address = builder.bitcast(now, word.as_pointer())
         if os.name == "posix":
-            function = ir.FunctionType(kind, [kind, word.as_pointer()])
+            function = ir.FunctionType(number, [number, word.as_pointer()])
             get_time = cgutils.get_or_insert_function(builder.module, function, "clock_gettime")
-            builder.call(get_time, [kind(time.CLOCK_MONOTONIC), address])
-            seconds, rest = (builder.load(builder.gep(address, [ir.IntType(64)(place)])) for place in (0, 1))
+            builder.call(get_time, [number(time.CLOCK_MONOTONIC), address])
+            seconds, rest = (builder.load(builder.gep(address, [word(place)])) for place in (0, 1))
             return builder.add(builder.mul(seconds, word(10**9)), rest)
-        function = ir.FunctionType(kind, [word.as_pointer()])
+        function = ir.FunctionType(number, [word.as_pointer()])
         get_time = cgutils.get_or_insert_function(builder.module, function, "QueryPerformanceCounter")
         builder.call(get_time, [address])
         return builder.load(address)
