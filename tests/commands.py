@@ -37,11 +37,6 @@ FORKED.set_forkserver_preload(
 SECONDS = 500
 
 
-def set_variable(name, value):
-    """Set an environment variable, as a process's first act."""
-    os.environ[name] = value
-
-
 def run_command(*arguments, data=b"", text=False):
     """Run `mhesa` with these arguments and standard input: its exit code, and its output as bytes or text."""
     [done] = _run([dict(os.environ)], arguments, data)

@@ -4,6 +4,7 @@ The interpreter must be chosen before triton is imported; `conftest.py` does whe
 compiler makes of the kernels is tested without a device, in a process that is not interpreted.
 """
 
+import multiprocessing
 import os
 import re
 import subprocess
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import FORKED, set_variable
 
 from mhesa.ops import BACKENDS, exponential_smoothing
 from mhesa.ops.backends import Backend
@@ -644,7 +644,11 @@ def compile_scan(processors, shape, dtype, **options):
 @pytest.fixture(scope="module")
 def compiler():
     """A process in which Triton compiles, whatever it does in this one."""
-    with ProcessPoolExecutor(1, FORKED, set_variable, ("TRITON_INTERPRET", "0")) as pool:
+    # Torch imports Triton where it can, so a fork would have it as it is here.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "0")
+            pool.submit(os.getpid).result()
         yield pool
 
 
