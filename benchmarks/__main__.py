@@ -292,7 +292,7 @@ def score(
     keys: Annotated[int, typer.Option(min=1, help="How many users the lines are of.")] = 10_000,
     key_memory: Annotated[str, typer.Option(metavar="SIZE", help="As in mhesa score.")] = "256MB",
     precision: Annotated[
-        list[str] | None, typer.Option(metavar="fp32|bf16", help="Of the model; both if omitted.")
+        list[str] | None, typer.Option(metavar="fp32|bf16|int8", help="Of the model; all if omitted.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each kind; the median counts.")] = 3,
     as_json: AsJson = False,

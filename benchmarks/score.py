@@ -27,7 +27,7 @@ PARTS = 8
 # Bytes of lines, about so many users, whose bits are compared with those of the model in fp64, and the
 # largest difference in bits a byte.
 CHECKED_BYTES, CHECKED_KEYS = 4000, 5
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "int8": 5e-2}
 # Runs the command in its arguments, and prints the seconds that it took and the largest memory that it held.
 # It is a process of its own, for Linux counts the memory of whoever starts a command as the command's.
 LAUNCHER = """
@@ -144,7 +144,8 @@ def write_text(path: Path, size: int, keys: int) -> None:
 
 def command(model: Path, text: Path, precision: str, options: Sequence[str]) -> list[str]:
     """The command line of a run."""
-    return [sys.executable, "-m", "mhesa", "score", str(model), str(text), "--precision", precision, *options]
+    weights = ["--quantize", "int8"] if precision == "int8" else ["--precision", precision]
+    return [sys.executable, "-m", "mhesa", "score", str(model), str(text), *weights, *options]
 
 
 def check(model: Path, text: Path, precision: str, options: Sequence[str]) -> None:

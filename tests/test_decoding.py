@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
 from mhesa.inference.decoder import Decoder
+from mhesa.inference.decoder.matmul import quantize
 from mhesa.inference.decoder.native import ROWS, NativeEngine
 
 NATIVE = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")]
@@ -271,6 +272,24 @@ torch.save(out, sys.argv[1])
     # Sums of integers are exact; those of bf16 products are rounded in another order.
     assert torch.equal(int8, other_int8)
     torch.testing.assert_close(bf16, other_bf16, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [8, 40, 64, 100])
+@pytest.mark.parametrize("rows", [1, 6, 15, 17, 50])
+def test_products_of_int8_are_exact_and_feel_no_other_memory(dim, rows):
+    torch.manual_seed(dim + rows)
+    model = GatedExponentialSmoothingLM(num_tokens=70, dim=dim, depth=1, heads=2, dim_mhesa=16)
+    engine = NativeEngine(model, torch.int8, rows, single_thread_small_calls=False)
+    engine.operand.fill_(255)
+    ids = torch.randint(70, (rows,))
+    logits = engine.run(ids, torch.arange(rows + 1), model.initial_state(rows), True)
+    # What the last product read is still there: values of 8 bits with 128 added.
+    operand, row_scales = engine.operand[:rows, :dim].long() - 128, engine.scales[0, :rows]
+    matrix, scales = quantize(model.to_logits.weight)
+    assert operand.abs().amax(1).tolist() == [127] * rows
+    torch.testing.assert_close(
+        logits, (operand @ matrix.long().T).float() * (row_scales[:, None] * scales), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("dim", [8, 40, 64, 100])

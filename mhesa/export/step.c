@@ -135,9 +135,10 @@ static void smooth(float *row, float *state) {
     }
 }
 
-// Write a row to `operand` as int16; returns its scale, NaN if a value is not finite.
+// Write a row to `operand`, as whole numbers of 8 bits that int16 holds; returns its scale, NaN if a value is
+// not finite.
 static float pack(const float *row, int n) {
-    int fits = 0x7fffffff / (127 * padded(n)), largest = fits < 32767 ? fits : 32767;
+    const int largest = 127;
     float peak = 0, zero = 0;
     for (int i = 0; i < n; i++) {
         float size = __builtin_fabsf(row[i]);

@@ -19,7 +19,7 @@ from torch import Tensor
 from mhesa.atomic_io import make_folder, write_file
 from mhesa.errors import InputError
 from mhesa.export.checks import check_finite
-from mhesa.inference.decoder.matmul import PADDING, padded, quantize
+from mhesa.inference.decoder.matmul import padded, quantize
 from mhesa.inference.session import fingerprint
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
@@ -27,7 +27,7 @@ from mhesa.tokenizers import Bytes, TextTokenizer
 from mhesa.web_pages import policy, read_page
 
 PAGE = "index.html"
-# Parts of the file of weights begin at multiples of this many bytes.
+# Parts of the file of weights, and rows of matrices, begin at multiples of this many bytes.
 ALIGNMENT = 16
 
 
@@ -117,7 +117,7 @@ def _matrices(matrices: Iterable[Tensor]) -> Iterator[bytes]:
     for weight in matrices:
         matrix, scales = quantize(weight)
         yield _floats(scales)
-        columns = padded(matrix.shape[1], PADDING)
+        columns = padded(matrix.shape[1], ALIGNMENT)
         yield torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1])).cpu().numpy().tobytes()
 
 

@@ -41,8 +41,10 @@ from mhesa.inference.decoder.matmul import (
     GATE,
     GELU,
     LANES,
+    LARGEST_OPERAND,
     LARGEST_PADDING,
     LARGEST_TILE,
+    OPERAND_OFFSET,
     PANEL,
     TILE,
     WRITE,
@@ -55,7 +57,7 @@ from mhesa.inference.decoder.surprisal_kernel import row_bits
 from mhesa.inference.decoder.tiles import begin_tiles, end_tiles
 from mhesa.ops.cpu.arguments import FLOAT32, FLOAT64, INT64, OPERAND, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, clock, fetch_add, signal, wait
-from mhesa.ops.cpu.compiling import exists, intrinsic, jit, literals, offset, stack_array, types
+from mhesa.ops.cpu.compiling import exists, intrinsic, jit, literals, offset, one_copy, stack_array, types
 from mhesa.ops.cpu.rates_tiles import write_row
 from mhesa.ops.cpu.simd import Emitter, sigmoid, splat
 
@@ -70,7 +72,6 @@ Stage = struct(
     outputs_only="int64",  # whether it takes only the rows whose logits are asked for
     layer="int64",
     columns="int64",
-    operand_max="int64",  # the largest value of a packed row for int8 weights
     rows=FLOAT32,  # fp32 rows to read, and their stride
     row_stride="int64",
     weight=FLOAT32,  # of the embedding or the normalisation
@@ -88,6 +89,7 @@ Stage = struct(
     matrix=STORED,
     matrix_scales=FLOAT32,  # one an output, for int8
     panels="int64",
+    panel_size="int64",  # stored values of one
     gelu_panels="int64",  # with GELU, later panels are written as they are
     out=FLOAT32,
     out_stride="int64",
@@ -214,25 +216,25 @@ def _pad(operand, n):  # type: ignore[no-untyped-def]
         operand[i] = 0
 
 
-def _pack(row: Any, operand: Any, scales: Any, index: int, largest: int, n: int) -> None:
+def _pack(row: Any, operand: Any, scales: Any, index: int, n: int) -> None:
     """Write a row in the type that weights are multiplied with; for int8 its scale too."""
     raise NotImplementedError
 
 
 @overload(_pack)
-def _pack_for(row, operand, scales, index, largest, n):  # type: ignore[no-untyped-def]
+def _pack_for(row, operand, scales, index, n):  # type: ignore[no-untyped-def]
     if operand.dtype == types.float32:
         return _pack_float32
-    return _pack_bfloat16 if operand.dtype == types.uint16 else _pack_int16
+    return _pack_bfloat16 if operand.dtype == types.uint16 else _pack_uint8
 
 
-def _pack_float32(row, operand, scales, index, largest, n):  # type: ignore[no-untyped-def]
+def _pack_float32(row, operand, scales, index, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         operand[i] = row[i]
     _pad(operand, n)
 
 
-def _pack_bfloat16(row, operand, scales, index, largest, n):  # type: ignore[no-untyped-def]
+def _pack_bfloat16(row, operand, scales, index, n):  # type: ignore[no-untyped-def]
     for i in range(n):
         bits = np.float32(row[i]).view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -241,16 +243,17 @@ def _pack_bfloat16(row, operand, scales, index, largest, n):  # type: ignore[no-
     _pad(operand, n)
 
 
-def _pack_int16(row, operand, scales, index, largest, n):  # type: ignore[no-untyped-def]
-    peak, zero = np.float32(0), np.float32(0)
+def _pack_uint8(row, operand, scales, index, n):  # type: ignore[no-untyped-def]
+    # Without their signs floats are in the order of their bits, NaN and infinity last.
+    bits = np.uint32(0)
     for i in range(n):
-        peak = max(peak, abs(row[i]))
-        # `max` ignores NaN; this sum becomes NaN if a value is NaN or infinite, and is zero otherwise.
-        zero += row[i] * np.float32(0)
-    scales[index] = peak / np.float32(largest) + zero
-    scale = np.float32(largest) / peak if peak > SMALLEST_NORMAL else np.float32(0)
+        bits = max(bits, np.float32(abs(row[i])).view(np.uint32))
+    peak = np.uint32(bits).view(np.float32)
+    scale = np.float32(LARGEST_OPERAND) / peak if SMALLEST_NORMAL < peak < np.inf else np.float32(0)
+    # NaN where a value is NaN or infinite.
+    scales[index] = peak / np.float32(LARGEST_OPERAND) + (peak - peak)
     for i in range(n):
-        operand[i] = np.int16(np.rint(row[i] * scale))
+        operand[i] = np.int32(np.rint(row[i] * scale)) + OPERAND_OFFSET
     _pad(operand, n)
 
 
@@ -283,7 +286,7 @@ def _embed(args, stage, shift, low, high):  # type: ignore[no-untyped-def]
 @jit
 def _pack_row(args, stage, values, at):  # type: ignore[no-untyped-def]
     operand = offset(args.operand, at * args.operand_stride)
-    _pack(values, operand, args.scales, at, stage.operand_max, stage.columns)
+    _pack(values, operand, args.scales, at, stage.columns)
 
 
 @jit
@@ -397,8 +400,9 @@ def _pack_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
 @jit
 def _multiply(args, stage, totals, panel, first, end, out_shift):  # type: ignore[no-untyped-def]
     """Multiply a panel by the rows that lie at `first` to `end`; outputs lie `out_shift` rows further."""
+    one_copy()
     columns, stride, scales, tile = stage.columns, stage.operand_stride, args.scales, tile_rows(stage.matrix)
-    weights, first_output = offset(stage.matrix, panel * columns * PANEL), panel * PANEL
+    weights, first_output = offset(stage.matrix, panel * stage.panel_size), panel * PANEL
     bias, out = offset(stage.bias, first_output), offset(stage.out, first_output)
     matrix_scales = offset(stage.matrix_scales, first_output)
     epilogue = stage.epilogue if panel < stage.gelu_panels or stage.epilogue != GELU else WRITE
@@ -423,6 +427,7 @@ def _multiply_units(args, stage, rows, totals, low, high):  # type: ignore[no-un
 @jit
 def _take_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped-def]
     """Take rows through a stage that is no product; return how long they waited for their turn."""
+    one_copy()
     if stage.kind == CONVOLVE:
         return _convolve_rows(args, stage, turns, shift, low, high)
     if stage.kind == SMOOTH:

@@ -1,16 +1,19 @@
 """Products of a weight matrix with a few rows, for each type of weights, as vector instructions.
 
 A matrix is packed into panels of 64 outputs (docs/kernels.md). Within a panel one column follows the other,
-in pairs of columns if weights have 16 or 8 bits. One row reads a panel from start to end at the speed of
-memory; six rows use every weight six times and keep the arithmetic busy. Either way an output is summed by
-the same instructions in the same order, so a row's result is the same bit for bit, alone or in a batch.
+in groups of as many columns as 32 bits hold. One row reads a panel from start to end at the speed of memory;
+six rows use every weight six times and keep the arithmetic busy. Either way an output is summed by the same
+instructions in the same order, so a row's result is the same bit for bit, alone or in a batch.
 
 - fp32: fused multiply-adds.
 - bf16: products of pairs, summed in fp32; rows are rounded to bf16 as under autocast.
-- int8: products of pairs, summed exactly in 32-bit integers. Weights are int8 with a scale for each output,
-  rows are int16 with a scale for each row.
+- int8: products of four columns, summed exactly in 32-bit integers. Weights are int8 with a scale for each
+  output, rows are 8 bits with a scale for each row.
 
-Processors that lack an instruction for pairs compute the same sums with several instructions. Those with AMX
+The instruction for 8 bits multiplies signed values by unsigned ones. So rows are stored with 128 added, and
+each sum starts from what that adds to it, less than zero: it stands at the start of the panel.
+
+Processors that lack an instruction for groups compute the same sums with several instructions. Those with AMX
 multiply bf16 in tiles instead, see `mhesa.inference.decoder.tiles`.
 """
 
@@ -24,12 +27,13 @@ from llvmlite import ir
 from numba.extending import overload
 from torch import Tensor
 
+from mhesa.errors import InputError
 from mhesa.inference.decoder import tiles
 from mhesa.ops.cpu import processor
 from mhesa.ops.cpu.compiling import STORED_TYPES, cgutils, intrinsic, literals, types
 from mhesa.ops.cpu.gelu_kernels import gelu
 from mhesa.ops.cpu.memory import empty_hugepages
-from mhesa.ops.cpu.simd import FLOAT, I8, I16, I32, I64, Emitter, call, splat
+from mhesa.ops.cpu.simd import FLOAT, I8, I32, I64, Emitter, call, splat
 
 # Outputs of a panel: four vectors, so that a single row has enough sums to hide the latency of an addition.
 PANEL = 64
@@ -38,8 +42,13 @@ LANES = 16
 TILE = 6
 # The most that share one, on any processor.
 LARGEST_TILE = tiles.ROWS
-# Columns are padded with zeros to a multiple of the first, for tiles of the second: loops have no remainder.
-PADDING, LARGEST_PADDING = 16, tiles.COLUMNS
+# Columns are padded with zeros to a multiple of so many groups, for tiles to twice as many: loops have no
+# remainder. In columns that is at most the last number.
+PADDED_GROUPS, LARGEST_PADDING = 8, 32
+# The largest value of a row for int8 weights, and what is added to make it unsigned.
+LARGEST_OPERAND, OPERAND_OFFSET = 127, 128
+# The most columns whose products of 8 bits sum to 32 bits.
+MAX_INT8_COLUMNS = (2**31 - 1) // (127 * LARGEST_OPERAND)
 
 # What a product does with its sums: write them, write their GELU, multiply its output by them, or add them.
 WRITE, GELU, GATE, ADD = range(4)
@@ -56,23 +65,39 @@ def padded_columns(columns: int, weights: torch.dtype) -> int:
     """Columns of a packed matrix.
 
     >>> padded_columns(40, torch.int8)
-    48
+    64
     """
-    return padded(columns, LARGEST_PADDING if tiles.used_for(STORED_TYPES[weights]) else PADDING)
+    if tiles.used_for(STORED_TYPES[weights]):
+        return padded(columns, tiles.COLUMNS)
+    return padded(columns, PADDED_GROUPS * group_of(weights))
+
+
+def group_of(weights: torch.dtype) -> int:
+    """How many columns lie side by side in a packed matrix: as many as 32 bits hold.
+
+    >>> group_of(torch.bfloat16)
+    2
+    """
+    return 4 // weights.itemsize
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A matrix of `(outputs, columns)` as panels, `(panels, columns / pair, 64, pair)`, padded with zeros.
+    """A matrix of `(outputs, columns)` as panels, `(panels, columns / group, 64, group)`, padded with zeros.
+
+    Panels of int8 are a group longer: they start with 64 int32, from which sums start.
 
     >>> pack(torch.ones(3, 5)).shape, pack(torch.ones(3, 5, dtype=torch.int8)).shape
-    (torch.Size([1, 16, 64, 1]), torch.Size([1, 8, 64, 2]))
+    (torch.Size([1, 8, 64, 1]), torch.Size([1, 9, 64, 4]))
     """
     outputs, columns = weight.shape
-    pair = 1 if weight.dtype == torch.float32 else 2
+    group = group_of(weight.dtype)
     size = padded(outputs, PANEL), padded_columns(columns, weight.dtype)
     padded_weight = torch.zeros(size, dtype=weight.dtype, device="cpu")
     padded_weight[:outputs, :columns] = weight
-    panels = padded_weight.view(-1, PANEL, padded_weight.shape[1] // pair, pair).transpose(1, 2)
+    panels = padded_weight.view(-1, PANEL, size[1] // group, group).transpose(1, 2)
+    if weight.dtype == torch.int8:
+        sums = padded_weight.sum(1, dtype=torch.int32) * -OPERAND_OFFSET
+        panels = torch.cat([sums.view(torch.int8).view(-1, 1, PANEL, group), panels], dim=1)
     return empty_hugepages(panels.shape, weight.dtype).copy_(panels)
 
 
@@ -83,18 +108,12 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     >>> matrix.tolist(), scales.tolist()
     ([[-127, 64], [0, 0]], [0.007874015718698502, 0.0])
     """
+    if weight.shape[1] > MAX_INT8_COLUMNS:
+        found = f"not {weight.shape[1]}; leave quantize out"
+        raise InputError(f"int8 matrices have at most {MAX_INT8_COLUMNS} columns, {found}")
     weight = weight.float()
     scales = weight.abs().amax(1) / 127
     return (weight / scales.where(scales > 0, 1.0)[:, None]).round().to(torch.int8), scales
-
-
-def operand_max(columns: int) -> int:
-    """The largest int16 that a row may hold so that its products with int8 weights sum to 32 bits.
-
-    >>> operand_max(512)
-    32767
-    """
-    return min(32767, (2**31 - 1) // (127 * padded(columns, PADDING)))
 
 
 class _BFloat(ir.types.Type):  # type: ignore[misc]
@@ -111,17 +130,21 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]
 
 
 _PAIRS_OF_BF16 = ir.VectorType(_BFloat(), 2 * LANES)
-_PAIRS_OF_I16 = ir.VectorType(I16, 2 * LANES)
+_BYTES = ir.VectorType(I8, 4 * LANES)
 
 
 def _fma(builder: Any, total: Any, a: Any, b: Any) -> Any:
     return call(builder, "llvm.fma.v16f32", _FLOATS, a, b, total)
 
 
-class _Float32:
-    """`total += weight * value`."""
+def _load_integers(builder: Any, pointer: Any) -> Any:
+    return builder.load(builder.bitcast(pointer, _INTEGERS.as_pointer()), align=64)
 
-    pair, total = 1, _FLOATS
+
+class _Float32:
+    """`total += weight * value`. What `head` groups at the start of a panel hold is what sums start from."""
+
+    group, head, total = 1, 0, _FLOATS
 
     @staticmethod
     def weights(builder: Any, pointer: Any) -> Any:
@@ -137,16 +160,13 @@ class _Float32:
 class _Bfloat16:
     """`total += weight * value` over a pair, with sums in fp32."""
 
-    pair, total = 2, _FLOATS
-
-    @staticmethod
-    def weights(builder: Any, pointer: Any) -> Any:
-        return builder.load(builder.bitcast(pointer, _INTEGERS.as_pointer()), align=64)
+    group, head, total = 2, 0, _FLOATS
+    weights = staticmethod(_load_integers)
 
     @staticmethod
     def values(builder: Any, pointer: Any) -> Any:
-        pair = builder.load(builder.bitcast(pointer, I32.as_pointer()), align=2)
-        return splat(Emitter(builder, types.float32, LANES), pair)
+        group = builder.load(builder.bitcast(pointer, I32.as_pointer()), align=4)
+        return splat(Emitter(builder, types.float32, LANES), group)
 
     @staticmethod
     def add(builder: Any, total: Any, a: Any, b: Any) -> Any:
@@ -160,27 +180,25 @@ class _Bfloat16:
 
 
 class _Int8:
-    """`total += weight * value` over a pair, exactly."""
+    """`total += weight * value` over four columns, exactly; values are unsigned."""
 
-    pair, total = 2, _INTEGERS
-
-    @staticmethod
-    def weights(builder: Any, pointer: Any) -> Any:
-        bytes_ = builder.load(builder.bitcast(pointer, ir.VectorType(I8, 2 * LANES).as_pointer()), align=32)
-        return builder.bitcast(builder.sext(bytes_, _PAIRS_OF_I16), _INTEGERS)
-
+    group, head, total = 4, 1, _INTEGERS
+    weights = staticmethod(_load_integers)
     values = _Bfloat16.values
 
     @staticmethod
     def add(builder: Any, total: Any, a: Any, b: Any) -> Any:
         if processor.has("avx512vnni"):
             if llvmlite.binding.llvm_version_info >= (22,):
-                a, b = builder.bitcast(a, _PAIRS_OF_I16), builder.bitcast(b, _PAIRS_OF_I16)
-            return call(builder, "llvm.x86.avx512.vpdpwssd.512", _INTEGERS, total, a, b)
-        half = ir.Constant(_INTEGERS, [16] * LANES)
-        first = builder.mul(*(builder.ashr(builder.shl(side, half), half) for side in (a, b)))
-        second = builder.mul(*(builder.ashr(side, half) for side in (a, b)))
-        return builder.add(total, builder.add(first, second))
+                a, b = builder.bitcast(a, _BYTES), builder.bitcast(b, _BYTES)
+            return call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTEGERS, total, b, a)
+        last = ir.Constant(_INTEGERS, [24] * LANES)
+        for bits in (24, 16, 8, 0):
+            ahead = ir.Constant(_INTEGERS, [bits] * LANES)
+            weight, value = (builder.shl(side, ahead) for side in (a, b))
+            product = builder.mul(builder.ashr(weight, last), builder.lshr(value, last))
+            total = builder.add(total, product)
+        return total
 
 
 _PRODUCTS: dict[Any, Any] = {types.float32: _Float32, types.uint16: _Bfloat16, types.int8: _Int8}
@@ -207,25 +225,29 @@ def multiply(context: Any, weights: Any, x: Any, x_stride: Any, out: Any, column
 
     def write(builder: Any, args: Any, count: int) -> None:
         panel, x_0, x_stride, out_0, n, _ = args
-        pair, vector = product.pair, product.total
+        group, vector = product.group, product.total
         # Columns per iteration: with few rows an iteration is short, and its overhead counts.
         unrolled = {1: 8, 2: 4, 3: 4}.get(count, 2)
         totals = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in range(count)]
-        for sums in totals:
-            for total in sums:
-                builder.store(ir.Constant(vector, [0] * LANES), total)
+        for v in range(vectors):
+            start = ir.Constant(vector, [0] * LANES)
+            if product.head:
+                start = product.weights(builder, builder.gep(panel, [I64(v * LANES * group)]))
+            for sums in totals:
+                builder.store(start, sums[v])
+        panel = builder.gep(panel, [I64(product.head * PANEL * group)])
         x_rows = [builder.gep(x_0, [builder.mul(x_stride, I64(row))]) for row in range(count)]
-        steps = builder.udiv(n, I64(pair))
+        steps = builder.udiv(n, I64(group))
         with cgutils.for_range_slice(builder, I64(0), steps, I64(unrolled), I64) as (first, _):
             for ahead in range(unrolled):
                 step = builder.add(first, I64(ahead))
-                column = builder.gep(panel, [builder.mul(step, I64(PANEL * pair))])
+                column = builder.gep(panel, [builder.mul(step, I64(PANEL * group))])
                 loaded = [
-                    product.weights(builder, builder.gep(column, [I64(v * LANES * pair)]))
+                    product.weights(builder, builder.gep(column, [I64(v * LANES * group)]))
                     for v in range(vectors)
                 ]
                 for x_i, sums in zip(x_rows, totals, strict=True):
-                    value = product.values(builder, builder.gep(x_i, [builder.mul(step, I64(pair))]))
+                    value = product.values(builder, builder.gep(x_i, [builder.mul(step, I64(group))]))
                     for weight, total in zip(loaded, sums, strict=True):
                         builder.store(product.add(builder, builder.load(total), weight, value), total)
         for row, sums in enumerate(totals):

@@ -20,7 +20,6 @@ from mhesa.inference.decoder.matmul import (
     LARGEST_TILE,
     PANEL,
     WRITE,
-    operand_max,
     pack,
     padded,
     padded_columns,
@@ -85,7 +84,7 @@ class NativeEngine:
         self.uv = _memory(rows, max(u_size + v_size + padded(2 * heads, PANEL), 2 * self.dim))
         self.v, self.rate_logits = self.uv[:, u_size:], self.uv[:, u_size + v_size :]
         widest = padded(max(self.dim, inner, hidden), LARGEST_PADDING)
-        stored = torch.int16 if weights == torch.int8 else weights
+        stored = torch.uint8 if weights == torch.int8 else weights
         # `multiply` reads 16 rows even where fewer are in use.
         self.operand = _memory(padded(rows, LARGEST_TILE), widest, stored)
         self.scales = _memory(1, rows)
@@ -231,7 +230,6 @@ class NativeEngine:
         return kernel.Stage(
             kind=kind,
             columns=columns,
-            operand_max=operand_max(columns),
             rows=rows.data_ptr(),
             row_stride=rows.stride(0),
             **fields,
@@ -260,6 +258,7 @@ class NativeEngine:
             matrix=panels.data_ptr(),
             matrix_scales=scales,
             panels=len(panels),
+            panel_size=panels.stride(0),
             out=out.data_ptr(),
             out_stride=out.stride(0),
             **fields,

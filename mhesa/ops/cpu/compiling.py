@@ -59,7 +59,7 @@ def accumulation(stored: Any) -> Any:
 
 def operand(weights: Any) -> Any:
     """The type of values that are multiplied by weights of type `weights`."""
-    return types.int16 if weights == types.int8 else weights
+    return types.uint8 if weights == types.int8 else weights
 
 
 class StructPointer(types.Type):  # type: ignore[misc]
@@ -170,6 +170,20 @@ def stack_array(context: Any, like: Any, count: Any) -> Any:
         return builder.bitcast(array, context.get_value_type(types.CPointer(wide)))
 
     return types.CPointer(wide)(like, count), codegen
+
+
+@intrinsic
+def one_copy(context: Any) -> Any:
+    """Called in a function of a kernel: LLVM keeps one copy of it, in place of one for each call.
+
+    For a long function that is called in several places: the kernel compiles faster.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @cache
