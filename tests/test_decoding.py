@@ -243,35 +243,63 @@ def test_later_changes_of_the_weights_are_not_seen():
     assert torch.equal(decoder.step(ids, model.initial_state(1)), before)
 
 
-@pytest.mark.parametrize(
-    "missing", [["amx-bf16"], ["amx-bf16", "avx512bf16", "avx512vnni"]], ids=["tiles", "pairs"]
+PRODUCTS = """
+import sys, torch
+from mhesa.inference.decoder.matmul import multiply, pack, padded_columns
+from mhesa.inference.decoder.tiles import begin_tiles, end_tiles
+from mhesa.ops.cpu.arguments import ACCUMULATION, OPERAND, STORED, struct
+from mhesa.ops.cpu.compiling import compiled
+from mhesa.ops.cpu.threads import parallel
+
+Arguments = struct(
+    "Arguments", x=OPERAND, stride="int64", matrix=STORED, out=ACCUMULATION, columns="int64", rows="int64"
 )
+
+def kernel(args):
+    begin_tiles(args.matrix)
+    multiply(args.matrix, args.x, args.stride, args.out, args.columns, args.rows)
+    end_tiles(args.matrix)
+
+found = []
+for weight, x in torch.load(sys.argv[1], weights_only=True):
+    columns, matrix = padded_columns(weight.shape[1], weight.dtype), pack(weight)
+    rows = torch.zeros(16, columns, dtype=x.dtype)
+    rows[: len(x), : x.shape[1]] = x
+    # As many rows as every processor takes at once.
+    out = torch.zeros(16, 64, dtype=torch.int32 if weight.dtype == torch.int8 else torch.float32)
+    pointers = {"x": rows.data_ptr(), "matrix": matrix.data_ptr(), "out": out.data_ptr()}
+    args = Arguments(stride=columns, columns=columns, rows=6, **pointers)
+    parallel(compiled(kernel, weight.dtype, Arguments), args.address, 1)
+    found.append(out[: len(x)])
+torch.save(found, sys.argv[2])
+"""
+WITHOUT = {
+    "tiles": ("amx",),
+    "groups": ("amx", "avx512bf16", "avx512vnni"),
+    "wide registers": ("amx", "avx512"),
+}
+
+
+@pytest.mark.parametrize("missing", WITHOUT.values(), ids=list(WITHOUT))
 def test_processors_without_instructions_for_products_get_the_same_sums(tmp_path, missing):
     """The instructions are chosen when a kernel is compiled, so compile for processors without them."""
-    script = """
-import sys, torch
-from mhesa import GatedExponentialSmoothingLM
-from mhesa.inference.decoder import Decoder
-torch.manual_seed(0)
-model = GatedExponentialSmoothingLM(num_tokens=50, dim=40, depth=2, heads=2, dim_mhesa=24).eval()
-ids = torch.randint(50, (3, 9))
-out = [Decoder(model, max_batch=3, quantize="int8").prefill(ids, model.initial_state(3))]
-model = model.bfloat16()
-out.append(Decoder(model, max_batch=3).prefill(ids, model.initial_state(3)))
-torch.save(out, sys.argv[1])
-"""
+    torch.manual_seed(0)
+    int8 = (
+        torch.randint(-127, 128, (64, 72), dtype=torch.int8),
+        torch.randint(256, (6, 72), dtype=torch.uint8),
+    )
+    bf16 = torch.randn(64, 72).bfloat16(), torch.randn(6, 72).bfloat16()
+    torch.save([int8, bf16], tmp_path / "given")
     features = binding.get_host_cpu_features()
-    features.update((name, False) for name in missing if features.get(name))
+    features.update((name, False) for name in features if name.startswith(missing))
     other = {"NUMBA_CPU_NAME": binding.get_host_cpu_name(), "NUMBA_CPU_FEATURES": features.flatten()}
-    results = []
-    for variables in ({}, other):
-        file = tmp_path / "results"
-        subprocess.run([sys.executable, "-c", script, str(file)], check=True, env=os.environ | variables)
-        results.append(torch.load(file, weights_only=True))
-    (int8, bf16), (other_int8, other_bf16) = results
-    # Sums of integers are exact; those of bf16 products are rounded in another order.
-    assert torch.equal(int8, other_int8)
-    torch.testing.assert_close(bf16, other_bf16, atol=2e-2, rtol=0)
+    command = [sys.executable, "-c", PRODUCTS, str(tmp_path / "given"), str(tmp_path / "found")]
+    subprocess.run(command, check=True, env=os.environ | other)
+    integers, floats = torch.load(tmp_path / "found", weights_only=True)
+    # Values of rows for int8 are stored with 128 added.
+    assert torch.equal(integers.long(), (int8[1].long() - 128) @ int8[0].long().T)
+    expected = bf16[1].double() @ bf16[0].double().T
+    torch.testing.assert_close(floats.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [8, 40, 64, 100])
