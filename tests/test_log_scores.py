@@ -68,7 +68,9 @@ def test_a_log_that_grows_goes_on(run, folder, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.torture)])
+@pytest.mark.parametrize(
+    "kills", [3, pytest.param(100, marks=[pytest.mark.torture, pytest.mark.timeout(3000)])]
+)
 def test_killed_runs_miss_no_line_and_mix_no_sessions(run, folder, tmp_path, kills):
     log, state = tmp_path / "a.log", tmp_path / "state"
     log.write_bytes(LOG * 50)
