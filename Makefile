@@ -3,8 +3,9 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
-# Each worker runs torch on one thread (tests/conftest.py).
-PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
+# Each worker runs torch on one thread (tests/conftest.py). One more than there are cores: tests also wait.
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 4))')
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 OLDEST_TESTS := package cli folder data_sources data_formats data_corpus vocabulary session serve \
 	hf_configuration hf_generation hf_modeling hf_tokenization

@@ -3,15 +3,15 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import httpx
 import torch
+from commands import FORKED
 from starlette.testclient import TestClient
 
 from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM
@@ -19,6 +19,7 @@ from mhesa.model.loading import load
 from mhesa.serve.api.app import create_app
 from mhesa.serve.api.service import Service
 from mhesa.serve.http.guard import protect
+from mhesa.serve.http.server import serve
 from mhesa.serve.settings import Limits, Settings
 
 KEYS = {"alice": "alice-key-0123456789", "bob": "bob-key-0123456789ab"}
@@ -31,20 +32,6 @@ TEMPLATE = (
     "{% if message.role == 'developer' %}{{ raise_exception('no such role') }}{% endif %}"
     "{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 )
-# A server with settings that the command line does not offer.
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from mhesa.model.loading import load
-from mhesa.serve.http.server import serve
-from mhesa.serve.api.service import Service
-from mhesa.serve.settings import Limits, Settings
-given = json.loads(sys.argv[2])
-given["limits"] = Limits(**given.get("limits", {}))
-if "sessions" in given:
-    given["sessions"] = Path(given["sessions"])
-serve(Service(*load(sys.argv[1]), Settings(name="tiny", port=0, **given)))
-"""
 
 
 def save_model(folder: Path, tokenizer=None, template: str | None = TEMPLATE) -> Path:
@@ -68,7 +55,7 @@ class Server:
     """A running server."""
 
     url: str
-    process: subprocess.Popen
+    process: BaseProcess
     log: Path
     folder: Path
 
@@ -99,18 +86,29 @@ def wait_for(client: httpx.Client, name: str, value: float, seconds: float = 20)
 @contextmanager
 def running(folder: Path, log: Path, **settings):
     """Start a server; it must stop in order afterwards, unless it did already."""
+    log.write_text("")
     settings.setdefault("keys", KEYS)
-    command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(settings)]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stderr=file)
+    process = FORKED.Process(target=serve_in_process, args=(folder, settings, dict(os.environ), str(log)))
+    process.start()
     try:
         url = _url(process, log)
         yield Server(url, process, log, folder)
         process.terminate()
-        assert process.wait(40) == 0
+        process.join(40)
+        assert process.exitcode == 0
     finally:
         process.kill()
-        process.wait()
+        process.join()
+
+
+def serve_in_process(folder: Path, settings: dict, environment: dict[str, str], log: str) -> None:
+    """Be a server that logs to a file, with settings that the command line does not offer."""
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 2)
+    limits = Limits(**settings.pop("limits", {}))
+    serve(Service(*load(folder), Settings(name="tiny", port=0, limits=limits, **settings)))
 
 
 @contextmanager
@@ -126,9 +124,9 @@ def in_process(folder: Path, key: str | None = KEYS["alice"], limits=None, **set
         service.close()
 
 
-def _url(process: subprocess.Popen, log: Path) -> str:
+def _url(process: BaseProcess, log: Path) -> str:
     until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
+    while time.monotonic() < until and process.is_alive():
         for line in log.read_text().splitlines():
             if '"listening"' in line:
                 return json.loads(line)["url"]

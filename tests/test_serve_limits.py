@@ -3,14 +3,12 @@
 import io
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from http.client import HTTPConnection
 
 import httpx
@@ -18,7 +16,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from serving import ENDLESS, FOREVER, HEAD, KEYS, SCRIPT, in_process, raw, running, wait_for
+from commands import FORKED
+from serving import ENDLESS, FOREVER, HEAD, KEYS, in_process, raw, running, serve_in_process, wait_for
 
 from mhesa import Sampling, generate
 from mhesa.inference.decoder import Decoder
@@ -321,22 +320,28 @@ def test_large_answers_are_refused_before_they_are_made(inside):
 # Signals and logs
 
 
-def test_sigterm_ends_a_server_whose_log_nobody_reads(folder):
-    command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps({"keys": KEYS})]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+def test_sigterm_ends_a_server_whose_log_nobody_reads(folder, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    arguments = folder, {"keys": KEYS}, dict(os.environ), str(pipe)
+    process = FORKED.Process(target=serve_in_process, args=arguments)
+    process.start()
     try:
-        url = next(json.loads(line)["url"] for line in process.stderr if b'"listening"' in line)
-        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS['alice']}"}) as http:
-            # More lines than a pipe takes, then a broken pipe.
-            for _ in range(500):
-                assert http.get("/v1/models").status_code == 200
-            process.stderr.close()
-            assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        with ExitStack() as reader:
+            log = reader.enter_context(pipe.open())
+            url = next(json.loads(line)["url"] for line in log if '"listening"' in line)
+            with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS['alice']}"}) as http:
+                # More lines than a pipe takes, then a broken pipe.
+                for _ in range(500):
+                    assert http.get("/v1/models").status_code == 200
+                reader.close()
+                assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
         process.terminate()
-        assert process.wait(40) == 0
+        process.join(40)
+        assert process.exitcode == 0
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def test_a_log_line_never_raises_or_waits(monkeypatch):
@@ -383,13 +388,14 @@ def test_sigterm_lets_streams_finish_and_tells_the_rest(folder, tmp_path):
         server.wait_for("mhesa_texts_active", 21)
         with server.client() as http:
             http.get("/health")
-            server.process.send_signal(signal.SIGTERM)
+            server.process.terminate()
             time.sleep(0.5)
             with pytest.raises(httpx.HTTPError):
                 server.client().get("/health")
         for thread in [*threads, finishing]:
             thread.join(30)
-        assert server.process.wait(30) == 0
+        server.process.join(30)
+        assert server.process.exitcode == 0
     told = [json.loads(ends[index].removeprefix("data: "))["error"]["code"] for index in range(20)]
     assert told == ["shutting_down"] * 20
     assert ends[99] == "data: [DONE]"

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import sqlite3
 import statistics
@@ -302,13 +301,14 @@ def test_sigterm_under_a_hundred_streams(large, tmp_path):
                 for index in range(100)
             ]
             await asyncio.to_thread(server.wait_for, "mhesa_texts_active", 100)
-            server.process.send_signal(signal.SIGTERM)
+            server.process.terminate()
             return await asyncio.gather(*streams)
 
     with running(large, tmp_path / "log", limits={"max_tokens": ENDLESS}) as server:
         started = time.monotonic()
         ends = [end for _, end in asyncio.run(load(server))]
-        assert server.process.wait(30) == 0
+        server.process.join(30)
+        assert server.process.exitcode == 0
         seconds = time.monotonic() - started
     report(
         "SIGTERM under 100 streams, half of them endless",

@@ -611,8 +611,8 @@ class Recorder:
             yield triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
 
 
-def compile_scan(processors, shape, dtype, **options):
-    """The names of kernels, their resources and instructions, for a scan and its gradient."""
+def compile_scan(processors, shape, dtype, disassembled=False, **options):
+    """The names of kernels, their resources and, if asked for, instructions, for a scan and its gradient."""
     inputs = make_inputs(shape, dtype, device="cpu", **options)
     stepwise = inputs["alpha"].ndim == 3
     module, of = (rates, rates_kernels) if stepwise else (backend, kernels)
@@ -632,13 +632,9 @@ def compile_scan(processors, shape, dtype, **options):
         for binary in recorder.binaries():
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 Path(file.name).write_bytes(binary)
-                usage, code = (
-                    subprocess.run(
-                        [tool, option, file.name], capture_output=True, text=True, check=True
-                    ).stdout
-                    for option in ("-res-usage", "-sass")
-                )
-            found.append((recorder.kernel.__name__, usage, re.findall(r"\b(?:LDG|STG|LDL|STL)[.\w]*", code)))
+                command = [tool, "-res-usage", *["-sass"] * disassembled, file.name]
+                text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found.append((recorder.kernel.__name__, text, re.findall(r"\b(?:LDG|STG|LDL|STL)[.\w]*", text)))
     return found
 
 
@@ -658,7 +654,7 @@ def compiler():
 def test_hot_kernels_use_whole_vectors(dtype, regime, compiler):
     # Several tiles a program, were there three multiprocessors.
     processors = 1 if regime == "whole" else 3
-    found = compiler.submit(compile_scan, processors, (1, 2**15, 1, 64), dtype, initial=False).result()
+    found = compiler.submit(compile_scan, processors, (1, 2**15, 1, 64), dtype, True, initial=False).result()
     assert len(found) == (2 if regime == "whole" else 6)
     for name, usage, instructions in found:
         assert "STACK:0 " in usage, (name, usage)
@@ -703,6 +699,6 @@ def test_other_kernels_do_not_spill(shape, dtype, offsets, compiler):
 def test_kernels_of_rates_do_not_spill(shape, dtype, offsets, regime, compiler):
     processors = 1 if regime == "whole" else 10**6
     found = compiler.submit(compile_scan, processors, shape, dtype, offsets=offsets, stepwise=BOTH).result()
-    for name, usage, instructions in found:
+    for name, usage, _ in found:
+        # What is spilt lies on the stack.
         assert "STACK:0 " in usage, (name, usage)
-        assert not [i for i in instructions if i.startswith(("LDL", "STL"))], name
