@@ -3,7 +3,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
-# Each worker runs torch on one thread (tests/conftest.py). One more than there are cores: tests also wait.
+# Each worker runs torch on one thread (tests/conftest.py). One more than cores, 4 at most: tests also wait.
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 4))')
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 

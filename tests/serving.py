@@ -88,7 +88,7 @@ def running(folder: Path, log: Path, **settings):
     """Start a server; it must stop in order afterwards, unless it did already."""
     log.write_text("")
     settings.setdefault("keys", KEYS)
-    process = FORKED.Process(target=serve_in_process, args=(folder, settings, dict(os.environ), str(log)))
+    process = FORKED.Process(target=_serve, args=(folder, settings, dict(os.environ), str(log)))
     process.start()
     try:
         url = _url(process, log)
@@ -101,7 +101,7 @@ def running(folder: Path, log: Path, **settings):
         process.join()
 
 
-def serve_in_process(folder: Path, settings: dict, environment: dict[str, str], log: str) -> None:
+def _serve(folder: Path, settings: dict, environment: dict[str, str], log: str) -> None:
     """Be a server that logs to a file, with settings that the command line does not offer."""
     os.environ.clear()
     os.environ.update(environment)

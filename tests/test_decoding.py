@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.decoder.matmul import quantize
+from mhesa.inference.decoder.matmul import MAX_INT8_COLUMNS, check_int8_columns, pack, quantize
 from mhesa.inference.decoder.native import ROWS, NativeEngine
 
 NATIVE = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")]
@@ -265,15 +265,17 @@ for weight, x in torch.load(sys.argv[1], weights_only=True):
     columns, matrix = padded_columns(weight.shape[1], weight.dtype), pack(weight)
     rows = torch.zeros(16, columns, dtype=x.dtype)
     rows[: len(x), : x.shape[1]] = x
-    # As many rows as every processor takes at once.
-    out = torch.zeros(16, 64, dtype=torch.int32 if weight.dtype == torch.int8 else torch.float32)
-    pointers = {"x": rows.data_ptr(), "matrix": matrix.data_ptr(), "out": out.data_ptr()}
-    args = Arguments(stride=columns, columns=columns, rows=6, **pointers)
-    parallel(compiled(kernel, weight.dtype, Arguments), args.address, 1)
-    found.append(out[: len(x)])
+    pointers = {"x": rows.data_ptr(), "matrix": matrix.data_ptr()}
+    for count in range(1, len(x) + 1):
+        # Tiles write 16 rows, however many are asked for.
+        out = torch.zeros(16, 64, dtype=torch.int32 if weight.dtype == torch.int8 else torch.float32)
+        args = Arguments(stride=columns, columns=columns, rows=count, out=out.data_ptr(), **pointers)
+        parallel(compiled(kernel, weight.dtype, Arguments), args.address, 1)
+        found.append(out[:count])
 torch.save(found, sys.argv[2])
 """
 WITHOUT = {
+    "nothing": (),
     "tiles": ("amx",),
     "groups": ("amx", "avx512bf16", "avx512vnni"),
     "wide registers": ("amx", "avx512"),
@@ -288,36 +290,69 @@ def test_processors_without_instructions_for_products_get_the_same_sums(tmp_path
         torch.randint(-127, 128, (64, 72), dtype=torch.int8),
         torch.randint(256, (6, 72), dtype=torch.uint8),
     )
-    bf16 = torch.randn(64, 72).bfloat16(), torch.randn(6, 72).bfloat16()
-    torch.save([int8, bf16], tmp_path / "given")
+    fp32 = torch.randn(64, 72), torch.randn(6, 72)
+    bf16 = fp32[0].bfloat16(), fp32[1].bfloat16()
+    torch.save([int8, fp32, bf16], tmp_path / "given")
     features = binding.get_host_cpu_features()
     features.update((name, False) for name in features if name.startswith(missing))
     other = {"NUMBA_CPU_NAME": binding.get_host_cpu_name(), "NUMBA_CPU_FEATURES": features.flatten()}
     command = [sys.executable, "-c", PRODUCTS, str(tmp_path / "given"), str(tmp_path / "found")]
     subprocess.run(command, check=True, env=os.environ | other)
-    integers, floats = torch.load(tmp_path / "found", weights_only=True)
-    # Values of rows for int8 are stored with 128 added.
-    assert torch.equal(integers.long(), (int8[1].long() - 128) @ int8[0].long().T)
-    expected = bf16[1].double() @ bf16[0].double().T
-    torch.testing.assert_close(floats.double(), expected, atol=1e-5, rtol=1e-5)
+    found = iter(torch.load(tmp_path / "found", weights_only=True))
+    for weight, x in (int8, fp32, bf16):
+        # Values of rows for int8 are stored with 128 added.
+        rows = x.double() - 128 if x.dtype == torch.uint8 else x.double()
+        tolerance = 0 if x.dtype == torch.uint8 else 1e-5
+        for count in range(1, 7):
+            expected = rows[:count] @ weight.double().T
+            torch.testing.assert_close(next(found).double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dim", [8, 40, 64, 100])
 @pytest.mark.parametrize("rows", [1, 6, 15, 17, 50])
-def test_products_of_int8_are_exact_and_feel_no_other_memory(dim, rows):
+def test_products_of_int8_are_exact(dim, rows):
     torch.manual_seed(dim + rows)
     model = GatedExponentialSmoothingLM(num_tokens=70, dim=dim, depth=1, heads=2, dim_mhesa=16)
     engine = NativeEngine(model, torch.int8, rows, single_thread_small_calls=False)
-    engine.operand.fill_(255)
     ids = torch.randint(70, (rows,))
     logits = engine.run(ids, torch.arange(rows + 1), model.initial_state(rows), True)
     # What the last product read is still there: values of 8 bits with 128 added.
     operand, row_scales = engine.operand[:rows, :dim].long() - 128, engine.scales[0, :rows]
     matrix, scales = quantize(model.to_logits.weight)
-    assert operand.abs().amax(1).tolist() == [127] * rows
-    torch.testing.assert_close(
-        logits, (operand @ matrix.long().T).float() * (row_scales[:, None] * scales), rtol=1e-6, atol=0
-    )
+    expected = (operand @ matrix.long().T).float() * (row_scales[:, None] * scales)
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=0)
+
+
+def test_rows_for_int8_are_rounded_to_127_values_of_each_sign():
+    """The rows of a model whose only block adds nothing are its embedding."""
+    torch.manual_seed(0)
+    model = GatedExponentialSmoothingLM(num_tokens=9, dim=40, depth=1, heads=2, dim_mhesa=16)
+    sizes = torch.tensor([1.0, 1e30, 1e-30, 1e-37, 1e-40, 0.0])
+    rows = torch.cat([torch.randn(6, 40) * sizes[:, None], torch.randn(3, 40)])
+    rows[6:, 7] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    with torch.no_grad():
+        model.layers[0].to_out.weight.zero_()
+        model.layers[0].to_out.bias.zero_()
+        model.token_emb.weight.copy_(rows)
+    engine = NativeEngine(model, torch.int8, 9, single_thread_small_calls=False)
+    logits = engine.run(torch.arange(9), torch.arange(10), model.initial_state(9), True)
+    peaks = rows[:3].abs().amax(1)
+    expected = (rows[:3] * (127 / peaks)[:, None]).round().long()
+    assert torch.equal(engine.operand[:3, :40].long() - 128, expected)
+    torch.testing.assert_close(engine.scales[0, :3], peaks / 127)
+    # Smaller ones count as zeros, and what is not finite is seen.
+    assert logits[3:6].abs().max() == 0
+    assert logits[6:].isnan().all()
+
+
+@pytest.mark.parametrize("signs", [1, -1])
+def test_the_widest_matrices_in_int8_do_not_overflow(signs):
+    columns = MAX_INT8_COLUMNS
+    check_int8_columns(columns)
+    with pytest.raises(InputError, match=f"at most {columns} columns, not {columns + 1}; keep them in fp32"):
+        check_int8_columns(columns + 1)
+    [panel] = pack(torch.full((64, columns), signs * 127, dtype=torch.int8))
+    assert panel[0].reshape(-1).view(torch.int32).tolist() == [-128 * 127 * signs * columns] * 64
 
 
 @pytest.mark.parametrize("dim", [8, 40, 64, 100])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from serving import WORDS, save_model
 
-from mhesa import load
+from mhesa import Decoder, load
 from mhesa.errors import InputError
 from mhesa.export.onnx import export_onnx
 from mhesa.inference.decoder.matmul import quantize
@@ -68,6 +68,10 @@ def test_int8_graphs_are_the_model_with_the_decoders_weights(exported):
     found, _ = runner(folder, "prefill.int8.onnx")(ids, model.initial_state(1))
     torch.testing.assert_close(found[0].double(), rounded(ids)[0], atol=1e-4, rtol=0)
     assert (found[0] - model(ids)[0]).abs().max() > 1e-3
+    # The decoder rounds rows to 8 bits too.
+    decoder = Decoder(model, quantize="int8")
+    theirs = decoder.predict(ids[0], decoder.initial_state(1))
+    torch.testing.assert_close(found[0], theirs, atol=5e-2, rtol=0)
     stored = onnx.load(folder / "step.int8.onnx").graph.initializer
     eight_bits = sum(np.prod(one.dims) for one in stored if one.data_type == onnx.TensorProto.INT8)
     assert eight_bits == sum(layer.weight.numel() for layer in layers)

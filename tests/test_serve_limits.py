@@ -4,11 +4,12 @@ import io
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from http.client import HTTPConnection
 
 import httpx
@@ -16,8 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from commands import FORKED
-from serving import ENDLESS, FOREVER, HEAD, KEYS, in_process, raw, running, serve_in_process, wait_for
+from serving import ENDLESS, FOREVER, HEAD, KEYS, in_process, raw, running, wait_for
 
 from mhesa import Sampling, generate
 from mhesa.inference.decoder import Decoder
@@ -320,28 +320,23 @@ def test_large_answers_are_refused_before_they_are_made(inside):
 # Signals and logs
 
 
-def test_sigterm_ends_a_server_whose_log_nobody_reads(folder, tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    arguments = folder, {"keys": KEYS}, dict(os.environ), str(pipe)
-    process = FORKED.Process(target=serve_in_process, args=arguments)
-    process.start()
+def test_sigterm_ends_a_server_whose_log_nobody_reads(folder):
+    """The command itself, whose interpreter shuts down in the end."""
+    command = [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
-        with ExitStack() as reader:
-            log = reader.enter_context(pipe.open())
-            url = next(json.loads(line)["url"] for line in log if '"listening"' in line)
-            with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS['alice']}"}) as http:
-                # More lines than a pipe takes, then a broken pipe.
-                for _ in range(500):
-                    assert http.get("/v1/models").status_code == 200
-                reader.close()
-                assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        url = next(json.loads(line)["url"] for line in process.stderr if b'"listening"' in line)
+        with httpx.Client(base_url=url) as http:
+            # More lines than a pipe takes, then a broken pipe.
+            for _ in range(500):
+                assert http.get("/v1/models").status_code == 200
+            process.stderr.close()
+            assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
         process.terminate()
-        process.join(40)
-        assert process.exitcode == 0
+        assert process.wait(40) == 0
     finally:
         process.kill()
-        process.join()
+        process.wait()
 
 
 def test_a_log_line_never_raises_or_waits(monkeypatch):

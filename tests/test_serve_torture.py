@@ -173,7 +173,7 @@ def measure(process, most, stop):
 @pytest.mark.torture
 def test_ten_thousand_idle_sessions(large, tmp_path):
     with (
-        running(large, tmp_path / "log", sessions=str(tmp_path / "s.sqlite")) as server,
+        running(large, tmp_path / "log", sessions=tmp_path / "s.sqlite") as server,
         server.client() as http,
     ):
 

@@ -49,7 +49,7 @@ Precision = Annotated[
 ]
 Quantize = Annotated[
     str | None,
-    typer.Option(metavar="int8", help="Hold weights in 8 bits: faster, less memory, slightly less exact."),
+    typer.Option(metavar="int8", help="Multiply in 8 bits: faster, less memory, slightly less exact."),
 ]
 
 

@@ -1,8 +1,8 @@
 // One step of the model in WebAssembly with SIMD: int8 weights, one sequence, no library.
 //
-// The arithmetic is that of mhesa/inference/decoder: products of int8 weights with a row of int16, summed exactly
-// in 32 bits, the rest in fp32. mhesa/export/web.py writes the weights in the order in which a step reads them.
-// `make wasm` builds step.wasm.
+// The arithmetic is that of mhesa/inference/decoder: products of int8 weights with rows of 8 bits, summed exactly in
+// 32 bits, the rest in fp32. Rows are held as int16, for which WebAssembly has products of pairs. mhesa/export/web.py
+// writes the weights in the order in which a step reads them. `make wasm` builds step.wasm.
 
 #include <stdint.h>
 #include <wasm_simd128.h>
@@ -135,8 +135,7 @@ static void smooth(float *row, float *state) {
     }
 }
 
-// Write a row to `operand`, as whole numbers of 8 bits that int16 holds; returns its scale, NaN if a value is
-// not finite.
+// Write a row to `operand`; returns its scale, NaN if a value is not finite.
 static float pack(const float *row, int n) {
     const int largest = 127;
     float peak = 0, zero = 0;
@@ -145,7 +144,7 @@ static float pack(const float *row, int n) {
         peak = size > peak ? size : peak;
         zero += row[i] * 0;
     }
-    float scale = peak > SMALLEST_NORMAL ? largest / peak : 0;
+    float scale = peak > largest * SMALLEST_NORMAL ? largest / peak : 0;
     for (int i = 0; i < n; i++) operand[i] = (int16_t)(int32_t)__builtin_rintf(row[i] * scale);
     for (int i = n; i < padded(n); i++) operand[i] = 0;
     return peak / largest + zero;

@@ -19,7 +19,7 @@ from torch import Tensor
 from mhesa.atomic_io import make_folder, write_file
 from mhesa.errors import InputError
 from mhesa.export.checks import check_finite
-from mhesa.inference.decoder.matmul import padded, quantize
+from mhesa.inference.decoder.matmul import check_int8_columns, padded, quantize
 from mhesa.inference.session import fingerprint
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
@@ -115,6 +115,7 @@ def _parts(model: GatedExponentialSmoothingLM) -> Iterator[bytes]:
 
 def _matrices(matrices: Iterable[Tensor]) -> Iterator[bytes]:
     for weight in matrices:
+        check_int8_columns(weight.shape[1])
         matrix, scales = quantize(weight)
         yield _floats(scales)
         columns = padded(matrix.shape[1], ALIGNMENT)

@@ -62,13 +62,14 @@ class Decoder:
         model: the language model.
         max_batch: the largest number of sequences in a call.
         quantize: `"int8"` stores matrices in 8 bits with a scale for each output, a quarter of the memory
-            of fp32; on CPU only. `None` keeps them as they are.
+            of fp32, and rounds what they are multiplied with to 8 bits too, with a scale for each row; on CPU
+            only. `None` keeps them as they are.
         single_thread_small_calls: run small calls on one thread. They take slightly longer, but leave other
             cores free, such as for a server's HTTP loop. Results are the same.
 
     Raises:
-        InputError: an unknown quantisation, or one that this device or type does not have; or the model is
-            on the meta device.
+        InputError: an unknown quantisation, or one that this device or type does not have, or that a matrix
+            of the model is too wide for; or the model is on the meta device.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=16, dim=8, depth=2, heads=1, dim_mhesa=4)
     >>> decoder, state = Decoder(model), model.initial_state(1)

@@ -57,7 +57,16 @@ from mhesa.inference.decoder.surprisal_kernel import row_bits
 from mhesa.inference.decoder.tiles import begin_tiles, end_tiles
 from mhesa.ops.cpu.arguments import FLOAT32, FLOAT64, INT64, OPERAND, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, clock, fetch_add, signal, wait
-from mhesa.ops.cpu.compiling import exists, intrinsic, jit, literals, offset, one_copy, stack_array, types
+from mhesa.ops.cpu.compiling import (
+    exists,
+    intrinsic,
+    jit,
+    literals,
+    never_inlined,
+    offset,
+    stack_array,
+    types,
+)
 from mhesa.ops.cpu.rates_tiles import write_row
 from mhesa.ops.cpu.simd import Emitter, sigmoid, splat
 
@@ -133,7 +142,8 @@ ROWS_PER_TASK = math.lcm(TILE, LARGEST_TILE)
 TILE_SUMS = LARGEST_TILE * PANEL
 # Tasks of a stage for each thread: with more of them, threads wait less for the last.
 TASKS_PER_THREAD = 4
-SMALLEST_NORMAL = np.float32(2.0**-126)
+# Rows for int8 without a larger value count as zeros: their scale would be infinite.
+SMALLEST_PEAK = np.float32(LARGEST_OPERAND * 2.0**-126)
 EPSILON = np.float32(1e-5)
 
 # Kernels have no annotations: numba finds the types. `overload` compiles another function in place of `_pack`
@@ -211,7 +221,7 @@ def _write_rates(rates, logits, damping, heads):  # type: ignore[no-untyped-def]
 
 @jit
 def _pad(operand, n):  # type: ignore[no-untyped-def]
-    # An earlier row may have left NaN there, which times a weight of zero is NaN.
+    # An earlier row may have left NaN there, which times a weight of zero is NaN. For int8 any value does.
     for i in range(n, (n + LARGEST_PADDING - 1) // LARGEST_PADDING * LARGEST_PADDING):
         operand[i] = 0
 
@@ -244,16 +254,18 @@ def _pack_bfloat16(row, operand, scales, index, n):  # type: ignore[no-untyped-d
 
 
 def _pack_uint8(row, operand, scales, index, n):  # type: ignore[no-untyped-def]
-    # Without their signs floats are in the order of their bits, NaN and infinity last.
+    # The largest value by its bits, which are in the order of floats without signs, NaN and infinity last. A
+    # `max` of floats would ignore NaN.
     bits = np.uint32(0)
     for i in range(n):
         bits = max(bits, np.float32(abs(row[i])).view(np.uint32))
     peak = np.uint32(bits).view(np.float32)
-    scale = np.float32(LARGEST_OPERAND) / peak if SMALLEST_NORMAL < peak < np.inf else np.float32(0)
     # NaN where a value is NaN or infinite.
     scales[index] = peak / np.float32(LARGEST_OPERAND) + (peak - peak)
+    scaled = SMALLEST_PEAK < peak < np.inf
+    scale = np.float32(LARGEST_OPERAND) / peak if scaled else np.float32(0)
     for i in range(n):
-        operand[i] = np.int32(np.rint(row[i] * scale)) + OPERAND_OFFSET
+        operand[i] = OPERAND_OFFSET + (np.int32(np.rint(row[i] * scale)) if scaled else 0)
     _pad(operand, n)
 
 
@@ -400,7 +412,7 @@ def _pack_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
 @jit
 def _multiply(args, stage, totals, panel, first, end, out_shift):  # type: ignore[no-untyped-def]
     """Multiply a panel by the rows that lie at `first` to `end`; outputs lie `out_shift` rows further."""
-    one_copy()
+    never_inlined()
     columns, stride, scales, tile = stage.columns, stage.operand_stride, args.scales, tile_rows(stage.matrix)
     weights, first_output = offset(stage.matrix, panel * stage.panel_size), panel * PANEL
     bias, out = offset(stage.bias, first_output), offset(stage.out, first_output)
@@ -427,7 +439,7 @@ def _multiply_units(args, stage, rows, totals, low, high):  # type: ignore[no-un
 @jit
 def _take_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped-def]
     """Take rows through a stage that is no product; return how long they waited for their turn."""
-    one_copy()
+    never_inlined()
     if stage.kind == CONVOLVE:
         return _convolve_rows(args, stage, turns, shift, low, high)
     if stage.kind == SMOOTH:
@@ -492,7 +504,6 @@ def _run_share(args, totals, thread, low, high):  # type: ignore[no-untyped-def]
         for first in range(low, high, step):
             end = min(first + step, high)
             out_shift = logits_at - first - shift if makes_logits else 0
-            # Called in one place: LLVM compiles a copy of it for each.
             for panel in range(stage.panels):
                 _multiply(args, stage, totals, panel, first + shift, end + shift, out_shift)
             if makes_logits:

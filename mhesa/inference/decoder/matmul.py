@@ -11,7 +11,7 @@ instructions in the same order, so a row's result is the same bit for bit, alone
   output, rows are 8 bits with a scale for each row.
 
 The instruction for 8 bits multiplies signed values by unsigned ones. So rows are stored with 128 added, and
-each sum starts from what that adds to it, less than zero: it stands at the start of the panel.
+sums start from minus 128 times the sum of their output's weights, which stands at the start of the panel.
 
 Processors that lack an instruction for groups compute the same sums with several instructions. Those with AMX
 multiply bf16 in tiles instead, see `mhesa.inference.decoder.tiles`.
@@ -42,13 +42,15 @@ LANES = 16
 TILE = 6
 # The most that share one, on any processor.
 LARGEST_TILE = tiles.ROWS
-# Columns are padded with zeros to a multiple of so many groups, for tiles to twice as many: loops have no
-# remainder. In columns that is at most the last number.
-PADDED_GROUPS, LARGEST_PADDING = 8, 32
+# Columns are padded with zeros to a multiple of so many groups, the most that `multiply` takes at a time, or
+# of the columns of a tile: loops have no remainder.
+PADDED_GROUPS = 8
+# The largest multiple, in columns.
+LARGEST_PADDING = max(4 * PADDED_GROUPS, tiles.COLUMNS)
 # The largest value of a row for int8 weights, and what is added to make it unsigned.
 LARGEST_OPERAND, OPERAND_OFFSET = 127, 128
-# The most columns whose products of 8 bits sum to 32 bits.
-MAX_INT8_COLUMNS = (2**31 - 1) // (127 * LARGEST_OPERAND)
+# The most columns whose products of 8 bits sum to 32 bits, the start of the sum included.
+MAX_INT8_COLUMNS = (2**31 - 1) // (127 * OPERAND_OFFSET)
 
 # What a product does with its sums: write them, write their GELU, multiply its output by them, or add them.
 WRITE, GELU, GATE, ADD = range(4)
@@ -84,21 +86,34 @@ def group_of(weights: torch.dtype) -> int:
 def pack(weight: Tensor) -> Tensor:
     """A matrix of `(outputs, columns)` as panels, `(panels, columns / group, 64, group)`, padded with zeros.
 
-    Panels of int8 are a group longer: they start with 64 int32, from which sums start.
+    Panels of int8 are a group longer: they begin with 64 int32, from which sums start.
 
     >>> pack(torch.ones(3, 5)).shape, pack(torch.ones(3, 5, dtype=torch.int8)).shape
     (torch.Size([1, 8, 64, 1]), torch.Size([1, 9, 64, 4]))
     """
     outputs, columns = weight.shape
-    group = group_of(weight.dtype)
+    group, head = group_of(weight.dtype), int(weight.dtype == torch.int8)
     size = padded(outputs, PANEL), padded_columns(columns, weight.dtype)
     padded_weight = torch.zeros(size, dtype=weight.dtype, device="cpu")
     padded_weight[:outputs, :columns] = weight
-    panels = padded_weight.view(-1, PANEL, size[1] // group, group).transpose(1, 2)
-    if weight.dtype == torch.int8:
-        sums = padded_weight.sum(1, dtype=torch.int32) * -OPERAND_OFFSET
-        panels = torch.cat([sums.view(torch.int8).view(-1, 1, PANEL, group), panels], dim=1)
-    return empty_hugepages(panels.shape, weight.dtype).copy_(panels)
+    groups = padded_weight.view(-1, PANEL, size[1] // group, group).transpose(1, 2)
+    panels = empty_hugepages(torch.Size((len(groups), head + groups.shape[1], PANEL, group)), weight.dtype)
+    panels[:, head:] = groups
+    if head:
+        starts = padded_weight.sum(1, dtype=torch.int32) * -OPERAND_OFFSET
+        panels[:, 0] = starts.view(torch.int8).view(-1, PANEL, group)
+    return panels
+
+
+def check_int8_columns(columns: int) -> None:
+    """Refuse a matrix whose products of 8 bits may not sum to 32 bits.
+
+    Raises:
+        InputError: it has too many columns.
+    """
+    if columns > MAX_INT8_COLUMNS:
+        limit = f"matrices in int8 have at most {MAX_INT8_COLUMNS} columns"
+        raise InputError(f"{limit}, not {columns}; keep them in fp32 or bf16")
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,9 +123,6 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     >>> matrix.tolist(), scales.tolist()
     ([[-127, 64], [0, 0]], [0.007874015718698502, 0.0])
     """
-    if weight.shape[1] > MAX_INT8_COLUMNS:
-        found = f"not {weight.shape[1]}; leave quantize out"
-        raise InputError(f"int8 matrices have at most {MAX_INT8_COLUMNS} columns, {found}")
     weight = weight.float()
     scales = weight.abs().amax(1) / 127
     return (weight / scales.where(scales > 0, 1.0)[:, None]).round().to(torch.int8), scales
@@ -141,8 +153,12 @@ def _load_integers(builder: Any, pointer: Any) -> Any:
     return builder.load(builder.bitcast(pointer, _INTEGERS.as_pointer()), align=64)
 
 
+# Each class below writes `total += weight * value` for `group` columns. Where `head` is 1, the first group of
+# a panel holds what sums start from.
+
+
 class _Float32:
-    """`total += weight * value`. What `head` groups at the start of a panel hold is what sums start from."""
+    """One column, in fp32."""
 
     group, head, total = 1, 0, _FLOATS
 
@@ -158,7 +174,7 @@ class _Float32:
 
 
 class _Bfloat16:
-    """`total += weight * value` over a pair, with sums in fp32."""
+    """A pair of bf16, summed in fp32."""
 
     group, head, total = 2, 0, _FLOATS
     weights = staticmethod(_load_integers)
@@ -180,24 +196,25 @@ class _Bfloat16:
 
 
 class _Int8:
-    """`total += weight * value` over four columns, exactly; values are unsigned."""
+    """Four columns of 8 bits, summed exactly; values are unsigned."""
 
     group, head, total = 4, 1, _INTEGERS
     weights = staticmethod(_load_integers)
     values = _Bfloat16.values
 
     @staticmethod
-    def add(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    def add(builder: Any, total: Any, weight: Any, value: Any) -> Any:
         if processor.has("avx512vnni"):
             if llvmlite.binding.llvm_version_info >= (22,):
-                a, b = builder.bitcast(a, _BYTES), builder.bitcast(b, _BYTES)
-            return call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTEGERS, total, b, a)
+                weight, value = builder.bitcast(weight, _BYTES), builder.bitcast(value, _BYTES)
+            # The unsigned ones come first.
+            return call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTEGERS, total, value, weight)
         last = ir.Constant(_INTEGERS, [24] * LANES)
         for bits in (24, 16, 8, 0):
             ahead = ir.Constant(_INTEGERS, [bits] * LANES)
-            weight, value = (builder.shl(side, ahead) for side in (a, b))
-            product = builder.mul(builder.ashr(weight, last), builder.lshr(value, last))
-            total = builder.add(total, product)
+            signed = builder.ashr(builder.shl(weight, ahead), last)
+            unsigned = builder.lshr(builder.shl(value, ahead), last)
+            total = builder.add(total, builder.mul(signed, unsigned))
         return total
 
 

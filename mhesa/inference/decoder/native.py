@@ -20,6 +20,7 @@ from mhesa.inference.decoder.matmul import (
     LARGEST_TILE,
     PANEL,
     WRITE,
+    check_int8_columns,
     pack,
     padded,
     padded_columns,
@@ -241,6 +242,7 @@ class NativeEngine:
         """A stage that multiplies packed rows by matrices, whose outputs follow one another."""
         scales = 0
         if self.weights == torch.int8:
+            check_int8_columns(weights[0].shape[1])
             matrices, sizes = zip(*(quantize(weight.detach()) for weight in weights), strict=True)
             padding = [torch.nn.functional.pad(size, (0, -len(size) % PANEL)) for size in sizes]
             scales = self._vector(torch.cat(padding))

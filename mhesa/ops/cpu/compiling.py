@@ -173,10 +173,10 @@ def stack_array(context: Any, like: Any, count: Any) -> Any:
 
 
 @intrinsic
-def one_copy(context: Any) -> Any:
-    """Called in a function of a kernel: LLVM keeps one copy of it, in place of one for each call.
+def never_inlined(context: Any) -> Any:
+    """Keep LLVM from inlining the function that calls this.
 
-    For a long function that is called in several places: the kernel compiles faster.
+    A long one that is called in several places is then compiled once.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
