@@ -3,7 +3,10 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -91,7 +94,7 @@ def running(folder: Path, log: Path, **settings):
     process = FORKED.Process(target=_serve, args=(folder, settings, dict(os.environ), str(log)))
     process.start()
     try:
-        url = _url(process, log)
+        url = _url(process.is_alive, log)
         yield Server(url, process, log, folder)
         process.terminate()
         process.join(40)
@@ -112,6 +115,21 @@ def _serve(folder: Path, settings: dict, environment: dict[str, str], log: str) 
 
 
 @contextmanager
+def running_alone(folder: Path, log: Path, *options):
+    """The address and process of `mhesa serve` without keys, in a new interpreter: it holds nothing else."""
+    command = [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", "0", *map(str, options)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file)
+    try:
+        yield _url(lambda: process.poll() is None, log), process
+        process.terminate()
+        assert process.wait(40) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
 def in_process(folder: Path, key: str | None = KEYS["alice"], limits=None, **settings):
     """A client of a server in this process, without sockets."""
     limits = Limits(**limits or {})
@@ -124,9 +142,9 @@ def in_process(folder: Path, key: str | None = KEYS["alice"], limits=None, **set
         service.close()
 
 
-def _url(process: BaseProcess, log: Path) -> str:
+def _url(runs: Callable[[], bool], log: Path) -> str:
     until = time.monotonic() + 60
-    while time.monotonic() < until and process.is_alive():
+    while time.monotonic() < until and runs():
         for line in log.read_text().splitlines():
             if '"listening"' in line:
                 return json.loads(line)["url"]

@@ -20,7 +20,7 @@ from itertools import count
 import httpx
 import psutil
 import pytest
-from serving import KEYS, report, running
+from serving import KEYS, report, running, running_alone
 
 from mhesa.hf.configuration import MhesaConfig
 from mhesa.hf.modeling import MhesaForCausalLM
@@ -173,18 +173,18 @@ def measure(process, most, stop):
 @pytest.mark.torture
 def test_ten_thousand_idle_sessions(large, tmp_path):
     with (
-        running(large, tmp_path / "log", sessions=tmp_path / "s.sqlite") as server,
-        server.client() as http,
+        running_alone(large, tmp_path / "log", "--sessions", tmp_path / "s.sqlite") as (url, process),
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as http,
     ):
 
         def create(index):
             body = {"prompt": f"session {index}", "max_tokens": 1, "session": f"s{index}"}
             return http.post("/v1/completions", json=body).status_code
 
-        before = psutil.Process(server.process.pid).memory_info().rss
+        before = psutil.Process(process.pid).memory_info().rss
         with ThreadPoolExecutor(8) as threads:
             assert set(threads.map(create, range(10_000))) == {200}
-        memory = psutil.Process(server.process.pid).memory_info().rss
+        memory = psutil.Process(process.pid).memory_info().rss
         times = []
         for index in random.Random(0).sample(range(10_000), 500):
             started = time.perf_counter()
