@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +14,9 @@ from mhesa.errors import InputError
 if TYPE_CHECKING:
     from mhesa.data import File
     from mhesa.inference.lines import KeyField, KeyPattern
+
+# Of a file that are scored first.
+FIRST_BYTES = 1 << 13
 
 
 class Text(NamedTuple):
@@ -57,7 +60,22 @@ def documents(
         if whole and file.form in JSON_LINES:
             file = replace(file, form="")
         for name, chunks in file.documents(text_field, advance):
-            yield Text(name, chunks, identity if name == file.name else f"{identity} {name}")
+            identified = identity if name == file.name else f"{identity} {name}"
+            yield Text(name, _small_at_first(chunks), identified)
+
+
+def _small_at_first(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of growing size: those scored together are printed together, the first soon.
+
+    >>> [len(piece) for piece in _small_at_first([bytes(20_000), bytes(100_000), bytes(100_000)])]
+    [8192, 11808, 32768, 65536, 1696, 100000]
+    """
+    size = FIRST_BYTES
+    for chunk in chunks:
+        start = 0
+        while start < len(chunk):
+            yield chunk[start : start + size]
+            start, size = start + size, 2 * size
 
 
 def key_finder(key: str | None, key_field: str | None) -> KeyPattern | KeyField | None:

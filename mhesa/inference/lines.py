@@ -12,9 +12,8 @@ import regex
 from mhesa.errors import InputError
 from mhesa.tokenizers.stream import BLOCK_BYTES, character_start
 
-# Lines that are read together: each takes a kilobyte of objects. At first fewer, so that the first scores of
-# a long file come soon.
-FIRST_LINES, LINES_AT_ONCE = 64, 4096
+# Lines that are read together: each takes a kilobyte of objects.
+LINES_AT_ONCE = 4096
 # Seconds that a regular expression may take for a line.
 PATTERN_SECONDS = 1.0
 # How much of a key is shown.
@@ -66,13 +65,12 @@ def split_lines(chunks: Iterable[bytes], *, offset: int = 0, number: int = 1) ->
         number: of its first line.
 
     Yields:
-        The lines that each chunk completes: `FIRST_LINES` of them at most, then up to twice as many each
-        time, at last `LINES_AT_ONCE`.
+        The lines that each chunk completes, `LINES_AT_ONCE` of them at most.
 
     >>> [[piece.text for piece in pieces] for pieces in split_lines([b"one\ntw", b"o\nthree"])]
     [[b'one\n'], [b'two\n'], [b'three']]
     """
-    held, is_first, most = b"", True, FIRST_LINES
+    held, is_first = b"", True
     for chunk in chunks:
         held += chunk
         pieces, start = [], 0
@@ -85,9 +83,9 @@ def split_lines(chunks: Iterable[bytes], *, offset: int = 0, number: int = 1) ->
             pieces.append(Piece(number, offset + start, held[start:end], is_first))
             is_first = pieces[-1].is_last
             number, start = number + is_first, end
-            if len(pieces) == most:
+            if len(pieces) == LINES_AT_ONCE:
                 yield pieces
-                pieces, most = [], min(2 * most, LINES_AT_ONCE)
+                pieces = []
         held, offset = held[start:], offset + start
         if pieces:
             yield pieces
