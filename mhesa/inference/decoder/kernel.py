@@ -59,6 +59,7 @@ from mhesa.ops.cpu.arguments import FLOAT32, FLOAT64, INT64, OPERAND, STORED, Po
 from mhesa.ops.cpu.atomics import LINE, clock, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import (
     exists,
+    inlined,
     intrinsic,
     jit,
     literals,
@@ -198,7 +199,7 @@ def _apply_tap(out, x, weight, n, first):  # type: ignore[no-untyped-def]
             out[i] += weight[i] * x[i]
 
 
-@jit
+@inlined
 def _keep_tail(args, stage, tail, start, end):  # type: ignore[no-untyped-def]
     """Make the last of a sequence's normalised rows, at `start` to `end`, its tail, oldest first."""
     n, kept, count = stage.columns, stage.taps - 1, end - start
@@ -285,7 +286,7 @@ def _finish(epilogue, totals, scale, matrix_scales, bias, out):  # type: ignore[
 # In what follows, `row` is a token's index, and its values lie at `row + shift`, which is called `at`.
 
 
-@jit
+@inlined
 def _embed(args, stage, shift, low, high):  # type: ignore[no-untyped-def]
     n = stage.columns
     for row in range(low, high):
@@ -301,7 +302,7 @@ def _pack_row(args, stage, values, at):  # type: ignore[no-untyped-def]
     _pack(values, operand, args.scales, at, stage.columns)
 
 
-@jit
+@inlined
 def _normalise_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
     for at in range(first, end):
         x = offset(stage.rows, at * stage.row_stride)
@@ -341,7 +342,7 @@ def _pass_state_on(args, turns, low, high):  # type: ignore[no-untyped-def]
     return clock() - start
 
 
-@jit
+@inlined
 def _convolve_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped-def]
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride + stage.tail)
     # The memory for u and v is not in use yet: the normalised row fits there, and after it the convolved one.
@@ -370,7 +371,7 @@ def _convolve_rows(args, stage, turns, shift, low, high):  # type: ignore[no-unt
     return waited
 
 
-@jit
+@inlined
 def _smooth_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped-def]
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride)
     heads, adaptive = stage.heads, exists(stage.rate_logits)
@@ -397,7 +398,7 @@ def _smooth_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyp
     return waited
 
 
-@jit
+@inlined
 def _pack_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
     for at in range(first, end):
         rows, source = stage.rows, at
@@ -427,7 +428,7 @@ def _multiply(args, stage, totals, panel, first, end, out_shift):  # type: ignor
             _finish(epilogue, sums, scales[at], matrix_scales, bias, out_i)
 
 
-@jit
+@inlined
 def _multiply_units(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
     """A unit is a panel and some rows; those of one panel follow one another."""
     pieces = (rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK
@@ -453,7 +454,7 @@ def _take_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped
     return 0
 
 
-@jit
+@inlined
 def _find_bits(args, stage, logits_at, first, end):  # type: ignore[no-untyped-def]
     """Make bits of the logits of some rows, the first of which lies at `logits_at`."""
     values = stack_array(args.uv, SURPRISAL_LANES)
@@ -462,7 +463,7 @@ def _find_bits(args, stage, logits_at, first, end):  # type: ignore[no-untyped-d
         args.bits[row] = row_bits(logits, args.num_tokens, args.targets[row], values)
 
 
-@jit
+@inlined
 def _keep_last(args, shift, low, high):  # type: ignore[no-untyped-def]
     """Keep the last row of each sequence that ends here: the memory of these rows is used again."""
     stage, sequence = args.stages, _sequence_of(args, low)
@@ -487,7 +488,7 @@ def rows_for(args, thread):  # type: ignore[no-untyped-def]
     return min(rows, args.own_rows) if args.own_rows else rows
 
 
-@jit
+@inlined
 def _run_share(args, totals, thread, low, high):  # type: ignore[no-untyped-def]
     """Take rows through `share_stages` stages, and note how long one took."""
     shift = thread * args.own_rows - low if args.own_rows else 0
@@ -513,7 +514,7 @@ def _run_share(args, totals, thread, low, high):  # type: ignore[no-untyped-def]
     args.row_times[thread] = (clock() - start - waited) / (high - low)
 
 
-@jit
+@inlined
 def _run_shares(args, totals):  # type: ignore[no-untyped-def]
     """Take shares of the rows, one after another."""
     taken = offset(args.counters, args.stage_count * 3 * LINE)
@@ -531,7 +532,7 @@ def _run_shares(args, totals):  # type: ignore[no-untyped-def]
     wait(done, args.rows)
 
 
-@jit
+@inlined
 def _run_stages(args, totals, first):  # type: ignore[no-untyped-def]
     """Take part in all stages from the first one on."""
     outputs = args.rows if args.all_logits else args.sequences
