@@ -145,13 +145,23 @@ def _measure(case: Case, rank: int, count: int, store: str, results: Any) -> Non
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     return_large_blocks()
-    parallel = None
-    if count > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=PATIENCE
-        )
-        assert dist.group.WORLD is not None
-        parallel = CountingContextParallel(dist.group.WORLD)
+    if count == 1:
+        results.put(_run_steps(case, 0, 1, None))
+        return
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=PATIENCE
+    )
+    assert dist.group.WORLD is not None
+    # DistributedDataParallel must be gone before the group. If it goes last, it frees the group and holds the
+    # GIL meanwhile, for which a thread of the group may wait: PyTorch 2.13 then hangs.
+    results.put(_run_steps(case, rank, count, CountingContextParallel(dist.group.WORLD)))
+    dist.destroy_process_group()
+
+
+def _run_steps(
+    case: Case, rank: int, count: int, parallel: CountingContextParallel | None
+) -> dict[str, float]:
+    """What the steps of one process take."""
     torch.manual_seed(0)
     model = MODEL.build()
     model.recompute = case.recompute
@@ -181,17 +191,13 @@ def _measure(case: Case, rank: int, count: int, store: str, results: Any) -> Non
         step()
         seconds.append(time.perf_counter() - start)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results.put(
-        {
-            "seconds": statistics.median(seconds),
-            "bytes": peak,
-            "private_bytes": peak - _shared_bytes(),
-            "sent": sent,
-            "loss": loss,
-        }
-    )
-    if parallel is not None:
-        dist.destroy_process_group()
+    return {
+        "seconds": statistics.median(seconds),
+        "bytes": peak,
+        "private_bytes": peak - _shared_bytes(),
+        "sent": sent,
+        "loss": loss,
+    }
 
 
 def _shared_bytes() -> int:
