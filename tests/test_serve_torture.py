@@ -469,7 +469,7 @@ class MixedLoad:
 @pytest.mark.timeout(MIXED_SECONDS + 300)
 def test_mixed_load_with_trouble_loses_and_mixes_nothing(folder, tmp_path):
     database = tmp_path / "s.sqlite"
-    settings = {"sessions": str(database), "limits": {"send_seconds": 2.0}, "slots": 64}
+    settings = {"sessions": database, "limits": {"send_seconds": 2.0}, "slots": 64}
     with running(folder, tmp_path / "log", **settings) as server:
         load = MixedLoad(server, database, MIXED_SECONDS)
         asyncio.run(load.alone())

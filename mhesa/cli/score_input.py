@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mhesa.data import File
     from mhesa.inference.lines import KeyField, KeyPattern
 
-# Of a file that are scored first.
+# Bytes of a file that are scored first, so that its first lines are printed soon.
 FIRST_BYTES = 1 << 13
 
 
@@ -56,12 +56,12 @@ def documents(
         if file is None:
             yield Text("-", standard_input(), None)
             continue
-        identity = os.path.realpath(file.path)
+        path = os.path.realpath(file.path)
         if whole and file.form in JSON_LINES:
             file = replace(file, form="")
         for name, chunks in file.documents(text_field, advance):
-            identified = identity if name == file.name else f"{identity} {name}"
-            yield Text(name, _small_at_first(chunks), identified)
+            identity = path if name == file.name else f"{path} {name}"
+            yield Text(name, _small_at_first(chunks), identity)
 
 
 def _small_at_first(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -28,6 +28,9 @@ The arithmetic of a row does not depend on other rows: results are the same bit 
 as part of a long stretch.
 """
 
+# Numba finds the types of kernels when it compiles them.
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 import math
@@ -147,20 +150,19 @@ TASKS_PER_THREAD = 4
 SMALLEST_PEAK = np.float32(LARGEST_OPERAND * 2.0**-126)
 EPSILON = np.float32(1e-5)
 
-# Kernels have no annotations: numba finds the types. `overload` compiles another function in place of `_pack`
-# for each type of weights.
+# `overload` compiles another function in place of `_pack` for each type of weights.
 
 # Sums may be taken in any order and fused with products, which vectors need.
 fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
 
 
 @intrinsic
-def _shift_and_scale(context, x, mean, scale, weight, bias, out, index, lanes):  # type: ignore[no-untyped-def]
+def _shift_and_scale(context, x, mean, scale, weight, bias, out, index, lanes):
     """Write `lanes` normalised values. `out` may be `x`, for which LLVM would not use vectors by itself."""
     if not literals(lanes):
         return None
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         x_0, mean, scale, weight_0, bias_0, out_0, index, _ = args
         emit = Emitter(builder, types.float32, lanes.literal_value)
         centred = builder.fsub(emit.load(x_0, index), splat(emit, mean))
@@ -172,7 +174,7 @@ def _shift_and_scale(context, x, mean, scale, weight, bias, out, index, lanes): 
 
 
 @fast
-def _normalise(x, weight, bias, out, n):  # type: ignore[no-untyped-def]
+def _normalise(x, weight, bias, out, n):
     total = np.float32(0)
     for i in range(n):
         total += x[i]
@@ -189,7 +191,7 @@ def _normalise(x, weight, bias, out, n):  # type: ignore[no-untyped-def]
 
 
 @fast
-def _apply_tap(out, x, weight, n, first):  # type: ignore[no-untyped-def]
+def _apply_tap(out, x, weight, n, first):
     """Write the products with the first tap's weights, or add those of another tap."""
     if first:
         for i in range(n):
@@ -200,7 +202,7 @@ def _apply_tap(out, x, weight, n, first):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _keep_tail(args, stage, tail, start, end):  # type: ignore[no-untyped-def]
+def _keep_tail(args, stage, tail, start, end):
     """Make the last of a sequence's normalised rows, at `start` to `end`, its tail, oldest first."""
     n, kept, count = stage.columns, stage.taps - 1, end - start
     for tap in range(kept):
@@ -212,7 +214,7 @@ def _keep_tail(args, stage, tail, start, end):  # type: ignore[no-untyped-def]
 
 
 @fast
-def _write_rates(rates, logits, damping, heads):  # type: ignore[no-untyped-def]
+def _write_rates(rates, logits, damping, heads):
     """Turn what a row adds to the logits into the alphas of its heads, and write their decays after them."""
     for head in range(heads):
         rates[head] = sigmoid(logits[head] + rates[head])
@@ -221,7 +223,7 @@ def _write_rates(rates, logits, damping, heads):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _pad(operand, n):  # type: ignore[no-untyped-def]
+def _pad(operand, n):
     # An earlier row may have left NaN there, which times a weight of zero is NaN. For int8 any value does.
     for i in range(n, (n + LARGEST_PADDING - 1) // LARGEST_PADDING * LARGEST_PADDING):
         operand[i] = 0
@@ -233,19 +235,19 @@ def _pack(row: Any, operand: Any, scales: Any, index: int, n: int) -> None:
 
 
 @overload(_pack)
-def _pack_for(row, operand, scales, index, n):  # type: ignore[no-untyped-def]
+def _pack_for(row, operand, scales, index, n):
     if operand.dtype == types.float32:
         return _pack_float32
     return _pack_bfloat16 if operand.dtype == types.uint16 else _pack_uint8
 
 
-def _pack_float32(row, operand, scales, index, n):  # type: ignore[no-untyped-def]
+def _pack_float32(row, operand, scales, index, n):
     for i in range(n):
         operand[i] = row[i]
     _pad(operand, n)
 
 
-def _pack_bfloat16(row, operand, scales, index, n):  # type: ignore[no-untyped-def]
+def _pack_bfloat16(row, operand, scales, index, n):
     for i in range(n):
         bits = np.float32(row[i]).view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -254,7 +256,7 @@ def _pack_bfloat16(row, operand, scales, index, n):  # type: ignore[no-untyped-d
     _pad(operand, n)
 
 
-def _pack_uint8(row, operand, scales, index, n):  # type: ignore[no-untyped-def]
+def _pack_uint8(row, operand, scales, index, n):
     # The largest value by its bits, which are in the order of floats without signs, NaN and infinity last. A
     # `max` of floats would ignore NaN.
     bits = np.uint32(0)
@@ -271,7 +273,7 @@ def _pack_uint8(row, operand, scales, index, n):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _finish(epilogue, totals, scale, matrix_scales, bias, out):  # type: ignore[no-untyped-def]
+def _finish(epilogue, totals, scale, matrix_scales, bias, out):
     # Each branch passes a constant, so that only the instructions of that epilogue are written.
     if epilogue == GELU:
         write_sums(GELU, totals, scale, matrix_scales, bias, out)
@@ -287,7 +289,7 @@ def _finish(epilogue, totals, scale, matrix_scales, bias, out):  # type: ignore[
 
 
 @inlined
-def _embed(args, stage, shift, low, high):  # type: ignore[no-untyped-def]
+def _embed(args, stage, shift, low, high):
     n = stage.columns
     for row in range(low, high):
         x = offset(stage.out, (row + shift) * stage.out_stride)
@@ -297,13 +299,13 @@ def _embed(args, stage, shift, low, high):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _pack_row(args, stage, values, at):  # type: ignore[no-untyped-def]
+def _pack_row(args, stage, values, at):
     operand = offset(args.operand, at * args.operand_stride)
     _pack(values, operand, args.scales, at, stage.columns)
 
 
 @inlined
-def _normalise_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
+def _normalise_rows(args, stage, first, end):
     for at in range(first, end):
         x = offset(stage.rows, at * stage.row_stride)
         # The memory for u and v is not in use yet: the normalised row fits there.
@@ -313,7 +315,7 @@ def _normalise_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _sequence_of(args, row):  # type: ignore[no-untyped-def]
+def _sequence_of(args, row):
     sequence = 0
     while args.offsets[sequence + 1] <= row:
         sequence += 1
@@ -321,7 +323,7 @@ def _sequence_of(args, row):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _wait_for_state(args, turns, low, sequence):  # type: ignore[no-untyped-def]
+def _wait_for_state(args, turns, low, sequence):
     """Wait for the rows before, if they change the state of the first row's sequence; return how long."""
     if args.offsets[sequence] >= low:
         return 0
@@ -331,7 +333,7 @@ def _wait_for_state(args, turns, low, sequence):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _pass_state_on(args, turns, low, high):  # type: ignore[no-untyped-def]
+def _pass_state_on(args, turns, low, high):
     """Let the rows after these have the state; return how long the rows before took to."""
     if args.rows == args.sequences:
         return 0
@@ -343,7 +345,7 @@ def _pass_state_on(args, turns, low, high):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _convolve_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped-def]
+def _convolve_rows(args, stage, turns, shift, low, high):
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride + stage.tail)
     # The memory for u and v is not in use yet: the normalised row fits there, and after it the convolved one.
     for at in range(low + shift, high + shift):
@@ -372,7 +374,7 @@ def _convolve_rows(args, stage, turns, shift, low, high):  # type: ignore[no-unt
 
 
 @inlined
-def _smooth_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped-def]
+def _smooth_rows(args, stage, turns, shift, low, high):
     n, states = stage.columns, offset(args.state, stage.layer * args.layer_stride)
     heads, adaptive = stage.heads, exists(stage.rate_logits)
     for at in range(low + shift, high + shift):
@@ -399,7 +401,7 @@ def _smooth_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyp
 
 
 @inlined
-def _pack_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
+def _pack_rows(args, stage, first, end):
     for at in range(first, end):
         rows, source = stage.rows, at
         if stage.outputs_only and not args.all_logits:
@@ -411,7 +413,7 @@ def _pack_rows(args, stage, first, end):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _multiply(args, stage, totals, panel, first, end, out_shift):  # type: ignore[no-untyped-def]
+def _multiply(args, stage, totals, panel, first, end, out_shift):
     """Multiply a panel by the rows that lie at `first` to `end`; outputs lie `out_shift` rows further."""
     never_inlined()
     columns, stride, scales, tile = stage.columns, stage.operand_stride, args.scales, tile_rows(stage.matrix)
@@ -429,7 +431,7 @@ def _multiply(args, stage, totals, panel, first, end, out_shift):  # type: ignor
 
 
 @inlined
-def _multiply_units(args, stage, rows, totals, low, high):  # type: ignore[no-untyped-def]
+def _multiply_units(args, stage, rows, totals, low, high):
     """A unit is a panel and some rows; those of one panel follow one another."""
     pieces = (rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK
     for unit in range(low, high):
@@ -438,7 +440,7 @@ def _multiply_units(args, stage, rows, totals, low, high):  # type: ignore[no-un
 
 
 @jit
-def _take_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped-def]
+def _take_rows(args, stage, turns, shift, low, high):
     """Take rows through a stage that is no product; return how long they waited for their turn."""
     never_inlined()
     if stage.kind == CONVOLVE:
@@ -455,7 +457,7 @@ def _take_rows(args, stage, turns, shift, low, high):  # type: ignore[no-untyped
 
 
 @inlined
-def _find_bits(args, stage, logits_at, first, end):  # type: ignore[no-untyped-def]
+def _find_bits(args, stage, logits_at, first, end):
     """Make bits of the logits of some rows, the first of which lies at `logits_at`."""
     values = stack_array(args.uv, SURPRISAL_LANES)
     for row in range(first, end):
@@ -464,7 +466,7 @@ def _find_bits(args, stage, logits_at, first, end):  # type: ignore[no-untyped-d
 
 
 @inlined
-def _keep_last(args, shift, low, high):  # type: ignore[no-untyped-def]
+def _keep_last(args, shift, low, high):
     """Keep the last row of each sequence that ends here: the memory of these rows is used again."""
     stage, sequence = args.stages, _sequence_of(args, low)
     while sequence < args.sequences and args.offsets[sequence + 1] <= high:
@@ -476,7 +478,7 @@ def _keep_last(args, shift, low, high):  # type: ignore[no-untyped-def]
 
 
 @jit
-def rows_for(args, thread):  # type: ignore[no-untyped-def]
+def rows_for(args, thread):
     """How many rows a thread's next share has: all threads should take the same time over theirs."""
     mine, speeds = args.row_times[thread], 0.0
     for other in range(args.threads):
@@ -489,7 +491,7 @@ def rows_for(args, thread):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _run_share(args, totals, thread, low, high):  # type: ignore[no-untyped-def]
+def _run_share(args, totals, thread, low, high):
     """Take rows through `share_stages` stages, and note how long one took."""
     shift = thread * args.own_rows - low if args.own_rows else 0
     start, waited, logits_at = clock(), 0, thread * args.logits_rows
@@ -515,7 +517,7 @@ def _run_share(args, totals, thread, low, high):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _run_shares(args, totals):  # type: ignore[no-untyped-def]
+def _run_shares(args, totals):
     """Take shares of the rows, one after another."""
     taken = offset(args.counters, args.stage_count * 3 * LINE)
     done = offset(taken, LINE)
@@ -533,7 +535,7 @@ def _run_shares(args, totals):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _run_stages(args, totals, first):  # type: ignore[no-untyped-def]
+def _run_stages(args, totals, first):
     """Take part in all stages from the first one on."""
     outputs = args.rows if args.all_logits else args.sequences
     for index in range(first, args.stage_count):
@@ -559,7 +561,7 @@ def _run_stages(args, totals, first):  # type: ignore[no-untyped-def]
         wait(done, tasks)
 
 
-def run(args):  # type: ignore[no-untyped-def]
+def run(args):
     """Take part in running the rows through all stages: states are changed in place, logits are written."""
     totals = stack_array(args.stages.matrix, TILE_SUMS)
     for row in range(args.rows):
