@@ -287,9 +287,21 @@ def test_what_is_sent_is_what_is_declared(http):
         # A field that is not declared shall be an error.
         schema.setdefault("additionalProperties", False)
 
-    def check(method, path, kind, value):
-        content = api["paths"][path][method]["responses"]["200"]["content"][kind]
-        jsonschema_rs.validate({**content["schema"], "components": api["components"]}, value)
+    def content(method, path, kind):
+        return api["paths"][path][method]["responses"]["200"]["content"][kind]
+
+    def validate(schema, value):
+        jsonschema_rs.validate({**schema, "components": api["components"]}, value)
+
+    def check(method, path, value):
+        validate(content(method, path, "application/json")["schema"], value)
+
+    def check_event(path, event):
+        described = content("post", path, "text/event-stream")["itemSchema"]
+        data = event.removeprefix("data: ")
+        validate(described, {"data": data})
+        if data != "[DONE]":
+            validate(described["properties"]["data"]["anyOf"][0]["contentSchema"], json.loads(data))
 
     texts = {"max_tokens": 5, "n": 2, "seed": 1}
     chat = texts | {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2}
@@ -299,19 +311,19 @@ def test_what_is_sent_is_what_is_declared(http):
         ("/v1/chat/completions", chat),
         ("/v1/chat/completions", {"messages": chat["messages"], "max_tokens": 5}),
     ]:
-        check("post", path, "application/json", http.post(path, json=body).json())
+        check("post", path, http.post(path, json=body).json())
         for options in ({}, {"include_usage": True, "continuous_usage_stats": True}):
             streamed = http.post(path, json=body | {"stream": True, "stream_options": options}).text
-            *events, done, rest = streamed.split("\n\n")
-            assert (done, rest) == ("data: [DONE]", "")
+            *events, rest = streamed.split("\n\n")
+            assert (events[-1], rest) == ("data: [DONE]", "")
             for event in events:
-                check("post", path, "text/event-stream", json.loads(event.removeprefix("data: ")))
+                check_event(path, event)
     http.post("/v1/completions", json={"prompt": "x", "session": "declared"})
-    check("post", "/v1/score", "application/json", http.post("/v1/score", json={"input": ["a\nb"]}).json())
-    check("post", "/tokenize", "application/json", http.post("/tokenize", json={"prompt": "a"}).json())
-    check("post", "/detokenize", "application/json", http.post("/detokenize", json={"tokens": [1]}).json())
+    check("post", "/v1/score", http.post("/v1/score", json={"input": ["a\nb"]}).json())
+    check("post", "/tokenize", http.post("/tokenize", json={"prompt": "a"}).json())
+    check("post", "/detokenize", http.post("/detokenize", json={"tokens": [1]}).json())
     for path in ("/v1/models", "/v1/sessions", "/health", "/tokenizer_info"):
-        check("get", path, "application/json", http.get(path).json())
+        check("get", path, http.get(path).json())
 
 
 # Scores

@@ -138,8 +138,12 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _events(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    schema = {"$ref": SCHEMAS.format(model=chunk.__name__)}
-    return {200: {"content": {"text/event-stream": {"schema": schema}}}}
+    """The description of a stream: of one event, whose data is a chunk or an error as JSON, or the end."""
+    contents = [{"$ref": SCHEMAS.format(model=model.__name__)} for model in (chunk, protocol.ErrorBody)]
+    json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": contents}}
+    data = {"anyOf": [json, {"const": "[DONE]"}]}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {200: {"content": {"text/event-stream": {"itemSchema": event}}}}
 
 
 def _request_body(body: type[BaseModel]) -> dict[str, Any]:
