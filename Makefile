@@ -10,6 +10,9 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 OLDEST_TESTS := package cli folder data_sources data_formats data_corpus vocabulary session serve \
 	hf_configuration hf_generation hf_modeling hf_tokenization
 
+# Each of the processes that tests start would compile Python's sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: try demo test test-oldest coverage torture model site wasm dist clean
 
 # Write with the model that is in the repository.
@@ -26,9 +29,11 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/mypy
 	$(BIN)/hadolint deploy/Dockerfile
-	$(BIN)/python $(PYTEST) $(PYTEST_OPTIONS)
+	@# Types are checked while the tests run: mypy keeps one core busy for most of a minute.
+	$(BIN)/mypy > $(VENV)/mypy.log & types=$$!; \
+	$(BIN)/python $(PYTEST) $(PYTEST_OPTIONS); tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/mypy.log; exit $$((tests | types))
 
 # The tests in which other packages do most, with the oldest versions that pyproject.toml allows. It takes
 # 4 minutes or less, so that every change can run it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ else:
 LOCK = ".lock"
 # At most, of a lock's text, which says who holds it.
 HOLDER_BYTES = 300
+# At most, for what another process makes.
+WAIT_SECONDS = 60
 
 
 @contextmanager
@@ -55,6 +58,32 @@ def only_writer_of_folder(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             for one in made:
                 one.rmdir()
+
+
+@contextmanager
+def made_once(marker: Path) -> Iterator[None]:
+    """Let one process make what several need, as long as the others find it when it has been made.
+
+    Those that come meanwhile wait, a minute at most. Where no marker can be written, nobody waits.
+
+    Args:
+        marker: a file, empty until the thing is made.
+    """
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        yield
+        return
+    try:
+        until = time.monotonic() + WAIT_SECONDS
+        while not (os.fstat(descriptor).st_size or _try_lock(descriptor)) and time.monotonic() < until:
+            time.sleep(0.02)
+        yield
+        with suppress(OSError):  # no space is left
+            os.write(descriptor, b"made")
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The command line in processes of its own, forked from one that has imported it.
 
-A fork takes milliseconds where a new interpreter takes seconds to import torch. Tests of signals, of
-streams that close and of importing itself start new interpreters.
+A fork takes milliseconds where a new interpreter takes seconds to import torch. Tests of importing, and of
+streams that are closed when the interpreter ends, start new interpreters.
 """
 
 import multiprocessing
@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,50 @@ FORKED.set_forkserver_preload(
 SECONDS = 500
 
 
-def run_command(*arguments, data=b"", text=False):
-    """Run `mhesa` with these arguments and standard input: its exit code, and its output as bytes or text."""
-    [done] = _run([dict(os.environ)], arguments, data)
+def run_command(*arguments, data=b"", stdin=None, stdout=None, text=False):
+    """Run `mhesa` with these arguments: its exit code, and its output as bytes or text.
+
+    Its standard input is `data`, or a file; a file that standard output goes to is appended to.
+    """
+    [done] = _run([dict(os.environ)], arguments, data, stdin=stdin, stdout=stdout)
     if text:
         done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     return done
+
+
+class StartedCommand:
+    """`mhesa` in a forked process and the ends of its pipes, with the methods of `subprocess.Popen`."""
+
+    def __init__(self, *arguments):
+        with tempfile.TemporaryDirectory() as name:
+            streams = [Path(name) / stream for stream in "012"]
+            for stream in streams:
+                os.mkfifo(stream)
+            given = streams, list(map(str, arguments)), dict(os.environ), os.getcwd()
+            self.process = FORKED.Process(target=_main, args=given)
+            self.process.start()
+            # Each waits for the process to open its end, in the same order.
+            self.stdin, self.stdout, self.stderr = map(open, streams, ("wb", "rb", "rb"))
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout=SECONDS):
+        self.process.join(timeout)
+        assert self.returncode is not None, "the command has not ended"
+        return self.returncode
+
+    def communicate(self, timeout=SECONDS):
+        """All that is still to be read of both outputs, when the process has ended."""
+        self.stdin.close()
+        with ThreadPoolExecutor(2) as pool:
+            outputs = list(pool.map(lambda stream: stream.read(), (self.stdout, self.stderr)))
+        self.wait(timeout)
+        return outputs
 
 
 def run_processes(count, *arguments, meanwhile=lambda processes: None):
@@ -107,7 +146,7 @@ def run_on_a_small_disk(folder, copy, kilobytes, *arguments):
     return done
 
 
-def _run(environments, arguments, data, meanwhile=lambda processes: None):
+def _run(environments, arguments, data, meanwhile=lambda processes: None, stdin=None, stdout=None):
     arguments = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as name:
         processes = []
@@ -115,25 +154,30 @@ def _run(environments, arguments, data, meanwhile=lambda processes: None):
             folder = Path(name) / str(index)
             folder.mkdir()
             (folder / "0").write_bytes(data)
-            process = FORKED.Process(target=_main, args=(folder, arguments, environment, os.getcwd()))
+            streams = [stdin or folder / "0", stdout or folder / "1", folder / "2"]
+            process = FORKED.Process(target=_main, args=(streams, arguments, environment, os.getcwd()))
             process.start()
-            processes.append((process, folder))
+            processes.append((process, streams))
         meanwhile([process for process, _ in processes])
         done = []
-        for process, folder in processes:
+        for process, streams in processes:
             process.join(SECONDS)
             process.kill()
             process.join()
-            outputs = [(folder / stream).read_bytes() for stream in "12"]
+            outputs = [stream.read_bytes() for stream in streams[1:]]
             done.append(subprocess.CompletedProcess(arguments, process.exitcode, *outputs))
     return done
 
 
-def _main(folder, arguments, environment, directory):
-    for descriptor, mode in enumerate(("rb", "wb", "wb")):
-        with open(folder / str(descriptor), mode) as file:
-            os.dup2(file.fileno(), descriptor)
-    sys.stdin = open(0)  # noqa: SIM115
+def _main(streams, arguments, environment, directory):
+    output = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for descriptor, flags in enumerate((os.O_RDONLY, output, output)):
+        opened = os.open(streams[descriptor], flags)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    # Those that were there remember what kind of files they had.
+    sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)

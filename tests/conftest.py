@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -19,6 +20,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Read when triton is first imported: without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What is imported stays. Searching it for garbage would take a tenth of the tests' time.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collection, which begins."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def _kept_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep it out: a command that ends in this process would have it searched again."""
+    for name in ("freeze", "unfreeze"):
+        monkeypatch.setattr(gc, name, lambda: None)
+
 
 # Where CI is set, a test may be skipped for these reasons alone.
 REASONS_TO_SKIP = ("no CUDA device",)

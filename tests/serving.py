@@ -1,5 +1,6 @@
 """A small model, and servers of it: in processes of their own, or in this one."""
 
+import gc
 import json
 import os
 import socket
@@ -106,6 +107,7 @@ def running(folder: Path, log: Path, **settings):
 
 def _serve(folder: Path, settings: dict, environment: dict[str, str], log: str) -> None:
     """Be a server that logs to a file, with settings that the command line does not offer."""
+    gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
     with open(log, "w") as file:

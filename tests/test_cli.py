@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 
 import pytest
-from commands import run_command
+from commands import StartedCommand, run_command
 from safetensors.torch import load_file
 
 from mhesa import cli
@@ -78,8 +79,17 @@ def trained(corpus, tmp_path_factory):
 # The main job
 
 
+@pytest.fixture
+def frozen(monkeypatch):
+    """The names of gc's functions that keep objects out of collection and let them in, as they are called."""
+    called = []
+    for name in ("freeze", "unfreeze"):
+        monkeypatch.setattr(gc, name, partial(called.append, name))
+    return called
+
+
 @pytest.mark.parametrize("command", ["generate", "score", "eval", "train", "serve", "export"])
-def test_garbage_is_collected_while_a_command_works(command, trained, corpus, tmp_path, monkeypatch):
+def test_garbage_is_collected_while_a_command_works(command, trained, corpus, tmp_path, monkeypatch, frozen):
     seen = {}
 
     def work(*_, **__):
@@ -104,7 +114,7 @@ def test_garbage_is_collected_while_a_command_works(command, trained, corpus, tm
         cli.main()
     assert seen == {"while it works": True}
     assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
+    assert frozen[-1] == "unfreeze"
 
 
 def test_train_says_what_it_did(trained):
@@ -181,14 +191,14 @@ def test_a_stopped_run_resumes_to_the_same_weights(trained, corpus, tmp_path, fa
     whole, _ = trained
     out = tmp_path / "stopped"
     command = ["train", str(corpus), "--out", str(out), "--steps", "60", "--precision", "fp32", *TINY]
-    process = subprocess.Popen([sys.executable, "-m", "mhesa", *command], stderr=subprocess.PIPE, text=True)
+    process = StartedCommand(*command)
     while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text()) < 100:
-        assert process.poll() is None, process.stderr.read()
+        assert process.returncode is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "Continue with: mhesa train --resume" in err
+    assert b"Continue with: mhesa train --resume" in err
     assert (out / "model.safetensors").exists()
 
     refused = fails("train", "--resume", "--out", out, "--dim", 24)
@@ -430,11 +440,7 @@ def test_generation_that_cannot_be_is_refused(fails, saved, arguments, message):
 
 
 def test_a_reader_that_leaves_early_is_no_error(saved):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mhesa", "generate", str(saved), "--length", "100000", "--temperature", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = StartedCommand("generate", saved, "--length", 100_000, "--temperature", 0)
     process.stdout.read(10)
     process.stdout.close()
     assert process.stderr.read() == b""

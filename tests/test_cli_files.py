@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from commands import FORKED, run_processes
+from commands import FORKED, run_command, run_processes
 from serving import save_model
 
 import mhesa
@@ -70,9 +70,7 @@ def test_a_page_does_not_replace_a_source(run, folder, text, source, spelling):
         os.link(text, page)
     named = {"file": text, "folder": text.parent, "pattern": text.parent / "*.txt"}
     if source == "standard input":
-        done = subprocess.run(
-            [*COMMAND, "score", folder, "--heatmap", page], stdin=text.open(), capture_output=True
-        )
+        done = run_command("score", folder, "--heatmap", page, stdin=text)
         assert (done.returncode, done.stdout) == (2, b"")
         err = done.stderr.decode()
     else:
@@ -84,13 +82,7 @@ def test_a_page_does_not_replace_a_source(run, folder, text, source, spelling):
 @pytest.mark.parametrize("command", ["score", "generate"])
 def test_standard_output_is_not_read_without_end(folder, text, command):
     arguments = {"score": [text.parent], "generate": ["--prompt", "-", "--length", "1"]}[command]
-    done = subprocess.run(
-        [*COMMAND, command, folder, *arguments],
-        stdin=text.open(),
-        stdout=text.open("ab"),
-        stderr=subprocess.PIPE,
-        timeout=120,
-    )
+    done = run_command(command, folder, *arguments, stdin=text, stdout=text)
     assert done.returncode == 2
     assert b"standard output goes to a file that is to be read" in done.stderr
     assert text.read_bytes() == LINES

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from commands import run_command
+from commands import StartedCommand, run_command
 
 from mhesa import GatedExponentialSmoothingLM, cli
 from mhesa.hf import ByteTokenizer, MhesaForCausalLM
@@ -112,12 +112,7 @@ def test_lines_come_as_they_are_written_and_interrupting_is_quiet(folder):
 
 
 def test_interrupting_a_ranking_shows_it_so_far(folder, tmp_path):
-    process = subprocess.Popen(
-        [*COMMAND, "score", str(folder), "--top", "1", "--heatmap", str(tmp_path / "page.html")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = StartedCommand("score", folder, "--top", 1, "--heatmap", tmp_path / "page.html")
     process.stdin.write(b"a line\n" * 20_000)
     process.stdin.flush()
     # The last lines are being scored, or have been, once this much has left the pipe.

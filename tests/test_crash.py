@@ -4,6 +4,7 @@ The ordinary tests kill a few; `make torture` kills hundreds and writes `benchma
 Processes are forked from one that has imported everything, and killed for real.
 """
 
+import gc
 import json
 import os
 import random
@@ -40,6 +41,7 @@ def run_in_fork(settings, resume, ready):
     while ready is not None and not Path(ready).exists():
         time.sleep(0.002)
     torch.set_num_threads(1)
+    gc.freeze()
     train(settings, resume=resume)
 
 

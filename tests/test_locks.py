@@ -2,12 +2,14 @@
 
 import os
 import threading
+import time
 
 import pytest
 from commands import FORKED
 
+from mhesa import locks
 from mhesa.errors import InputError
-from mhesa.locks import only_writer_of_file, only_writer_of_folder
+from mhesa.locks import made_once, only_writer_of_file, only_writer_of_folder
 
 ROUNDS = 100
 
@@ -98,3 +100,60 @@ def test_what_cannot_be_locked_is_named(tmp_path):
     (tmp_path / ".lock").symlink_to("file")
     assert refusal(tmp_path).startswith(f"cannot write to {tmp_path}")
     assert (tmp_path / "file").read_text() == "text"
+
+
+# What one process makes for all
+
+
+def make(marker, made, barrier):
+    barrier.wait()
+    with made_once(marker):
+        if not made.exists():
+            # Long enough for the others to come.
+            time.sleep(0.2)
+            with open(made.with_name("makers"), "a") as makers:
+                makers.write("x")
+            made.write_text("it")
+
+
+def test_one_process_makes_what_all_need(tmp_path):
+    barrier = FORKED.Barrier(4)
+    arguments = tmp_path / "new" / "marker", tmp_path / "made", barrier
+    processes = [FORKED.Process(target=make, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert (tmp_path / "makers").read_text() == "x"
+
+
+def make_and_die(marker):
+    with made_once(marker):
+        os._exit(9)
+
+
+def test_what_a_process_left_unmade_the_next_one_makes(tmp_path):
+    process = FORKED.Process(target=make_and_die, args=(tmp_path / "marker",))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    with pytest.raises(KeyError), made_once(tmp_path / "marker"):
+        raise KeyError
+    assert (tmp_path / "marker").read_bytes() == b""
+    with made_once(tmp_path / "marker"):
+        pass
+    assert (tmp_path / "marker").read_bytes() == b"made"
+
+
+def test_nobody_waits_for_a_process_that_stands_still(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "WAIT_SECONDS", 0.1)
+    with made_once(tmp_path / "marker"), made_once(tmp_path / "marker"):
+        pass
+
+
+def test_where_no_marker_can_be_written_each_makes_its_own(tmp_path):
+    (tmp_path / "file").write_text("")
+    with made_once(tmp_path / "file" / "marker"), made_once(tmp_path / "file" / "marker"):
+        pass
+    assert (tmp_path / "file").read_text() == ""

@@ -5,14 +5,12 @@ import math
 import random
 import re
 import signal
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from commands import run_on_a_small_disk
+from commands import StartedCommand, run_on_a_small_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,9 +76,7 @@ def test_killed_runs_miss_no_line_and_mix_no_sessions(run, folder, tmp_path, kil
     whole = {row["number"]: row for row in rows_of(run(*arguments)[1])}
     chance, seen = random.Random(0), {}
     for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mhesa", *arguments, "--state", str(state)], stdout=subprocess.PIPE
-        )
+        process = StartedCommand(*arguments, "--state", state)
         wanted = chance.randint(1, 700)
         came = [line for line, _ in zip(process.stdout, range(wanted), strict=False)]
         process.send_signal(signal.SIGKILL)

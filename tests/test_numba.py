@@ -11,12 +11,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numba
 import pytest
 import torch
+from commands import FORKED
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mhesa.ops import exponential_smoothing
+from mhesa.ops.cpu import compiling
 from mhesa.ops.cpu import threads as threading
 
 CALL = """
@@ -154,6 +157,25 @@ def test_the_first_call_is_silent_and_the_next_finds_the_cache(tmp_path: Path) -
     assert kept
     assert run_fresh(cache).stderr == first.stderr
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.nbc")} == kept
+
+
+def compile_at_once(cache, barrier, found):
+    numba.config.CACHE_DIR = cache
+    barrier.wait()
+    exponential_smoothing(torch.ones(1, 8, 1, 4), torch.ones(1), torch.ones(1), backend="numba")
+    found.put([function.cache_hits for function in compiling._COMPILED])
+
+
+def test_of_processes_that_start_at_once_one_compiles(tmp_path: Path) -> None:
+    barrier, found = FORKED.Barrier(3), FORKED.SimpleQueue()
+    arguments = str(tmp_path / "cache"), barrier, found
+    processes = [FORKED.Process(target=compile_at_once, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    hits = sorted(found.get() for _ in processes)
+    for process in processes:
+        process.join()
+    assert hits == [[0], [1], [1]]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:

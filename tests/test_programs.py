@@ -71,31 +71,58 @@ def folders(tmp_path_factory):
     return {"bytes": save_model(root / "bytes"), "bpe": save_model(root / "bpe", words)}
 
 
-@pytest.fixture
-def program(tmp_path):
-    """Run a Python program that has no network."""
+# Runs each program in a process forked after the imports, which take it several seconds.
+FORKS = """
+import json, os, sys
+import datasets, lm_eval.evaluator, torchao.quantization, transformers.generation, trl
+from trl import SFTTrainer
+assert "mhesa" not in sys.modules
+for line in sys.stdin:
+    code, log, *arguments = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.argv[1:] = arguments
+        exec(code, {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
 
-    def run(*arguments):
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            capture_output=True,
-            encoding="utf-8",
-            env=os.environ | offline,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """The process that they are forked from, which has no network."""
+    home = tmp_path_factory.mktemp("home")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKS], env=os.environ | offline, **pipes) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def program(forks, tmp_path):
+    """Run a Python program."""
+
+    def run(code, *arguments):
+        log = tmp_path / "log"
+        forks.stdin.write(json.dumps([code, str(log), *map(str, arguments)]) + "\n")
+        forks.stdin.flush()
+        assert forks.stdout.readline() == "0\n", log.read_text()[-4000:]
 
     return run
 
 
 def test_trl_trains_on_texts(folders, program, tmp_path):
-    program("-c", SFT, folders["bytes"], tmp_path / "out")
+    program(SFT, folders["bytes"], tmp_path / "out")
     trained, untrained = (bits(folder) for folder in (tmp_path / "out", folders["bytes"]))
     assert trained < 0.7 * untrained
 
 
 def test_torchao_holds_weights_in_8_bits(folders, program):
-    program("-c", INT8, folders["bytes"])
+    program(INT8, folders["bytes"])
 
 
 def bits(folder: Path) -> float:
@@ -158,7 +185,7 @@ def harness(program, tasks, tmp_path):
     """Run lm-evaluation-harness: each log-likelihood by task."""
 
     def run(model, arguments):
-        program("-c", HARNESS, model, arguments, tasks, tmp_path / "samples", *TASKS)
+        program(HARNESS, model, arguments, tasks, tmp_path / "samples", *TASKS)
         found = {}
         for name, rows in json.loads((tmp_path / "samples").read_text()).items():
             rows.sort(key=lambda row: row["doc_id"])

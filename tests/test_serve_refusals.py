@@ -4,10 +4,9 @@ import base64
 import json
 import math
 import socket
-import subprocess
-import sys
 
 import pytest
+from commands import run_command
 from serving import ENDLESS, KEYS, complete, in_process
 
 from mhesa.errors import InputError
@@ -272,12 +271,7 @@ def test_no_page_is_allowed_unless_asked_for(http):
 
 
 def test_a_server_that_is_open_to_the_network_without_keys_is_refused(folder):
-    done = subprocess.run(
-        [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", "0", "--host", "0.0.0.0"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_command("serve", folder, "--port", 0, "--host", "0.0.0.0", text=True)
     assert done.returncode == 2
     assert "can be reached from other machines: give --keys FILE" in done.stderr
     assert "Traceback" not in done.stderr
@@ -286,12 +280,7 @@ def test_a_server_that_is_open_to_the_network_without_keys_is_refused(folder):
 def test_an_address_in_use_is_told_in_one_line(folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, "-m", "mhesa", "serve", str(folder), "--port", str(port)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = run_command("serve", folder, "--port", port, text=True)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "Loading weights" not in line] == [
         f"Error: cannot listen on 127.0.0.1:{port}: is it in use?"

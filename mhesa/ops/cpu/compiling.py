@@ -21,6 +21,7 @@ import numba.extending
 import torch
 from llvmlite import ir
 
+from mhesa.locks import made_once
 from mhesa.ops.cpu.arguments import Pointer, Struct
 
 # Numba is annotated in part only. Only kernels call these functions: the wrappers by which Python and C would
@@ -29,6 +30,7 @@ jit: Any = partial(numba.njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 # For a function that is called in one place: numba writes it there. To compile it by itself takes 0.1 s.
 inlined: Any = partial(jit, inline="always")
 cfunc: Any = numba.cfunc
+config: Any = numba.config
 types: Any = numba.types
 cgutils: Any = numba.core.cgutils
 extending: Any = numba.extending
@@ -201,13 +203,15 @@ def compiled(
         variant: names what else the code depends on, for the cache.
     """
     signature = types.void(StructPointer(arguments, STORED_TYPES[dtype]))
-    try:
-        # Numba's cache sees changes of the kernel's own file only, so the name holds a digest of all sources.
-        folders = Path(__file__).parent, Path(kernel.__code__.co_filename).parent
-        kernel.__qualname__ = f"{kernel.__name__}_{variant}{_digest(*folders)}"
-        function = cfunc(signature, cache=True, error_model="numpy")(kernel)
-    except (OSError, RuntimeError):  # numba finds no folder to write to, or cannot write to it
-        function = cfunc(signature, error_model="numpy")(kernel)
+    folder = Path(kernel.__code__.co_filename).parent
+    # Numba's cache sees changes of the kernel's own file only, so the name holds a digest of all sources.
+    kernel.__qualname__ = f"{kernel.__name__}_{variant}{_digest(Path(__file__).parent, folder)}"
+    markers = Path(config.CACHE_DIR or folder / "__pycache__")
+    with made_once(markers / f"{kernel.__qualname__}_{dtype}".replace("torch.", "")):
+        try:
+            function = cfunc(signature, cache=True, error_model="numpy")(kernel)
+        except (OSError, RuntimeError):  # numba finds no folder to write to, or cannot write to it
+            function = cfunc(signature, error_model="numpy")(kernel)
     _COMPILED.append(function)
     return int(function.address)
 
