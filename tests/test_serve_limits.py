@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -55,6 +56,22 @@ def test_what_is_no_http_is_refused(server, data, status, code):
     answer = raw(server, data)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == code
+
+
+def test_who_goes_on_sending_what_is_refused_gets_the_answer(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"GET /" + b"y" * 100_000)
+        # The answer has come.
+        select.select([connection], [], [], 60)
+        for _ in range(10):
+            connection.sendall(b"y" * 100_000)
+            time.sleep(0.01)
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+    assert received.startswith(b"HTTP/1.1 431 ")
+    assert received.endswith(b"}")
 
 
 @pytest.mark.parametrize("part", ["", "GET / HTTP/1.1\r\nHost:", HEAD + "Content-Length: 100\r\n\r\n{"])

@@ -21,7 +21,7 @@ from mhesa.ops.cpu.memory import share_heaps
 from mhesa.serve.api.app import create_app
 from mhesa.serve.api.errors import APIError
 from mhesa.serve.api.service import Service
-from mhesa.serve.http.guard import protect
+from mhesa.serve.http.guard import DRAIN_SECONDS, protect
 from mhesa.serve.logs import log, redirect_logger
 from mhesa.serve.sessions import SessionError
 from mhesa.serve.settings import Limits
@@ -141,6 +141,7 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
     class Protocol(HttpToolsProtocol):
         _complete = False
+        _refused = False
         # Bytes of the request's line and headers so far; `None` once they are complete.
         _head: int | None = 0
 
@@ -150,6 +151,8 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
             self._start_timer("receive", limits.receive_seconds)
 
         def data_received(self, data: bytes) -> None:
+            if self._refused:
+                return
             if self._head is not None:
                 self._head += len(data)
             super().data_received(data)
@@ -195,7 +198,10 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
-            self.transport.close()
+            self._refused = True
+            # What still comes is read: it would reset a connection that is closed, and the answer be lost.
+            self.transport.write_eof()
+            self.loop.call_later(DRAIN_SECONDS, self.transport.close)
 
         def _start_timer(self, name: str, seconds: float) -> None:
             self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
