@@ -28,6 +28,7 @@ gc.disable()
 def pytest_collection_finish() -> None:
     """Leave what was imported out of garbage collection, which begins."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     gc.enable()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -203,15 +204,18 @@ def compiled(
         variant: names what else the code depends on, for the cache.
     """
     signature = types.void(StructPointer(arguments, STORED_TYPES[dtype]))
-    folder = Path(kernel.__code__.co_filename).parent
+    source = Path(kernel.__code__.co_filename)
     # Numba's cache sees changes of the kernel's own file only, so the name holds a digest of all sources.
-    kernel.__qualname__ = f"{kernel.__name__}_{variant}{_digest(Path(__file__).parent, folder)}"
-    markers = Path(config.CACHE_DIR or folder / "__pycache__")
-    with made_once(markers / f"{kernel.__qualname__}_{dtype}".replace("torch.", "")):
-        try:
+    kernel.__qualname__ = f"{kernel.__name__}_{variant}{_digest(Path(__file__).parent, source.parent)}"
+    marker = (
+        Path(config.CACHE_DIR or source.parent / "__pycache__")
+        / f"{kernel.__qualname__}_{STORED_TYPES[dtype]}"
+    )
+    try:
+        with made_once(marker) if source.exists() else nullcontext():
             function = cfunc(signature, cache=True, error_model="numpy")(kernel)
-        except (OSError, RuntimeError):  # numba finds no folder to write to, or cannot write to it
-            function = cfunc(signature, error_model="numpy")(kernel)
+    except (OSError, RuntimeError):  # numba finds no folder to write to, or cannot write to it
+        function = cfunc(signature, error_model="numpy")(kernel)
     _COMPILED.append(function)
     return int(function.address)
 
