@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from mhesa.ops import exponential_smoothing, reference
 from mhesa.ops.cpu import backend as cpu
 
-OFFSETS = pytest.mark.parametrize("offsets", [None, [0, 2, 2, 5]], ids=["batch", "packed"])
-
 
 def arguments(*, batch: int = 2, length: int = 5, offsets: list[int] | None = None) -> list[Any]:
     """`x, alpha, decay, skip, initial_state`, all requiring gradients."""
@@ -48,10 +46,11 @@ def true_energy(*tensors: Tensor) -> Tensor:
     return sum((output.pow(3).sum() for output in reference.scan(*tensors, None, False)), torch.tensor(0.0))
 
 
-@OFFSETS
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("optional", [False, True])
-def test_opcheck(offsets: list[int] | None, reverse: bool, optional: bool) -> None:
+@pytest.mark.parametrize(
+    ("packed", "reverse", "optional"), covering(itertools.product([False, True], repeat=3))
+)
+def test_opcheck(packed: bool, reverse: bool, optional: bool) -> None:
+    offsets = [0, 2, 2, 5] if packed else None
     x, alpha, decay, skip, state = arguments(offsets=offsets)
     dfinal = torch.randn_like(state)
     rest = (

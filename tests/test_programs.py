@@ -1,9 +1,13 @@
-"""Programs of others that know nothing of mhesa: trl, torchao and lm-evaluation-harness."""
+"""Programs of others that know nothing of mhesa, or import it and no more.
+
+`trust_remote_code=True` is enough for transformers' own classes, trl, torchao and lm-evaluation-harness.
+"""
 
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +15,49 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import run_command
 from serving import WORDS, running, save_model
 
-from mhesa import Reader, Session, load
+from mhesa import Reader, Sampling, Session, generate, load, remote_code
 from mhesa.tokenizers import train_bpe
 
+PROMPT = "7 né"
+# Is refused each folder without the user's word; writes with it by a pipeline, and saves it again.
+PIPELINES = """
+import json, sys
+from transformers import AutoModelForCausalLM, pipeline
+prompt, *folders = sys.argv[1:]
+try:
+    AutoModelForCausalLM.from_pretrained(folders[0], trust_remote_code=False)
+except ValueError:
+    assert "mhesa" not in sys.modules
+else:
+    sys.exit("code of a folder was imported without leave")
+for folder in folders:
+    write = pipeline("text-generation", model=folder, trust_remote_code=True)
+    [text] = write(prompt, max_new_tokens=20, do_sample=False, return_full_text=False)
+    write.model.save_pretrained(f"{folder}-copy")
+    write.tokenizer.save_pretrained(f"{folder}-copy")
+    again = AutoModelForCausalLM.from_pretrained(f"{folder}-copy", trust_remote_code=True)
+    print(json.dumps([type(again).__module__, text["generated_text"]]))
+"""
+# Imports mhesa once.
+IMPORTS = """
+import json, sys, torch, mhesa.hf
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+config, tokenizer, model = (
+    kind.from_pretrained(sys.argv[1]) for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM)
+)
+ids = tokenizer("12 bottles", return_tensors="pt")
+with torch.no_grad():
+    print(json.dumps({
+        "class": type(model).__name__,
+        "dim": config.dim,
+        "ids": ids["input_ids"].tolist(),
+        "logits": model(**ids).logits[0].tolist(),
+        "written": model.generate(**ids, max_new_tokens=5, do_sample=False).tolist(),
+    }))
+"""
 # Trains on lines by trl, with the options of its own command.
 SFT = """
 import sys
@@ -78,11 +120,11 @@ import datasets, lm_eval.evaluator, torchao.quantization, transformers.generatio
 from trl import SFTTrainer
 assert "mhesa" not in sys.modules
 for line in sys.stdin:
-    code, log, *arguments = json.loads(line)
+    code, *arguments = json.loads(line)
     pid = os.fork()
     if pid == 0:
         for stream in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+            os.dup2(os.open(arguments.pop(0), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         sys.argv[1:] = arguments
         exec(code, {"__name__": "__main__"})
         sys.stdout.flush()
@@ -104,15 +146,48 @@ def forks(tmp_path_factory):
 
 @pytest.fixture
 def program(forks, tmp_path):
-    """Run a Python program."""
+    """Run a Python program; what it prints."""
+    out, err = tmp_path / "stdout", tmp_path / "stderr"
 
     def run(code, *arguments):
-        log = tmp_path / "log"
-        forks.stdin.write(json.dumps([code, str(log), *map(str, arguments)]) + "\n")
+        forks.stdin.write(json.dumps([code, *map(str, (out, err, *arguments))]) + "\n")
         forks.stdin.flush()
-        assert forks.stdout.readline() == "0\n", log.read_text()[-4000:]
+        assert forks.stdout.readline() == "0\n", err.read_text()[-4000:]
+        return out.read_text()
 
     return run
+
+
+def test_transformers_writes_by_a_folder_and_saves_it_again(folders, program, tmp_path):
+    copies = [shutil.copytree(folder, tmp_path / kind) for kind, folder in folders.items()]
+    for where, line in zip(copies, program(PIPELINES, PROMPT, *copies).splitlines(), strict=True):
+        model, tokenizer = load(where)
+        ids = torch.from_numpy(tokenizer.encode_bytes(PROMPT.encode()).astype("int64"))
+        [new] = generate(model, [ids], max_new_tokens=20, sampling=Sampling(temperature=0))
+        text = tokenizer.decode_bytes(new.tolist()).decode("utf-8", "replace")
+        assert json.loads(line) == ["mhesa.hf.modeling", text]
+        copy = where.with_name(f"{where.name}-copy")
+        for saved in (where, copy):
+            assert [path.name for path in saved.glob("*.py")] == [remote_code.FILE]
+            assert (saved / remote_code.FILE).read_text() == remote_code.SOURCE
+        assert torch.equal(load(copy)[0](ids[None]), model(ids[None]))
+
+
+def test_one_import_is_enough_for_a_folder_that_mhesa_trains(program, tmp_path):
+    (tmp_path / "text").write_text("12 bottles of beer\n" * 500)
+    sizes = ("--dim", 16, "--depth", 2, "--heads", 2, "--dim-mhesa", 8, "--context", 32)
+    done = run_command("train", tmp_path / "text", "--out", tmp_path / "run", "--steps", 5, *sizes)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(program(IMPORTS, tmp_path / "run"))
+    model, _ = load(tmp_path / "run")
+    ids = torch.tensor([list(b"12 bottles")])
+    [new] = generate(model, list(ids), max_new_tokens=5, sampling=Sampling(temperature=0))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(found["logits"]), model(ids)[0], atol=1e-4, rtol=1e-4)
+    assert found["class"] == "MhesaForCausalLM"
+    assert found["dim"] == 16
+    assert found["ids"] == ids.tolist()
+    assert found["written"] == [[*ids[0].tolist(), *new.tolist()]]
 
 
 def test_trl_trains_on_texts(folders, program, tmp_path):

@@ -4,6 +4,7 @@ The interpreter must be chosen before triton is imported; `conftest.py` does whe
 compiler makes of the kernels is tested without a device, in a process that is not interpreted.
 """
 
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from combinations import covering
 
 from mhesa.ops import BACKENDS, exponential_smoothing
 from mhesa.ops.backends import Backend
@@ -174,22 +176,25 @@ def assert_same(actual, expected):
         assert torch.equal(actual[name], value), name
 
 
+# Shapes and options of `make_inputs`.
+CASES = {
+    "one step": ((2, 1, 3, 5), {}),
+    "plain": ((2, 65, 1, 32), {"skip": False, "initial": False}),
+    "heads of a block": ((1, 129, 2, 32), {}),
+    "heads across blocks": ((1, 150, 3, 13), {}),
+    "packed": ((1, 170, 2, 20), {"offsets": PACKING}),
+    "packed and plain": ((1, 170, 1, 32), {"offsets": PACKING, "initial": False, "skip": False}),
+}
+
+
 @on_device
-@pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
 @pytest.mark.parametrize(
-    ("shape", "options"),
-    [
-        pytest.param((2, 1, 3, 5), {}, id="one-step"),
-        pytest.param((2, 65, 1, 32), {"skip": False, "initial": False}, id="plain"),
-        pytest.param((1, 129, 2, 32), {}, id="heads-of-a-block"),
-        pytest.param((1, 150, 3, 13), {}, id="heads-across-blocks"),
-        pytest.param((1, 170, 2, 20), {"offsets": PACKING}, id="packed"),
-        pytest.param(
-            (1, 170, 1, 32), {"offsets": PACKING, "initial": False, "skip": False}, id="packed-plain"
-        ),
-    ],
+    ("case", "reverse", "regime"),
+    covering(itertools.product(CASES, [False, True], ["whole", "tiles"])),
+    indirect=["regime"],
 )
-def test_agrees_with_the_reference(shape, options, reverse, regime):
+def test_agrees_with_the_reference(case, reverse, regime):
+    shape, options = CASES[case]
     inputs = make_inputs(shape, **options)
     assert_close(run(inputs, reverse=reverse), reference(inputs, reverse), torch.float32)
 
