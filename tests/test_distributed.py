@@ -26,8 +26,8 @@ from mhesa.training.checkpoint import newest
 from mhesa.training.distributed import Grid, distribute, is_sharded, model_state
 
 OPTIONS = {
-    "steps": 30,
-    "save_every": 10,
+    "steps": 15,
+    "save_every": 5,
     "keep": 3,
     "dim": 16,
     "depth": 2,
@@ -75,10 +75,10 @@ def assert_same_curve(folder, expected):
     assert all(found[step] == pytest.approx(expected[step], abs=1e-4) for step in expected)
 
 
-def back_to_step_10(run, to):
+def back_to_step_5(run, to):
     """A copy of a run that died after its first checkpoint."""
     shutil.copytree(run, to)
-    for step in (20, 30):
+    for step in (10, 15):
         shutil.rmtree(to / "checkpoints" / f"step-{step}")
     return to
 
@@ -100,14 +100,14 @@ def test_two_processes_are_one(one, two):
 
 
 def test_what_two_saved_one_resumes(one, two, tmp_path):
-    out = back_to_step_10(two, tmp_path / "run")
+    out = back_to_step_5(two, tmp_path / "run")
     train(replace(one, out=str(out)), resume=True)
     assert_same_curve(out, losses(two))
 
 
 @pytest.mark.parametrize(("processes", "options"), [(4, []), (2, ["--fsdp"])], ids=["4", "2, sharded"])
 def test_what_two_saved_others_resume(two, tmp_path, processes, options):
-    out = back_to_step_10(two, tmp_path / "run")
+    out = back_to_step_5(two, tmp_path / "run")
     done = run_processes(processes, "train", "--resume", "--out", out, *options)
     assert done.returncode == 0, done.stderr
     assert_same_curve(out, losses(two))
@@ -122,7 +122,7 @@ def shared(one, tmp_path_factory):
     out = tmp_path_factory.mktemp("shared") / "run"
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
     arguments = (*one.sources, "--out", out, "--carry-state", *options, "--context", 33)
-    done = run_processes(2, "train", *arguments, "--context-parallel", 2, "--eval-every", 30)
+    done = run_processes(2, "train", *arguments, "--context-parallel", 2, "--eval-every", 15)
     assert done.returncode == 0, done.stderr
     assert "2 processes, 2 to a window" in done.stderr
     return out
@@ -132,7 +132,7 @@ def shared(one, tmp_path_factory):
 def alone(one, tmp_path_factory):
     """The run of `shared` by one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    train(replace(one, out=str(out), context=33, eval_every=30))
+    train(replace(one, out=str(out), context=33, eval_every=15))
     return out
 
 
@@ -153,7 +153,7 @@ def test_processes_that_share_windows_are_one(alone, shared):
     ids=["2 x 2", "4, sharded", "1"],
 )
 def test_what_they_saved_others_resume(shared, tmp_path, processes, columns, options):
-    out = back_to_step_10(shared, tmp_path / "run")
+    out = back_to_step_5(shared, tmp_path / "run")
     resume = ["train", "--resume", "--out", out, "--context-parallel", columns, *options]
     done = run_processes(processes, *resume)
     assert done.returncode == 0, done.stderr
