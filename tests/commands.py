@@ -38,15 +38,30 @@ FORKED.set_forkserver_preload(
 SECONDS = 500
 
 
-def run_command(*arguments, data=b"", stdin=None, stdout=None, text=False):
+def run_command(*arguments, data=b"", stdin=None, stdout=None, text=False, environment=None, user=None):
     """Run `mhesa` with these arguments: its exit code, and its output as bytes or text.
 
-    Its standard input is `data`, or a file; a file that standard output goes to is appended to.
+    Its standard input is `data`, or a file; a file that standard output goes to is appended to. `user` is the
+    number of another user, who may read what Python is made of.
     """
-    [done] = _run([dict(os.environ)], arguments, data, stdin=stdin, stdout=stdout)
+    environment = dict(os.environ) if environment is None else environment
+    [done] = _run([environment], arguments, data, stdin=stdin, stdout=stdout, user=user)
     if text:
         done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     return done
+
+
+def run_code(code, environment=None):
+    """Run a program that prints, in a forked process, and give what it prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder) / stream for stream in "012"]
+        streams[0].write_bytes(b"")
+        given = streams, [], dict(os.environ) if environment is None else environment, os.getcwd()
+        process = FORKED.Process(target=_main, args=given, kwargs={"code": code})
+        process.start()
+        process.join(SECONDS)
+        assert process.exitcode == 0, streams[2].read_text()
+        return streams[1].read_text()
 
 
 class StartedCommand:
@@ -146,7 +161,7 @@ def run_on_a_small_disk(folder, copy, kilobytes, *arguments):
     return done
 
 
-def _run(environments, arguments, data, meanwhile=lambda processes: None, stdin=None, stdout=None):
+def _run(environments, arguments, data, meanwhile=lambda processes: None, stdin=None, stdout=None, user=None):
     arguments = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as name:
         processes = []
@@ -155,7 +170,7 @@ def _run(environments, arguments, data, meanwhile=lambda processes: None, stdin=
             folder.mkdir()
             (folder / "0").write_bytes(data)
             streams = [stdin or folder / "0", stdout or folder / "1", folder / "2"]
-            process = FORKED.Process(target=_main, args=(streams, arguments, environment, os.getcwd()))
+            process = FORKED.Process(target=_main, args=(streams, arguments, environment, os.getcwd(), user))
             process.start()
             processes.append((process, streams))
         meanwhile([process for process, _ in processes])
@@ -169,7 +184,7 @@ def _run(environments, arguments, data, meanwhile=lambda processes: None, stdin=
     return done
 
 
-def _main(streams, arguments, environment, directory):
+def _main(streams, arguments, environment, directory, user=None, code=None):
     output = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for descriptor, flags in enumerate((os.O_RDONLY, output, output)):
         opened = os.open(streams[descriptor], flags)
@@ -181,5 +196,10 @@ def _main(streams, arguments, environment, directory):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
+    if user is not None:
+        os.setresuid(user, 0, 0)
     sys.argv[1:] = arguments
-    runpy.run_module("mhesa", run_name="__main__", alter_sys=True)
+    if code is None:
+        runpy.run_module("mhesa", run_name="__main__", alter_sys=True)
+    else:
+        exec(code, {"__name__": "__main__"})

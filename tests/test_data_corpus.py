@@ -1,13 +1,12 @@
 """Corpora as tokens: what is trained on, what is kept in the cache, what changes meanwhile."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_code
 from texts import lines, tokens_of
 
 from mhesa.data import Source, open_corpus
@@ -225,10 +224,4 @@ def test_a_user_without_home_and_name_can_name_the_cache(named):
     environment.pop("MHESA_CACHE")
     # A folder that such a user may write to; it is there already.
     environment |= {"MHESA_CACHE": "/tmp"} if named else {}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_HOME], env=environment, capture_output=True, text=True
-    )
-    assert done.stderr == ""
-    assert done.stdout == (
-        "/tmp\n" if named else "there is no home folder to keep tokens in; name one with MHESA_CACHE\n"
-    )
+    assert run_code(WITHOUT_HOME, environment) == (f"{'/tmp' if named else NO_HOME}\n")

@@ -137,11 +137,11 @@ def test_dropout_follows_how_often_the_text_is_read(settings, tmp_path, steps, p
 def test_a_time_decides_about_dropout_once_the_speed_is_known(settings, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text(TEXT[:800])
-    timed = replace(settings, sources=(str(text),), holdout="tail:0.2", steps=None, minutes=0.1)
+    timed = replace(settings, sources=(str(text),), holdout="tail:0.2", steps=None, minutes=0.05)
     train(timed)
     chosen = {row["step"]: row["dropout"] for row in rows(timed) if "loss" in row}
     assert {dropout for step, dropout in chosen.items() if step <= 20} == {0.0}
-    # So small a model reads so short a text more than 25 times in six seconds.
+    # So small a model reads so short a text more than 25 times in three seconds.
     assert {dropout for step, dropout in chosen.items() if step > 20} == {0.5}
 
 
