@@ -9,6 +9,7 @@ import sys
 import httpx
 import pytest
 import torch
+from commands import run_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mhesa
@@ -38,9 +39,10 @@ def environment(tmp_path_factory):
 
 # Runs several commands in one process, and prints a line of its own after each.
 COMMANDS = """
-import json, sys
+import json
 from mhesa import cli
-for arguments in json.loads(sys.argv[1]):
+assert not {"transformers", "accelerate"} & sys.modules.keys()
+for arguments in json.loads(LINES):
     sys.argv = ["mhesa", *arguments]
     try:
         cli.main()
@@ -52,30 +54,18 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="module")
-def commands(environment):
+def run_commands(*lines):
     """Run commands where transformers cannot be imported; what each of them printed."""
-
-    def run(*lines):
-        given = json.dumps([[str(argument) for argument in line] for line in lines])
-        done = subprocess.run(
-            [sys.executable, "-c", COMMANDS, given],
-            capture_output=True,
-            encoding="utf-8",
-            timeout=400,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split("\n" + "=" * 40 + "\n")[:-1]
-
-    return run
+    given = json.dumps([[str(argument) for argument in line] for line in lines])
+    printed = run_code(f"{BLOCKER}\nLINES = {given!r}\n{COMMANDS}")
+    return printed.split("\n" + "=" * 40 + "\n")[:-1]
 
 
 KINDS = ["bytes", "bpe:300"]
 
 
 @pytest.fixture(scope="module")
-def runs(commands, tmp_path_factory):
+def runs(tmp_path_factory):
     """A run of each kind of tokenizer, what each command printed of it, and the text that it read."""
     folder = tmp_path_factory.mktemp("run")
     text = folder / "bottles.txt"
@@ -105,7 +95,7 @@ def runs(commands, tmp_path_factory):
             ["score", run, text],
             ["train", "--resume", "--out", run, "--steps", 22],
         ]
-    printed = commands(*lines)
+    printed = run_commands(*lines)
     return {
         kind: (folder / str(number), printed[number * 6 : number * 6 + 6])
         for number, kind in enumerate(KINDS)
