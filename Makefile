@@ -3,8 +3,8 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
-# Each worker runs torch on one thread (tests/conftest.py). One more than cores, 4 at most: tests also wait.
-WORKERS := $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 4))')
+# Each worker runs torch on one thread (tests/conftest.py). A further one would import everything once more.
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 4))')
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 OLDEST_TESTS := package cli folder data_sources data_formats data_corpus vocabulary session serve \
