@@ -252,7 +252,7 @@ class BatchSampler:
             return self._draw(values, first)
 
     def _draw(self, values: Tensor, first: int) -> list[int]:
-        args, count = self._args, len(values)
+        args, count = self._args, values.shape[0]
         rows = self.rows[first : first + count]
         if first < 0 or len(rows) < count:
             raise InputError(f"there are {len(self.rows)} rows to draw for, not {count} from {first} on")

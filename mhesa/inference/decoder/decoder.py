@@ -128,9 +128,10 @@ class Decoder:
             IndexError: an id outside the vocabulary; the state is unchanged.
         """
         check_ids(ids, self.device)
-        self._check(state, len(ids))
+        batch = ids.shape[0]
+        self._check(state, batch)
         with self._lock:
-            return self._engine.run(ids, self._step_offsets[: len(ids) + 1], state, False).clone()
+            return self._engine.run(ids, self._step_offsets[: batch + 1], state, False).clone()
 
     def prefill(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
         """Read many tokens of each sequence, in memory that does not grow with their number.

@@ -116,11 +116,12 @@ class NativeEngine:
 
     def run(self, ids: Tensor, offsets: Tensor, state: Tensor, all_logits: bool) -> Tensor:
         """See `mhesa.inference.decoder.decoder.Engine`."""
-        assert len(ids) <= self.rows or not all_logits, "there is memory for no more logits"
-        rows, threads = len(ids), self._threads_for(len(ids))
+        rows, sequences = ids.shape[0], offsets.shape[0] - 1
+        assert rows <= self.rows or not all_logits, "there is memory for no more logits"
+        threads = self._threads_for(rows)
         share_rows = own_rows = 0
         enough = rows >= threads * MIN_SHARE
-        if rows > len(self.x) or (rows > self.rows and enough):
+        if rows > self.x.shape[0] or (rows > self.rows and enough):
             threads, share_rows, own_rows = min(threads, self.threads), SHARE, LARGEST_SHARE
         elif threads > 1 and enough:
             share_rows = padded(-(-rows // threads), LARGEST_TILE)
@@ -128,7 +129,7 @@ class NativeEngine:
         self.args.share_stages = self.first_output if share_rows else 0
         self.args.all_logits, self.args.bits = all_logits, 0
         self._call(ids, offsets, state, threads)
-        return self.logits[: rows if all_logits else len(offsets) - 1, : self.num_tokens]
+        return self.logits[: rows if all_logits else sequences, : self.num_tokens]
 
     def surprisal(self, ids: Tensor, offsets: Tensor, state: Tensor, targets: Tensor) -> np.ndarray:
         """See `mhesa.inference.decoder.decoder.Engine`."""
@@ -150,7 +151,7 @@ class NativeEngine:
 
     def _call(self, ids: Tensor, offsets: Tensor, state: Tensor, threads: int) -> None:
         args, ids, row_times = self.args, ids.contiguous(), np.zeros(threads)
-        args.rows, args.sequences = len(ids), len(offsets) - 1
+        args.rows, args.sequences = ids.shape[0], offsets.shape[0] - 1
         args.threads, args.refused, args.row_times = threads, 0, row_times.ctypes.data
         args.ids, args.offsets, args.state = ids.data_ptr(), offsets.data_ptr(), state.data_ptr()
         args.layer_stride, args.sequence_stride = state.stride(0), state.stride(1)

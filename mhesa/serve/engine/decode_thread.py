@@ -152,7 +152,8 @@ class DecodeThread:
                 while not self._closed:
                     if not (self._writing or len(self._reading) or len(self._waiting)):
                         self._new_work.wait()
-                    self._new_work.clear()
+                    if self._new_work.is_set():
+                        self._new_work.clear()
                     self._take_inbox()
                     self._admit()
                     self._read()
