@@ -10,7 +10,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 OLDEST_TESTS := package cli folder data_sources data_formats data_corpus vocabulary session serve \
 	hf_configuration hf_generation hf_modeling hf_tokenization
 
-# Each of the processes that tests start would compile Python's sources again.
+# Were it set, every process that tests start would compile Python's sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: try demo test test-oldest coverage torture model site wasm dist clean
@@ -31,7 +31,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/hadolint deploy/Dockerfile
 	@# Types are checked while the tests run: mypy keeps one core busy for most of a minute.
-	$(BIN)/mypy > $(VENV)/mypy.log & types=$$!; \
+	$(BIN)/mypy > $(VENV)/mypy.log & types=$$!; trap "kill $$types" INT TERM; \
 	$(BIN)/python $(PYTEST) $(PYTEST_OPTIONS); tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/mypy.log; exit $$((tests | types))
 

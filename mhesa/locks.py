@@ -1,4 +1,4 @@
-"""Locks: files and folders that one process, and one part of it, may use at a time."""
+"""Locks: what one process, and one part of it, may write or make at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
 LOCK = ".lock"
 # At most, of a lock's text, which says who holds it.
 HOLDER_BYTES = 300
-# At most, for what another process makes.
+# Seconds to wait, at most, for another process to make something.
 WAIT_SECONDS = 60
 
 
@@ -62,28 +62,37 @@ def only_writer_of_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def made_once(marker: Path) -> Iterator[None]:
-    """Let one process make what several need, as long as the others find it when it has been made.
+    """Let one of several processes make something that all need.
 
-    Those that come meanwhile wait, a minute at most. Where no marker can be written, nobody waits.
+    The others wait, a minute at most, and then find it made. If it fails or dies, the next one makes it.
+    Where no marker can be written or locked, each makes its own.
 
     Args:
         marker: a file, empty until the thing is made.
     """
-    try:
+    descriptor = None
+    with suppress(OSError):
         marker.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:
+        descriptor = os.open(marker, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    if descriptor is None:
         yield
         return
     try:
-        until = time.monotonic() + WAIT_SECONDS
-        while not (os.fstat(descriptor).st_size or _try_lock(descriptor)) and time.monotonic() < until:
-            time.sleep(0.02)
+        with suppress(OSError):  # the file system has no locks
+            _wait_until_made(descriptor)
         yield
         with suppress(OSError):  # no space is left
-            os.write(descriptor, b"made")
+            if not os.fstat(descriptor).st_size:
+                os.write(descriptor, b"made")
     finally:
         os.close(descriptor)
+
+
+def _wait_until_made(marker: int) -> None:
+    """Return as soon as it is made, nobody else makes it, or the time is over."""
+    until = time.monotonic() + WAIT_SECONDS
+    while not (os.fstat(marker).st_size or _try_lock(marker)) and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,21 +39,19 @@ FORKED.set_forkserver_preload(
 SECONDS = 500
 
 
-def run_command(*arguments, data=b"", stdin=None, stdout=None, text=False, environment=None, user=None):
+def run_command(*arguments, data=b"", stdin=None, stdout=None, text=False):
     """Run `mhesa` with these arguments: its exit code, and its output as bytes or text.
 
-    Its standard input is `data`, or a file; a file that standard output goes to is appended to. `user` is the
-    number of another user, who may read what Python is made of.
+    Its standard input is `data`, or a file; a file that standard output goes to is appended to.
     """
-    environment = dict(os.environ) if environment is None else environment
-    [done] = _run([environment], arguments, data, stdin=stdin, stdout=stdout, user=user)
+    [done] = _run([dict(os.environ)], arguments, data, stdin=stdin, stdout=stdout)
     if text:
         done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     return done
 
 
 def run_code(code, environment=None):
-    """Run a program that prints, in a forked process, and give what it prints."""
+    """Run a program in a forked process, to its end: its standard output and standard error."""
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / stream for stream in "012"]
         streams[0].write_bytes(b"")
@@ -60,12 +59,14 @@ def run_code(code, environment=None):
         process = FORKED.Process(target=_main, args=given, kwargs={"code": code})
         process.start()
         process.join(SECONDS)
+        process.kill()
+        process.join()
         assert process.exitcode == 0, streams[2].read_text()
-        return streams[1].read_text()
+        return streams[1].read_text(), streams[2].read_text()
 
 
 class StartedCommand:
-    """`mhesa` in a forked process and the ends of its pipes, with the methods of `subprocess.Popen`."""
+    """`mhesa` in a forked process and the ends of its pipes, with some methods of `subprocess.Popen`."""
 
     def __init__(self, *arguments):
         with tempfile.TemporaryDirectory() as name:
@@ -73,7 +74,7 @@ class StartedCommand:
             for stream in streams:
                 os.mkfifo(stream)
             given = streams, list(map(str, arguments)), dict(os.environ), os.getcwd()
-            self.process = FORKED.Process(target=_main, args=given)
+            self.process = FORKED.Process(target=_main, args=given, daemon=True)
             self.process.start()
             # Each waits for the process to open its end, in the same order.
             self.stdin, self.stdout, self.stderr = map(open, streams, ("wb", "rb", "rb"))
@@ -83,7 +84,10 @@ class StartedCommand:
         return self.process.exitcode
 
     def send_signal(self, number):
-        os.kill(self.process.pid, number)
+        # It may have ended by itself.
+        with suppress(ProcessLookupError):
+            if self.returncode is None:
+                os.kill(self.process.pid, number)
 
     def wait(self, timeout=SECONDS):
         self.process.join(timeout)
@@ -92,7 +96,8 @@ class StartedCommand:
 
     def communicate(self, timeout=SECONDS):
         """All that is still to be read of both outputs, when the process has ended."""
-        self.stdin.close()
+        with suppress(BrokenPipeError):
+            self.stdin.close()
         with ThreadPoolExecutor(2) as pool:
             outputs = list(pool.map(lambda stream: stream.read(), (self.stdout, self.stderr)))
         self.wait(timeout)
@@ -161,7 +166,7 @@ def run_on_a_small_disk(folder, copy, kilobytes, *arguments):
     return done
 
 
-def _run(environments, arguments, data, meanwhile=lambda processes: None, stdin=None, stdout=None, user=None):
+def _run(environments, arguments, data, meanwhile=lambda processes: None, stdin=None, stdout=None):
     arguments = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as name:
         processes = []
@@ -170,7 +175,7 @@ def _run(environments, arguments, data, meanwhile=lambda processes: None, stdin=
             folder.mkdir()
             (folder / "0").write_bytes(data)
             streams = [stdin or folder / "0", stdout or folder / "1", folder / "2"]
-            process = FORKED.Process(target=_main, args=(streams, arguments, environment, os.getcwd(), user))
+            process = FORKED.Process(target=_main, args=(streams, arguments, environment, os.getcwd()))
             process.start()
             processes.append((process, streams))
         meanwhile([process for process, _ in processes])
@@ -184,20 +189,18 @@ def _run(environments, arguments, data, meanwhile=lambda processes: None, stdin=
     return done
 
 
-def _main(streams, arguments, environment, directory, user=None, code=None):
+def _main(streams, arguments, environment, directory, code=None):
     output = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for descriptor, flags in enumerate((os.O_RDONLY, output, output)):
         opened = os.open(streams[descriptor], flags)
         os.dup2(opened, descriptor)
         os.close(opened)
-    # Those that were there remember what kind of files they had.
+    # The objects that were there were made for other kinds of files.
     sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
-    if user is not None:
-        os.setresuid(user, 0, 0)
     sys.argv[1:] = arguments
     if code is None:
         runpy.run_module("mhesa", run_name="__main__", alter_sys=True)

@@ -25,8 +25,14 @@ if not torch.cuda.is_available():
 gc.disable()
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start it in the process that only hands tests out, too."""
+    if session.config.pluginmanager.hasplugin("dsession"):
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collection, which begins."""
+    """Start garbage collection, without what was imported."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
@@ -34,7 +40,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _kept_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep it out: a command that ends in this process would have it searched again."""
+    """Let no command change that: one that ends in this process would unfreeze what was imported."""
     for name in ("freeze", "unfreeze"):
         monkeypatch.setattr(gc, name, lambda: None)
 

@@ -107,6 +107,7 @@ def running(folder: Path, log: Path, **settings):
 
 def _serve(folder: Path, settings: dict, environment: dict[str, str], log: str) -> None:
     """Be a server that logs to a file, with settings that the command line does not offer."""
+    # What was imported before the fork need not be searched for garbage.
     gc.freeze()
     os.environ.clear()
     os.environ.update(environment)

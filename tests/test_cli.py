@@ -431,14 +431,6 @@ def test_generation_that_cannot_be_is_refused(fails, saved, arguments, message):
     assert message in fails("generate", saved, *arguments)
 
 
-def test_a_reader_that_leaves_early_is_no_error(saved):
-    process = StartedCommand("generate", saved, "--length", 100_000, "--temperature", 0)
-    process.stdout.read(10)
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(timeout=60) != 0
-
-
 @pytest.mark.parametrize("command", ["train", "generate", "eval", "score", "config", "serve"])
 def test_help_has_examples(command):
     done = mhesa(command, "--help")

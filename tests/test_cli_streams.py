@@ -140,7 +140,7 @@ def test_a_reader_that_leaves_early_ends_it_quietly(folder, command):
         process.stdin.write(b"a line\n" * 10)
     process.stdin.close()
     assert process.stderr.read() == b""
-    process.wait(timeout=60)
+    assert process.wait(timeout=60) != 0
 
 
 @pytest.mark.parametrize("arguments", [["generate", "--length", "50"], ["config"], ["--version"]], ids=str)

@@ -41,6 +41,7 @@ def run_in_fork(settings, resume, ready):
     while ready is not None and not Path(ready).exists():
         time.sleep(0.002)
     torch.set_num_threads(1)
+    # What was imported before the fork need not be searched for garbage.
     gc.freeze()
     train(settings, resume=resume)
 
@@ -118,28 +119,36 @@ def assert_same_end(out, whole):
 
 
 def kill_one(settings, whole, tmp_path, moment):
-    """Kill a run at a moment, a part of a run's time, and see it to its end; whether it still ran."""
+    """Kill a run at a moment, a part of a run's time, and see it to its end.
+
+    Returns:
+        Whether it still ran, and whether it had a checkpoint.
+    """
     path, seconds = whole
     run = replace(settings, out=str(tmp_path / f"run{moment}"))
     process = start(run)
     process.join(moment * seconds)
     process.kill()
     process.join()
+    saved = newest(Path(run.out) / "checkpoints")[0] is not None
     finish(run)
     assert_same_end(run.out, path)
     shutil.rmtree(run.out)
-    return process.exitcode == -signal.SIGKILL
+    killed = process.exitcode == -signal.SIGKILL
+    return killed, killed and saved
 
 
 def kill_at_random(settings, whole, tmp_path, count, record):
     moments = random.Random(0)
-    killed = 0
+    killed = resumed = 0
     # Each run keeps one core busy.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while killed < count:
             # At first kernels are loaded, and nothing is written.
             chosen = [moments.uniform(0.3, 1) for _ in range(count - killed)]
-            killed += sum(pool.map(lambda moment: kill_one(settings, whole, tmp_path, moment), chosen))
+            for ran, saved in pool.map(lambda moment: kill_one(settings, whole, tmp_path, moment), chosen):
+                killed, resumed = killed + ran, resumed + saved
+    assert resumed
     record(f"killed with SIGKILL at a random moment | {count} | {count} | {count}")
 
 

@@ -224,4 +224,4 @@ def test_a_user_without_home_and_name_can_name_the_cache(named):
     environment.pop("MHESA_CACHE")
     # A folder that such a user may write to; it is there already.
     environment |= {"MHESA_CACHE": "/tmp"} if named else {}
-    assert run_code(WITHOUT_HOME, environment) == (f"{'/tmp' if named else NO_HOME}\n")
+    assert run_code(WITHOUT_HOME, environment) == (f"{'/tmp' if named else NO_HOME}\n", "")

@@ -283,7 +283,7 @@ MISSING = {
 
 
 def features_without(missing):
-    """This processor's features as LLVM writes them, but for those whose names begin so."""
+    """This processor's features as LLVM writes them, without names that begin with one of `missing`."""
     features = binding.get_host_cpu_features()
     features.update((name, False) for name in features if name.startswith(missing))
     return features.flatten()

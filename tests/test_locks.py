@@ -1,5 +1,6 @@
 """One writer at a time."""
 
+import errno
 import os
 import threading
 import time
@@ -106,7 +107,7 @@ def test_what_cannot_be_locked_is_named(tmp_path):
 
 
 def make(marker, made, barrier):
-    barrier.wait()
+    barrier.wait(60)
     with made_once(marker):
         if not made.exists():
             # Long enough for the others to come.
@@ -119,7 +120,7 @@ def make(marker, made, barrier):
 def test_one_process_makes_what_all_need(tmp_path):
     barrier = FORKED.Barrier(4)
     arguments = tmp_path / "new" / "marker", tmp_path / "made", barrier
-    processes = [FORKED.Process(target=make, args=arguments) for _ in range(4)]
+    processes = [FORKED.Process(target=make, args=arguments, daemon=True) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -148,8 +149,28 @@ def test_what_a_process_left_unmade_the_next_one_makes(tmp_path):
 
 def test_nobody_waits_for_a_process_that_stands_still(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "WAIT_SECONDS", 0.1)
+    with made_once(tmp_path / "marker"):
+        began = time.monotonic()
+        with made_once(tmp_path / "marker"):
+            assert time.monotonic() - began >= 0.1
+
+
+def test_where_files_cannot_be_locked_each_makes_its_own(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks, "_try_lock", fail)
     with made_once(tmp_path / "marker"), made_once(tmp_path / "marker"):
         pass
+    assert (tmp_path / "marker").read_bytes() == b"made"
+
+
+def test_a_link_in_place_of_a_marker_is_not_followed(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "marker").symlink_to(tmp_path / "file")
+    with made_once(tmp_path / "marker"):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_where_no_marker_can_be_written_each_makes_its_own(tmp_path):

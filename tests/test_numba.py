@@ -15,7 +15,7 @@ from pathlib import Path
 import numba
 import pytest
 import torch
-from commands import FORKED
+from commands import FORKED, run_code
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -138,21 +138,9 @@ def test_in_data_workers() -> None:
         assert torch.equal(batch[0], _Smoothed()[index])
 
 
-def run_code(cache, code, streams):
-    numba.config.CACHE_DIR = str(cache)
-    for descriptor, path in streams.items():
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    exec(code)
-
-
 def run_fresh(cache: Path, code: str = CALL) -> tuple[str, str]:
     """Run code in a process that has called no kernel; what it writes to standard output and error."""
-    streams = {number: cache.with_name(str(number)) for number in (1, 2)}
-    process = FORKED.Process(target=run_code, args=(cache, code, streams))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    return streams[1].read_text(), streams[2].read_text()
+    return run_code(f"import numba\nnumba.config.CACHE_DIR = {str(cache)!r}\n{code}")
 
 
 def test_the_first_call_is_silent_and_the_next_finds_the_cache(tmp_path: Path) -> None:
@@ -167,7 +155,7 @@ def test_the_first_call_is_silent_and_the_next_finds_the_cache(tmp_path: Path) -
 
 def compile_at_once(cache, barrier, found):
     numba.config.CACHE_DIR = cache
-    barrier.wait()
+    barrier.wait(60)
     exponential_smoothing(torch.ones(1, 8, 1, 4), torch.ones(1), torch.ones(1), backend="numba")
     found.put([function.cache_hits for function in compiling._COMPILED])
 
@@ -175,13 +163,13 @@ def compile_at_once(cache, barrier, found):
 def test_of_processes_that_start_at_once_one_compiles(tmp_path: Path) -> None:
     barrier, found = FORKED.Barrier(3), FORKED.SimpleQueue()
     arguments = str(tmp_path / "cache"), barrier, found
-    processes = [FORKED.Process(target=compile_at_once, args=arguments) for _ in range(3)]
+    processes = [FORKED.Process(target=compile_at_once, args=arguments, daemon=True) for _ in range(3)]
     for process in processes:
         process.start()
-    hits = sorted(found.get() for _ in processes)
     for process in processes:
-        process.join()
-    assert hits == [[0], [1], [1]]
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert sorted(found.get() for _ in processes) == [[0], [1], [1]]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
@@ -346,10 +334,11 @@ def measure_gradients(found):
 
 def test_gradients_need_little_memory_beyond_their_outputs() -> None:
     found = FORKED.SimpleQueue()
-    process = FORKED.Process(target=measure_gradients, args=(found,))
+    process = FORKED.Process(target=measure_gradients, args=(found,), daemon=True)
     process.start()
+    process.join(100)
+    assert process.exitcode == 0
     grown, needed = found.get()
-    process.join()
     assert 0.5 * needed < grown < 1.01 * needed
 
 

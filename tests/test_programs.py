@@ -1,13 +1,15 @@
-"""Programs of others that know nothing of mhesa, or import it and no more.
+"""Programs of others that know nothing of mhesa.
 
 `trust_remote_code=True` is enough for transformers' own classes, trl, torchao and lm-evaluation-harness.
 """
 
+import itertools
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import run_command
 from serving import WORDS, running, save_model
 
 from mhesa import Reader, Sampling, Session, generate, load, remote_code
@@ -40,23 +41,6 @@ for folder in folders:
     write.tokenizer.save_pretrained(f"{folder}-copy")
     again = AutoModelForCausalLM.from_pretrained(f"{folder}-copy", trust_remote_code=True)
     print(json.dumps([type(again).__module__, text["generated_text"]]))
-"""
-# Imports mhesa once.
-IMPORTS = """
-import json, sys, torch, mhesa.hf
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-config, tokenizer, model = (
-    kind.from_pretrained(sys.argv[1]) for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM)
-)
-ids = tokenizer("12 bottles", return_tensors="pt")
-with torch.no_grad():
-    print(json.dumps({
-        "class": type(model).__name__,
-        "dim": config.dim,
-        "ids": ids["input_ids"].tolist(),
-        "logits": model(**ids).logits[0].tolist(),
-        "written": model.generate(**ids, max_new_tokens=5, do_sample=False).tolist(),
-    }))
 """
 # Trains on lines by trl, with the options of its own command.
 SFT = """
@@ -113,14 +97,17 @@ def folders(tmp_path_factory):
     return {"bytes": save_model(root / "bytes"), "bpe": save_model(root / "bpe", words)}
 
 
-# Runs each program in a process forked after the imports, which take it several seconds.
+# Runs each program in a process forked after the imports, which take it several seconds. Answers with the
+# number of the program and its status.
 FORKS = """
 import json, os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
 import datasets, lm_eval.evaluator, torchao.quantization, transformers.generation, trl
 from trl import SFTTrainer
 assert "mhesa" not in sys.modules
 for line in sys.stdin:
-    code, *arguments = json.loads(line)
+    number, code, *arguments = json.loads(line)
     pid = os.fork()
     if pid == 0:
         for stream in (1, 2):
@@ -129,30 +116,33 @@ for line in sys.stdin:
         exec(code, {"__name__": "__main__"})
         sys.stdout.flush()
         os._exit(0)
-    print(os.waitpid(pid, 0)[1], flush=True)
+    print(json.dumps([number, os.waitpid(pid, 0)[1]]), file=answers, flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
-    """The process that they are forked from, which has no network."""
+    """The process that programs are forked from, which has no network."""
     home = tmp_path_factory.mktemp("home")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", FORKS], env=os.environ | offline, **pipes) as process:
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, env=os.environ | offline, start_new_session=True, **pipes) as process:
         yield process
-        process.kill()
+        # With a program that has not ended.
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
 def program(forks, tmp_path):
     """Run a Python program; what it prints."""
-    out, err = tmp_path / "stdout", tmp_path / "stderr"
+    out, err, numbers = tmp_path / "stdout", tmp_path / "stderr", itertools.count()
 
     def run(code, *arguments):
-        forks.stdin.write(json.dumps([code, *map(str, (out, err, *arguments))]) + "\n")
+        number = f"{tmp_path} {next(numbers)}"
+        forks.stdin.write(json.dumps([number, code, *map(str, (out, err, *arguments))]) + "\n")
         forks.stdin.flush()
-        assert forks.stdout.readline() == "0\n", err.read_text()[-4000:]
+        assert json.loads(forks.stdout.readline()) == [number, 0], err.read_text()[-4000:]
         return out.read_text()
 
     return run
@@ -171,23 +161,6 @@ def test_transformers_writes_by_a_folder_and_saves_it_again(folders, program, tm
             assert [path.name for path in saved.glob("*.py")] == [remote_code.FILE]
             assert (saved / remote_code.FILE).read_text() == remote_code.SOURCE
         assert torch.equal(load(copy)[0](ids[None]), model(ids[None]))
-
-
-def test_one_import_is_enough_for_a_folder_that_mhesa_trains(program, tmp_path):
-    (tmp_path / "text").write_text("12 bottles of beer\n" * 500)
-    sizes = ("--dim", 16, "--depth", 2, "--heads", 2, "--dim-mhesa", 8, "--context", 32)
-    done = run_command("train", tmp_path / "text", "--out", tmp_path / "run", "--steps", 5, *sizes)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(program(IMPORTS, tmp_path / "run"))
-    model, _ = load(tmp_path / "run")
-    ids = torch.tensor([list(b"12 bottles")])
-    [new] = generate(model, list(ids), max_new_tokens=5, sampling=Sampling(temperature=0))
-    with torch.no_grad():
-        torch.testing.assert_close(torch.tensor(found["logits"]), model(ids)[0], atol=1e-4, rtol=1e-4)
-    assert found["class"] == "MhesaForCausalLM"
-    assert found["dim"] == 16
-    assert found["ids"] == ids.tolist()
-    assert found["written"] == [[*ids[0].tolist(), *new.tolist()]]
 
 
 def test_trl_trains_on_texts(folders, program, tmp_path):

@@ -48,9 +48,10 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server, http):
         (b"GET /" + b"y" * 100_000, 431, "headers_too_large"),
         (b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 20_000, 431, "headers_too_large"),
         (b"\0\xff nonsense\r\n\r\n", 400, "invalid_http"),
+        (b"\0" * 100_000, 400, "invalid_http"),
         (b"GET /\r\n HTTP/1.1\r\n\r\n", 400, "invalid_http"),
     ],
-    ids=["header", "path", "headers", "bytes", "line"],
+    ids=["header", "path", "headers", "bytes", "many bytes", "line"],
 )
 def test_what_is_no_http_is_refused(server, data, status, code):
     answer = raw(server, data)
@@ -58,12 +59,19 @@ def test_what_is_no_http_is_refused(server, data, status, code):
     assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == code
 
 
+def test_what_follows_a_request_and_is_none_ends_the_connection(server):
+    body = json.dumps({"prompt": "x", "max_tokens": 5}).encode()
+    request = HEAD + f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    answer = raw(server, request.encode() + body + b"\0 nonsense\r\n\r\n")
+    assert b"HTTP/1.1 400 " in answer
+
+
 def test_who_goes_on_sending_what_is_refused_gets_the_answer(server):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(b"GET /" + b"y" * 100_000)
         # The answer has come.
-        select.select([connection], [], [], 60)
+        assert select.select([connection], [], [], 60)[0]
         for _ in range(10):
             connection.sendall(b"y" * 100_000)
             time.sleep(0.01)

@@ -57,7 +57,7 @@ for arguments in json.loads(LINES):
 def run_commands(*lines):
     """Run commands where transformers cannot be imported; what each of them printed."""
     given = json.dumps([[str(argument) for argument in line] for line in lines])
-    printed = run_code(f"{BLOCKER}\nLINES = {given!r}\n{COMMANDS}")
+    printed, _ = run_code(f"{BLOCKER}\nLINES = {given!r}\n{COMMANDS}")
     return printed.split("\n" + "=" * 40 + "\n")[:-1]
 
 

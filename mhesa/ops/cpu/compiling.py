@@ -11,11 +11,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numba.core.caching
 import numba.core.cgutils
 import numba.core.typing.templates
 import numba.extending
@@ -31,8 +31,8 @@ jit: Any = partial(numba.njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 # For a function that is called in one place: numba writes it there. To compile it by itself takes 0.1 s.
 inlined: Any = partial(jit, inline="always")
 cfunc: Any = numba.cfunc
-config: Any = numba.config
 types: Any = numba.types
+caching: Any = numba.core.caching
 cgutils: Any = numba.core.cgutils
 extending: Any = numba.extending
 typing: Any = numba.core.typing.templates
@@ -204,15 +204,12 @@ def compiled(
         variant: names what else the code depends on, for the cache.
     """
     signature = types.void(StructPointer(arguments, STORED_TYPES[dtype]))
-    source = Path(kernel.__code__.co_filename)
-    # Numba's cache sees changes of the kernel's own file only, so the name holds a digest of all sources.
-    kernel.__qualname__ = f"{kernel.__name__}_{variant}{_digest(Path(__file__).parent, source.parent)}"
-    marker = (
-        Path(config.CACHE_DIR or source.parent / "__pycache__")
-        / f"{kernel.__qualname__}_{STORED_TYPES[dtype]}"
-    )
     try:
-        with made_once(marker) if source.exists() else nullcontext():
+        # Numba's cache sees changes of the kernel's own file only, so the name holds a digest of all sources.
+        folders = Path(__file__).parent, Path(kernel.__code__.co_filename).parent
+        kernel.__qualname__ = f"{kernel.__name__}_{variant}{_digest(*folders)}"
+        cache_folder = Path(caching.FunctionCache(kernel).cache_path)
+        with made_once(cache_folder / f"{kernel.__qualname__}_{STORED_TYPES[dtype]}.made"):
             function = cfunc(signature, cache=True, error_model="numpy")(kernel)
     except (OSError, RuntimeError):  # numba finds no folder to write to, or cannot write to it
         function = cfunc(signature, error_model="numpy")(kernel)

@@ -192,19 +192,28 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
             self._refuse(400, "this is not a valid HTTP request", "invalid_http")
 
         def _refuse(self, status: int, message: str, code: str) -> None:
+            if self._refused:
+                return
+            self._refused = True
+            self._stop_timer("receive")
             body = bytes(APIError(status, message, code=code).response().body)
             head = (
                 f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
-            self._refused = True
+            if self.cycle is not None and not self.cycle.response_complete:
+                # An earlier request is being answered, which goes on writing.
+                self.transport.close()
+                return
             # What still comes is read: it would reset a connection that is closed, and the answer be lost.
             self.transport.write_eof()
             self.loop.call_later(DRAIN_SECONDS, self.transport.close)
 
         def _start_timer(self, name: str, seconds: float) -> None:
-            self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
+            # A refused request has a time of its own.
+            if not self._refused:
+                self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
 
         def _stop_timer(self, name: str) -> None:
             if name in self._timers:
