@@ -12,7 +12,7 @@ from commands import FORKED  # noqa: F401 - benchmarks fork from the server that
 from benchmarks import lengths, ops, results, score, timing, train
 from benchmarks.__main__ import main
 from benchmarks.bandwidth import readers
-from benchmarks.compare import HERE, compare
+from benchmarks.compare import compare
 from benchmarks.context_parallel import bench_context_parallel, on_paper
 from benchmarks.decode import Sizes as DecoderSizes
 from benchmarks.decode import bench_steps
@@ -206,7 +206,7 @@ print(json.dumps({"tables": {"operators": [row | {"milliseconds": 86.4e6}]}}))
 """
 
 
-def test_two_checkouts_are_compared_row_by_row(tmp_path):
+def test_two_checkouts_are_compared_row_by_row(tmp_path, monkeypatch):
     other = tmp_path / "benchmarks"
     other.mkdir()
     with pytest.raises(InputError, match="is not a checkout with benchmarks"):
@@ -215,8 +215,10 @@ def test_two_checkouts_are_compared_row_by_row(tmp_path):
     [row] = compare(tmp_path, "ops", ["--shape", "1x64x2x8", "--rounds", "1"], pairs=1)
     assert row.row == "operators, 1x64x2x8, float32, forward, numba"
     assert row.median > 1e4
-    with pytest.raises(InputError, match=r"ops in .* failed: .*shape must be four sizes"):
-        compare(HERE, "ops", ["--shape", "1x64"], pairs=1)
+    (other / "__main__.py").write_text("import sys; sys.exit('shape must be four sizes')")
+    monkeypatch.setattr("benchmarks.compare.HERE", tmp_path)
+    with pytest.raises(InputError, match=r"ops in .* failed: shape must be four sizes"):
+        compare(tmp_path, "ops", ["--shape", "1x64"], pairs=1)
 
 
 def test_a_run_is_timed_part_by_part(tmp_path):

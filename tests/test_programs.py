@@ -23,7 +23,7 @@ from mhesa import Reader, Sampling, Session, generate, load, remote_code
 from mhesa.tokenizers import train_bpe
 
 PROMPT = "7 né"
-# Is refused each folder without the user's word; writes with it by a pipeline, and saves it again.
+# Is refused a folder without the user's word; writes with it by a pipeline, and saves each folder again.
 PIPELINES = """
 import json, sys
 from transformers import AutoModelForCausalLM, pipeline
