@@ -10,25 +10,25 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
-import torch
 
 # One thread a process: on a machine kept busy by several workers, threads that wait for each other are slow.
 os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
 # A shell starts programs in the background with Ctrl-C ignored, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Read when triton is first imported: without a GPU its interpreter runs the kernels.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# What is imported stays. Searching it for garbage would take a tenth of the tests' time.
-gc.disable()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Start it in the process that only hands tests out, too."""
+    """Prepare a process that runs tests; one that only hands them out imports nothing."""
     if session.config.pluginmanager.hasplugin("dsession"):
-        gc.enable()
+        return
+    # What is imported stays. Searching it for garbage would take a tenth of the tests' time.
+    gc.disable()
+    import torch
+
+    torch.set_num_threads(1)
+    # Read when triton is first imported: without a GPU its interpreter runs the kernels.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_finish() -> None:
@@ -93,6 +93,8 @@ def torture_report() -> Callable[[str], None]:
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Fill fresh memory with NaN, so that an element nobody wrote cannot pass for a result."""
+    import torch
+
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -209,6 +211,7 @@ def served(request, folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def greedy(folder):
     """What transformers writes."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))

@@ -1,7 +1,5 @@
 import copy
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -561,18 +559,18 @@ def test_one_import_is_enough(tmp_path, ids):
     model.save_pretrained(tmp_path)
     ByteTokenizer().save_pretrained(tmp_path)
     program = (
-        "import sys, torch, mhesa.hf\n"
+        f"path = {str(tmp_path)!r}\n"
+        "import sys, torch\n"
+        "assert 'transformers' not in sys.modules\n"
+        "import mhesa.hf\n"
         "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer\n"
-        "assert AutoConfig.from_pretrained(sys.argv[1]).dim == 16\n"
-        "assert AutoTokenizer.from_pretrained(sys.argv[1]).encode('a') == [97]\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "assert AutoConfig.from_pretrained(path).dim == 16\n"
+        "assert AutoTokenizer.from_pretrained(path).encode('a') == [97]\n"
+        "model = AutoModelForCausalLM.from_pretrained(path)\n"
         "print(model(torch.tensor([[1, 2, 3]])).logits.sum().item())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
-    )
     expected = model(torch.tensor([[1, 2, 3]])).logits.sum().item()
-    assert float(done.stdout) == pytest.approx(expected, rel=1e-4)
+    assert float(run_code(program)[0]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_another_tokenizer_is_left_alone(tmp_path):

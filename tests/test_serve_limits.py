@@ -390,7 +390,7 @@ def test_a_log_line_never_raises_or_waits(monkeypatch):
 
 
 def test_sigterm_lets_streams_finish_and_tells_the_rest(folder, tmp_path):
-    limits = {"max_tokens": ENDLESS, "drain_seconds": 3}
+    limits = {"max_tokens": ENDLESS, "drain_seconds": 2}
     with running(folder, tmp_path / "log", limits=limits, slots=128) as server:
         ends = {}
 
@@ -403,7 +403,7 @@ def test_sigterm_lets_streams_finish_and_tells_the_rest(folder, tmp_path):
         for thread in threads:
             thread.start()
         server.wait_for("mhesa_texts_active", 20)
-        finishing = threading.Thread(target=read, args=(99, 1000))
+        finishing = threading.Thread(target=read, args=(99, 500))
         finishing.start()
         server.wait_for("mhesa_texts_active", 21)
         with server.client() as http:
