@@ -211,8 +211,8 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
             self.loop.call_later(DRAIN_SECONDS, self.transport.close)
 
         def _start_timer(self, name: str, seconds: float) -> None:
-            # A refused request has a time of its own.
-            if not self._refused:
+            # A refused request has DRAIN_SECONDS to come; a client that does not read is still cut off.
+            if name == "send" or not self._refused:
                 self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
 
         def _stop_timer(self, name: str) -> None:
