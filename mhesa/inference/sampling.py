@@ -180,7 +180,8 @@ class BatchSampler:
         # The token last drawn for each row: int64 `(max_rows,)`, valid for the rows in use.
         self.last = torch.zeros(size, dtype=torch.int64, device="cpu")
         self._addresses = np.zeros(size, dtype=np.int64)
-        self._samplers, self._last = self._addresses.ctypes.data, self.last.data_ptr()
+        self._samplers, self._last = self._addresses.ctypes.data, self.last.numpy()
+        self._last_address = self.last.data_ptr()
         threads = max(1, min(size, available()))
         self._scratch = np.empty((2, threads, num_tokens))
         self._args = Arguments(
@@ -258,11 +259,11 @@ class BatchSampler:
             raise InputError(f"there are {len(self.rows)} rows to draw for, not {count} from {first} on")
         args.next_row = args.next_thread = 0
         args.rows, args.logits, args.row_stride = count, values.data_ptr(), values.stride(0)
-        args.samplers, args.out = self._samplers + 8 * first, self._last + 8 * first
+        args.samplers, args.out = self._samplers + 8 * first, self._last_address + 8 * first
         parallelise = count * self.num_tokens >= MIN_PARALLEL
         threads = min(count, self._scratch.shape[1], available()) if parallelise else 1
         parallel(_native_draw(values.dtype), args.address, threads)
-        tokens: list[int] = self.last[first : first + count].tolist()
+        tokens: list[int] = self._last[first : first + count].tolist()
         for sampler, token in zip(rows, tokens, strict=True):
             if sampler.penalises and token >= 0:
                 sampler.count(token)

@@ -25,12 +25,16 @@ class Slots:
         states: `(depth, slots, state_size)`, changed in place: of each text, the state after all of its
             tokens but the last.
         num_tokens: the size of the tokenizer, if the model's vocabulary is larger: later ids are never drawn.
+
+    Attributes:
+        used_states: those of `states` that belong to a text.
     """
 
     def __init__(self, decoder: Decoder, states: Tensor, num_tokens: int | None = None) -> None:
         self.decoder, self.states = decoder, states
         self.texts: list[Continuation] = []
         self._sampler = BatchSampler(num_tokens or decoder.num_tokens, max_rows=states.shape[1])
+        self._make_views()
 
     def add(self, texts: Sequence[Continuation], state: Tensor, logits: Tensor) -> list[int]:
         """Give each text a slot, and draw its first token.
@@ -47,7 +51,8 @@ class Slots:
         for text in texts:
             self.texts.append(text)
             self._sampler.append(text.sampler)
-        self.states[:, first : len(self.texts)] = state
+        self._make_views()
+        self.used_states[:, first:] = state
         return self.draw(logits.expand(len(texts), -1), first)
 
     def remove(self, slot: int) -> None:
@@ -60,19 +65,24 @@ class Slots:
         # Reading a free slot by mistake then fails: its logits are not numbers.
         self.states[:, last] = math.nan
         self._sampler.take_out(slot)
+        self._make_views()
 
     def step(self) -> list[int]:
         """Read the last token of each text and draw the next one; returns what `draw` does."""
-        return self.draw(self.read(0, len(self.texts)))
+        return self.draw(self.read())
 
-    def read(self, first: int, last: int) -> Tensor:
-        """Read the last tokens of the texts in slots `first` to `last - 1`.
+    def read(self) -> Tensor:
+        """Read the last token of each text.
 
         Returns:
-            Logits of what comes next, `(last - first, num_tokens)`.
+            Logits of what comes next, `(texts, num_tokens)`.
         """
-        ids = self._sampler.last[first:last].to(self.decoder.device)
-        return self.decoder.step(ids, self.states[:, first:last])
+        return self._read(self._last_tokens, self.used_states)
+
+    def read_one(self, slot: int) -> Tensor:
+        """As `read`, of the text in one slot: `(1, num_tokens)`."""
+        rows = slice(slot, slot + 1)
+        return self._read(self._last_tokens[rows], self.used_states[:, rows])
 
     def draw(self, logits: Tensor, first: int = 0) -> list[int]:
         """Draw a token for some texts.
@@ -93,6 +103,14 @@ class Slots:
             if text.finish is not None or text.error is not None:
                 ended.append(slot)
         return ended[::-1]
+
+    def _read(self, ids: Tensor, states: Tensor) -> Tensor:
+        return self.decoder.step(ids.to(self.decoder.device), states)
+
+    def _make_views(self) -> None:
+        # Not at each step: they take 3 us to make, and a step of a small model takes 80.
+        count = len(self.texts)
+        self.used_states, self._last_tokens = self.states[:, :count], self._sampler.last[:count]
 
 
 def _note_scores(logits: Tensor, texts: list[Continuation], tokens: list[int]) -> None:

@@ -92,7 +92,8 @@ class NativeEngine:
         logits_size = padded(self.num_tokens, PANEL)
         tiles_of_logits = min(max(LOGITS // logits_size // LARGEST_TILE, 1), LARGEST_SHARE // LARGEST_TILE)
         self.logits_rows = tiles_of_logits * LARGEST_TILE
-        self.logits = _memory(max(self.rows, self.threads * self.logits_rows), logits_size)
+        logits = _memory(max(self.rows, self.threads * self.logits_rows), logits_size)
+        self.logits = logits[:, : self.num_tokens]
         stages = list(self._stages(model, blocks))
         self.stages = (kernel.Stage * len(stages))(*stages)
         self.long_rows = max(self.rows, min(LONG_ROWS, LONG_CALL // self.multiplications_per_row))
@@ -129,7 +130,7 @@ class NativeEngine:
         self.args.share_stages = self.first_output if share_rows else 0
         self.args.all_logits, self.args.bits = all_logits, 0
         self._call(ids, offsets, state, threads)
-        return self.logits[: rows if all_logits else sequences, : self.num_tokens]
+        return self.logits[: rows if all_logits else sequences]
 
     def surprisal(self, ids: Tensor, offsets: Tensor, state: Tensor, targets: Tensor) -> np.ndarray:
         """See `mhesa.inference.decoder.decoder.Engine`."""
@@ -150,9 +151,9 @@ class NativeEngine:
         return available() if self.multiplications_per_row * rows >= self.min_parallel else 1
 
     def _call(self, ids: Tensor, offsets: Tensor, state: Tensor, threads: int) -> None:
-        args, ids, row_times = self.args, ids.contiguous(), np.zeros(threads)
+        args, ids, row_times = self.args, ids.contiguous(), (ctypes.c_double * threads)()
         args.rows, args.sequences = ids.shape[0], offsets.shape[0] - 1
-        args.threads, args.refused, args.row_times = threads, 0, row_times.ctypes.data
+        args.threads, args.refused, args.row_times = threads, 0, ctypes.addressof(row_times)
         args.ids, args.offsets, args.state = ids.data_ptr(), offsets.data_ptr(), state.data_ptr()
         args.layer_stride, args.sequence_stride = state.stride(0), state.stride(1)
         self.counters.fill(0)

@@ -150,7 +150,7 @@ class DecodeThread:
         try:
             with torch.inference_mode():
                 while not self._closed:
-                    if not (self._writing or len(self._reading) or len(self._waiting)):
+                    if not (self._writing or self._reading or self._waiting):
                         self._new_work.wait()
                     if self._new_work.is_set():
                         self._new_work.clear()
@@ -176,7 +176,7 @@ class DecodeThread:
                 self._drop(job)
 
     def _admit(self) -> None:
-        while len(self._waiting) and self._taken + self._waiting.peek().slots <= self.size:
+        while self._waiting and self._taken + self._waiting.peek().slots <= self.size:
             job = self._waiting.pop()
             self._taken += job.slots
             self._leave_queue(job)
@@ -238,7 +238,7 @@ class DecodeThread:
     def _read(self) -> None:
         """Read up to `PIECE` tokens, from one prompt or several."""
         room, work = PIECE, []
-        while room > 0 and len(self._reading):
+        while room > 0 and self._reading:
             job = self._reading.pop()
             most = min(room, self._most_scored) if job.score else room
             piece = torch.from_numpy(job.ids[job.read : min(job.length, job.read + most)].astype(np.int64))
@@ -307,10 +307,10 @@ class DecodeThread:
         count = self.active
         if not count:
             return
-        states, before = self.slots.states[:, :count], self._before_step[:, :count]
+        states, before = self.slots.used_states, self._before_step[:, :count]
         before.copy_(states)
         try:
-            logits = self.slots.read(0, count)
+            logits = self.slots.read()
         except Exception:
             states.copy_(before)
             self._write_each()
@@ -326,7 +326,7 @@ class DecodeThread:
                 continue
             slot = self.slots.texts.index(text)
             try:
-                logits = self.slots.read(slot, slot + 1)
+                logits = self.slots.read_one(slot)
             except Exception as error:
                 self._fail(job, error)
             else:

@@ -96,6 +96,9 @@ class FairQueue(Generic[Item]):
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
+    def __bool__(self) -> bool:
+        return bool(self._queues)
+
     def push(self, client: str, item: Item) -> None:
         """Add an item at the end of its client's queue."""
         self._queues.setdefault(client, deque()).append(item)
