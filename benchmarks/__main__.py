@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -76,7 +77,7 @@ def ops(
 
 def _shape(text: str) -> tuple[int, int, int, int]:
     sizes = text.split("x")
-    if len(sizes) != 4 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+    if len(sizes) != 4 or not all(re.fullmatch("[1-9][0-9]{0,9}", size) for size in sizes):
         raise InputError(f"shape must be four sizes such as 4x1024x8x64, not {text!r}")
     batch, length, heads, head_dim = map(int, sizes)
     return batch, length, heads, head_dim

@@ -1,5 +1,8 @@
 """Errors whose message tells the user what to do."""
 
+# Of a `FloatingPointError`.
+NOT_NUMBERS = "the model's logits are not numbers; its weights may be damaged"
+
 
 class InputError(ValueError):
     """An input cannot be used; the message names it and says what to do.

@@ -20,7 +20,8 @@ from mhesa.errors import InputError
 
 T = TypeVar("T")
 # Whole numbers have 64 bits everywhere; Python's may have any number of digits, and then cannot be printed.
-LARGEST_INTEGER = 1 << 64
+LARGEST_INTEGER = (1 << 64) - 1
+SMALLEST_INTEGER = -(1 << 63)
 
 # The types that are checked: the Python types that a value may have, and their name in an error.
 KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -141,7 +142,7 @@ def check_types(settings: Any) -> None:
         accepted, words = KINDS.get(setting.type, ((object,), ""))
         if not isinstance(value, accepted) or (isinstance(value, bool) and setting.type in (int, float)):
             raise InputError(f"{setting.name} must be {words}, not {value!r}")
-        if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
+        if isinstance(value, int) and not SMALLEST_INTEGER <= value <= LARGEST_INTEGER:
             raise InputError(f"{setting.name} must be {words} of 64 bits")
 
 
@@ -166,6 +167,18 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise InputError(f"{name} must be at least 1, not {size}")
+
+
+def expanded_size(dim: int, dim_expansion_factor: float) -> int:
+    """The width of a gate, `int(dim_expansion_factor * dim)`.
+
+    Raises:
+        InputError: it is below 1 or no whole number of 64 bits.
+    """
+    size = dim_expansion_factor * dim
+    if not 1 <= size < LARGEST_INTEGER:
+        raise InputError(f"dim_expansion_factor * dim must be at least 1 and finite, not {size:g}")
+    return int(size)
 
 
 def check_divisible(name: str, size: int, heads: int) -> None:

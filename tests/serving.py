@@ -92,10 +92,10 @@ def running(folder: Path, log: Path, **settings):
     """Start a server; it must stop in order afterwards, unless it did already."""
     log.write_text("")
     settings.setdefault("keys", KEYS)
-    process = FORKED.Process(target=_serve, args=(folder, settings, dict(os.environ), str(log)))
+    process = FORKED.Process(target=run_server, args=(folder, settings, dict(os.environ), str(log)))
     process.start()
     try:
-        url = _url(process.is_alive, log)
+        url = url_of(process.is_alive, log)
         yield Server(url, process, log, folder)
         process.terminate()
         process.join(40)
@@ -105,7 +105,7 @@ def running(folder: Path, log: Path, **settings):
         process.join()
 
 
-def _serve(folder: Path, settings: dict, environment: dict[str, str], log: str) -> None:
+def run_server(folder: Path, settings: dict, environment: dict[str, str], log: str) -> None:
     """Be a server that logs to a file, with settings that the command line does not offer."""
     # What was imported before the fork need not be searched for garbage.
     gc.freeze()
@@ -124,7 +124,7 @@ def running_alone(folder: Path, log: Path, *options):
     with log.open("w") as file:
         process = subprocess.Popen(command, stderr=file)
     try:
-        yield _url(lambda: process.poll() is None, log), process
+        yield url_of(lambda: process.poll() is None, log), process
         process.terminate()
         assert process.wait(40) == 0
     finally:
@@ -145,7 +145,7 @@ def in_process(folder: Path, key: str | None = KEYS["alice"], limits=None, **set
         service.close()
 
 
-def _url(runs: Callable[[], bool], log: Path) -> str:
+def url_of(runs: Callable[[], bool], log: Path) -> str:
     until = time.monotonic() + 60
     while time.monotonic() < until and runs():
         for line in log.read_text().splitlines():

@@ -113,6 +113,8 @@ def test_a_message_cannot_hold_a_mark(saved):
         with pytest.raises(InputError, match=r"must not hold U\+FDD"):
             ours.apply_chat_template([{"role": "user", "content": text}])
         with pytest.raises(InputError, match=r"must not hold U\+FDD"):
+            ours.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": text}]}])
+        with pytest.raises(InputError, match=r"must not hold U\+FDD"):
             ours.encode_with_special_tokens(text)
 
 

@@ -61,9 +61,6 @@ def finish(settings):
         shutil.rmtree(settings.out, ignore_errors=True)
     elif there.name == f"step-{settings.steps}" and '"complete"' in complete.read_text():
         return False
-    elif there.name == f"step-{settings.steps}":
-        # All steps are done, and only the measuring is not: there is nothing to resume.
-        return True
     process = start(settings, resume=there is not None)
     process.join()
     assert process.exitcode == 0

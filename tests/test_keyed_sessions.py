@@ -114,8 +114,14 @@ def test_a_state_that_does_not_fit_is_refused(reader, tmp_path):
         sessions.score([("a", b"text")])
     with sqlite3.connect(path) as database:
         database.execute("UPDATE sessions SET state = zeroblob(5)")
-    with KeyedSessions(reader, path=path) as sessions, pytest.raises(InputError, match="is damaged"):
-        sessions.score([("a", b"more")])
+    # With memory for one state, the slot of "b" is free while that of "a" is read.
+    with KeyedSessions(reader, memory=memory_of(reader, 1), path=path) as sessions:
+        expected = sessions.score([("b", b"text")])
+        with pytest.raises(InputError, match="is damaged"):
+            sessions.score([("a", b"more")])
+        found = sessions.score([("b", b"next"), ("c", b"text")])
+    assert np.array_equal(found[0], alone(reader, [("b", b"text"), ("b", b"next")])[1])
+    assert np.array_equal(found[1], expected[0])
 
 
 def test_too_little_memory_is_refused(reader):

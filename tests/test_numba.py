@@ -153,6 +153,17 @@ def test_the_first_call_is_silent_and_the_next_finds_the_cache(tmp_path: Path) -
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.nbc")} == kept
 
 
+def test_the_name_of_a_kernel_follows_the_sources(tmp_path: Path) -> None:
+    source = tmp_path / "kernel.py"
+    source.write_text("one = 1\n")
+    first = compiling._digest.__wrapped__(tmp_path)
+    times = (source.stat().st_atime_ns, source.stat().st_mtime_ns)
+    source.write_text("one = 2\n")
+    # As in archives and images, where all files have one time.
+    os.utime(source, ns=times)
+    assert compiling._digest.__wrapped__(tmp_path) != first
+
+
 def compile_at_once(cache, barrier, found):
     numba.config.CACHE_DIR = cache
     barrier.wait(60)

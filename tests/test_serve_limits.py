@@ -18,15 +18,40 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from serving import ENDLESS, FOREVER, HEAD, KEYS, in_process, raw, running, wait_for
+from commands import FORKED
+from serving import ENDLESS, FOREVER, HEAD, KEYS, in_process, raw, run_server, running, url_of, wait_for
 
 from mhesa import Sampling, generate
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.evaluation import surprisals
+from mhesa.inference.slots import Slots
 from mhesa.model.loading import load
 from mhesa.serve.logs import log
 
 JSON = {"Content-Type": "application/json"}
+
+
+def serve_without_drawing(folder, log):
+    def fail(*args):
+        raise RuntimeError("no tokens today")
+
+    Slots.draw = fail
+    run_server(folder, {"keys": KEYS}, dict(os.environ), log)
+
+
+def test_a_server_ends_with_its_decode_thread(folder, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("")
+    process = FORKED.Process(target=serve_without_drawing, args=(folder, str(log)))
+    process.start()
+    headers = {"Authorization": f"Bearer {KEYS['alice']}"}
+    url = url_of(process.is_alive, log)
+    answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, headers=headers, trust_env=False)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "model_failure")
+    process.join(30)
+    assert process.exitcode == 1
+    assert "the decode thread failed" in log.read_text()
+
 
 # Limits of connections
 

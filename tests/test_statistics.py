@@ -13,6 +13,7 @@ from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.decoder.surprisal_kernel import LANES, MIN_PARALLEL, surprisal
+from mhesa.inference.logprobs import token_logprobs
 from mhesa.inference.statistics import BITS, bits, entropy, rank, read_tokens, token_statistics
 
 
@@ -51,6 +52,18 @@ def test_surprisal_of_logits_that_are_not_finite():
         logits[:, [0, width - 2, width - 1]] = torch.tensor(rows)
         found = surprisal(logits, torch.tensor([width - 1, width - 1, 0, 0, 0]))
         np.testing.assert_array_equal(found, [nan, 1.0, inf, nan, nan])
+
+
+@pytest.mark.parametrize("names", [{"bits": bits}, {"bits": bits, "entropy": entropy}])
+def test_a_model_of_no_numbers_is_an_error(names):
+    model = GatedExponentialSmoothingLM(num_tokens=8, dim=4, depth=1, heads=1, dim_mhesa=4).eval()
+    with torch.no_grad():
+        model.to_logits.weight[3] = math.nan
+    decoder, ids = Decoder(model), torch.tensor([1, 2])
+    with pytest.raises(FloatingPointError, match="the model's logits are not numbers"):
+        read_tokens(decoder, ids, ids, decoder.initial_state(1), names)
+    with pytest.raises(FloatingPointError, match="the model's logits are not numbers"):
+        token_logprobs(decoder.predict(ids, decoder.initial_state(1)), ids, 0)
 
 
 def test_surprisal_is_the_same_bits_on_any_number_of_threads():

@@ -344,6 +344,41 @@ def test_early_stopping_takes_the_best(settings):
     assert summary.score.bits_per_byte == pytest.approx(best["held_out_bits_per_byte"])
 
 
+def test_a_run_that_died_before_its_model_was_saved_is_resumed(settings):
+    run = replace(settings, steps=6, save_every=3)
+    expected = train(run)
+    saved = weights(run)
+    out = Path(run.out)
+    (out / "model.safetensors").unlink()
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))
+    found = train(run, resume=True)
+    assert (found.steps, found.score, found.sample) == (6, expected.score, expected.sample)
+    assert all(torch.equal(weights(run)[name], value) for name, value in saved.items())
+    assert rows(run)[-1]["complete"]
+    with pytest.raises(InputError, match="complete at step 6; give it more with --steps or --minutes"):
+        train(run, resume=True)
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_patience_may_begin_where_the_best_model_was_not_saved(settings, patience):
+    # The rates rise so far that later evaluations are worse than the first.
+    rates = {"lr": 1.0, "muon_lr": 1.0, "warmup": 0.9}
+    run = replace(settings, steps=12, save_every=8, eval_every=2, **rates)
+    train(replace(run, steps=8))
+    assert json.loads((Path(run.out) / "checkpoints/step-8/progress.json").read_text())["best_step"] < 8
+    resumed = replace(run, patience=patience)
+    summary = train(resumed, resume=True)
+    evaluations = [row for row in rows(run) if "sample" in row and row["step"] > 8]
+    best = min(evaluations, key=lambda row: row["held_out_bits_per_byte"])
+    assert summary.score.bits_per_byte == pytest.approx(best["held_out_bits_per_byte"])
+    if summary.steps < 12:
+        with pytest.raises(
+            InputError, match=f"complete at step {summary.steps}; give it more with --patience"
+        ):
+            train(resumed, resume=True)
+
+
 @pytest.mark.parametrize(("optimizer", "error"), [("adamw", 1e-5), ("muon", 1e-4)])
 def test_accumulation_is_the_same_step(settings, tmp_path, optimizer, error):
     whole = replace(settings, steps=20, optimizer=optimizer)

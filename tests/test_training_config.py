@@ -1,5 +1,6 @@
 """Settings as YAML."""
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,6 +17,7 @@ from mhesa.serve.settings import Limits, Settings
 from mhesa.settings import settings_of
 from mhesa.training import TrainingSettings
 from mhesa.training.config import dump_config, load_config
+from mhesa.training.settings import SETTINGS
 
 
 def test_settings_come_back(tmp_path):
@@ -30,6 +32,20 @@ def test_names_are_those_of_the_command_line(tmp_path):
     (tmp_path / "run.yaml").write_text("out: run\nbatch-size: 4\ndim_mhesa: 64\nlr: 3e-4\nsources: one.txt\n")
     found = load_config(tmp_path / "run.yaml")
     assert found == {"out": "run", "batch_size": 4, "dim_mhesa": 64, "lr": 3e-4, "sources": ("one.txt",)}
+
+
+def test_sources_of_a_damaged_run_are_not_letters(tmp_path):
+    TrainingSettings(out="run", sources=("abc",)).save(tmp_path / SETTINGS, corpus={}, versions={})
+    values = json.loads((tmp_path / SETTINGS).read_text())
+    values["settings"]["sources"] = "abc"
+    (tmp_path / SETTINGS).write_text(json.dumps(values))
+    with pytest.raises(InputError, match="does not hold the settings of a training run"):
+        TrainingSettings.load(tmp_path / SETTINGS)
+
+
+def test_a_vocabulary_of_five_thousand_digits_is_refused():
+    with pytest.raises(InputError, match="bpe:N needs N from 257"):
+        TrainingSettings(out="run", tokenizer="bpe:" + "9" * 5000).vocabulary_size()
 
 
 @pytest.mark.parametrize(
@@ -57,6 +73,8 @@ def test_a_file_that_cannot_be_is_named(tmp_path, text, message):
         ("join", 1, "join must be true or false, not 1"),
         ("sources", "text", "sources must be a list of texts, not 'text'"),
         ("tokenizer", None, "tokenizer must be text, not None"),
+        ("seed", -(1 << 63) - 1, "seed must be a whole number of 64 bits"),
+        ("seed", 1 << 64, "seed must be a whole number of 64 bits"),
     ],
 )
 def test_values_of_another_kind_are_refused(name, value, message):

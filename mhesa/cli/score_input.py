@@ -89,7 +89,7 @@ def key_finder(key: str | None, key_field: str | None) -> KeyPattern | KeyField 
 
 def size_in_bytes(text: str, option: str) -> int:
     """The bytes of a size such as 256MB."""
-    found = re.fullmatch(r"(\d+) ?([KMGT]?)I?B?", text.upper())
+    found = re.fullmatch(r"(\d{1,15}) ?([KMGT]?)I?B?", text.upper())
     if not found:
         raise InputError(f"{option} must be a size such as 256MB or 1GB, not {text}")
     return int(found[1]) << (10 * " KMGT".index(found[2] or " "))

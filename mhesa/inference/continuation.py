@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import repeat
 from typing import Literal
 
-from mhesa.errors import InputError
+from mhesa.errors import NOT_NUMBERS, InputError
 from mhesa.inference.logprobs import TokenLogprob
 from mhesa.inference.sampling import TokenSampler
 
@@ -21,7 +21,7 @@ class StopMatcher:
     r"""Passes a text on as it grows, up to the first of its stop strings.
 
     Bytes at the end that may begin a stop string are held back until that is clear. Where stop strings
-    overlap, the one that is complete first ends the text.
+    overlap, the one that is complete first ends the text; of two, the longer one.
 
     Args:
         stops: the stop strings, none of them empty.
@@ -44,10 +44,11 @@ class StopMatcher:
         if not self.stops or not (self.held or self._first_byte.search(piece)):
             return piece
         text = self.held + piece
-        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        # Where each stop string ends and begins.
+        found = [(place + len(stop), place) for stop in self.stops if (place := text.find(stop)) >= 0]
         self.stopped = bool(found)
         self._lengths = list(map(match_length, self.stops, self._lengths, repeat(piece)))
-        end = min(found) if found else len(text) - max(self._lengths)
+        end = min(found)[1] if found else len(text) - max(self._lengths)
         self.held = b"" if found else text[end:]
         return text[:end]
 
@@ -140,7 +141,7 @@ class Continuation:
     def take(self, token: int) -> None:
         """Add a token that was drawn; -1 says that none could be drawn."""
         if token < 0:
-            self.error = FloatingPointError("the model's logits are not numbers; its weights may be broken")
+            self.error = FloatingPointError(NOT_NUMBERS)
             return
         self.last = token
         self.count += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from mhesa.data import Document
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.parallel import ParallelDecoder
-from mhesa.inference.statistics import BITS, read_tokens
+from mhesa.inference.statistics import BITS, check_numbers, read_tokens
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.tokenizers.base import Tokenizer
 
@@ -83,7 +83,7 @@ def surprisals(
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
         bits[rows] = decoder.nats(inputs[rows], targets[rows], state).double().cpu().numpy() / math.log(2)
-    return bits
+    return check_numbers(bits)
 
 
 def tokens_at_once(decoder: Decoder | ParallelDecoder) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mhesa.errors import InputError
 from mhesa.inference.session import Reader
@@ -193,22 +194,24 @@ class KeyedSessions:
         """The slot of a key, whose session is brought into memory."""
         slot = self._slots.pop(digest, None)
         if slot is None:
+            token, state = self._stored(digest)
             slot = self._free_slot()
-            with self._named_errors():
-                row = self._database.execute(
-                    "SELECT token, state FROM sessions WHERE key = ?", (digest,)
-                ).fetchone()
-            if row is None:
-                # Every text follows an end-of-text token.
-                self._tokens[slot] = self.reader.tokenizer.eos_token_id
-                self._states[slot] = 0
-            else:
-                state = state_from_bytes(row[1], self._shape)
-                if state is None or not 0 <= row[0] < self.reader.decoder.num_tokens:
-                    raise InputError(f"{self._name} is damaged: a session does not fit the model")
-                self._tokens[slot], self._states[slot] = row[0], state
+            self._tokens[slot], self._states[slot] = token, state
         self._slots[digest] = slot
         return slot
+
+    def _stored(self, digest: bytes) -> tuple[int, Tensor]:
+        """The last token and the state of a key, as the database has them, or those that texts begin with."""
+        with self._named_errors():
+            query = "SELECT token, state FROM sessions WHERE key = ?"
+            row = self._database.execute(query, (digest,)).fetchone()
+        if row is None:
+            # Every text follows an end-of-text token.
+            return self.reader.tokenizer.eos_token_id, torch.zeros(self._shape)
+        state = state_from_bytes(row[1], self._shape)
+        if state is None or not 0 <= row[0] < self.reader.decoder.num_tokens:
+            raise InputError(f"{self._name} is damaged: a session does not fit the model")
+        return row[0], state
 
     def _free_slot(self) -> int:
         if len(self._slots) < len(self._states):

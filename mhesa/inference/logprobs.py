@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mhesa.errors import NOT_NUMBERS
+
 # Log-probabilities in fp64 that are in memory at once.
 VALUES = 1 << 20
 
@@ -38,6 +40,9 @@ def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, l
     Returns:
         Those of `targets`, fp64 `(rows,)`, and the likeliest tokens of each row with their log-probabilities.
 
+    Raises:
+        FloatingPointError: logits are NaN.
+
     >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2]), 0)[0].exp().item()
     0.25
     """
@@ -49,4 +54,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, l
         values, tokens = logprobs.topk(min(top, logits.shape[1]))
         pairs = zip(tokens.tolist(), values.tolist(), strict=True)
         likeliest += [list(zip(*pair, strict=True)) for pair in pairs]
-    return torch.cat(parts), likeliest
+    own = torch.cat(parts)
+    if own.isnan().any():
+        raise FloatingPointError(NOT_NUMBERS)
+    return own, likeliest

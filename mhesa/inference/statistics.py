@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhesa.errors import InputError
+from mhesa.errors import NOT_NUMBERS, InputError
 
 if TYPE_CHECKING:
     from mhesa.inference.decoder import Decoder
@@ -78,11 +78,14 @@ def token_statistics(
 
     Returns:
         By name fp64 `(tokens,)`.
+
+    Raises:
+        FloatingPointError: logits are NaN.
     """
     if set(statistics.values()) == {bits} and logits.device.type == "cpu" and logits.dtype == torch.float32:
         from mhesa.inference.decoder.surprisal_kernel import surprisal
 
-        return dict.fromkeys(statistics, surprisal(logits, targets))
+        return dict.fromkeys(statistics, check_numbers(surprisal(logits, targets)))
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     found = {name: np.empty(len(targets)) for name in statistics}
     size = ROWS if logits.device.type == "cpu" else max(len(targets), 1)
@@ -91,8 +94,15 @@ def token_statistics(
         logprobs = logits[rows].float().log_softmax(1)
         wanted = targets[rows].to(logprobs.device)
         for name, statistic in statistics.items():
-            found[name][rows] = statistic(logprobs, wanted).cpu().numpy()
+            found[name][rows] = check_numbers(statistic(logprobs, wanted).cpu().numpy())
     return found
+
+
+def check_numbers(values: np.ndarray) -> np.ndarray:
+    """Statistics of some tokens, `(tokens,)`; raises `FloatingPointError` if one is NaN."""
+    if np.isnan(values).any():
+        raise FloatingPointError(NOT_NUMBERS)
+    return values
 
 
 def check_targets(targets: Tensor, rows: int, num_tokens: int) -> Tensor:
@@ -136,9 +146,10 @@ def read_tokens(
     Raises:
         InputError: not as many targets as inputs, or what `Decoder.read` raises.
         IndexError: an id or a target outside the vocabulary.
+        FloatingPointError: logits are NaN.
     """
     if set(statistics.values()) == {bits}:
-        return dict.fromkeys(statistics, decoder.surprisal(inputs, targets, state))
+        return dict.fromkeys(statistics, check_numbers(decoder.surprisal(inputs, targets, state)))
     read = len(inputs) if isinstance(inputs, Tensor) else sum(map(len, inputs))
     targets = check_targets(targets, read, decoder.num_tokens)
     # Preallocate: freed large blocks between live small ones would fragment the heap.

@@ -174,9 +174,8 @@ class GivenWords:
         found: list[tuple[int, int]] = []
         place = 0
         while True:
-            place += (
-                len(text[place:]) - len(text[place:].lstrip()) if text[place : place + 1].isspace() else 0
-            )
+            while text[place : place + 1].isspace():
+                place += 1
             word = self._next
             rest = text[place : place + len(word or " ")]
             if not rest and not (is_last and word is not None):

@@ -14,9 +14,9 @@ from mhesa.settings import (
     Doc,
     check_divisible,
     check_ranges,
-    check_sizes,
     check_types,
     documented,
+    expanded_size,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ class ModelSizes:
     backend: Annotated[
         str | None, Doc("Implementation of the operator; the best one if omitted.", panel="Machine")
     ] = None
+
+    @property
+    def dim_hidden(self) -> int:
+        """The width of a block's gate."""
+        return expanded_size(self.dim, self.dim_expansion_factor)
 
 
 @documented
@@ -77,7 +82,7 @@ class ModelConfig(ModelSizes):
     def __post_init__(self) -> None:
         check_types(self)
         check_ranges(self)
-        check_sizes(**{"dim_expansion_factor * dim": self.dim_hidden})
+        expanded_size(self.dim, self.dim_expansion_factor)
         check_divisible("dim_mhesa", self.dim_mhesa, self.heads)
         if self.backend is not None:
             from mhesa.ops.backends import check_backend
@@ -88,11 +93,6 @@ class ModelConfig(ModelSizes):
         """The arguments of each `GatedMHESA` block."""
         names = {field.name for field in fields(ModelSizes)} | {"adaptive", "conv_size", "dropout"}
         return {name: getattr(self, name) for name in names - {"depth"}}
-
-    @property
-    def dim_hidden(self) -> int:
-        """The width of a block's gate."""
-        return int(self.dim_expansion_factor * self.dim)
 
     @property
     def parameters(self) -> int:

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhesa.errors import InputError
 from mhesa.ops import exponential_smoothing, exponential_smoothing_step
 from mhesa.ops.backends import check_backend
 from mhesa.ops.context_parallel import ContextParallel
 from mhesa.ops.convolution import causal_convolution, causal_convolution_step
 from mhesa.ops.gelu import gelu
 from mhesa.ops.smoothing import accumulation_dtype
-from mhesa.settings import check_divisible, check_sizes
+from mhesa.settings import check_divisible, check_sizes, expanded_size
 
 # Where the rates of an adaptive block begin: the longest time constant in steps, and the logit of the damping
 # factor (0.9975).
@@ -221,12 +222,11 @@ class GatedMHESA(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        dim_hidden = int(dim_expansion_factor * dim)
         check_sizes(dim=dim, heads=heads, dim_mhesa=dim_mhesa)
-        check_sizes(**{"dim_expansion_factor * dim": dim_hidden})
+        dim_hidden = expanded_size(dim, dim_expansion_factor)
         check_divisible("dim_mhesa", dim_mhesa, heads)
         if conv_size < 0:
-            raise ValueError(f"conv_size must be 0 or more, not {conv_size}")
+            raise InputError(f"conv_size must be 0 or more, not {conv_size}")
         self.dim_mhesa = dim_mhesa
         self.state_size = dim_mhesa + max(conv_size - 1, 0) * dim
         self.norm = nn.LayerNorm(dim)

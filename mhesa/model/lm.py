@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mhesa.errors import InputError
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.loss import next_token_loss
 from mhesa.ops.context_parallel import ContextParallel
@@ -150,7 +151,7 @@ class GatedExponentialSmoothingLM(nn.Module):
     def _check_state(self, state: Tensor) -> None:
         depth, width = len(self.layers), self.state_size
         if state.ndim != 3 or state.shape[0] != depth or state.shape[2] != width:
-            raise ValueError(f"state must be ({depth}, batch, {width}), not {tuple(state.shape)}")
+            raise InputError(f"state must be ({depth}, batch, {width}), not {tuple(state.shape)}")
 
 
 def run_blocks(

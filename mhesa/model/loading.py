@@ -194,7 +194,7 @@ def _dtype(values: dict[str, Any]) -> torch.dtype | None:
     if name is None:
         return None
     if name not in PRECISIONS:
-        raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, not {name!r}")
+        raise InputError(f"dtype must be one of {', '.join(PRECISIONS)}, not {name!r}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

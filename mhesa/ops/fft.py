@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mhesa.errors import InputError
 from mhesa.ops.plain import as_scan
 
 
@@ -32,14 +33,14 @@ def conv1d_fft(x: Tensor, weights: Tensor, dim: int = -2, weight_dim: int = -1) 
         A tensor of the broadcast shape, `L` long along `dim`, in the type of `x`.
 
     Raises:
-        ValueError: `weight_dim < dim`.
+        InputError: `weight_dim < dim`.
 
     >>> x = torch.tensor([1.0, 0.0, 0.0, 2.0])
     >>> conv1d_fft(x[:, None], torch.tensor([0.0, 0.25, 0.5, 1.0])).flatten().round(decimals=4).tolist()
     [1.0, 0.5, 0.25, 2.0]
     """
     if weight_dim < dim:
-        raise ValueError(f"weight_dim must not come before dim, but {weight_dim} < {dim}")
+        raise InputError(f"weight_dim must not come before dim, but {weight_dim} < {dim}")
     length, taps = x.shape[dim], weights.shape[weight_dim]
     if length == 0:
         return x.clone()

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.library import custom_op
 
+from mhesa.errors import InputError
 from mhesa.ops.backends import Scan
 from mhesa.ops.checks import are_plain, check_devices, check_gradients, check_plain, check_scan
 
@@ -369,7 +370,7 @@ def _fold(
     _, *in_dims, offsets_dim, _ = in_dims
     name, *tensors, cu_seqlens, reverse = args
     if offsets_dim is not None:
-        raise ValueError("cu_seqlens cannot be mapped over: make one call per packing")
+        raise InputError("cu_seqlens cannot be mapped over: make one call per packing")
     folded = [
         None if tensor is None else _with_heads(tensor, dim, size, last)
         for tensor, dim, last in zip(tensors, in_dims, trailing, strict=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mhesa.errors import InputError
 from mhesa.tokenizers.chat import Messages, mark_special_tokens, render_chat
 
 
@@ -68,7 +69,7 @@ class Tokenizer(ABC):
         """The bytes of `ids`, `(tokens,)`; special tokens give none.
 
         Raises:
-            ValueError: an id that no token has.
+            InputError: an id that no token has.
         """
         return self._join(ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids, self._pieces())
 
@@ -109,4 +110,4 @@ class Tokenizer(ABC):
         try:
             return b"".join(map(pieces.__getitem__, ids))
         except KeyError as error:
-            raise ValueError(f"no token has the id {error}; the largest is {len(self) - 1}") from None
+            raise InputError(f"no token has the id {error}; the largest is {len(self) - 1}") from None

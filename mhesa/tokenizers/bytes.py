@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from mhesa import remote_code
+from mhesa.errors import InputError
 from mhesa.tokenizers.base import Tokenizer
 from mhesa.tokenizers.chat import mark
 from mhesa.tokenizers.config import write_config
@@ -33,7 +34,7 @@ class Bytes(Tokenizer):
         pad_token: the one that fills rows in transformers; `eos_token` if omitted or not among the tokens.
 
     Raises:
-        ValueError: `eos_token` is not among the tokens.
+        InputError: `eos_token` is not among the tokens.
 
     >>> tokenizer = Bytes()
     >>> tokenizer.decode_bytes(tokenizer.encode_bytes(b"\xff\x00"))
@@ -50,7 +51,7 @@ class Bytes(Tokenizer):
         self.added_tokens = {END_OF_TEXT_ID: AddedToken(END_OF_TEXT, special=True), **(added_tokens or {})}
         ids = {token.content: index for index, token in self.added_tokens.items()}
         if eos_token not in ids:
-            raise ValueError(f"eos_token {eos_token!r} is not one of the tokens {', '.join(ids)}")
+            raise InputError(f"eos_token {eos_token!r} is not one of the tokens {', '.join(ids)}")
         self.eos_token, self.eos_token_id = eos_token, ids[eos_token]
         self.pad_token = pad_token if pad_token in ids else eos_token
         self.pad_token_id = ids[self.pad_token]

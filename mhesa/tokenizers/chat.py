@@ -75,8 +75,7 @@ def render_chat(
     >>> text == "user: What is <end>?" + mark(9)
     True
     """
-    for message in messages:
-        _check(*message.values())
+    _check(messages)
     end = mark(eos_token_id)
     text = _compile(template, tuple(special_tokens.items())).render(
         messages=messages,
@@ -90,11 +89,16 @@ def render_chat(
     return _Marks(special_tokens).join_parts(text)
 
 
-def _check(*texts: Any) -> None:
-    for text in texts:
-        for code in (START, END, PART):
-            if isinstance(text, str) and code in text:
-                raise InputError(f"a text must not hold U+{ord(code):04X}, which is no character")
+def _check(value: Any) -> None:
+    """Raise `InputError` if one of the texts in a value of JSON holds a code point of marks."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for one in value:
+            _check(one)
+    for code in (START, END, PART):
+        if isinstance(value, str) and code in value:
+            raise InputError(f"a text must not hold U+{ord(code):04X}, which is no character")
 
 
 class _Marks:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mhesa.atomic_io import read_json, sha256, write_folder
 from mhesa.errors import InputError, TrainingError
+from mhesa.training.schedule import Budget
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -43,6 +44,11 @@ class Progress:
     best_bits_per_byte: float | None = None
     evaluations_since_best: int = 0
     dropout: float = 0.0
+
+    def is_finished(self, budget: Budget, patience: int | None) -> bool:
+        """Whether the budget is spent, or the last `patience` evaluations were no better than the best."""
+        out_of_patience = patience is not None and self.evaluations_since_best >= patience
+        return out_of_patience or budget.spent(self.step) >= 1
 
 
 def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:
@@ -123,16 +129,25 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def load_progress(path: Path) -> Progress:
+def load_progress(path: Path, patience: int | None = None) -> Progress:
     """How far the run of a checkpoint is.
+
+    Args:
+        path: the checkpoint.
+        patience: that of the run from now on. A run with patience saves its best model; the best one of the
+            run before does not count if it was not saved.
 
     Raises:
         InputError: the file holds something else.
     """
     try:
-        return Progress(**read_json(path / PROGRESS))
+        progress = Progress(**read_json(path / PROGRESS))
     except TypeError as error:
         raise InputError(f"{path / PROGRESS} is damaged: {error}") from error
+    if patience is not None and not path.with_name(f"{PREFIX}{progress.best_step}").is_dir():
+        progress.best_step = progress.best_bits_per_byte = None
+        progress.evaluations_since_best = 0
+    return progress
 
 
 def load_part(path: Path, name: str) -> dict[str, Tensor]:

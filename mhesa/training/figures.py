@@ -108,12 +108,6 @@ class Figures:
             self._write(held_out_bits_per_byte=bits, sample=found.sample)
         return better
 
-    @property
-    def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations were no better than the best."""
-        patience = self.settings.patience
-        return patience is not None and self.progress.evaluations_since_best >= patience
-
     def _write(self, **figures: Any) -> None:
         if rank() == 0:
             progress = self.progress

@@ -96,14 +96,18 @@ def checkpoint_to_resume(
         raise InputError(f"{folder} holds no whole checkpoint to resume; start over with --overwrite{what}")
     for damage in passed_over:
         on_damage(f"{damage}; going on from {path.name} instead")
-    progress = checkpoint.load_progress(path)
+    progress = checkpoint.load_progress(path, settings.patience)
     budget = Budget(settings.steps, settings.minutes)
     budget.set(progress.seconds)
-    if budget.spent(progress.step) >= 1:
-        raise InputError(
-            f"the run in {folder} is complete at step {progress.step}; give it more with --steps or --minutes"
-        )
+    if progress.is_finished(budget, settings.patience) and _is_complete(folder):
+        more = "--steps or --minutes" if budget.spent(progress.step) >= 1 else "--patience"
+        raise InputError(f"the run in {folder} is complete at step {progress.step}; give it more with {more}")
     return path
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the model was saved and measured, too."""
+    return any(COMPLETE in row for row in read_metrics(folder))
 
 
 def check_same_corpus(folder: Path, sha256: str) -> None:

@@ -95,7 +95,7 @@ def train_model(
         states = CarriedStates(settings.depth, model.state_size, settings.device, batches.grid)
     if start is not None:
         _restore(start, model, optimizers, states, settings.accumulate)
-    progress = Progress() if start is None else checkpoint.load_progress(start)
+    progress = Progress() if start is None else checkpoint.load_progress(start, settings.patience)
     figures = Figures(settings, progress, bytes_a_token, on_row)
     if settings.steps is not None:
         progress.dropout = choose_dropout(batches.windows.readings(settings.steps))
@@ -104,7 +104,9 @@ def train_model(
     budget.start(progress.seconds)
     model.train()
 
-    while True:
+    # A run may have died after its last step, before its model was saved.
+    done, signal = progress.is_finished(budget, settings.patience), 0.0
+    while not done:
         step = progress.step
 
         # 1. Learning rate and dropout follow from the budget.
@@ -173,20 +175,20 @@ def train_model(
             # 8. Evaluation on text held out
             is_best = False
             if settings.eval_every and (progress.step % settings.eval_every == 0 or done):
+                figures.collect(norm)
                 is_best = figures.write_evaluation(evaluate(model))
                 model.train()
 
             # 9. A checkpoint: now and then, of the best model if that is wanted, and at the end
-            done = done or figures.out_of_patience or signal > 0
+            done = progress.is_finished(budget, settings.patience) or signal > 0
             wanted = is_best and settings.patience is not None
             if progress.step % settings.save_every == 0 or wanted or done:
                 figures.collect(norm)
                 _save(settings, progress, model, optimizers, states)
 
-        if done:
-            # What was automatic is no property of the model that is saved.
-            _set_dropout(model, settings.dropout or 0.0)
-            return progress, int(signal)
+    # What was automatic is no property of the model that is saved.
+    _set_dropout(model, settings.dropout or 0.0)
+    return progress, int(signal)
 
 
 def _set_dropout(model: nn.Module, probability: float) -> None:

@@ -37,7 +37,7 @@ def check_memory(settings: TrainingSettings, vocab_size: int) -> None:
 
 def _activations(settings: TrainingSettings) -> int:
     """The least bytes that a micro-batch keeps for the backward pass, at 2 bytes an element."""
-    hidden = int(settings.dim_expansion_factor * settings.dim)
+    hidden = settings.dim_hidden
     width = settings.dim if settings.recompute else settings.dim + 2 * hidden + 2 * settings.dim_mhesa
     tokens = settings.windows_a_step * settings.context // (settings.accumulate * processes())
     return 2 * tokens * settings.depth * width

@@ -205,7 +205,7 @@ class Run:
             on_row=_row_writer(self.folder, self.display, report),
             phase=phase,
         )
-        if settings.patience is not None and not stopped_by:
+        if settings.patience is not None and progress.best_step is not None and not stopped_by:
             model = self._saved(progress.best_step)
         whole = self._whole(model)
         if rank() == 0:
@@ -241,7 +241,7 @@ class Run:
             return score if rank() == 0 else None
         return evaluate(whole, self.tokenizer, documents, on_progress) if rank() == 0 else None
 
-    def _saved(self, step: int | None) -> GatedExponentialSmoothingLM:
+    def _saved(self, step: int) -> GatedExponentialSmoothingLM:
         """The model as it was saved after `step`."""
         barrier()  # until the first process has written it
         weights = checkpoint.load_part(self.folder / CHECKPOINTS / f"{PREFIX}{step}", "model")

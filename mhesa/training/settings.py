@@ -257,7 +257,11 @@ class TrainingSettings(ModelSizes):
                 )
             return None
         size = self.tokenizer.removeprefix("bpe:")
-        if not size.isdecimal() or not SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY:
+        # Python refuses to read very long numbers.
+        if (
+            not (size.isdecimal() and len(size) < 20)
+            or not SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY
+        ):
             raise InputError(
                 f"bpe:N needs N from {SMALLEST_VOCABULARY} (256 bytes and end of text) "
                 f"to {LARGEST_VOCABULARY:,}, not {size}"
@@ -349,6 +353,8 @@ class TrainingSettings(ModelSizes):
             raise InputError(f"{path.parent} holds no training run: it has no {path.name}")
         try:
             values = read_json(path)["settings"]
+            if isinstance(values["sources"], str):
+                raise TypeError("sources must be a list")
             unknown = set(values) - {field.name for field in fields(cls)}
             if unknown:
                 raise InputError(f"{path} holds unknown settings: {', '.join(sorted(unknown))}")

@@ -221,8 +221,8 @@ def compiled(
 def _digest(*folders: Path) -> str:
     """Changes when a source file does."""
     files = sorted(path for folder in {*folders} for path in folder.glob("*.py"))
-    times = [(path.name, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(times).encode()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in files)
+    return hashlib.sha256(sources).hexdigest()[:16]
 
 
 # Native code is freed with the object that numba returns.

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mhesa.errors import InputError
 from mhesa.ops.registration import Gradients, Inputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,12 +60,12 @@ def kernel_inputs(inputs: Inputs) -> Inputs:
     """The inputs in layouts that kernels read: each step's channels contiguous, and so the parameters.
 
     Raises:
-        ValueError: there are no kernels for values of this type.
+        InputError: there are no kernels for values of this type.
     """
     x, alpha, decay, skip, initial_state, cu_seqlens, reverse = inputs
     if x.dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise ValueError(f"backend 'triton' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
+        raise InputError(f"backend 'triton' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
     if alpha.ndim == 1:
         alpha, decay = alpha.contiguous(), decay.contiguous()
     return Inputs(

@@ -165,7 +165,7 @@ class DecodeThread:
         finally:
             with self._lock:
                 self._closed = True
-            self._fail_all()
+            self._fail_all(self.failure or Stopped("the server is shutting down"))
 
     def _take_inbox(self) -> None:
         while self._inbox:
@@ -222,14 +222,14 @@ class DecodeThread:
         self._drop(job)
         self._progress.append(job)
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, error: BaseException) -> None:
         jobs = list(self._writing.values())
         for queue in (self._reading, self._waiting):
             jobs += [queue.pop() for _ in range(len(queue))]
         jobs += [job for what, job in self._inbox if what == "submit"]
         self._writing.clear()
         for job in dict.fromkeys(jobs):
-            job.error, job.done = Stopped("the server is shutting down"), True
+            job.error, job.done = error, True
             self._progress.append(job)
         self.tell(self._progress)
 
@@ -269,16 +269,17 @@ class DecodeThread:
 
     def _read_scored(self, job: Job, piece: Tensor) -> None:
         state = self.state(job).clone()
+        targets = torch.from_numpy(job.ids[job.read + 1 : job.read + len(piece) + 1].astype(np.int64))
         try:
             logits = self.decoder.predict(piece, state)
+            own, likeliest = token_logprobs(logits[: len(targets)], targets, job.top)
+            measured = token_statistics(logits[: len(targets)], targets, job.statistics)
         except Exception as error:
             self._fail(job, error)
             return
-        targets = torch.from_numpy(job.ids[job.read + 1 : job.read + len(piece) + 1].astype(np.int64))
-        own, likeliest = token_logprobs(logits[: len(targets)], targets, job.top)
         tokens = slice(job.read, job.read + len(targets))
         job.logprobs[tokens] = own.numpy()
-        for name, values in token_statistics(logits[: len(targets)], targets, job.statistics).items():
+        for name, values in measured.items():
             job.measured[name][tokens] = values
         if job.top:
             job.likeliest += likeliest

@@ -38,6 +38,8 @@ KEEP_ALIVE_SECONDS = 120
 EXPIRE_SECONDS = 600
 # Time between two releases of memory that requests have used.
 RELEASE_SECONDS = 1
+# Time between two looks at the decode thread.
+WATCH_SECONDS = 0.5
 
 
 def serve(service: Service) -> None:
@@ -48,6 +50,7 @@ def serve(service: Service) -> None:
 
     Raises:
         InputError: the address cannot be listened on.
+        RuntimeError: the decode thread failed.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     # A garbage collection stops all threads. Leave out the objects that live as long as the server, and
@@ -84,6 +87,8 @@ def serve(service: Service) -> None:
     finally:
         service.close()
     log("stopped")
+    if service.engine.failure is not None:
+        raise RuntimeError("the decode thread failed") from service.engine.failure
 
 
 class _Server(uvicorn.Server):
@@ -98,7 +103,8 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, loop)
-        housekeeping = [loop.create_task(self._expire_sessions()), loop.create_task(self._release_memory())]
+        tasks = (self._expire_sessions(), self._release_memory(), self._stop_after_failure())
+        housekeeping = [loop.create_task(task) for task in tasks]
         try:
             yield
         finally:
@@ -134,6 +140,12 @@ class _Server(uvicorn.Server):
         while True:
             await self.service.release_memory()
             await asyncio.sleep(RELEASE_SECONDS)
+
+    async def _stop_after_failure(self) -> None:
+        """End the server when its decode thread has failed, for a supervisor to start another."""
+        while self.service.engine.failure is None:
+            await asyncio.sleep(WATCH_SECONDS)
+        self.should_exit = True
 
 
 def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
@@ -230,4 +242,5 @@ def _raise_file_limit() -> None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with suppress(ValueError, OSError):  # macOS says that there is no limit, and allows some
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
