@@ -234,21 +234,6 @@ def by_token(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
             offset += len(text)
 
 
-def by_line(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
-    """Every line of a text, with its line end."""
-    shown, bits, size, first = b"", 0.0, 0, None
-    for scored in line_pieces(batches):
-        piece = scored.piece
-        first = piece if first is None else first
-        shown += piece.text[: SHOWN_BYTES - len(shown)]
-        bits, size = bits + float(scored.bits.sum()), size + len(piece.text)
-        if piece.is_last:
-            yield SpanSurprisal(name, first.number, first.offset, bits, size, shown)
-            shown, bits, size, first = b"", 0.0, 0, None
-    if first is not None:
-        yield SpanSurprisal(name, first.number, first.offset, bits, size, shown)
-
-
 def by_document(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
     """A text as a whole."""
     size, bits, shown = 0, 0.0, b""
@@ -260,7 +245,7 @@ def by_document(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
     yield SpanSurprisal(name, 1, 0, bits, size, shown)
 
 
-BY = {"line": by_line, "token": by_token, "document": by_document}
+BY = {"token": by_token, "document": by_document}
 
 
 def most_surprising(scored: Iterable[SpanSurprisal], count: int) -> list[SpanSurprisal]:
