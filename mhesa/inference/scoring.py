@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from mhesa.errors import InputError
-from mhesa.inference.evaluation import surprisals
 from mhesa.inference.lines import Piece
 from mhesa.inference.parallel import ParallelDecoder
 from mhesa.inference.session import Reader
@@ -136,7 +135,7 @@ def score(
         ids = np.concatenate([block.ids for block in blocks]).astype(np.int64)
         read = torch.cat([last, torch.from_numpy(ids)])
         if decoder is not None:
-            columns = {"bits": surprisals(decoder, read[:-1], read[1:], state)}
+            columns = {"bits": decoder.surprisal(read[:-1], read[1:], state)}
         else:
             columns = read_tokens(reader.decoder, read[:-1], read[1:], state, statistics)
         yield Batch(blocks, columns, sizes[ids])
