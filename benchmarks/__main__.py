@@ -380,7 +380,10 @@ def tables() -> None:
 @app.command()
 def compare(
     other: Annotated[Path, typer.Argument(help="Root of another checkout of this repository.")],
-    benchmark: Annotated[str, typer.Argument(metavar="ops|train|run|decode|serve", help="What to run.")],
+    benchmark: Annotated[
+        str,
+        typer.Argument(metavar="ops|train|run|decode|serve|score|context_parallel", help="What to run."),
+    ],
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="-- ARGUMENT", help="Arguments of the benchmark.")
     ] = None,

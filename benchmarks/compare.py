@@ -16,7 +16,7 @@ from benchmarks.tables import TABLES
 from mhesa.errors import InputError
 
 HERE = Path(__file__).parents[1]
-BENCHMARKS = ("ops", "train", "run", "decode", "serve")
+BENCHMARKS = ("ops", "train", "run", "decode", "serve", "score", "context_parallel")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mhesa.model.layers import MHESA, spread_rates
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.devices import computes_in_bf16
 from mhesa.training.muon import Muon
-from mhesa.training.optimizers import BETAS, decay_groups
+from mhesa.training.optimizers import BETAS, decay_groups, is_block_matrix
 
 WEIGHT_DECAY = 0.1
 # Tokens of a window, unless a recipe says otherwise.
@@ -121,10 +121,7 @@ class Recipe:
         matrices = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if self.muon is not None
-            and parameter.ndim == 2
-            and name.startswith("layers.")
-            and not name.endswith("conv.weight")
+            if self.muon is not None and is_block_matrix(name, parameter)
         }
         rest = [parameter for name, parameter in model.named_parameters() if name not in matrices]
         found: list[torch.optim.Optimizer] = [

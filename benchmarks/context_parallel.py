@@ -261,7 +261,7 @@ class Paper:
     ring_attention: int
 
 
-def on_paper(config: ModelConfig = LARGE) -> list[Paper]:
+def on_paper() -> list[Paper]:
     """Exchanges of larger groups, by the sizes of messages and assumed rates.
 
     A layer makes four exchanges in a step: the convolution's last values and the state, forward and backward.
@@ -271,15 +271,15 @@ def on_paper(config: ModelConfig = LARGE) -> list[Paper]:
     Ring attention hides its exchanges if a block has at least as many tokens as the GPU's operations a second
     over the link's bytes a second, and needs six blocks (https://arxiv.org/abs/2310.01889).
     """
-    messages = 4 * (config.dim_mhesa + config.heads), 4 * ((config.conv_size - 1) * config.dim + 1)
-    weights = config.parameters - config.num_tokens * config.dim
+    messages = 4 * (LARGE.dim_mhesa + LARGE.heads), 4 * ((LARGE.conv_size - 1) * LARGE.dim + 1)
+    weights = LARGE.parameters - LARGE.num_tokens * LARGE.dim
     seconds_a_token = 6 * weights / FLOPS
     rows = []
     for gpus in GPUS:
         for link in LINKS:
             transfers = (gpus - 1) * sum(messages) / link.bandwidth
             ring, doubling = (
-                2 * config.depth * (len(messages) * rounds * link.latency + transfers)
+                2 * LARGE.depth * (len(messages) * rounds * link.latency + transfers)
                 for rounds in (gpus - 1, math.ceil(math.log2(gpus)))
             )
             rows.append(

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.contestants import CHOICES, CONTEXT, PROBED, RECIPES, Recipe
-from benchmarks.probes import IGNORED, PROBES, Probe, accuracy
+from benchmarks.probes import PROBES, Probe, accuracy
 from mhesa.data import Source, Windows, open_corpus
 from mhesa.errors import InputError
+from mhesa.model.loss import IGNORED_LABEL
 from mhesa.ops.devices import computes_in_bf16
 from mhesa.tokenizers import Bytes
 from mhesa.training.schedule import learning_rate
@@ -27,6 +28,7 @@ STEPS, STEP_TOKENS, NUM_TOKENS, WARMUP = 600, 4096, 257, 0.02
 SHORT, LONG = 256, 4096
 FACTORS = (0.5, 2.0)
 CONTEXTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+PREDICTED = 32
 POSITIONS, BLOCK, ORDERS = 65_536, 2048, 4
 # Of each probe.
 PROBE_STEPS = {"latch": 300, "recall": 2000}
@@ -145,7 +147,7 @@ def train(
         inputs, targets = batches(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bf16("cpu")):
             logits = model(inputs)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -268,20 +270,17 @@ def loss_by_position(name: str, model: nn.Module, text: Tensor, window: int | No
     ]
 
 
-def loss_by_context(
-    name: str, model: nn.Module, text: Tensor, *, predicted: int = 32, places: int = 400
-) -> list[Context]:
-    """Loss of the same bytes with more and more context before them.
+def loss_by_context(name: str, model: nn.Module, text: Tensor, *, places: int = 400) -> list[Context]:
+    """Loss of the same bytes, `PREDICTED` at each of some places, with more and more context before them.
 
     Args:
         text: bytes held out, `(length,)`.
-        predicted: bytes that are predicted at each place.
     """
-    starts = np.random.default_rng(0).integers(max(CONTEXTS), len(text) - predicted, places)
+    starts = np.random.default_rng(0).integers(max(CONTEXTS), len(text) - PREDICTED, places)
     rows = []
     for context in CONTEXTS:
-        ids = torch.stack([text[start - context : start + predicted] for start in starts])
-        rows.append(Context(name, context, losses(model, ids)[:, -predicted:].mean().item()))
+        ids = torch.stack([text[start - context : start + PREDICTED] for start in starts])
+        rows.append(Context(name, context, losses(model, ids)[:, -PREDICTED:].mean().item()))
     return rows
 
 

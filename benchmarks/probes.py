@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mhesa.model.loss import IGNORED_LABEL
+
 # The byte that says: now comes the answer.
 QUERY = 255
-IGNORED = -100
 ROWS = 16
+# Keys with values to remember, and batches that an accuracy is measured on.
+PAIRS, BATCHES = 4, 16
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Probe:
     choices: int
 
     def batch(self, step: int, distance: int, *, vary: bool, rows: int = ROWS) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step, `(rows, length)` each; targets are `IGNORED` but at the end.
+        """Inputs and targets of a step, `(rows, length)` each; targets are `IGNORED_LABEL` but at the end.
 
         Args:
             step: the seed.
@@ -50,7 +53,7 @@ class Probe:
                 # What has to be kept moves right, and the noise that it stood before now stands before it.
                 at = distance - int(distance**share)
                 ids[row, : at + length] = torch.cat([noise[row, :at], kept[row]])
-        targets = torch.full_like(ids, IGNORED)
+        targets = torch.full_like(ids, IGNORED_LABEL)
         targets[:, -1] = answers
         return ids, targets
 
@@ -60,10 +63,10 @@ def _flag(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor
     return flags[:, None], torch.empty(rows, 0, dtype=torch.int64), flags
 
 
-def _pairs(rows: int, generator: torch.Generator, pairs: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    keys = torch.rand(rows, 16, generator=generator).argsort(1)[:, :pairs]
-    values = torch.randint(32, 48, (rows, pairs), generator=generator)
-    chosen = torch.randint(pairs, (rows, 1), generator=generator)
+def _pairs(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    keys = torch.rand(rows, 16, generator=generator).argsort(1)[:, :PAIRS]
+    values = torch.randint(32, 48, (rows, PAIRS), generator=generator)
+    chosen = torch.randint(PAIRS, (rows, 1), generator=generator)
     kept = torch.stack([keys, values], dim=2).flatten(1)
     return kept, keys.gather(1, chosen), values.gather(1, chosen)[:, 0]
 
@@ -72,10 +75,10 @@ PROBES = {"latch": Probe(_flag, choices=2), "recall": Probe(_pairs, choices=16)}
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, probe: Probe, distance: int, *, batches: int = 16) -> float:
+def accuracy(model: nn.Module, probe: Probe, distance: int) -> float:
     """How often the likeliest token is the right one, at one distance."""
     right = []
-    for index in range(batches):
+    for index in range(BATCHES):
         ids, targets = probe.batch((1 << 40) + index, distance, vary=False)
         right.append((model(ids)[:, -1].argmax(-1) == targets[:, -1]).float())
     return torch.cat(right).mean().item()

@@ -144,7 +144,7 @@ def decoding_rates(decoder: Decoder, batch: int) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def _rate(decoder: Decoder, batch: int, drawing: bool, seconds: float = 1.0) -> float:
+def _rate(decoder: Decoder, batch: int, drawing: bool) -> float:
     state = decoder.initial_state(batch)
     samplers = BatchSampler(decoder.num_tokens, [TokenSampler(Sampling(), seed) for seed in range(batch)])
 
@@ -157,7 +157,7 @@ def _rate(decoder: Decoder, batch: int, drawing: bool, seconds: float = 1.0) -> 
     for _ in range(3):
         advance()
     steps, started = 0, time.perf_counter()
-    while (passed := time.perf_counter() - started) < seconds:
+    while (passed := time.perf_counter() - started) < 1:
         advance()
         steps += 1
     return batch * steps / passed

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mhesa.errors import InputError
+from mhesa.errors import InputError, reason
 
 CHUNK = 1 << 20
 PARTIAL = ".partial"
@@ -132,7 +132,7 @@ def read_json(path: Path) -> Any:
     except RecursionError as error:
         raise InputError(f"{path} is broken: it is nested too deeply") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is broken: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"{path} is broken: {reason(error)}") from error
 
 
 def sync(path: Path) -> None:

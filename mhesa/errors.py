@@ -12,5 +12,10 @@ class InputError(ValueError):
     """
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in a few words: of an error of the system's without the file's name and the number."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 class TrainingError(RuntimeError):
     """A training run cannot go on; the message says at which step, and what to do."""

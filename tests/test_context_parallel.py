@@ -1,7 +1,9 @@
 """Sequences over several processes, against one process."""
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -259,12 +261,12 @@ def test_bytes_sent_do_not_grow_with_the_length(run):
     assert short == long <= 4 * len(model.layers) * (state + tail)
 
 
-def nats_in_process(group, inputs, targets):
+def bits_in_process(group, inputs, targets):
     decoder = ParallelDecoder(tiny_model().eval(), group)
     state = decoder.initial_state(1)
     # A window that divides among the processes, one that does not, and one that is too short.
     parts = [slice(0, 16), slice(16, 29), slice(29, 30)]
-    return torch.cat([decoder.nats(inputs[part], targets[part], state) for part in parts]), state
+    return np.concatenate([decoder.surprisal(inputs[part], targets[part], state) for part in parts]), state
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -273,8 +275,8 @@ def test_a_text_is_scored_by_all(run, processes):
     with torch.no_grad():
         logits, state = tiny_model()(ids[None, :-1], return_state=True)
     expected = torch.nn.functional.cross_entropy(logits[0], ids[1:], reduction="none")
-    for nats, final in run(nats_in_process, processes, ids[:-1], ids[1:]):
-        torch.testing.assert_close(nats, expected.float())
+    for bits, final in run(bits_in_process, processes, ids[:-1], ids[1:]):
+        np.testing.assert_allclose(bits, expected / math.log(2), rtol=1.3e-6, atol=1e-5)
         torch.testing.assert_close(final, state, rtol=1e-11, atol=1e-11)
 
 

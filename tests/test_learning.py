@@ -20,9 +20,10 @@ from benchmarks.learning import (
     train,
 )
 from benchmarks.plots import draw_all
-from benchmarks.probes import IGNORED, PROBES, QUERY, accuracy
+from benchmarks.probes import PROBES, QUERY, accuracy
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
+from mhesa.model.loss import IGNORED_LABEL
 
 
 class Uniform(nn.Module):
@@ -50,7 +51,7 @@ class Oracle(nn.Module):
 @pytest.mark.parametrize("vary", [False, True])
 def test_a_probe_has_one_answer(name, vary):
     ids, targets = PROBES[name].batch(3, 50, vary=vary)
-    assert (targets[:, :-1] == IGNORED).all()
+    assert (targets[:, :-1] == IGNORED_LABEL).all()
     assert torch.equal(Oracle()(ids)[:, -1].argmax(-1), targets[:, -1])
     places = (ids == targets[:, -1:]).int().argmax(1)
     assert len(places.unique()) > 1 if vary else places.max() < 8

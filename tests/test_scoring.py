@@ -21,7 +21,8 @@ from mhesa.data import Document
 from mhesa.hf import ByteTokenizer
 from mhesa.inference.evaluation import evaluate
 from mhesa.inference.heatmap import Heatmap
-from mhesa.inference.scoring import BY, by_line, by_token, most_surprising, score
+from mhesa.inference.line_scores import LineScores
+from mhesa.inference.scoring import BY, by_token, line_pieces, most_surprising, score
 from mhesa.inference.session import Reader, Session
 from mhesa.tokenizers import TextTokenizer, train_bpe
 from mhesa.tokenizers.stream import BLOCK_BYTES, encode_stream
@@ -32,6 +33,10 @@ def reader():
     torch.manual_seed(0)
     model = GatedExponentialSmoothingLM(num_tokens=257, dim=16, depth=2, heads=2, dim_mhesa=8)
     return Reader(model.eval(), ByteTokenizer())
+
+
+def by_line(name, batches):
+    return LineScores().read(name, line_pieces(batches))
 
 
 def expected_bits(reader, text):
@@ -209,7 +214,7 @@ def test_score_and_eval_agree_where_tokens_span_lines(line_spanning, chunk):
     chunks = [data[start : start + chunk] for start in range(0, len(data), chunk)]
     expected = evaluate(line_spanning.decoder, line_spanning.tokenizer, [Document("t", data)])
     session = Session(line_spanning).score(data)
-    for by in BY.values():
+    for by in (by_line, *BY.values()):
         scored = list(by("t", score(line_spanning, chunks)))
         assert sum(one.bits for one in scored) / len(data) == pytest.approx(expected.bits_per_byte, abs=1e-4)
         assert sum(one.bits for one in scored) == pytest.approx(session.sum(), rel=1e-4)
@@ -302,11 +307,12 @@ PEAK = """
 import resource, sys, torch
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.hf import ByteTokenizer
-from mhesa.inference.scoring import by_line, score
+from mhesa.inference.line_scores import LineScores
+from mhesa.inference.scoring import line_pieces, score
 from mhesa.inference.session import Reader
 model = GatedExponentialSmoothingLM(num_tokens=257, dim=8, depth=1, heads=1, dim_mhesa=8).eval()
 chunks = (b"\\x00\\xffy " * 16384 for _ in range(int(sys.argv[1])))
-(line,) = by_line("-", score(Reader(model, ByteTokenizer()), chunks))
+(line,) = LineScores().read("-", line_pieces(score(Reader(model, ByteTokenizer()), chunks)))
 print(line.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

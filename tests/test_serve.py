@@ -12,7 +12,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import KEYS, complete, in_process, raw, save_model
 
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.evaluation import surprisals
 from mhesa.inference.session import Reader
 from mhesa.inference.units import surprisal_table
 from mhesa.model.loading import load
@@ -334,7 +333,7 @@ def test_scores_are_the_models_surprisal(http, folder):
     text = "first line\nsecond né\nlast"
     decoder = Decoder(model)
     ids = torch.tensor([256, *text.encode()])
-    bits = surprisals(decoder, ids[:-1], ids[1:], model.initial_state(1))
+    bits = decoder.surprisal(ids[:-1], ids[1:], model.initial_state(1))
     data = http.post("/v1/score", json={"input": [text, ""], "by": "token"}).json()["data"]
     assert np.allclose([item["bits"] for item in data[0]["items"]], bits, atol=1e-4)
     assert math.isclose(data[0]["bits_per_byte"], bits.sum() / len(text.encode()), rel_tol=1e-4)

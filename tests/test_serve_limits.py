@@ -23,7 +23,6 @@ from serving import ENDLESS, FOREVER, HEAD, KEYS, in_process, raw, run_server, r
 
 from mhesa import Sampling, generate
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.evaluation import surprisals
 from mhesa.inference.slots import Slots
 from mhesa.model.loading import load
 from mhesa.serve.logs import log
@@ -299,7 +298,7 @@ def test_a_large_score_is_the_models_surprisal(inside, folder, by):
     text = WORDS[:100_000] + "\n" * 2000 + "é" * 20_000
     model, _ = load(folder)
     ids = torch.tensor([256, *text.encode()])
-    bits = surprisals(Decoder(model), ids[:-1], ids[1:], model.initial_state(1))
+    bits = Decoder(model).surprisal(ids[:-1], ids[1:], model.initial_state(1))
     answer = inside.post("/v1/score", json={"input": [text, "", text], "by": by})
     assert answer.status_code == 200, answer.text
     first, empty, last = answer.json()["data"]

@@ -292,7 +292,7 @@ def test_an_address_in_use_is_told_in_one_line(folder):
     [
         ({"port": 70000}, "port must be 0 to 65535"),
         ({"slots": 0}, "slots must be at least 1"),
-        ({"queue": -1}, "queue must be at least 0"),
+        ({"queue": -1}, "queue must be 0 or more"),
         ({"limits": Limits(max_tokens=0)}, "max_tokens must be at least 1"),
         ({"limits": Limits(request_seconds=math.nan)}, "timeout must be a positive number"),
         ({"allow_origins": ("https://example.org/",)}, "an origin is https://host"),

@@ -20,7 +20,7 @@ from mhesa.cli.generate import generate
 from mhesa.cli.score import score
 from mhesa.cli.serve import serve
 from mhesa.cli.train import train
-from mhesa.errors import InputError, TrainingError
+from mhesa.errors import InputError, TrainingError, reason
 
 app = typer.Typer(
     name="mhesa",
@@ -61,7 +61,7 @@ def main() -> None:
         # Discard what is still buffered: flushing it when Python exits would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"cannot go on: {where}{error.strerror or error}", 1)
+        _fail(f"cannot go on: {where}{reason(error)}", 1)
     finally:
         gc.enable()
         # For a program that goes on: what a command kept out of collection may become garbage.

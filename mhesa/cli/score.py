@@ -198,8 +198,9 @@ def score(
     from mhesa.inference.units import TOKEN, UNITS, Columns, GivenWords
     from mhesa.processes import rank
 
-    if by not in (*BY, *UNITS):
-        raise InputError(f"--by must be {', '.join([*BY, *UNITS])}, not {by}")
+    known = ("line", *BY, *UNITS)
+    if by not in known:
+        raise InputError(f"--by must be {', '.join(known)}, not {by}")
     if top is not None and top < 1:
         raise InputError(f"--top must be at least 1, not {top}")
     if context < 0:

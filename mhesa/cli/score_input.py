@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mhesa.errors import InputError
+from mhesa.errors import InputError, reason
 
 if TYPE_CHECKING:
     from mhesa.data import File
@@ -100,4 +100,4 @@ def word_list(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"cannot read {path}: {reason(error)}") from error

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from mhesa.atomic_io import write_folder
 from mhesa.data.parallel import map_ordered, thread_pool
-from mhesa.errors import InputError
+from mhesa.errors import InputError, reason
 
 CHECKSUMS = "checksums.json"
 BLOCK_BYTES = 1 << 26
@@ -63,8 +63,9 @@ def lock(name: str) -> Iterator[None]:
     try:
         held.acquire()
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot lock {path}: {reason}; name another folder with MHESA_CACHE") from error
+        raise InputError(
+            f"cannot lock {path}: {reason(error)}; name another folder with MHESA_CACHE"
+        ) from error
     try:
         yield
     finally:

@@ -106,8 +106,8 @@ class Source:
         held_out = max(self.holdout.fraction * self.size, 1.0)
         return rank <= self._selection.threshold * min(1.0, MEASURED_BYTES / held_out)
 
-    def training_text(self, limit: int = VOCABULARY_BYTES) -> Iterator[bytes]:
-        """Training text to learn a vocabulary from: about `limit` bytes, picked evenly from the corpus.
+    def training_text(self) -> Iterator[bytes]:
+        """Training text to learn a vocabulary from: about `VOCABULARY_BYTES`, picked evenly from the corpus.
 
         Raises:
             InputError: a file changed while it was read.
@@ -115,7 +115,7 @@ class Source:
         while not self.is_settled:
             for _ in self.pieces():
                 pass
-        share = limit / max(self.size, 1)
+        share = VOCABULARY_BYTES / max(self.size, 1)
         for piece in self.pieces():
             # The lowest ranks are held out, so take the highest.
             if not piece.held_out and piece.rank >= 1 - share:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mhesa.data.compression import SUFFIXES, decompressed
-from mhesa.errors import InputError
+from mhesa.errors import InputError, reason
 
 CHUNK_BYTES = 1 << 20
 # A file is hashed in blocks of this many bytes, in parallel.
@@ -115,7 +115,7 @@ def _named_errors(file: File) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot read {file.name}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {file.name}: {reason(error)}") from error
 
 
 @contextmanager

@@ -128,10 +128,11 @@ def _files_below(folder: Path) -> list[Path]:
     while waiting:
         for root, folders, names in os.walk(waiting.popleft(), onerror=_refuse):
             place = Path(root)
-            if _identity(place) in seen:
+            identity = File.at(place).identity()
+            if identity in seen:
                 folders.clear()
                 continue
-            seen.add(_identity(place))
+            seen.add(identity)
             visible = [name for name in sorted(names) if not name.startswith(".")]
             folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
             if _holds_run(place):
@@ -163,12 +164,6 @@ def _stat(path: Path) -> os.stat_result:
         return path.stat()
     except OSError as error:
         _refuse(error)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    """What all names of one file or folder have in common."""
-    found = _stat(path)
-    return found.st_dev, found.st_ino
 
 
 def _refuse(error: OSError) -> NoReturn:

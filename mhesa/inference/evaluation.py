@@ -6,19 +6,14 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from mhesa.data import Document
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.parallel import ParallelDecoder
-from mhesa.inference.statistics import BITS, check_numbers, read_tokens
+from mhesa.inference.parallel import WINDOW, ParallelDecoder
+from mhesa.inference.statistics import check_numbers
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.tokenizers.base import Tokenizer
-
-# Tokens between two reports of progress. Of a `ParallelDecoder`, those whose logits a process holds at once.
-WINDOW = 4096
 
 
 @dataclass(frozen=True)
@@ -63,34 +58,6 @@ class PredictionCost:
         return {name: getattr(self, name) for name in names}
 
 
-def surprisals(
-    decoder: Decoder | ParallelDecoder, inputs: Tensor, targets: Tensor, state: Tensor
-) -> np.ndarray:
-    """The surprisal of each token.
-
-    Args:
-        decoder: the model, in this process or in several.
-        inputs: ids to read, int64 `(length,)`.
-        targets: the id to predict after each input, `(length,)`: `inputs` shifted by one.
-        state: `(depth, 1, state_size)`, the state before the inputs; updated in place.
-
-    Returns:
-        `-log2` of each target's probability in bits, `(length,)`; in fp64, so that sums of many are right.
-    """
-    if isinstance(decoder, Decoder):
-        return read_tokens(decoder, inputs, targets, state, BITS)["bits"]
-    bits, size = np.empty(len(targets)), tokens_at_once(decoder)
-    for start in range(0, len(targets), size):
-        rows = slice(start, start + size)
-        bits[rows] = decoder.nats(inputs[rows], targets[rows], state).double().cpu().numpy() / math.log(2)
-    return check_numbers(bits)
-
-
-def tokens_at_once(decoder: Decoder | ParallelDecoder) -> int:
-    """How many tokens to read at once, so that few logits are in memory."""
-    return WINDOW * (decoder.processes if isinstance(decoder, ParallelDecoder) else 1)
-
-
 @torch.no_grad()
 def evaluate(
     model: GatedExponentialSmoothingLM | Decoder | ParallelDecoder,
@@ -108,16 +75,19 @@ def evaluate(
         tokenizer: the model's.
         documents: texts; each starts from the initial state.
         on_progress: called after each window with its number of tokens.
+
+    Raises:
+        FloatingPointError: the model's logits are NaN.
     """
     decoder = Decoder(model) if isinstance(model, GatedExponentialSmoothingLM) else model
-    size = tokens_at_once(decoder)
+    size = WINDOW * (decoder.processes if isinstance(decoder, ParallelDecoder) else 1)
     total = PredictionCost(0.0, 0, 0)
     for document in documents:
         ids = torch.from_numpy(tokenizer.encode_bytes(document.data).astype("int64"))
         inputs = torch.cat([torch.tensor([tokenizer.eos_token_id]), ids[:-1]])
         state = decoder.initial_state(1)
         for read, targets in zip(inputs.split(size), ids.split(size), strict=True):
-            bits = surprisals(decoder, read, targets, state).sum()
+            bits = check_numbers(decoder.surprisal(read, targets, state)).sum()
             total += PredictionCost(bits * math.log(2), len(targets), 0)
             on_progress(len(targets))
         total += PredictionCost(0.0, 0, len(document.data))

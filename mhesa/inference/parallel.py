@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,9 @@ from mhesa.ops.context_parallel import ContextParallel, stretch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+# Tokens whose logits a process holds at once.
+WINDOW = 4096
 
 
 class ParallelDecoder:
@@ -31,9 +36,8 @@ class ParallelDecoder:
         """The state before any token, `(depth, batch, state_size)` of zeros."""
         return self._model.initial_state(batch)
 
-    @torch.no_grad()
-    def nats(self, inputs: Tensor, targets: Tensor, state: Tensor) -> Tensor:
-        """Read tokens of one sequence, and the cross-entropy of the token after each.
+    def surprisal(self, inputs: Tensor, targets: Tensor, state: Tensor) -> np.ndarray:
+        """Read tokens of one sequence, and find how surprising the token after each is.
 
         Args:
             inputs: ids to read, int64 `(length,)`.
@@ -41,8 +45,15 @@ class ParallelDecoder:
             state: `(depth, 1, state_size)`, changed in place.
 
         Returns:
-            Nats, fp32 `(length,)`, the same in every process.
+            Bits, fp64 `(length,)`, the same in every process; see `Decoder.surprisal`.
         """
+        size = WINDOW * self.processes
+        windows = zip(inputs.split(size), targets.split(size), strict=True)
+        nats = torch.cat([self._nats(*window, state) for window in windows])
+        return nats.double().cpu().numpy() / math.log(2)
+
+    @torch.no_grad()
+    def _nats(self, inputs: Tensor, targets: Tensor, state: Tensor) -> Tensor:
         parallel, length = self._parallel, len(inputs)
         if length < parallel.size:
             # Too short to be shared: every process reads all of it.

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 
 from mhesa.errors import InputError
-from mhesa.inference.evaluation import surprisals
 from mhesa.inference.lines import Piece
 from mhesa.inference.parallel import ParallelDecoder
 from mhesa.inference.session import Reader
-from mhesa.inference.statistics import BITS, Statistic, read_tokens
+from mhesa.inference.statistics import BITS, Statistic, check_numbers, read_tokens
 from mhesa.tokenizers.stream import NEWLINE, Block, character_start, encode_stream
 
 # How much of the beginning of a line or document is kept to be shown.
@@ -136,7 +135,7 @@ def score(
         ids = np.concatenate([block.ids for block in blocks]).astype(np.int64)
         read = torch.cat([last, torch.from_numpy(ids)])
         if decoder is not None:
-            columns = {"bits": surprisals(decoder, read[:-1], read[1:], state)}
+            columns = {"bits": check_numbers(decoder.surprisal(read[:-1], read[1:], state))}
         else:
             columns = read_tokens(reader.decoder, read[:-1], read[1:], state, statistics)
         yield Batch(blocks, columns, sizes[ids])
@@ -234,21 +233,6 @@ def by_token(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
             offset += len(text)
 
 
-def by_line(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
-    """Every line of a text, with its line end."""
-    shown, bits, size, first = b"", 0.0, 0, None
-    for scored in line_pieces(batches):
-        piece = scored.piece
-        first = piece if first is None else first
-        shown += piece.text[: SHOWN_BYTES - len(shown)]
-        bits, size = bits + float(scored.bits.sum()), size + len(piece.text)
-        if piece.is_last:
-            yield SpanSurprisal(name, first.number, first.offset, bits, size, shown)
-            shown, bits, size, first = b"", 0.0, 0, None
-    if first is not None:
-        yield SpanSurprisal(name, first.number, first.offset, bits, size, shown)
-
-
 def by_document(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
     """A text as a whole."""
     size, bits, shown = 0, 0.0, b""
@@ -260,7 +244,7 @@ def by_document(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
     yield SpanSurprisal(name, 1, 0, bits, size, shown)
 
 
-BY = {"line": by_line, "token": by_token, "document": by_document}
+BY = {"token": by_token, "document": by_document}
 
 
 def most_surprising(scored: Iterable[SpanSurprisal], count: int) -> list[SpanSurprisal]:

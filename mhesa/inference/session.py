@@ -21,7 +21,6 @@ from mhesa.atomic_io import sha256, write_file
 from mhesa.errors import InputError
 from mhesa.inference.continuation import Continuation, TextCursor
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.evaluation import surprisals
 from mhesa.inference.generation import write
 from mhesa.inference.sampling import Sampling, TokenSampler
 from mhesa.locks import only_writer_of_file
@@ -161,7 +160,7 @@ class Session:
         self._check(ids)
         if not len(ids):
             return np.zeros(0)
-        bits = surprisals(self.reader.decoder, self._inputs(ids), ids, self._memory.state)
+        bits = self.reader.decoder.surprisal(self._inputs(ids), ids, self._memory.state)
         self._advance(ids)
         return bits
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhesa import remote_code
-from mhesa.atomic_io import sync, write_folder
+from mhesa.atomic_io import read_json, sync, write_folder
 from mhesa.errors import InputError
 
 if TYPE_CHECKING:
@@ -173,12 +173,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; give the folder of a trained model")
     path = folder / CONFIG
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is not a model's folder: it has no {CONFIG}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is broken: {error}") from error
+    if not path.exists():
+        raise InputError(f"{folder} is not a model's folder: it has no {CONFIG}")
+    values = read_json(path)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != MODEL_TYPE:
         raise InputError(f"{folder} holds a model of type {kind}, not {MODEL_TYPE}")
@@ -208,13 +205,12 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS, [folder / WEIGHTS]
     index = folder / INDEX
+    if not index.exists():
+        raise InputError(f"{folder} is not a whole model: it has no {WEIGHTS}")
+    values = read_json(index)
     try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        names = set(values["weight_map"].values())
         whole = all(Path(name).name == name for name in names) and bool(names)
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is not a whole model: it has no {WEIGHTS}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{index} is broken: {error}") from error
     except (AttributeError, KeyError, TypeError):
         whole = False
     if not whole:

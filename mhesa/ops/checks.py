@@ -65,22 +65,10 @@ def check_devices(tensors: Iterable[Tensor | None], cu_seqlens: Tensor | None, d
             raise InputError(f"a tensor is on {tensor.device}; move it to {device}, where x is")
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise `InputError` unless `tensor`, of any shape, is a dense tensor."""
-    if not _is_dense(tensor):
-        raise InputError(f"{name} must be a dense tensor, not {_described(tensor)}")
-
-
 def check_real(name: str, tensor: Tensor) -> None:
     """Raise `InputError` unless a tensor of any shape can be converted to real numbers as it is."""
     if tensor.is_complex() or tensor.is_quantized:
         raise InputError(f"{name} must be real numbers, not {tensor.dtype}")
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise `InputError` unless a tensor of any shape holds floating-point numbers."""
-    if not tensor.is_floating_point():
-        raise InputError(f"{name} must be floating-point, not {tensor.dtype}")
 
 
 def check_scan(
@@ -144,7 +132,8 @@ def check_input(x: Tensor, *dimensions: str) -> None:
     """Raise `InputError` unless `x` is dense, of floating-point numbers, and `(*dimensions,)`."""
     if not _is_dense(x) or x.ndim != len(dimensions):
         raise InputError(f"x must be ({', '.join(dimensions)}), not {_described(x)}")
-    check_floating("x", x)
+    if not x.is_floating_point():
+        raise InputError(f"x must be floating-point, not {x.dtype}")
 
 
 def _check_parameters(x: Tensor, alpha: Tensor, decay: Tensor, skip: Tensor | None) -> None:
@@ -177,7 +166,8 @@ def check_offsets(cu_seqlens: Tensor, batch: int, length: int, device: torch.dev
     Raises:
         InputError: they do not cover `x`.
     """
-    check_dense("cu_seqlens", cu_seqlens)
+    if not _is_dense(cu_seqlens):
+        raise InputError(f"cu_seqlens must be a dense tensor, not {_described(cu_seqlens)}")
     if not cu_seqlens.is_cpu and cu_seqlens.device != device:
         raise InputError(f"cu_seqlens is on {cu_seqlens.device}; move it to {device}, where x is")
     if batch != 1:

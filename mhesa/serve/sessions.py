@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhesa.errors import InputError
+from mhesa.errors import InputError, reason
 from mhesa.inference.session import SessionState
 from mhesa.inference.session_database import connect, open_database, state_from_bytes, state_to_bytes
 from mhesa.locks import only_writer_of_file
@@ -136,8 +136,7 @@ class Sessions:
                 raise self._trouble(error) from error
 
     def _trouble(self, error: Exception) -> SessionError:
-        reason = getattr(error, "strerror", None) or str(error)
-        log("sessions_unavailable", error=reason)
+        log("sessions_unavailable", error=reason(error))
         self._is_trouble = True
         if self._database is not None and self._path is not None:
             if type(error) is sqlite3.DatabaseError:
@@ -147,7 +146,7 @@ class Sessions:
             else:
                 # Those who wait behind this call are not to wait for the same in vain.
                 self._database.execute("PRAGMA busy_timeout = 0")
-        return SessionError(503, f"sessions cannot be used now: {reason}; try again later")
+        return SessionError(503, f"sessions cannot be used now: {reason(error)}; try again later")
 
     def _identify_files(self) -> list[tuple[int, int] | None]:
         """Which files are in the database's places now."""

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 from mhesa.errors import InputError
-from mhesa.settings import AT_LEAST_1, Doc, Range, check_ranges, documented
+from mhesa.settings import AT_LEAST_0, AT_LEAST_1, Doc, Range, check_ranges, documented
 
 PORTS = Range("0 to 65535", range(1 << 16).__contains__)
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[a-z0-9.:_\[\]-]+")
-NOT_NEGATIVE = Range("at least 0", lambda value: value >= 0)
 
 
 @documented
@@ -69,7 +68,7 @@ class Settings:
         Doc("Origins of web pages that may use the server, such as https://example.org; * is any."),
     ] = ()
     slots: Annotated[int, Doc("Texts to write at the same time.", AT_LEAST_1)] = 1024
-    queue: Annotated[int, Doc("Texts that may wait for a slot.", NOT_NEGATIVE)] = 1024
+    queue: Annotated[int, Doc("Texts that may wait for a slot.", AT_LEAST_0)] = 1024
     limits: Annotated[Limits, Doc("The limits of a request, see `Limits`.")] = Limits()
 
     def __post_init__(self) -> None:

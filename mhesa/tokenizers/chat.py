@@ -25,7 +25,6 @@ Messages = Sequence[Mapping[str, str]]
 Role = Literal["system", "developer", "user", "assistant"]
 # The beginning and the end of a mark, and the end of a part of one.
 START, END, PART = "\ufdd0", "\ufdd1", "\ufdd2"
-MARK = re.compile(f"{START}([0-9]+){END}")
 
 
 def mark(token: int) -> str:

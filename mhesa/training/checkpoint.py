@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mhesa.atomic_io import read_json, sha256, write_folder
-from mhesa.errors import InputError, TrainingError
+from mhesa.errors import InputError, TrainingError, reason
 from mhesa.training.schedule import Budget
 
 MANIFEST = "manifest.json"
@@ -76,9 +76,8 @@ def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:
             (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
         _rotate(folder, progress, keep)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
         raise TrainingError(
-            f"cannot write a checkpoint to {folder}: {reason}; those that are there are whole, "
+            f"cannot write a checkpoint to {folder}: {reason(error)}; those that are there are whole, "
             "and --resume goes on from the newest"
         ) from error
     return path

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mhesa.errors import InputError
+from mhesa.errors import InputError, reason
 from mhesa.training.settings import BY_PANEL, TrainingSettings
 
 # Bytes of a file of settings. All of them take a few hundred; PyYAML reads a megabyte in about ten seconds.
@@ -28,7 +28,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
     except InputError:
         raise
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
     except RecursionError as error:
         raise InputError(f"{path} is nested too deeply to be read") from error
     # The last three: what PyYAML raises for a value that does not fit its tag, as in `!!int ""`.

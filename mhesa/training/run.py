@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from mhesa.data import Corpus, Document, Source, Windows, open_corpus
 from mhesa.data.cache import cached_folder
-from mhesa.errors import InputError, TrainingError
+from mhesa.errors import InputError, TrainingError, reason
 from mhesa.inference.evaluation import PredictionCost, evaluate
 from mhesa.inference.parallel import ParallelDecoder
 from mhesa.model.config import ModelConfig
@@ -112,9 +112,8 @@ def _train(run: Run, phase: Phase) -> Summary:
         try:
             return run.train(signals, report, phase)
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
             raise TrainingError(
-                f"cannot write to {run.folder}: {reason}; its checkpoints are whole, "
+                f"cannot write to {run.folder}: {reason(error)}; its checkpoints are whole, "
                 "and --resume goes on from the newest"
             ) from error
 

@@ -95,13 +95,9 @@ def validation_error(errors: Sequence[Any]) -> APIError:
     """
     first = errors[0]
     where = [str(part) for part in first["loc"][1:]]
-    if first["type"] == "json_invalid":
-        return invalid("the body is not JSON", None, "invalid_json")
     if first["type"] == "extra_forbidden":
         name = where[-1][:64]
         return invalid(f"unrecognized request argument: {name!r}", name, "unknown_parameter")
-    if first["type"] == "model_attributes_type" and not where:
-        return invalid("the body must be a JSON object, sent with Content-Type: application/json", None)
     # For a union, `where` also holds the types that were tried: the parameter is the first lower-case name.
     names = [part for part in where if part.isidentifier() and part.islower()] or where
     name, message = "".join(names[:1]), first["msg"].removeprefix("Value error, ")
