@@ -96,7 +96,8 @@ class Recipe:
     Args:
         build: makes the model for a number of tokens.
         adamw: peak learning rate of AdamW.
-        muon: that of Muon for the matrices of the model's `layers`; `None` leaves them to AdamW.
+        muon: peak learning rate of Muon for the matrices of the model's `layers`; `None` leaves them to
+            AdamW.
         window: tokens beyond which the model is not read: it falls apart there, in quadratic time.
         context: tokens of a window that it is trained on.
     """
@@ -149,7 +150,7 @@ def _ours(
     Args:
         context: tokens of a window that it is trained on.
         rates: makes the initial `alphas` and `dampen_factors` for a number of heads.
-        options: of the model.
+        options: options of the model.
     """
     build = _smoothing(**{"heads": 32, "adaptive": True, "conv_size": 4} | options)
 

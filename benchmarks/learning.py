@@ -63,7 +63,7 @@ class Position:
     """Nats a byte between two positions of a text of shuffled blocks.
 
     Args:
-        over_short: over the loss of the same bytes read from nothing every `SHORT` bytes.
+        over_short: loss over that of the same bytes read from nothing every `SHORT` bytes.
     """
 
     recipe: str
@@ -99,7 +99,7 @@ class Text:
 
     Args:
         sources: see `mhesa.data.Source`; none is the Python standard library's source text.
-        held_out_bytes: how many bytes held out are read.
+        held_out_bytes: largest number of held-out bytes that are read.
 
     Raises:
         InputError: there is no such text, or too little.
@@ -167,7 +167,7 @@ def bench_learning(
 
     Args:
         sources: texts to learn, see `Text`.
-        seeds: how many; `rates` takes one.
+        seeds: number of seeds; `rates` takes one.
         seconds: CPU time of each run of `minutes`.
 
     Yields:

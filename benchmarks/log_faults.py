@@ -21,11 +21,11 @@ class Log:
     """How the lines of a log are read.
 
     Args:
-        name: of its file.
-        header_words: words before the message.
-        time: matches the time at the beginning, which is meant to vary.
-        component: matches the component in its first group.
-        key: matches the entity that a line is about in its first group.
+        name: name of the log's file, without its ending.
+        header_words: number of words before the message.
+        time: pattern of the time at the beginning, which is meant to vary.
+        component: pattern whose first group is the component.
+        key: pattern whose first group is the entity that a line is about.
     """
 
     name: str
@@ -71,8 +71,8 @@ class Faulty:
     """A log with faults.
 
     Args:
-        lines: its lines.
-        faults: of each line, whether a fault made or changed it, or is to be seen at it.
+        lines: lines of the log.
+        faults: for each line, whether a fault made or changed it, or is to be seen at it.
     """
 
     lines: list[str]

@@ -98,7 +98,7 @@ def check_outputs(outputs: Iterable[Path | int], inputs: Iterable[Path | int]) -
 
     Args:
         outputs: paths, or descriptors of open files, which may also be terminals or pipes.
-        inputs: likewise; those that are not there are left out.
+        inputs: paths or descriptors as well; those that are not there are left out.
 
     Raises:
         InputError: one is: it would be destroyed, or read without end.

@@ -37,7 +37,7 @@ class Range:
     """The values that a setting may have.
 
     Args:
-        words: what they are called in an error and in the documentation.
+        words: description of the values in an error and in the documentation.
         contains: whether a value is one of them.
         choices: all of them, where they are a few words.
     """

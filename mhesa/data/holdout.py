@@ -24,8 +24,8 @@ class Piece:
     """A part of a document, held out or trained on as a whole.
 
     Args:
-        data: its bytes.
-        document: the index of its document in the corpus.
+        data: bytes of the piece.
+        document: index of its document in the corpus.
         starts: whether it begins a stretch of its document: the start, or where `held_out` changes.
         held_out: whether it is kept from training.
         rank: a number in [0, 1) that depends on its content alone.
@@ -44,7 +44,7 @@ class Selection:
 
     Args:
         threshold: pieces of a rank up to this are held out, except texts that repeat a lot.
-        repeated: of each text that repeats a lot, by its rank, the fraction of its copies that is held out.
+        repeated: for each text that repeats a lot, by its rank, the fraction of its copies that is held out.
     """
 
     threshold: float
@@ -98,9 +98,9 @@ class Holdout:
         """Cut documents into pieces and decide for each whether it is held out.
 
         Args:
-            documents: each one its bytes in chunks of any size, used up one after the other.
+            documents: documents, each as its bytes in chunks of any size, which are used up in order.
             total: bytes of all documents; for `content` an estimate will do.
-            selection: for `content`; by rank alone if omitted.
+            selection: which pieces are held out by `content`; those of low rank if omitted.
         """
         size = min(max(total // 256, SMALLEST_PIECE), LARGEST_PIECE)
         pieces = ((index, data) for index, document in enumerate(documents) for data in cut(document, size))

@@ -45,8 +45,8 @@ class MhesaConfig(NoSourceCopies, PreTrainedConfig):
 
     Args:
         use_cache: whether a forward outside training returns its state.
-        bos_token_id, eos_token_id, pad_token_id: by default those of `ByteTokenizer`, or none if the
-            vocabulary has no more than 256 tokens. Give them for any other tokenizer: generation stops at
+        bos_token_id, eos_token_id, pad_token_id: token ids; by default those of `ByteTokenizer`, or none if
+            the vocabulary has no more than 256 tokens. Give them for any other tokenizer: generation stops at
             `eos_token_id`.
     """
 

@@ -64,8 +64,8 @@ def match_length(stop: bytes, length: int, piece: bytes) -> int:
 
     Args:
         stop: the stop string.
-        length: how many there were before `piece`.
-        piece: what is new.
+        length: number of such bytes before `piece`.
+        piece: bytes that are new at the end of the text.
 
     >>> match_length(b"two", match_length(b"two", 0, b"one, t"), b"tw")
     2
@@ -168,7 +168,7 @@ class TextCursor:
     What it has read is not kept: a continuation can have one cursor only.
 
     Args:
-        text: what to read.
+        text: text to read.
         before: bytes to read first, together with the text's own first ones.
     """
 

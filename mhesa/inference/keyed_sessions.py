@@ -46,7 +46,7 @@ class KeyedSessions:
     Args:
         reader: the model and its tokenizer.
         memory: bytes that states, keys and the database's cache may take.
-        path: the file.
+        path: file that keeps the sessions; a temporary one if omitted.
 
     Raises:
         InputError: the file is no such file, damaged, another model's, or used by another process.
@@ -148,8 +148,8 @@ class KeyedSessions:
         """Read the tokens of some lines, each in the session of its key.
 
         Args:
-            keys: of each line.
-            ids: the tokens of each, `(tokens,)`.
+            keys: key of each line.
+            ids: tokens of each line, `(tokens,)`.
             statistics: what to compute of each token's prediction.
 
         Returns:

@@ -31,7 +31,7 @@ class Peak:
 
     Args:
         text: the piece of the line with the highest score.
-        bits: of each of its bytes, zero for those that do not count, `(bytes,)`.
+        bits: surprisal of each of its bytes, zero for those that do not count, `(bytes,)`.
         offset: where the piece begins in the line, in bytes.
     """
 
@@ -68,7 +68,7 @@ class LineSurprisal(SpanSurprisal):
     Args:
         score: bits of its most surprising byte, digits left out, above what lines that begin alike have.
         peak: its most surprising part.
-        key: of its session; `None` if it has none.
+        key: key of the line's session; `None` if it has none.
         alarm: whether the score is above the threshold; `None` if there is none.
     """
 
@@ -110,7 +110,7 @@ class LineScores:
     A line in several pieces has the score of the highest.
 
     Args:
-        masks: what in a line is read but not counted.
+        masks: patterns of what in a line is read but not counted.
 
     >>> scores = LineScores()
     >>> [scores.score(b"a1", np.array(bits)) for bits in ([1.0, 9.0], [1.0, 9.0], [9.0, 9.0])]
@@ -127,7 +127,7 @@ class LineScores:
 
         Args:
             text: the bytes of the line that count.
-            bits: of each of them, `(bytes,)`.
+            bits: surprisal of each of these bytes, `(bytes,)`.
         """
         kind = text.translate(None, DIGITS)[:BEGINNING].decode("latin-1")
         highest = float(np.where(_no_digits(text), bits, 0.0).max(initial=0.0))
@@ -141,8 +141,8 @@ class LineScores:
         """The lines of some pieces, scored.
 
         Args:
-            source: the name of their file.
-            pieces: of lines one after the other.
+            source: name of the lines' file.
+            pieces: pieces of lines, in order.
 
         Raises:
             InputError: a mask takes too long.
@@ -216,7 +216,7 @@ def most_surprising_span(bits: np.ndarray) -> tuple[int, int]:
     """The bytes in a row that have the most surprisal above twice the mean: where they begin and end.
 
     Args:
-        bits: of each byte of a line, `(bytes,)`.
+        bits: surprisal of each byte of a line, `(bytes,)`.
 
     >>> most_surprising_span(np.array([1.0, 1, 1, 9, 8, 1, 1, 2]))
     (3, 5)
@@ -234,7 +234,7 @@ class FalseAlarms:
     Scores are counted in buckets whose bounds grow by 1 %, so a threshold is right to 1 %.
 
     Args:
-        rate: the share.
+        rate: the share, between 0 and 1.
 
     Raises:
         InputError: it is not between 0 and 1.

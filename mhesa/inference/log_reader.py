@@ -23,9 +23,9 @@ class Position:
     """How far a file has been read.
 
     Args:
-        offset: of what comes next, in bytes.
-        number: of the next line.
-        head: the digest of the file's first bytes, `head_bytes` of them.
+        offset: bytes read so far.
+        number: number of the next line.
+        head: digest of the file's first `head_bytes` bytes.
     """
 
     offset: int
@@ -67,8 +67,8 @@ class LogReader:
         """Read the lines of a log as they come.
 
         Args:
-            source: what the log is called.
-            chunks: its text, cut anywhere.
+            source: name of the log.
+            chunks: text of the log, cut anywhere.
             name: identifies the file in later runs; omitted for a stream, which cannot be read again.
 
         Raises:
@@ -139,7 +139,7 @@ def with_context(rows: Iterable[LineSurprisal], lines: int) -> Iterator[LineSurp
 
     Args:
         rows: all lines.
-        lines: how many.
+        lines: number of lines before and after each.
     """
     before: list[LineSurprisal] = []
     after = 0

@@ -40,7 +40,7 @@ class Reader:
     Args:
         model: the language model, in evaluation mode.
         tokenizer: turns text into its ids and back.
-        quantize: see `Decoder`.
+        quantize: how weights are stored, see `Decoder`.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Session:
         a session does not remember earlier ones.
 
         Args:
-            max_new_tokens: how many tokens to write at most; an end-of-text token ends the text too.
+            max_new_tokens: largest number of tokens to write; an end-of-text token ends the text too.
             sampling: how tokens are drawn; plain sampling if omitted.
             seed: makes the text repeatable.
             stop: the text ends before the first of these strings.

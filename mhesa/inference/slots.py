@@ -88,7 +88,7 @@ class Slots:
         """Draw a token for some texts.
 
         Args:
-            logits: `(texts, num_tokens)`, of the texts in slots from `first` on.
+            logits: logits of the texts in slots from `first` on, `(texts, num_tokens)`.
             first: the first of these slots.
 
         Returns:

@@ -74,7 +74,7 @@ def token_statistics(
     Args:
         logits: `(tokens, num_tokens)`.
         targets: the tokens that came, `(tokens,)`.
-        statistics: by name.
+        statistics: functions by name.
 
     Returns:
         By name fp64 `(tokens,)`.
@@ -128,7 +128,7 @@ def read_tokens(
         inputs: ids of one text `(length,)`, or of each of several.
         targets: the token that came after each, one text after the other, `(tokens,)`.
         state: `(depth, texts, state_size)`, changed in place.
-        statistics: by name.
+        statistics: functions by name.
 
     Returns:
         By name fp64 `(tokens,)`.

@@ -39,11 +39,11 @@ class UnitSurprisal:
         source: the name of the text.
         number: which unit of the text it is, from 1.
         offset: where it begins, in bytes.
-        size: in bytes.
-        text: without the whitespace around it.
-        surprisal: of all its tokens, in bits or nats.
+        size: size in bytes.
+        text: text of the unit, without the whitespace around it.
+        surprisal: surprisal of all its tokens, in bits or nats.
         entropy: the surprisal that the model expected of the token that the unit begins in.
-        rank: of that token: 1 if none was likelier.
+        rank: rank of that token: 1 if none was likelier.
         before: the surprisal of the units before it, the nearest first; `None` where there is none.
     """
 
@@ -64,7 +64,7 @@ class Columns:
 
     Args:
         unit: `bits` or `nats`.
-        spill: how many units before each have a column.
+        spill: number of preceding units that each have a column.
         correct: count the end of a word with the word, and not with the next one (Pimentel and Meister, "How
             to Compute the Probability of a Word", 2024; Oh and Schuler, "Leading Whitespaces of Language
             Models' Subword Vocabulary Pose a Confound for Calculating Word Probabilities", 2024).
@@ -154,7 +154,7 @@ class GivenWords:
     """Finds the words of a given segmentation, which are those of the text but for whitespace between them.
 
     Args:
-        words: in their order.
+        words: words of the text in their order.
 
     >>> GivenWords(["do", "n't"])("don't", True)
     [(0, 2), (2, 5)]
@@ -230,9 +230,9 @@ class UnitReader:
     """Finds the units of a text as it arrives, in memory that does not grow with its length.
 
     Args:
-        source: what the text is called.
+        source: name of the text.
         segmenter: finds the units.
-        columns: what to show of them.
+        columns: columns of the table.
     """
 
     def __init__(self, source: str, segmenter: Segmenter, columns: Columns | None = None) -> None:
@@ -291,10 +291,10 @@ def read_units(
     """The units of a text as it arrives; arguments as `UnitReader` takes them.
 
     Args:
-        source: what the text is called.
-        batches: of `score`, with the statistics of `Columns.statistics`, and with its end.
+        source: name of the text.
+        batches: what `score` yields, with the statistics of `Columns.statistics`, and with its end.
         segmenter: finds the units.
-        columns: what to show of them.
+        columns: columns of the table.
     """
     units = UnitReader(source, segmenter, columns)
     for batch in batches:
@@ -343,10 +343,10 @@ def surprisal_table(
         reader: the model and its tokenizer.
         text: the text.
         by: `word`, `character`, `sentence` or `token`.
-        unit: see `Columns`.
-        spill: see `Columns`.
-        correct: see `Columns`.
-        skip_first: see `Columns`.
+        unit: unit of surprisal and entropy, see `Columns`.
+        spill: number of preceding units that each have a column, see `Columns`.
+        correct: count the end of a word with the word, see `Columns`.
+        skip_first: leave out the first unit, see `Columns`.
         words: a segmentation in place of whitespace; see `GivenWords`.
 
     Raises:
@@ -376,8 +376,8 @@ def data_frame(rows: Sequence[UnitSurprisal], unit: str = "bits") -> pandas.Data
     """A table as pandas has it.
 
     Args:
-        rows: of `surprisal_table`.
-        unit: that they are in.
+        rows: rows of `surprisal_table`.
+        unit: unit of their surprisal, `bits` or `nats`.
 
     Raises:
         InputError: pandas is not there.

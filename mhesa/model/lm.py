@@ -31,7 +31,7 @@ class GatedExponentialSmoothingLM(nn.Module):
     Args:
         num_tokens: size of the vocabulary.
         dim: width of the embedding and of the residual stream.
-        depth: blocks.
+        depth: number of blocks.
         heads, dim_mhesa, dim_expansion_factor, adaptive, conv_size, dropout, backend: see `GatedMHESA`.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=256, dim=16, depth=2, heads=2, dim_mhesa=8)

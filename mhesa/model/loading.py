@@ -50,7 +50,7 @@ def save(model: GatedExponentialSmoothingLM, tokenizer: Bytes | TextTokenizer, f
     Args:
         model: the model; its `backend` is not saved.
         tokenizer: the tokenizer that it was trained with.
-        folder: where to; it is made if it is not there.
+        folder: folder to write to; it is made if it is not there.
 
     Raises:
         OSError: a file cannot be written.

@@ -32,9 +32,9 @@ class Backend:
     """A backend's module, and what it needs.
 
     Args:
-        module: where its `scan` is.
-        devices: the device types it runs on; empty: any.
-        package: the optional package it needs.
+        module: module that has the backend's `scan`.
+        devices: device types that it runs on; empty: any.
+        package: package that it needs.
         fixed_rates: whether it can only scan at fixed rates, `(heads,)`.
     """
 
@@ -74,7 +74,7 @@ def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True)
 
     Args:
         name: a backend, or `None`.
-        device: that of the tensors.
+        device: device of the tensors.
         fixed_rates: whether both rates are `(heads,)`.
 
     Raises:

@@ -21,10 +21,10 @@ class MicroBatch:
         ids: `(windows, length)`, or `(1, windows * length)` where documents are packed.
         labels: the token after each, in the same shape.
         cu_seqlens: where packed sequences begin, `(sequences + 1,)`; `None` if each window is one sequence.
-        first, last: the indices of each window's first and last sequence, `(windows,)`.
+        first, last: indices of each window's first and last sequence, `(windows,)`.
         continues: whether its first sequence continues the stretch or window before it, `(windows,)`.
-        weight: its number of tokens over the mean of all processes. With losses multiplied by it, the mean
-            over processes is that over tokens.
+        weight: this process's tokens divided by the mean over processes. Losses times weight, averaged over
+            processes, give the mean over tokens.
         context_parallel: the processes that share its windows, if several do.
     """
 
@@ -49,9 +49,9 @@ class Batches:
 
     Args:
         windows: where each step's windows begin.
-        accumulate: micro-batches a step.
+        accumulate: number of micro-batches in a step.
         eos_token_id: begin a sequence at each of these tokens; with `None`, a window is one sequence.
-        device: where the tensors go.
+        device: device of the tensors.
         grid: the processes.
     """
 
@@ -107,9 +107,9 @@ class CarriedStates:
     """The states at the end of each window, for the windows of the next step that continue the text.
 
     Args:
-        depth: blocks of the model.
-        width: of a block's state.
-        device: where the states are.
+        depth: number of the model's blocks.
+        width: size of a block's state.
+        device: device of the states.
         grid: the processes; those that share a window all keep the state at its end.
     """
 

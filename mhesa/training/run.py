@@ -81,7 +81,7 @@ def train(
     Run by `torchrun` or `accelerate launch`, every process calls this, and the first one writes.
 
     Args:
-        settings: what to do.
+        settings: settings of the run.
         resume: continue from the newest undamaged checkpoint in `settings.out`.
         overwrite: replace the run that `settings.out` holds.
         console: where progress is shown; nowhere if omitted.

@@ -43,7 +43,7 @@ class Emitter:
     """Writes arithmetic on `lanes` neighbouring values as vector instructions and fused multiply-adds.
 
     Args:
-        builder: llvmlite's, of the function that is being written.
+        builder: llvmlite's builder of the function that is being written.
         stored: numba's type of the values in memory, one of `STORED_TYPES`.
         lanes: values in a vector; 1 for scalars.
     """
