@@ -176,7 +176,7 @@ RECIPES = {
     "LSTM": Recipe(lambda n: LSTM(n, dim=128, depth=2, width=256), 2e-2),
 }
 
-# What else "adaptive" could be: one choice of it made otherwise.
+# Variants of "adaptive", each with one choice changed.
 CHOICES = {
     "16 heads": _ours(heads=16),
     "64 heads": _ours(heads=64),

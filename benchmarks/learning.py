@@ -28,12 +28,12 @@ SHORT, LONG = 256, 4096
 FACTORS = (0.5, 2.0)
 CONTEXTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 POSITIONS, BLOCK, ORDERS = 65_536, 2048, 4
-# Of each probe.
+# Training steps of each probe.
 PROBE_STEPS = {"latch": 300, "recall": 2000}
 PROBE_ROWS, TRAINED_DISTANCE = 8, 1000
 DISTANCES = (10, 30, 100, 300, 1000, 3000)
 
-# Makes of a step's number its inputs and targets, `(rows, length)` each.
+# Maps a step's number to its inputs and targets, `(rows, length)` each.
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 
 

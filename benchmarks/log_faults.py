@@ -79,9 +79,9 @@ class Faulty:
     faults: list[bool]
 
 
-# New lines, whether each is faulty, and how many lines they take the place of.
+# New lines, whether each is faulty, and the number of lines that they replace.
 Change: TypeAlias = tuple[list[str], list[bool], int]
-# Makes of a log, its lines, a place in it and a source of chance a change; `None` where it cannot be made.
+# Maps a log, its lines, a place in it and a random generator to a change; `None` where none is possible.
 Fault: TypeAlias = Callable[[Log, Sequence[str], int, random.Random], "Change | None"]
 
 

@@ -27,7 +27,7 @@ FALSE_ALARMS = 0.01
 HELD_OUT = 0.1
 # Lines that are read together.
 AT_ONCE = 256
-# Of the character model: the longest context.
+# The longest context of the character model.
 ORDER = 5
 # Lines whose templates are counted together.
 WINDOW = 10
@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 TIMES = Masks(presets=["times"])
 
-# Makes of lines their scores, one each.
+# Maps lines to their scores, one each.
 Method = Callable[[Sequence[str]], np.ndarray]
 
 

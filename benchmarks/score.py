@@ -46,7 +46,7 @@ THINGS = ("the first door", "a ledger", "its mailbox", "an order of paper", "the
 
 @dataclass(frozen=True)
 class Row:
-    """What one way of scoring a text takes.
+    """The speed and memory of one way of scoring a text.
 
     Args:
         name: name of the way.

@@ -142,7 +142,7 @@ def check_types(settings: Any) -> None:
         if not isinstance(value, accepted) or (isinstance(value, bool) and setting.type in (int, float)):
             raise InputError(f"{setting.name} must be {words}, not {value!r}")
         if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
-            raise InputError(f"{setting.name} must be {words} of 64 bits")
+            raise InputError(f"{setting.name} must fit in 64 bits")
 
 
 def check_ranges(settings: Any) -> None:

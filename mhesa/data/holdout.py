@@ -115,7 +115,7 @@ class Holdout:
 
 
 class PieceCounter:
-    """Finds out whether a selection holds out about the right fraction, and a better one if not.
+    """Checks the fraction that a selection holds out, and finds a better selection if it is far off.
 
     Texts that repeat a lot are found in bounded memory by the counters of Misra and Gries (1982,
     https://doi.org/10.1016/0167-6423(82)90012-0): a text that makes up more than `1 / capacity` of the corpus
@@ -148,7 +148,7 @@ class PieceCounter:
             self._drop_smallest()
 
     def better(self) -> Selection:
-        """The selection itself if it will do; otherwise one for another pass over the corpus."""
+        """The selection itself if it is good enough; otherwise one for another pass over the corpus."""
         target = self.fraction * self.total
         repeated = {
             rank: size for rank, size in self._bytes.items() if size > target / 2 and self._copies[rank] > 1
@@ -199,7 +199,7 @@ def _split_by_content(
         if part is None:
             yield index, data, rank, rank <= selection.threshold
             continue
-        # Of n copies, held out evenly: n times the part, rounded up.
+        # Of n copies, n times the part, rounded up, are held out, evenly spread.
         yield index, data, rank, math.ceil((copies[rank] + 1) * part) > math.ceil(copies[rank] * part)
         copies[rank] += 1
 

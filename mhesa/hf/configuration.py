@@ -30,8 +30,8 @@ class MhesaConfig(NoSourceCopies, PreTrainedConfig):
     """Configuration of a gated exponential smoothing language model.
 
     `num_tokens`, `dim` and `depth`, the plain model's names, are aliases, and so is `num_attention_heads` of
-    `heads`. `backend` belongs to the machine
-    and is never saved: give it with `from_pretrained(directory, backend="chunked")`.
+    `heads`. `backend` belongs to the machine and is never saved: give it with
+    `from_pretrained(directory, backend="chunked")`.
 
     Raises:
         ValueError: a size below 1, a `dim_mhesa` that `heads` does not divide, an unknown backend.

@@ -35,7 +35,7 @@ class StopMatcher:
         if b"" in stops:
             raise InputError("a stop string must not be empty")
         self.stops, self.held, self.stopped = tuple(stops), b"", False
-        # Of each stop string, how many bytes of its beginning are the end of the text.
+        # Per stop string: length of its longest prefix that ends the text.
         self._lengths = [0] * len(self.stops)
         self._first_byte = re.compile(b"|".join(re.escape(stop[:1]) for stop in stops))
 
@@ -58,13 +58,13 @@ class StopMatcher:
 
 
 def match_length(stop: bytes, length: int, piece: bytes) -> int:
-    """How many bytes at the end of a text are the beginning of a stop string that is not in the text.
+    """Length of the longest prefix of a stop string that ends a text.
 
-    The algorithm of Knuth, Morris and Pratt: a few steps a byte, however the two repeat themselves.
+    Knuth-Morris-Pratt: amortised constant time per byte.
 
     Args:
         stop: the stop string.
-        length: number of such bytes before `piece`.
+        length: that length before `piece`.
         piece: bytes that are new at the end of the text.
 
     >>> match_length(b"two", match_length(b"two", 0, b"one, t"), b"tw")
@@ -80,7 +80,7 @@ def match_length(stop: bytes, length: int, piece: bytes) -> int:
 
 @lru_cache(maxsize=1024)
 def _shorter_matches(stop: bytes) -> list[int]:
-    """For each number of bytes that match: the next smaller number that match as well."""
+    """For each length of a matching prefix, that of the next shorter prefix that matches as well."""
     shorter, length = [0, 0], 0
     for byte in stop[1:]:
         while length and stop[length] != byte:
@@ -140,7 +140,7 @@ class Continuation:
     def take(self, token: int) -> None:
         """Add a token that was drawn; -1 says that none could be drawn."""
         if token < 0:
-            self.error = FloatingPointError("the model's logits are not numbers; its weights may be broken")
+            self.error = FloatingPointError("the model's logits are not numbers; its weights may be damaged")
             return
         self.last = token
         self.count += 1

@@ -13,7 +13,7 @@ from mhesa.inference.lines import KeyField, KeyPattern, Piece, split_lines
 from mhesa.inference.scoring import ScoredPiece, share_by_byte
 from mhesa.inference.statistics import BITS
 
-# The beginning of a file, by which it is told from another of its name.
+# Leading bytes whose digest identifies a file after rotation.
 HEAD_BYTES = 1 << 10
 KINDS, ALARMS, POSITION = "kinds", "alarms", "position of "
 
@@ -39,7 +39,7 @@ class LogReader:
 
     A file's lines become part of the sessions' file after they have been given out: a run that is killed
     gives its last lines out again, and misses none. A file that has been read before goes on where it ended,
-    unless it begins otherwise.
+    unless its first bytes have changed.
 
     Args:
         sessions: where lines are read.

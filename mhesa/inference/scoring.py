@@ -1,4 +1,8 @@
-"""Surprisal of text of any length as it arrives: by token, line or document."""
+"""Surprisal of text of any length as it arrives: by token, line or document.
+
+Surprisal itself is computed in `mhesa.inference.statistics`, on CPU by
+`mhesa.inference.decoder.surprisal_kernel`.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +153,7 @@ def score(
 
 
 def share_by_byte(values: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
-    """Share out what each token costs over its bytes, evenly.
+    """Share out the surprisal of each token over its bytes, evenly.
 
     Args:
         values: value of each token, `(tokens,)`.

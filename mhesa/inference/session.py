@@ -105,9 +105,9 @@ class Session:
     Args:
         reader: the model and its tokenizer.
 
-    >>> from mhesa.hf import ByteTokenizer
+    >>> from mhesa.tokenizers import Bytes
     >>> model = GatedExponentialSmoothingLM(num_tokens=257, dim=8, depth=1, heads=1, dim_mhesa=4)
-    >>> session = Session(Reader(model, ByteTokenizer()))
+    >>> session = Session(Reader(model, Bytes()))
     >>> session.feed("Once upon a time")
     >>> other = session.fork()
     >>> text, again = session.generate(max_new_tokens=9, seed=1), other.generate(max_new_tokens=9, seed=1)

@@ -1,4 +1,4 @@
-"""The decode loop: texts written side by side, one token of each at a time."""
+"""Slots: the states and samplers of texts that are written together."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ Segmenter = Callable[[str, bool], list[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class UnitSurprisal:
-    """What a unit of a text costs.
+    """The surprisal of a unit of a text.
 
-    A unit pays for the whitespace before it, for that is where the tokens of most vocabularies have it.
+    The whitespace before a unit counts as part of it, because the tokens of most vocabularies begin with it.
 
     Args:
         source: the name of the text.
@@ -60,7 +60,7 @@ class UnitSurprisal:
 
 @dataclass(frozen=True)
 class Columns:
-    """What a table of units shows.
+    """The columns of a table of units.
 
     Args:
         unit: `bits` or `nats`.
@@ -116,7 +116,7 @@ def word_starts(reader: Reader) -> torch.Tensor:
 
 
 def find_words(text: str, is_last: bool) -> list[tuple[int, int]]:
-    """What is between whitespace.
+    """Words: runs of characters that are not whitespace.
 
     >>> find_words("one two ", False)
     [(0, 3), (4, 7)]
@@ -125,13 +125,13 @@ def find_words(text: str, is_last: bool) -> list[tuple[int, int]]:
 
 
 def find_characters(text: str, is_last: bool) -> list[tuple[int, int]]:
-    """Characters as a reader sees them: with their accents (Unicode's grapheme clusters)."""
+    """Characters with their accents: Unicode's grapheme clusters."""
     found = _spans(r"\X", text)
     return found if is_last else found[:-1]
 
 
 def find_sentences(text: str, is_last: bool) -> list[tuple[int, int]]:
-    """What ends with a full stop, a question mark or the like, or before an empty line.
+    """Sentences: text up to a full stop, a question mark or the like, or up to an empty line.
 
     >>> find_sentences("One. Two?  Thr", False)
     [(0, 4), (5, 9)]
@@ -151,7 +151,7 @@ def _spans(pattern: str, text: str) -> list[tuple[int, int]]:
 
 
 class GivenWords:
-    """Finds the words of a given segmentation, which are those of the text but for whitespace between them.
+    """Finds the words of a given segmentation, which with whitespace between them must make up the text.
 
     Args:
         words: words of the text in their order.
@@ -206,7 +206,7 @@ class _Held:
 
     text: bytes = b""
     bits: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    # Of the token that holds each byte: its statistics by name.
+    # For each byte, the statistics of the token that holds it, by name.
     of_token: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, text: bytes, sizes: np.ndarray, columns: dict[str, np.ndarray]) -> None:
@@ -362,7 +362,7 @@ def surprisal_table(
     if by not in (*UNITS, TOKEN):
         raise InputError(f"by must be {', '.join([*UNITS, TOKEN])}, not {by}")
     if by != "word" and (correct or words is not None):
-        raise InputError(f"{'correct' if correct else 'words'} goes with by='word'")
+        raise InputError(f"{'correct' if correct else 'words'} needs by='word'")
     columns = Columns(unit, spill, correct, skip_first)
     data = [text.encode("utf-8", "surrogateescape")]
     batches = score(reader, data, statistics=columns.statistics(reader), with_end=True)

@@ -7,7 +7,7 @@ A backend is a module of this package with one function,
 over inputs that `exponential_smoothing` has checked: `alpha` and `decay` are `(heads,)` or
 `(batch, length, heads)`, each by itself; they, `skip` and `initial_state` have the accumulation type (fp32,
 or fp64 for fp64 `x`). A module is imported at its first use, so that
-`import mhesa` is fast and needs no optional package.
+`import mhesa` is fast and does not need Triton.
 """
 
 from __future__ import annotations

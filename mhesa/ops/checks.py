@@ -41,7 +41,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether all tensors, of any shapes, are plain; each is looked at, for one may have no memory."""
+    """Whether all tensors, of any shapes, are plain.
+
+    Checks every tensor without short-circuit, so that a freed tensor always raises.
+    """
     plain = True
     for tensor in tensors:
         plain &= is_plain(tensor)

@@ -27,7 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         return {}
     values = read_json(path)
     if not isinstance(values, dict):
-        raise InputError(f"{path} is broken: it holds no settings")
+        raise InputError(f"{path} is damaged: it holds no settings")
     return values
 
 

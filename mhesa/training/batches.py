@@ -115,7 +115,7 @@ class CarriedStates:
 
     def __init__(self, depth: int, width: int, device: str = "cpu", grid: Grid = ONE_PROCESS) -> None:
         self.depth, self.width, self.device, self.grid = depth, width, device, grid
-        # Of each micro-batch, (depth, windows, width).
+        # States of each micro-batch, (depth, windows, width).
         self.ends: list[Tensor] = []
 
     def initial(self, index: int, batch: MicroBatch) -> Tensor:
@@ -136,11 +136,11 @@ class CarriedStates:
 
     def gathered(self) -> Tensor:
         """The states of all processes in the order of the step's windows, `(depth, windows, width)`."""
-        # Of one process in each row of the grid, (rows, micro-batches, depth, windows, width).
+        # States of one process in each row of the grid, (rows, micro-batches, depth, windows, width).
         ends = gather(torch.stack(self.ends))[:: self.grid.columns]
         return ends.permute(2, 1, 0, 3, 4).flatten(1, 3).contiguous()
 
     def load(self, states: Tensor, accumulate: int) -> None:
-        """Take this process's share of `states`, `(depth, windows, width)`, of any number of them."""
+        """Take this process's share of `(depth, windows, width)` states, saved by any number of processes."""
         shares = states.unflatten(1, (accumulate, self.grid.rows, -1))[:, :, self.grid.row]
         self.ends = list(shares.to(self.device).unbind(1))

@@ -79,7 +79,10 @@ def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:
 
 
 def _rotate(folder: Path, progress: Progress, keep: int) -> None:
-    """Delete the oldest checkpoints. Those of later steps are damaged and do not count: the run went back."""
+    """Delete the oldest checkpoints.
+
+    Those of later steps do not count: they are damaged, and the run resumed from an earlier one.
+    """
     done = [step for step in steps(folder) if step <= progress.step]
     for step in done[keep:]:
         if step != progress.best_step:

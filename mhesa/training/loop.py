@@ -184,7 +184,7 @@ def train_model(
                 _save(settings, progress, model, optimizers, states)
 
         if done:
-            # What was automatic is no property of the model that is saved.
+            # Automatic dropout is not saved with the model.
             _set_dropout(model, settings.dropout or 0.0)
             return progress, int(signal)
 

@@ -92,7 +92,7 @@ class Emitter:
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
         address = self.builder.bitcast(self.address(pointer, index), byte)
-        # For reading, the locality, and that it is data.
+        # LLVM's arguments: read (0), locality, data cache (1).
         self.builder.call(function, [address, I32(0), I32(locality), I32(1)])
 
     @staticmethod

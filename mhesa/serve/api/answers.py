@@ -90,16 +90,16 @@ class Answer(ABC):
         """Events for a piece of a text."""
 
     def _opening(self, index: int) -> Iterator[BaseModel]:
-        """Events before a text: none."""
+        """Events before a text; none by default."""
         return iter(())
 
     def size(self) -> int:
-        """How much there is to make an answer of: tokens, log-probabilities and echoed prompts."""
+        """The number of items that an answer is made of: tokens, log-probabilities and echoed prompts."""
         tokens = sum(self._echoed(index) + cursor.text.count for index, cursor in enumerate(self.cursors))
         return tokens * (1 if self.top is None else 2 + self.top)
 
     def _echoed(self, index: int) -> int:
-        """Prompt tokens that are still to be put before a text: none."""
+        """Prompt tokens that are still to be put before a text; none by default."""
         return 0
 
     def whole(self) -> bytes:

@@ -40,7 +40,7 @@ class Job:
         statistics: what else to compute of the prediction of each of those, by name.
         top: number of the likeliest tokens to record beside each of those.
         stream: report progress, not only the end.
-        keep_state: at the end, `state` is to be the one after the first text.
+        keep_state: leave the state after the first text in `state` at the end.
 
     Attributes:
         logprobs: log-probabilities of the prompt tokens that were measured, in nats, `(tokens - 1,)`.
