@@ -107,7 +107,7 @@ def train(rounds: Rounds = 10, as_json: AsJson = False, save: Save = False, devi
 @app.command()
 def run(
     sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE", help="As in mhesa train.")] = None,
-    minutes: Annotated[float, typer.Option(help="How long the run is.")] = 1.0,
+    minutes: Annotated[float, typer.Option(help="Length of the run in minutes.")] = 1.0,
     holdout: Annotated[
         str, typer.Option(help="As in mhesa train.", metavar="content:F|tail:F")
     ] = "content:0.05",
@@ -168,7 +168,8 @@ def decode(rounds: Rounds = 10, as_json: AsJson = False, save: Save = False) -> 
 def serve(
     folder: Folder,
     streams: Annotated[
-        list[int] | None, typer.Option(min=1, help="Streams at once; 1, 16, 128 and 1000 if omitted.")
+        list[int] | None,
+        typer.Option(min=1, help="Numbers of concurrent streams; 1, 16, 128 and 1000 if omitted."),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Tokens of each text; enough for seconds if omitted.")
@@ -211,7 +212,9 @@ def context_parallel(
         list[int] | None, typer.Option(min=1, help="Processes that share it; 1, 2 and 4 if omitted.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Steps that are timed, after one that is not.")] = 3,
-    precision: Annotated[str, typer.Option(metavar="fp32|bf16", help="Of the matrix products.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(metavar="fp32|bf16", help="Precision of the matrix products.")
+    ] = "fp32",
     recompute: Annotated[bool, typer.Option("--recompute", help="As in mhesa train.")] = False,
     as_json: AsJson = False,
     save: Save = False,
@@ -256,8 +259,8 @@ def learning(
         str, typer.Argument(metavar="rates|choices|tokens|minutes|latch|recall", help="What to compare.")
     ],
     sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE", help="As in mhesa train.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
-    seconds: Annotated[float, typer.Option(help="CPU time of a run of minutes, on one thread.")] = 120.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    seconds: Annotated[float, typer.Option(help="CPU time of each run of minutes, on one thread.")] = 120.0,
     as_json: AsJson = False,
     save: Save = False,
 ) -> None:
@@ -289,11 +292,12 @@ def learning(
 
 @app.command()
 def score(
-    megabytes: Annotated[float, typer.Option(min=0.1, help="Of the text.")] = 2.0,
-    keys: Annotated[int, typer.Option(min=1, help="How many users the lines are of.")] = 10_000,
+    megabytes: Annotated[float, typer.Option(min=0.1, help="Size of the text in MB.")] = 2.0,
+    keys: Annotated[int, typer.Option(min=1, help="Number of users that the lines are of.")] = 10_000,
     key_memory: Annotated[str, typer.Option(metavar="SIZE", help="As in mhesa score.")] = "256MB",
     precision: Annotated[
-        list[str] | None, typer.Option(metavar="fp32|bf16|int8", help="Of the model; all if omitted.")
+        list[str] | None,
+        typer.Option(metavar="fp32|bf16|int8", help="Precisions of the model; all if omitted."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each kind; the median counts.")] = 3,
     as_json: AsJson = False,
@@ -333,7 +337,7 @@ def score(
 @app.command()
 def logs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of HDFS.log, Spark.log and so on.")],
-    steps: Annotated[int, typer.Option(help="Of training for each model, at most.")] = 400,
+    steps: Annotated[int, typer.Option(help="Largest number of training steps per model.")] = 400,
     models: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Trained models, <log>-adaptive and <log>-fixed.")
     ] = None,

@@ -24,8 +24,8 @@ class Comparison:
     """One row of both checkouts' results.
 
     Args:
-        row: what names it.
-        speedups: for each pair of runs this checkout's speed over the other's; above 1 it is faster.
+        row: what names the row.
+        speedups: this checkout's speed over the other's for each pair of runs; above 1 it is faster.
     """
 
     row: str
@@ -50,7 +50,7 @@ def compare(
     Args:
         other: the other checkout's root.
         benchmark: one of `BENCHMARKS`.
-        arguments: of the benchmark; paths are relative to the current folder.
+        arguments: arguments of the benchmark; paths are relative to the current folder.
         pairs: how often both run.
         on_run: called after each of the `2 * pairs` runs, for a progress bar.
 

@@ -96,7 +96,8 @@ class Recipe:
     Args:
         build: makes the model for a number of tokens.
         adamw: peak learning rate of AdamW.
-        muon: that of Muon for the matrices of the model's `layers`; `None` leaves them to AdamW.
+        muon: peak learning rate of Muon for the matrices of the model's `layers`; `None` leaves them to
+            AdamW.
         window: tokens beyond which the model is not read: it falls apart there, in quadratic time.
         context: tokens of a window that it is trained on.
     """
@@ -146,7 +147,7 @@ def _ours(
     Args:
         context: tokens of a window that it is trained on.
         rates: makes the initial `alphas` and `dampen_factors` for a number of heads.
-        options: of the model.
+        options: options of the model.
     """
     build = _smoothing(**{"heads": 32, "adaptive": True, "conv_size": 4} | options)
 
@@ -172,7 +173,7 @@ RECIPES = {
     "LSTM": Recipe(lambda n: LSTM(n, dim=128, depth=2, width=256), 2e-2),
 }
 
-# What else "adaptive" could be: one choice of it made otherwise.
+# Variants of "adaptive", each with one choice changed.
 CHOICES = {
     "16 heads": _ours(heads=16),
     "64 heads": _ours(heads=64),

@@ -35,14 +35,14 @@ class Row:
 
     Args:
         length: tokens of the sequence.
-        over_one: its tokens a second over those of one process.
+        over_one: tokens a second, over those of one process.
         gibibytes: peak memory of the largest process.
-        memory_over_one: that over the peak memory of one process.
+        memory_over_one: peak memory of the largest process, over that of one process alone.
         private_over_one: the same ratio of private memory, without the pages of libraries that processes
             share.
         sent: bytes that a process gives to the exchanges of a layer and step.
-        sent_over_state: that over the bytes of a layer's state, the convolution's last values included.
-        loss: of the first step, in nats per token; the same for any number of processes.
+        sent_over_state: `sent` over the bytes of a layer's state, the convolution's last values included.
+        loss: loss of the first step, in nats per token; the same for any number of processes.
     """
 
     length: int
@@ -85,8 +85,8 @@ def bench_context_parallel(
     """Time training steps on one sequence.
 
     Args:
-        lengths: of the sequences, in tokens.
-        processes: how many share a sequence; ratios are over the first of these if it is 1.
+        lengths: lengths of the sequences, in tokens.
+        processes: numbers of processes that share a sequence; ratios are over the first of these if it is 1.
         recompute, precision, rounds: see `Case`.
         on_case: called after each row, for a progress bar.
     """
@@ -246,9 +246,10 @@ class Paper:
 
     Args:
         ring: milliseconds of all exchanges of a step by rings, none of them hidden behind computation.
-        doubling: the same by recursive doubling, whose latencies are the logarithm of the number of GPUs.
-        tokens_ring, tokens_doubling: of a GPU's stretch, from which on exchanges take less than a twentieth
-            of the time of a step.
+        doubling: the same milliseconds by recursive doubling, whose latencies are the logarithm of the number
+            of GPUs.
+        tokens_ring, tokens_doubling: tokens of a GPU's stretch from which on exchanges take less than a
+            twentieth of the time of a step.
         ring_attention: tokens of a GPU from which on ring attention hides its exchanges (see `on_paper`).
     """
 

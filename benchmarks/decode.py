@@ -54,11 +54,11 @@ class Row:
     """One figure.
 
     Args:
-        parameters: of the model.
+        parameters: number of parameters of the model.
         name: what was timed.
-        batch: sequences at once.
+        batch: number of sequences at once.
         mark: what its speed is compared with.
-        ratio: its speed over that of the mark; above 1 it is faster.
+        ratio: speed over that of the mark; above 1 it is faster.
     """
 
     parameters: int

@@ -30,12 +30,12 @@ FACTORS = (0.5, 2.0)
 CONTEXTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 PREDICTED = 32
 POSITIONS, BLOCK, ORDERS = 65_536, 2048, 4
-# Of each probe.
+# Training steps of each probe.
 PROBE_STEPS = {"latch": 300, "recall": 2000}
 PROBE_ROWS, TRAINED_DISTANCE = 8, 1000
 DISTANCES = (10, 30, 100, 300, 1000, 3000)
 
-# Makes of a step's number its inputs and targets, `(rows, length)` each.
+# Maps a step's number to its inputs and targets, `(rows, length)` each.
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -65,7 +65,7 @@ class Position:
     """Nats a byte between two positions of a text of shuffled blocks.
 
     Args:
-        over_short: over the loss of the same bytes read from nothing every `SHORT` bytes.
+        over_short: loss over that of the same bytes read from nothing every `SHORT` bytes.
     """
 
     recipe: str
@@ -101,7 +101,7 @@ class Text:
 
     Args:
         sources: see `mhesa.data.Source`; none is the Python standard library's source text.
-        held_out_bytes: how many bytes held out are read.
+        held_out_bytes: largest number of held-out bytes that are read.
 
     Raises:
         InputError: there is no such text, or too little.
@@ -169,7 +169,7 @@ def bench_learning(
 
     Args:
         sources: texts to learn, see `Text`.
-        seeds: how many; `rates` takes one.
+        seeds: number of seeds; `rates` takes one.
         seconds: CPU time of each run of `minutes`.
 
     Yields:

@@ -43,8 +43,8 @@ def bench_lengths(
     pages. A length is timed only if one channel of every head is within `TOLERANCE` of fp64.
 
     Args:
-        lengths: in steps.
-        rounds: how often each is timed.
+        lengths: lengths of sequences, in steps.
+        rounds: number of times that each is timed.
         device: a torch device.
         on_round: called `2 * (rounds + 1)` times, for a progress bar.
 

@@ -21,11 +21,11 @@ class Log:
     """How the lines of a log are read.
 
     Args:
-        name: of its file.
-        header_words: words before the message.
-        time: matches the time at the beginning, which is meant to vary.
-        component: matches the component in its first group.
-        key: matches the entity that a line is about in its first group.
+        name: name of the log's file, without its ending.
+        header_words: number of words before the message.
+        time: pattern of the time at the beginning, which is meant to vary.
+        component: pattern whose first group is the component.
+        key: pattern whose first group is the entity that a line is about.
     """
 
     name: str
@@ -71,17 +71,17 @@ class Faulty:
     """A log with faults.
 
     Args:
-        lines: its lines.
-        faults: of each line, whether a fault made or changed it, or is to be seen at it.
+        lines: lines of the log.
+        faults: for each line, whether a fault made or changed it, or is to be seen at it.
     """
 
     lines: list[str]
     faults: list[bool]
 
 
-# New lines, whether each is faulty, and how many lines they take the place of.
+# New lines, whether each is faulty, and the number of lines that they replace.
 Change: TypeAlias = tuple[list[str], list[bool], int]
-# Makes of a log, its lines, a place in it and a source of chance a change; `None` where it cannot be made.
+# Maps a log, its lines, a place in it and a random generator to a change; `None` where none is possible.
 Fault: TypeAlias = Callable[[Log, Sequence[str], int, random.Random], "Change | None"]
 
 

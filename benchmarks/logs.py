@@ -27,7 +27,7 @@ FALSE_ALARMS = 0.01
 HELD_OUT = 0.1
 # Lines that are read together.
 AT_ONCE = 256
-# Of the character model: the longest context.
+# The longest context of the character model.
 ORDER = 5
 # Lines whose templates are counted together.
 WINDOW = 10
@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 TIMES = Masks(presets=["times"])
 
-# Makes of lines their scores, one each.
+# Maps lines to their scores, one each.
 Method = Callable[[Sequence[str]], np.ndarray]
 
 
@@ -47,9 +47,9 @@ class Found:
     """How many faults of a kind the methods find.
 
     Args:
-        log: its name.
-        kind: of faults.
-        faults: how many lines are faulty.
+        log: name of the log.
+        kind: kind of the faults.
+        faults: number of faulty lines.
         recall: by method, the share of them above the score that 1 % of the lines without faults are above.
     """
 
@@ -64,7 +64,7 @@ class Labelled:
     """How well a method's scores tell BGL's labelled alerts from other lines.
 
     Args:
-        area: under the receiver operating characteristic; 0.5 is chance.
+        area: area under the receiver operating characteristic; 0.5 is chance.
     """
 
     method: str
@@ -78,8 +78,8 @@ def bench_logs(
     """Put faults into the second half of each log, and find them after training on the first.
 
     Args:
-        folder: of the logs.
-        steps: of training for each model, at most.
+        folder: folder of the logs.
+        steps: largest number of training steps for each model.
         models: a folder of trained models, `<log>-<model>` each, in place of training.
         seeds: how often faults of each kind are put in, elsewhere each time; all are counted together.
 
@@ -176,9 +176,9 @@ def _score(scores: LineScores, line: str, bits: np.ndarray) -> float:
     """The score of a line of which times do not count.
 
     Args:
-        scores: of the lines before.
+        scores: scores of the lines before.
         line: the line.
-        bits: of each of its bytes, and of its line end if it is predicted, `(bytes,)`.
+        bits: surprisal of each of its bytes, and of its line end if it is predicted, `(bytes,)`.
     """
     text = line.encode()
     counted = np.append(TIMES.counted(text, line), np.ones(len(bits) - len(text), dtype=bool))

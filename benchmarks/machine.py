@@ -30,11 +30,11 @@ class Machine:
     """The device that a benchmark ran on; it has no host name.
 
     Args:
-        processor: its name, as the system gives it.
+        processor: name of the processor, as the system gives it.
         family: LLVM's name of a processor's microarchitecture, such as `znver4`; a GPU's name in lower case.
-        instruction_sets: those of `INSTRUCTION_SETS` that it has; a GPU's compute capability.
-        cores: of the CPU that are in use; multiprocessors of a GPU.
-        memory_gib: of the machine, or of the GPU.
+        instruction_sets: those of `INSTRUCTION_SETS` that the processor has; a GPU's compute capability.
+        cores: cores of the CPU that are in use; multiprocessors of a GPU.
+        memory_gib: memory of the machine, or of the GPU.
     """
 
     processor: str

@@ -85,7 +85,7 @@ def bench_ops(
 
     Args:
         cases: shapes and types.
-        rounds: how often each is timed.
+        rounds: number of times that each case is timed.
         device: a torch device.
         on_round: called `2 * (rounds + 1)` times for each case, for a progress bar.
 
@@ -166,7 +166,7 @@ class Contestant:
     """An implementation of smoothing with a skip term.
 
     Args:
-        name: as the table shows it.
+        name: name in the table.
         operator: takes x, alpha, decay and skip, and returns y of x's shape.
         differentiable: whether it has a backward pass.
     """

@@ -38,7 +38,7 @@ class Probe:
         """Inputs and targets of a step, `(rows, length)` each; targets are `IGNORED_LABEL` but at the end.
 
         Args:
-            step: the seed.
+            step: number of the step, from which the symbols are drawn.
             distance: bytes of noise between what has to be kept and the query; the most of them with `vary`.
         """
         generator = torch.Generator().manual_seed(step)

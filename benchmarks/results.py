@@ -22,9 +22,9 @@ def result(
     """What a benchmark found, as it is printed by `--json` and saved by `--save`.
 
     Args:
-        benchmark: its name, such as `ops`.
+        benchmark: name of the benchmark, such as `ops`.
         tables: rows (dataclasses) by the table's name in `benchmarks.tables.TABLES`.
-        arguments: its command line; of paths only the last part is kept.
+        arguments: arguments of its command line; of paths only the last part is kept.
         device: the torch device it ran on.
     """
     shown = [Path(argument).name if os.sep in argument else argument for argument in arguments]

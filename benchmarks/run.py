@@ -32,7 +32,7 @@ class Outcome:
     """The run as a whole.
 
     Args:
-        outside: the share of its seconds that is not forward, backward and optimizer.
+        outside: share of the seconds that is not forward, backward and optimizer.
         loss: nats per token held out.
     """
 
@@ -46,7 +46,8 @@ def bench_run(settings: TrainingSettings, *, console: Console | None = None) -> 
     """Train as `mhesa train` does, and time every part of a step.
 
     Args:
-        settings: of the run. It must be on a CPU: calls to an accelerator return before its work is done.
+        settings: settings of the run. It must be on a CPU: calls to an accelerator return before its work is
+            done.
         console: where progress is shown.
 
     Returns:

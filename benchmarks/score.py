@@ -46,17 +46,17 @@ THINGS = ("the first door", "a ledger", "its mailbox", "an order of paper", "the
 
 @dataclass(frozen=True)
 class Row:
-    """What one way of scoring a text takes.
+    """The speed and memory of one way of scoring a text.
 
     Args:
-        name: the way.
-        precision: of the model.
-        megabytes: of the text.
-        bytes_per_second: without the start of the command.
-        over_one: that over the same with one session.
+        name: name of the way.
+        precision: precision of the model.
+        megabytes: size of the text.
+        bytes_per_second: speed without the start of the command.
+        over_one: that speed over the same with one session.
         start: seconds before the first byte is read.
         peak: the largest resident memory, in MB.
-        peak_of_part: the same on an eighth of the text.
+        peak_of_part: the same memory on an eighth of the text.
     """
 
     name: str
@@ -89,10 +89,10 @@ def bench_score(
     """Time `mhesa score` with the model of `mhesa train`, with random weights, on lines of a log.
 
     Args:
-        megabytes: of the text.
-        keys: how many users its lines are of, in random order.
-        key_memory: `--key-memory`.
-        precisions: of the model.
+        megabytes: size of the text.
+        keys: number of users that its lines are of, in random order.
+        key_memory: value of `--key-memory`.
+        precisions: precisions of the model.
         rounds: runs of each way on all of the text, and on an eighth of it.
         on_run: called after each.
 

@@ -36,16 +36,16 @@ class Row:
 
     Args:
         streams: clients at the same time; each opens a connection for each text.
-        texts: requested in all; a client asks for one after another.
-        tokens: of each text.
-        finished: texts that were received whole.
-        requests_per_second, tokens_per_second: over the whole run.
+        texts: number of texts requested in all; a client asks for one after another.
+        tokens: tokens of each text.
+        finished: number of texts that were received whole.
+        requests_per_second, tokens_per_second: rates over the whole run.
         of_steps: tokens a second over those of the decoder's steps alone.
         of_loop: tokens a second over those of a loop of steps and sampling.
-        first_token: from the request to the first token.
+        first_token: time from the request to the first token.
         per_token: a stream's mean time from one token to the next.
-        pause: between two events of a stream, each of which may bring several tokens.
-        health: answers of `/health` under the load.
+        pause: time between two events of a stream, each of which may bring several tokens.
+        health: time of the answers of `/health` under the load.
     """
 
     streams: int
@@ -121,9 +121,9 @@ def bench_serve(
 
     Args:
         folder: a trained model.
-        streams: how many texts at once, for each measurement.
+        streams: numbers of concurrent streams, one for each measurement.
         quantize: how the decoder stores weights.
-        tokens: of each text; enough for some seconds if omitted.
+        tokens: tokens of each text; enough for some seconds if omitted.
     """
     model, _ = load(folder)
     decoder = Decoder(model, max_batch=max(streams), quantize=quantize)

@@ -261,7 +261,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     facts = [
         f"{machine['processor']} ({', '.join([machine['family'], *machine['instruction_sets']])})",
-        f"{machine['cores']} cores",
+        f"{machine['cores']} {'core' if machine['cores'] == 1 else 'cores'}",
         machine["memory_gib"] and f"{machine['memory_gib']} GiB",
         *(f"{name} {version}" for name, version in result["versions"].items()),
     ]

@@ -32,7 +32,7 @@ def interleave(
 
     Args:
         things: functions by name.
-        rounds: how many rounds count.
+        rounds: number of rounds that count.
         on_round: called after every round.
         device: a torch device; its work is waited for.
         enough: seconds after which a function sits out the remaining rounds.

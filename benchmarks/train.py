@@ -47,8 +47,8 @@ class Row:
     """One line of the result.
 
     Args:
-        name: the package.
-        times_the_original: how many times as fast as the original in fp32.
+        name: name of the package.
+        times_the_original: speed over that of the original in fp32.
         over_the_products: time over that of the step's matrix products alone, in the same precision.
     """
 
@@ -74,7 +74,7 @@ def bench_train(
 
     Args:
         sizes: model and batch; 13 million parameters and 4 windows of 512 bytes if omitted.
-        rounds: how often each is timed.
+        rounds: number of times that each is timed.
         device: a torch device.
         on_round: called `rounds + 1` times, for a progress bar.
 

@@ -1,4 +1,4 @@
-"""Files: atomic writes, outputs that are no inputs, JSON of any content.
+"""Atomic writes, a check that no output is an input, and JSON files.
 
 After a crash or a power cut, a file or folder is complete or absent: everything is written under a temporary
 name, synced to the disk and then renamed, which is atomic.
@@ -89,19 +89,19 @@ def make_folder(path: Path) -> None:
 
 
 def check_output(output: Path | int, inputs: Iterable[Path | int]) -> None:
-    """Make sure that a file to be written is a plain file, and none to be read; see `check_outputs`."""
+    """Make sure that an output is a plain file and no input; see `check_outputs`."""
     check_outputs([output], inputs)
 
 
 def check_outputs(outputs: Iterable[Path | int], inputs: Iterable[Path | int]) -> None:
-    """Make sure that files to be written are plain files, and none of those to be read.
+    """Make sure that outputs are plain files, and that none of them is an input.
 
     Args:
         outputs: paths, or descriptors of open files, which may also be terminals or pipes.
-        inputs: likewise; those that are not there are left out.
+        inputs: paths or descriptors as well; those that are not there are left out.
 
     Raises:
-        InputError: one is: it would be destroyed, or read without end.
+        InputError: an output is also an input: the write would destroy it, or the read would not end.
     """
     read = {_identity(one) for one in inputs} - {None}
     for output in outputs:
@@ -109,7 +109,7 @@ def check_outputs(outputs: Iterable[Path | int], inputs: Iterable[Path | int]) -
             check_file(output)
         if _identity(output) in read:
             name = "standard output" if isinstance(output, int) else output
-            raise InputError(f"{name} goes to a file that is to be read; write to another")
+            raise InputError(f"{name} is also an input; choose another output")
 
 
 def _identity(file: Path | int) -> tuple[int, int] | None:
@@ -130,9 +130,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except RecursionError as error:
-        raise InputError(f"{path} is broken: it is nested too deeply") from error
+        raise InputError(f"{path} is damaged: it is nested too deeply") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is broken: {reason(error)}") from error
+        raise InputError(f"{path} is damaged: {reason(error)}") from error
 
 
 def sync(path: Path) -> None:

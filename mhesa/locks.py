@@ -1,4 +1,4 @@
-"""Locks: what one process, and one part of it, may write or make at a time."""
+"""File locks: one writer at a time, and one process that makes a shared file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ else:
     import fcntl
 
 LOCK = ".lock"
-# At most, of a lock's text, which says who holds it.
+# Largest size of a lock file's text, in bytes. The text names the holder.
 HOLDER_BYTES = 300
 # Seconds to wait, at most, for another process to make something.
 WAIT_SECONDS = 60

@@ -38,7 +38,7 @@ class Range:
     """The values that a setting may have.
 
     Args:
-        words: what they are called in an error and in the documentation.
+        words: description of the values in an error and in the documentation.
         contains: whether a value is one of them.
         choices: all of them, where they are a few words.
     """
@@ -143,7 +143,7 @@ def check_types(settings: Any) -> None:
         if not isinstance(value, accepted) or (isinstance(value, bool) and setting.type in (int, float)):
             raise InputError(f"{setting.name} must be {words}, not {value!r}")
         if isinstance(value, int) and not SMALLEST_INTEGER <= value <= LARGEST_INTEGER:
-            raise InputError(f"{setting.name} must be {words} of 64 bits")
+            raise InputError(f"{setting.name} must fit in 64 bits")
 
 
 def check_ranges(settings: Any) -> None:

@@ -11,10 +11,10 @@ from mhesa.errors import InputError
     [
         ("[" * 100_000, "it is nested too deeply"),
         ('{"a":' * 100_000, "it is nested too deeply"),
-        ("1" * 5000, "is broken: Exceeds the limit"),
-        ("{", "is broken: Expecting"),
-        ("\x00", "is broken: "),
-        ("\udcff", "is broken: "),
+        ("1" * 5000, "is damaged: Exceeds the limit"),
+        ("{", "is damaged: Expecting"),
+        ("\x00", "is damaged: "),
+        ("\udcff", "is damaged: "),
     ],
     ids=["lists", "objects", "digits", "cut", "nul", "bytes"],
 )
@@ -28,5 +28,5 @@ def test_json_of_any_content_is_read_or_named(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nothing.json is broken: No such file"):
+    with pytest.raises(InputError, match=r"nothing.json is damaged: No such file"):
         read_json(tmp_path / "nothing.json")

@@ -390,7 +390,7 @@ def edit(**values):
     ("name", "damage", "message"),
     [
         ("config.json", lambda path: path.unlink(), "is not a model's folder: it has no config.json"),
-        ("config.json", truncate, "config.json is broken"),
+        ("config.json", truncate, "config.json is damaged"),
         ("config.json", edit(model_type="gpt2"), "holds a model of type gpt2, not mhesa"),
         ("config.json", edit(heads=3), "config.json does not describe a model: dim_mhesa must be divisible"),
         ("config.json", edit(hidden_size=32), "does not fit config.json: mismatched keys"),
@@ -400,8 +400,8 @@ def edit(**values):
             lambda path: path.unlink(),
             "is not a whole model: it has no model.safetensors",
         ),
-        ("model.safetensors", truncate, "model.safetensors is broken"),
-        ("model.safetensors", lambda path: path.write_bytes(b"not tensors"), "model.safetensors is broken"),
+        ("model.safetensors", truncate, "model.safetensors is damaged"),
+        ("model.safetensors", lambda path: path.write_bytes(b"not tensors"), "model.safetensors is damaged"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "eval"])

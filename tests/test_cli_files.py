@@ -75,7 +75,7 @@ def test_a_page_does_not_replace_a_source(run, folder, text, source, spelling):
         err = done.stderr.decode()
     else:
         err = fails(run, "score", folder, named[source], "--heatmap", page)
-    assert f"{page} goes to a file that is to be read; write to another" in err
+    assert f"{page} is also an input; choose another output" in err
     assert text.read_bytes() == LINES
 
 
@@ -84,7 +84,7 @@ def test_standard_output_is_not_read_without_end(folder, text, command):
     arguments = {"score": [text.parent], "generate": ["--prompt", "-", "--length", "1"]}[command]
     done = run_command(command, folder, *arguments, stdin=text, stdout=text)
     assert done.returncode == 2
-    assert b"standard output goes to a file that is to be read" in done.stderr
+    assert b"standard output is also an input" in done.stderr
     assert text.read_bytes() == LINES
 
 
@@ -143,7 +143,7 @@ def test_a_run_does_not_replace_what_it_reads(run, tmp_path, what):
         os.dup2(mine, 0)
         os.close(mine)
     assert code == 2, err.decode()
-    assert b"goes to a file that is to be read; write to another" in err
+    assert b"is also an input; choose another output" in err
     assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
 
 
@@ -169,7 +169,7 @@ def test_a_models_files_are_not_replaced(run, folder, text):
             ("score", folder, text, "--heatmap", folder / name),
             ("generate", folder, "--length", 1, "--session", folder / name),
         ):
-            assert "goes to a file that is to be read" in fails(run, *arguments)
+            assert "is also an input" in fails(run, *arguments)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -125,5 +125,5 @@ def test_a_state_that_does_not_fit_is_refused(reader, tmp_path):
 
 
 def test_too_little_memory_is_refused(reader):
-    with pytest.raises(InputError, match="memory for sessions must be at least"):
+    with pytest.raises(InputError, match="too little memory for a session"):
         KeyedSessions(reader, memory=100)

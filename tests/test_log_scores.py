@@ -222,13 +222,13 @@ def test_pieces_are_the_text(parts):
         (["--key", "("], "is no regular expression"),
         (["--key", "x"], "has no group"),
         (["--mask", "[", "--by", "line"], "is no regular expression"),
-        (["--key", "(x)", "--key-field", "x"], "goes with"),
-        (["--key", "(x)", "--by", "word"], "--key goes with --by line"),
-        (["--only"], "--only goes with --false-alarms"),
+        (["--key", "(x)", "--key-field", "x"], "--key-field cannot be used with --key"),
+        (["--key", "(x)", "--by", "word"], "--key needs --by line"),
+        (["--only"], "--only needs --false-alarms"),
         (["--false-alarms", "2"], "between 0 and 1"),
         (["--key-memory", "lots"], "--key-memory must be a size"),
-        (["--key", "(x)", "--key-memory", "1"], "memory for sessions must be at least"),
-        (["--tsv"], "--tsv goes with"),
+        (["--key", "(x)", "--key-memory", "1"], "too little memory for a session"),
+        (["--tsv"], "--tsv needs --by word, character, sentence or token"),
         (["--by", "word", "--unit", "bans"], "unit must be bits or nats"),
         (["--by", "word", "--words", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--key", r"((a|aa|a)+)+$y"], "takes more than 1 s in -, line 1"),
@@ -323,7 +323,7 @@ def test_characters_sentences_and_given_words(reader):
     for wrong, message in ((["The", "dog"], "word 2 is 'dog'"), (["The"], "the words end")):
         with pytest.raises(InputError, match=message):
             surprisal_table(reader, "The cat, who", words=wrong)
-    with pytest.raises(InputError, match="words goes with by='word'"):
+    with pytest.raises(InputError, match="words needs by='word'"):
         surprisal_table(reader, "The cat", by="token", words=words)
     with pytest.raises(InputError, match="word 2 is 'cat'"):
         GivenWords(["The", "cat"])("The", True)

@@ -489,7 +489,7 @@ def test_a_second_server_of_a_file_is_refused(folder, tmp_path, run):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("config.json", "goes to a file that is to be read"), ("", "is a folder, a device or a pipe")],
+    [("config.json", "is also an input"), ("", "is a folder, a device or a pipe")],
 )
 def test_sessions_in_no_file_of_their_own_are_refused(folder, run, name, message):
     before = (folder / "config.json").read_bytes()

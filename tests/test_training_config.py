@@ -73,8 +73,8 @@ def test_a_file_that_cannot_be_is_named(tmp_path, text, message):
         ("join", 1, "join must be true or false, not 1"),
         ("sources", "text", "sources must be a list of texts, not 'text'"),
         ("tokenizer", None, "tokenizer must be text, not None"),
-        ("seed", -(1 << 63) - 1, "seed must be a whole number of 64 bits"),
-        ("seed", 1 << 64, "seed must be a whole number of 64 bits"),
+        ("seed", -(1 << 63) - 1, "seed must fit in 64 bits"),
+        ("seed", 1 << 64, "seed must fit in 64 bits"),
     ],
 )
 def test_values_of_another_kind_are_refused(name, value, message):

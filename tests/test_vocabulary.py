@@ -153,7 +153,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
     with pytest.raises(InputError, match=r"has a GPT2Tokenizer without a tokenizer.json"):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(InputError, match=r"tokenizer_config.json is broken"):
+    with pytest.raises(InputError, match=r"tokenizer_config.json is damaged"):
         open_tokenizer(tmp_path)
 
 

@@ -54,7 +54,7 @@ def score(
     ] = None,
     by: Annotated[
         str,
-        typer.Option(metavar="line|token|document|word|character|sentence", help="What each score is of."),
+        typer.Option(metavar="line|token|document|word|character|sentence", help="What is scored."),
     ] = "line",
     top: Annotated[
         int | None, typer.Option(metavar="N", help="Print only the N with the most bits, highest first.")
@@ -69,7 +69,7 @@ def score(
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="Read lines that have the same first group in a session of their own.",
+            help="Keep one session for each value of the first group of REGEX.",
             rich_help_panel=LOGS,
         ),
     ] = None,
@@ -77,7 +77,7 @@ def score(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Likewise by a field of lines of JSON, which are read whole.",
+            help="The same for JSON lines, which are read whole: the field whose value is the key.",
             rich_help_panel=LOGS,
         ),
     ] = None,
@@ -101,7 +101,7 @@ def score(
         list[str] | None,
         typer.Option(
             metavar="REGEX",
-            help="What matches is read but not counted in the score; may be repeated.",
+            help="Text that matches is read, but not counted in the score; may be repeated.",
             rich_help_panel=LOGS,
         ),
     ] = None,
@@ -109,7 +109,7 @@ def score(
         list[str] | None,
         typer.Option(
             metavar="times|numbers|addresses|uuids|paths",
-            help="A mask that is made already; may be repeated.",
+            help="Built-in mask; may be repeated.",
             rich_help_panel=LOGS,
         ),
     ] = None,
@@ -117,7 +117,8 @@ def score(
         float | None,
         typer.Option(
             metavar="RATE",
-            help="Mark lines whose score is above all but this share of those before; exit code 3 if any.",
+            help="Mark lines whose score is above the quantile 1 - RATE of the scores before (0.01: above "
+            "99 % of them); exit code 3 if any.",
             rich_help_panel=LOGS,
         ),
     ] = None,
@@ -127,21 +128,25 @@ def score(
     context: Annotated[
         int,
         typer.Option(
-            metavar="N", help="With --only, N lines before and after each as well.", rich_help_panel=LOGS
+            metavar="N", help="With --only, also print N lines before and after each.", rich_help_panel=LOGS
         ),
     ] = 0,
     unit: Annotated[
-        str, typer.Option(metavar="bits|nats", help="Of the columns.", rich_help_panel=TABLE)
+        str, typer.Option(metavar="bits|nats", help="Unit of surprisal and entropy.", rich_help_panel=TABLE)
     ] = "bits",
     spill: Annotated[
         int,
-        typer.Option(metavar="N", help="Columns for what the N before cost.", rich_help_panel=TABLE),
+        typer.Option(
+            metavar="N",
+            help="Add columns with the surprisal of the N preceding units.",
+            rich_help_panel=TABLE,
+        ),
     ] = 0,
     correct: Annotated[
         bool,
         typer.Option(
             "--correct",
-            help="Count that a word ends with the word, not with the next.",
+            help="Count the probability of a word's end with the word, not with the next one.",
             rich_help_panel=TABLE,
         ),
     ] = False,
@@ -149,13 +154,13 @@ def score(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The words of the text, white space between them, as they are to be cut.",
+            help="File with the words of the text, separated by whitespace.",
             rich_help_panel=TABLE,
         ),
     ] = None,
     skip_first: Annotated[
         bool,
-        typer.Option("--skip-first", help="Leave out the first of each text.", rich_help_panel=TABLE),
+        typer.Option("--skip-first", help="Leave out the first unit of each text.", rich_help_panel=TABLE),
     ] = False,
     tsv: Annotated[
         bool, typer.Option("--tsv", help="Print tab-separated values with a header.", rich_help_panel=TABLE)
@@ -207,16 +212,16 @@ def score(
         raise InputError(f"--context must be at least 0, not {context}")
     keyed = key is not None or key_field is not None or state is not None
     lines = {"--key": key, "--key-field": key_field, "--state": state, "--mask": mask, "--preset": preset}
-    _only_with(by == "line", "--by line", lines | {"--false-alarms": false_alarms})
-    _only_with(by == "word", "--by word", {"--correct": correct, "--words": words})
+    _only_with(by == "line", "needs --by line", lines | {"--false-alarms": false_alarms})
+    _only_with(by == "word", "needs --by word", {"--correct": correct, "--words": words})
     table = {"--spill": spill, "--skip-first": skip_first, "--tsv": tsv, "--unit": unit != "bits"}
-    _only_with(by in (*UNITS, TOKEN), f"--by {', '.join([*UNITS, TOKEN])}", table)
+    _only_with(by in (*UNITS, TOKEN), f"needs --by {', '.join(UNITS)} or {TOKEN}", table)
     in_units = by in UNITS or any(table.values())
-    _only_with(false_alarms is not None, "--false-alarms", {"--only": only})
-    _only_with(only, "--only", {"--context": context})
-    _only_with(key is None, "no --key", {"--key-field": key_field})
-    _only_with(not keyed, "neither --key nor --state", {"--heatmap": heatmap})
-    _only_with(not tsv, "no --tsv", {"--json": as_json, "--top": top})
+    _only_with(false_alarms is not None, "needs --false-alarms", {"--only": only})
+    _only_with(only, "needs --only", {"--context": context})
+    _only_with(key is None, "cannot be used with --key", {"--key-field": key_field})
+    _only_with(not keyed, "cannot be used with --key, --key-field or --state", {"--heatmap": heatmap})
+    _only_with(not tsv, "cannot be used with --tsv", {"--json": as_json, "--top": top})
     columns = Columns(unit=unit, spill=spill, correct=correct, skip_first=skip_first)
     alarms = None if false_alarms is None else FalseAlarms(false_alarms)
     scores, find_key = LineScores(Masks(mask or (), preset or ())), key_finder(key, key_field)
@@ -331,11 +336,11 @@ def _log_reader(
         yield LogReader(sessions, find_key, scores, alarms)
 
 
-def _only_with(holds: bool, what: str, options: Mapping[str, object]) -> None:
-    """Refuse options that were given without what they need."""
+def _only_with(holds: bool, rule: str, options: Mapping[str, object]) -> None:
+    """Refuse options that were given although their rule, such as "needs --only", does not hold."""
     given = [name for name, value in options.items() if value]
     if given and not holds:
-        raise InputError(f"{given[0]} goes with {what}")
+        raise InputError(f"{given[0]} {rule}")
 
 
 @contextmanager

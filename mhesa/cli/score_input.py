@@ -44,9 +44,9 @@ def documents(
     """The documents of some files: the name and the chunks of bytes of each.
 
     Args:
-        files: `None` is standard input.
-        text_field: see `File.documents`.
-        advance: likewise.
+        files: files to read; `None` is standard input.
+        text_field: field that holds the text, see `File.documents`.
+        advance: called with the bytes of a file that were read.
         whole: whether files of JSON lines are read as they are.
     """
     from mhesa.data import standard_input

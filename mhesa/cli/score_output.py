@@ -27,9 +27,9 @@ class Output:
     """Prints rows.
 
     Args:
-        as_json: as lines of JSON.
-        as_table: as tab-separated values.
-        columns: of words and the like.
+        as_json: print rows as lines of JSON.
+        as_table: print rows as tab-separated values.
+        columns: columns of the table of words and other units.
         with_score: print the score of lines in the place of their bits.
     """
 

@@ -76,7 +76,7 @@ def cached_folder(name: str, make: Callable[[Path], object]) -> Path:
     """A folder of the cache, made now unless it is there with every byte as it was written.
 
     Args:
-        name: of the folder, below the cache; must contain all that decides the folder's content.
+        name: name of the folder below the cache; changes with everything that its content depends on.
         make: writes the files into the folder it is given.
 
     Raises:

@@ -58,8 +58,8 @@ def decompressed(raw: IO[bytes], suffix: str, name: str) -> IO[bytes]:
 
     Args:
         raw: the open file.
-        suffix: of its name, in lower case.
-        name: what messages call it.
+        suffix: file extension, in lower case.
+        name: name of the file in messages.
 
     Raises:
         InputError: the library for this format is not installed.

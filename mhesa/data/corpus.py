@@ -53,12 +53,12 @@ class Source:
     """The files of a corpus, with all that decides its tokens except the tokenizer.
 
     Args:
-        sources: see `find_files`.
+        sources: files, folders and other sources, see `find_files`.
         text_field: the field of JSON lines or the column of parquet that holds the text.
         holdout: what is kept from training, see `Holdout`.
 
     Attributes:
-        sha256: a digest of the files and of these settings.
+        sha256: digest of the files and of these settings.
         size: bytes of the files.
         is_settled: whether it is known which pieces are held out, see `pieces`.
 

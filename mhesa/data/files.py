@@ -39,7 +39,7 @@ class File:
 
     Args:
         path: where it is.
-        name: what messages call it.
+        name: name of the file in messages.
         form: its suffix without a compression's, in lower case; decides how it is read.
     """
 

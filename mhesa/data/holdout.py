@@ -24,8 +24,8 @@ class Piece:
     """A part of a document, held out or trained on as a whole.
 
     Args:
-        data: its bytes.
-        document: the index of its document in the corpus.
+        data: bytes of the piece.
+        document: index of its document in the corpus.
         starts: whether it begins a stretch of its document: the start, or where `held_out` changes.
         held_out: whether it is kept from training.
         rank: a number in [0, 1) that depends on its content alone.
@@ -44,7 +44,7 @@ class Selection:
 
     Args:
         threshold: pieces of a rank up to this are held out, except texts that repeat a lot.
-        repeated: of each text that repeats a lot, by its rank, the fraction of its copies that is held out.
+        repeated: for each text that repeats a lot, by its rank, the fraction of its copies that is held out.
     """
 
     threshold: float
@@ -98,9 +98,9 @@ class Holdout:
         """Cut documents into pieces and decide for each whether it is held out.
 
         Args:
-            documents: each one its bytes in chunks of any size, used up one after the other.
+            documents: documents, each as its bytes in chunks of any size, which are used up in order.
             total: bytes of all documents; for `content` an estimate will do.
-            selection: for `content`; by rank alone if omitted.
+            selection: which pieces are held out by `content`; those of low rank if omitted.
         """
         size = min(max(total // 256, SMALLEST_PIECE), LARGEST_PIECE)
         pieces = ((index, data) for index, document in enumerate(documents) for data in cut(document, size))
@@ -115,7 +115,7 @@ class Holdout:
 
 
 class PieceCounter:
-    """Finds out whether a selection holds out about the right fraction, and a better one if not.
+    """Checks the fraction that a selection holds out, and finds a better selection if it is far off.
 
     Texts that repeat a lot are found in bounded memory by the counters of Misra and Gries (1982,
     https://doi.org/10.1016/0167-6423(82)90012-0): a text that makes up more than `1 / capacity` of the corpus
@@ -148,7 +148,7 @@ class PieceCounter:
             self._drop_smallest()
 
     def better(self) -> Selection:
-        """The selection itself if it will do; otherwise one for another pass over the corpus."""
+        """The selection itself if it is good enough; otherwise one for another pass over the corpus."""
         target = self.fraction * self.total
         repeated = {
             rank: size for rank, size in self._bytes.items() if size > target / 2 and self._copies[rank] > 1
@@ -199,7 +199,7 @@ def _split_by_content(
         if part is None:
             yield index, data, rank, rank <= selection.threshold
             continue
-        # Of n copies, held out evenly: n times the part, rounded up.
+        # Of n copies, n times the part, rounded up, are held out, evenly spread.
         yield index, data, rank, math.ceil((copies[rank] + 1) * part) > math.ceil(copies[rank] * part)
         copies[rank] += 1
 

@@ -19,7 +19,7 @@ from mhesa.data.hub import HUB, hub_file
 from mhesa.data.standard_input import standard_input
 from mhesa.errors import InputError
 
-# What `mhesa train` writes into its folder. Such a folder below a source adds none of these to the text.
+# Files that `mhesa train` writes into its folder. They are not read as text if a source contains that folder.
 RUN_SETTINGS = "settings.json"
 RUN_FILES = (
     *(RUN_SETTINGS, "metrics.jsonl", "loss.png", "checkpoints", "tensorboard"),

@@ -32,10 +32,11 @@ class Facts:
     """Counts of a corpus, saved with its tokens.
 
     Args:
-        documents: all of them.
-        training_bytes, training_tokens: what is trained on; every document counts one end-of-text token.
-        held_out_bytes: what is not.
-        sha256: see `Source`.
+        documents: number of all documents.
+        training_bytes, training_tokens: size of the text that is trained on; every document counts one
+            end-of-text token.
+        held_out_bytes: size of the text that is held out.
+        sha256: digest of the source, see `Source`.
     """
 
     documents: int
@@ -55,8 +56,8 @@ class Tokens:
     the type of the others, so bytes take one byte each.
 
     Args:
-        folder: where both files are.
-        dtype: of the ids.
+        folder: folder of both files.
+        dtype: type of the ids.
         eos_token_id: the token that every document starts with.
     """
 
@@ -95,9 +96,9 @@ class TokenWriter:
     """Tokenises the pieces of a corpus on all cores, and writes its files.
 
     Args:
-        folder: where the files go.
+        folder: folder to write the files to.
         tokenizer: makes ids of text.
-        is_measured: whether a held-out piece of a rank is kept to measure on.
+        is_measured: decides by a held-out piece's rank whether it is kept to measure on.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, is_measured: Callable[[float], bool]) -> None:

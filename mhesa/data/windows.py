@@ -21,9 +21,9 @@ class Windows:
 
     Args:
         tokens: ids, `(tokens,)`.
-        context: tokens a window.
-        rows: windows a step.
-        seed: of the offsets and orders.
+        context: tokens of a window.
+        rows: number of windows in a step.
+        seed: seed of the offsets and orders.
         streams: whether row `i` of a step follows row `i` of the step before in the text, so that states
             can be carried.
 

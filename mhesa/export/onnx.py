@@ -44,7 +44,7 @@ def export_onnx(model: GatedExponentialSmoothingLM, folder: str | Path, *, opset
 
     Args:
         model: the language model; it is exported in fp32.
-        folder: where to; it is made if it is not there.
+        folder: folder to write to; it is made if it is not there.
         opset: the ONNX operator set.
 
     Returns:

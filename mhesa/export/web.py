@@ -41,8 +41,8 @@ def export_web(
     Args:
         model: the language model.
         tokenizer: its tokenizer, of bytes.
-        folder: where to; it is made if it is not there.
-        name: what the page calls the model.
+        folder: folder to write to; it is made if it is not there.
+        name: name of the model on the page.
 
     Returns:
         The page's path.

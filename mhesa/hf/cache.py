@@ -12,12 +12,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mhesa.hf.configuration import CACHE_NAMES, MhesaConfig
 
-# What this version of transformers calls the cache, in what a model takes and gives.
+# Name of the cache in this version of transformers, as an argument and in outputs.
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in CACHE_NAMES)
 
 
 class MhesaCacheLayer(CacheLayerMixin):
-    """One block's state, `(batch, dim_mhesa)` in fp32, and the number of tokens seen.
+    """One block's state, `(batch, state_size)` in fp32, and the number of tokens seen.
+
+    `state_size` is `dim_mhesa`, and `(conv_size - 1) * hidden_size` more with a convolution.
 
     A state tensor is never modified in place, so copies of a cache, deep ones too, share it.
     """
@@ -118,7 +120,7 @@ class MhesaCache(Cache):
         super().__init__(layers=[MhesaCacheLayer() for _ in range(config.num_hidden_layers)])
 
     def states(self, sequences: int) -> list[Tensor] | None:
-        """Each block's state, `(sequences, dim_mhesa)`; `None` before the first token.
+        """Each block's state, `(sequences, state_size)`; `None` before the first token.
 
         Raises:
             ValueError: the cache holds another number of sequences.

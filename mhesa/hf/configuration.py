@@ -30,8 +30,8 @@ class MhesaConfig(NoSourceCopies, PreTrainedConfig):
     """Configuration of a gated exponential smoothing language model.
 
     `num_tokens`, `dim` and `depth`, the plain model's names, are aliases, and so is `num_attention_heads` of
-    `heads`. `backend` belongs to the machine
-    and is never saved: give it with `from_pretrained(directory, backend="chunked")`.
+    `heads`. `backend` belongs to the machine and is never saved: give it with
+    `from_pretrained(directory, backend="chunked")`.
 
     Raises:
         ValueError: a size below 1, a `dim_mhesa` that `heads` does not divide, an unknown backend.
@@ -45,8 +45,8 @@ class MhesaConfig(NoSourceCopies, PreTrainedConfig):
 
     Args:
         use_cache: whether a forward outside training returns its state.
-        bos_token_id, eos_token_id, pad_token_id: by default those of `ByteTokenizer`, or none if the
-            vocabulary has no more than 256 tokens. Give them for any other tokenizer: generation stops at
+        bos_token_id, eos_token_id, pad_token_id: token ids; by default those of `ByteTokenizer`, or none if
+            the vocabulary has no more than 256 tokens. Give them for any other tokenizer: generation stops at
             `eos_token_id`.
     """
 

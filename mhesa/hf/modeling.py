@@ -32,7 +32,8 @@ from mhesa.tokenizers.bytes import END_OF_TEXT_ID
 
 __all__ = ["MhesaCache", "MhesaCacheLayer", "MhesaForCausalLM", "MhesaModel", "MhesaPreTrainedModel"]
 
-# What collators send with packed sequences. The offsets say it all; the others are for attention kernels.
+# Arguments that collators pass with packed sequences. The offsets are found from one of them; the others are
+# for attention kernels.
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "seq_idx"}
 # Arguments of the loss alone.
 LOSS = {"num_items_in_batch", "ignore_index"}
@@ -65,7 +66,7 @@ class MhesaPreTrainedModel(NoSourceCopies, PreTrainedModel):
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, MHESA):
-            # Not at the block: transformers passes over modules that have no parameters of their own.
+            # Here and not for the block: transformers skips modules that have no parameters of their own.
             if self.config.adaptive:
                 alphas, dampen_factors = spread_rates(module.heads)
                 init.copy_(module.alphas, alphas)

@@ -35,7 +35,7 @@ class StopMatcher:
         if b"" in stops:
             raise InputError("a stop string must not be empty")
         self.stops, self.held, self.stopped = tuple(stops), b"", False
-        # Of each stop string, how many bytes of its beginning are the end of the text.
+        # Per stop string: length of its longest prefix that ends the text.
         self._lengths = [0] * len(self.stops)
         self._first_byte = re.compile(b"|".join(re.escape(stop[:1]) for stop in stops))
 
@@ -59,14 +59,14 @@ class StopMatcher:
 
 
 def match_length(stop: bytes, length: int, piece: bytes) -> int:
-    """How many bytes at the end of a text are the beginning of a stop string that is not in the text.
+    """Length of the longest prefix of a stop string that ends a text.
 
-    The algorithm of Knuth, Morris and Pratt: a few steps a byte, however the two repeat themselves.
+    Knuth-Morris-Pratt: amortised constant time per byte.
 
     Args:
         stop: the stop string.
-        length: how many there were before `piece`.
-        piece: what is new.
+        length: that length before `piece`.
+        piece: bytes that are new at the end of the text.
 
     >>> match_length(b"two", match_length(b"two", 0, b"one, t"), b"tw")
     2
@@ -81,7 +81,7 @@ def match_length(stop: bytes, length: int, piece: bytes) -> int:
 
 @lru_cache(maxsize=1024)
 def _shorter_matches(stop: bytes) -> list[int]:
-    """For each number of bytes that match: the next smaller number that match as well."""
+    """For each length of a matching prefix, that of the next shorter prefix that matches as well."""
     shorter, length = [0, 0], 0
     for byte in stop[1:]:
         while length and stop[length] != byte:
@@ -169,7 +169,7 @@ class TextCursor:
     What it has read is not kept: a continuation can have one cursor only.
 
     Args:
-        text: what to read.
+        text: text to read.
         before: bytes to read first, together with the text's own first ones.
     """
 

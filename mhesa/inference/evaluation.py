@@ -23,7 +23,7 @@ class PredictionCost:
     Args:
         nats: cross-entropy, summed over all tokens.
         tokens: predicted tokens.
-        bytes: length of the text.
+        bytes: length of the text, in bytes.
 
     >>> cost = PredictionCost(nats=1386.29, tokens=1000, bytes=1000)
     >>> round((cost + PredictionCost(nats=0, tokens=1000, bytes=1000)).bits_per_byte, 3)
@@ -72,7 +72,7 @@ def evaluate(
     Args:
         model: the language model in any precision, or a decoder of it. All processes of a `ParallelDecoder`
             must call this with the same documents.
-        tokenizer: the model's.
+        tokenizer: tokenizer of the model.
         documents: texts; each starts from the initial state.
         on_progress: called after each window with its number of tokens.
 

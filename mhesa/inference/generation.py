@@ -36,7 +36,7 @@ def generate(
     Args:
         model: the language model, or a `Decoder` made of it, which saves packing its weights again.
         ids: prompts, `(batch, length)`, or one tensor `(length,)` for each, of any lengths, none empty.
-        max_new_tokens: how many tokens to write for each prompt at most.
+        max_new_tokens: largest number of tokens to write for each prompt.
         sampling: how tokens are drawn; plain sampling if omitted.
         seed: makes the result repeatable: one for each prompt, or the first prompt's, from which the others
             count up. `None` draws anew each time.
@@ -120,7 +120,7 @@ def write(
     Args:
         decoder: the model.
         prompts: one for each text, `(length,)`.
-        texts: what to write; all have the same limit.
+        texts: texts to write; all have the same limit.
         states: `(depth, texts, state_size)`; see `stream`.
         num_tokens: see `Slots`.
     """

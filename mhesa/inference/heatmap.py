@@ -37,10 +37,10 @@ class Heatmap:
 
     Args:
         file: an open text file.
-        segmenter: finds what has a colour of its own, words if omitted.
+        segmenter: splits the text into coloured units; words if omitted.
     """
 
-    # What to measure of each token, so that all can be shown.
+    # Statistics that are measured of each token and shown.
     statistics: Mapping[str, Statistic] = {"bits": bits, "entropy": entropy, "rank": rank}
 
     def __init__(self, file: TextIO, segmenter: Segmenter = find_words) -> None:

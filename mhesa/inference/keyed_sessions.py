@@ -47,10 +47,11 @@ class KeyedSessions:
     Args:
         reader: the model and its tokenizer.
         memory: bytes that states, keys and the database's cache may take.
-        path: the file.
+        path: file that keeps the sessions; a temporary one if omitted.
 
     Raises:
-        InputError: the file is no such file, damaged, another model's, or used by another process.
+        InputError: the file is of another kind, is damaged, belongs to another model, or is in use by another
+            process.
 
     >>> from mhesa import GatedExponentialSmoothingLM
     >>> from mhesa.tokenizers import Bytes
@@ -68,15 +69,15 @@ class KeyedSessions:
         size = 4 * self._shape[0] * self._shape[1] + BYTES_A_KEY
         slots = (memory - memory // CACHE_SHARE) // size
         if slots < 1:
-            raise InputError(f"memory for sessions must be at least {2 * size:,} bytes, not {memory:,}")
+            raise InputError(f"{memory:,} bytes are too little memory for a session; {2 * size:,} are enough")
         # A slot is a place in these for a state and the last token.
         self._states = torch.empty(slots, *self._shape)
         self._tokens = np.zeros(slots, dtype=np.int64)
         # The slot of each key in memory, the least recently used key first.
         self._slots: OrderedDict[bytes, int] = OrderedDict()
-        # Those that the database does not have as they are now.
+        # Keys whose state differs from the database.
         self._changed: set[bytes] = set()
-        # Whether there is a file that survives.
+        # Whether the database is a file that outlives the process.
         self.is_kept = path is not None
         self._name = str(path) if path is not None else "a temporary file"
         self._lock = ExitStack()
@@ -149,8 +150,8 @@ class KeyedSessions:
         """Read the tokens of some lines, each in the session of its key.
 
         Args:
-            keys: of each line.
-            ids: the tokens of each, `(tokens,)`.
+            keys: key of each line.
+            ids: tokens of each line, `(tokens,)`.
             statistics: what to compute of each token's prediction.
 
         Returns:

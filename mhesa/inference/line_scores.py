@@ -1,4 +1,4 @@
-"""A number for each line that decides whether it stands out, and the threshold for a rate of false alarms.
+"""Scores of lines, and the threshold for a rate of false alarms.
 
 See docs/logs.md for what was measured.
 """
@@ -27,11 +27,11 @@ PRECISION, SMALLEST, LARGEST = 0.01, 1e-3, 1e9
 
 
 class Peak:
-    """The most surprising part of a line. It is looked for when it is asked for: few lines' parts are shown.
+    """The most surprising part of a line, found only when it is asked for: few lines' parts are shown.
 
     Args:
         text: the piece of the line with the highest score.
-        bits: of each of its bytes, zero for those that do not count, `(bytes,)`.
+        bits: surprisal of each of its bytes, zero for those that do not count, `(bytes,)`.
         offset: where the piece begins in the line, in bytes.
     """
 
@@ -68,7 +68,7 @@ class LineSurprisal(SpanSurprisal):
     Args:
         score: bits of its most surprising byte, digits left out, above what lines that begin alike have.
         peak: its most surprising part.
-        key: of its session; `None` if it has none.
+        key: key of the line's session; `None` if it has none.
         alarm: whether the score is above the threshold; `None` if there is none.
     """
 
@@ -110,7 +110,7 @@ class LineScores:
     A line in several pieces has the score of the highest.
 
     Args:
-        masks: what in a line is read but not counted.
+        masks: patterns of what in a line is read but not counted.
 
     >>> scores = LineScores()
     >>> [scores.score(b"a1", np.array(bits)) for bits in ([1.0, 9.0], [1.0, 9.0], [9.0, 9.0])]
@@ -119,7 +119,7 @@ class LineScores:
 
     def __init__(self, masks: Masks | None = None) -> None:
         self._masks = masks or Masks()
-        # Of each beginning: how many lines and a zero there were, and the sum.
+        # For each beginning, the number of lines, the zero included, and the sum of their highest bits.
         self._kinds: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     def score(self, text: bytes, bits: np.ndarray) -> float:
@@ -127,7 +127,7 @@ class LineScores:
 
         Args:
             text: the bytes of the line that count.
-            bits: of each of them, `(bytes,)`.
+            bits: surprisal of each of these bytes, `(bytes,)`.
         """
         kind = text.translate(None, DIGITS)[:BEGINNING].decode("latin-1")
         highest = float(np.where(_no_digits(text), bits, 0.0).max(initial=0.0))
@@ -141,8 +141,8 @@ class LineScores:
         """The lines of some pieces, scored.
 
         Args:
-            source: the name of their file.
-            pieces: of lines one after the other.
+            source: name of the lines' file.
+            pieces: pieces of lines, in order.
 
         Raises:
             InputError: a mask takes too long.
@@ -175,7 +175,7 @@ class LineScores:
         line.text += text[: SHOWN_BYTES - len(line.text)]
 
     def to_json(self) -> str:
-        """What is known of earlier lines, as text."""
+        """The averages of earlier lines, as text."""
         return json.dumps(list(self._kinds.items()))
 
     def load_json(self, text: str) -> None:
@@ -216,7 +216,7 @@ def most_surprising_span(bits: np.ndarray) -> tuple[int, int]:
     """The bytes in a row that have the most surprisal above twice the mean: where they begin and end.
 
     Args:
-        bits: of each byte of a line, `(bytes,)`.
+        bits: surprisal of each byte of a line, `(bytes,)`.
 
     >>> most_surprising_span(np.array([1.0, 1, 1, 9, 8, 1, 1, 2]))
     (3, 5)
@@ -234,7 +234,7 @@ class FalseAlarms:
     Scores are counted in buckets whose bounds grow by 1 %, so a threshold is right to 1 %.
 
     Args:
-        rate: the share.
+        rate: the share, between 0 and 1.
 
     Raises:
         InputError: it is not between 0 and 1.
@@ -249,19 +249,19 @@ class FalseAlarms:
             raise InputError(f"--false-alarms must be between 0 and 1, such as 0.001, not {rate:g}")
         self.rate = rate
         self.count = 0
-        # Of each bucket; the one with the threshold at its upper bound, and how many scores are above it.
+        # Scores per bucket; the bucket whose upper bound is the threshold, and the number of scores above it.
         self._counts: Counter[int] = Counter()
         self._bucket, self._above = 0, 0
 
     @property
     def threshold(self) -> float:
-        """The score that at most the share is above; infinite until there are as many scores as it takes."""
+        """The score that at most the share is above; infinite while the share is less than one score."""
         if self.rate * self.count < 1:
             return math.inf
         return SMALLEST * (1 + PRECISION) ** (self._bucket + 1)
 
     def add(self, score: float) -> bool:
-        """Whether a score is above the threshold of those before it; then it is one of them."""
+        """Return whether a score exceeds the threshold so far, then add it to the counts."""
         above = score > self.threshold
         place = math.log(min(max(score, SMALLEST), LARGEST) / SMALLEST) / math.log1p(PRECISION)
         self._count(int(place), 1)

@@ -37,11 +37,11 @@ class Piece:
     """A line with its line end, or a part of a line that is too long to hold.
 
     Args:
-        number: the line's, from 1.
+        number: number of the line, from 1.
         offset: where the piece begins, in bytes.
-        text: its bytes.
+        text: bytes of the piece.
         is_first: whether the line begins with it.
-        key: of the line; `None` if it has none, or nobody asked.
+        key: key of the line; `None` if it has none, or nobody asked.
     """
 
     number: int
@@ -61,8 +61,8 @@ def split_lines(chunks: Iterable[bytes], *, offset: int = 0, number: int = 1) ->
 
     Args:
         chunks: the text, cut anywhere.
-        offset: of its first byte.
-        number: of its first line.
+        offset: offset of the first byte.
+        number: number of the first line.
 
     Yields:
         The lines that each chunk completes, `LINES_AT_ONCE` of them at most.
@@ -98,7 +98,7 @@ class Pattern:
 
     Args:
         text: the expression, as the package `regex` reads it.
-        name: what it is called in an error, such as the option that gives it.
+        name: name of the expression in an error, such as the option that gives it.
 
     Raises:
         InputError: it does not compile.
@@ -117,7 +117,7 @@ class Pattern:
 
         Args:
             line: the line.
-            where: its place, for the error.
+            where: place of the line, for the error.
 
         Raises:
             InputError: it takes too long.
@@ -170,7 +170,7 @@ class KeyField:
     """Finds the key of a line of JSON: the value of a field.
 
     Args:
-        name: of the field.
+        name: name of the field.
 
     >>> KeyField("user").find(b'{"user": 7, "text": "logged in"}', "line 1")
     '7'

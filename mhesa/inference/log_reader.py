@@ -13,7 +13,7 @@ from mhesa.inference.lines import KeyField, KeyPattern, Piece, split_lines
 from mhesa.inference.scoring import ScoredPiece, share_by_byte
 from mhesa.inference.statistics import BITS
 
-# The beginning of a file, by which it is told from another of its name.
+# Leading bytes whose digest identifies a file after rotation.
 HEAD_BYTES = 1 << 10
 KINDS, ALARMS, POSITION = "kinds", "alarms", "position of "
 
@@ -23,9 +23,9 @@ class Position:
     """How far a file has been read.
 
     Args:
-        offset: of what comes next, in bytes.
-        number: of the next line.
-        head: the digest of the file's first bytes, `head_bytes` of them.
+        offset: bytes read so far.
+        number: number of the next line.
+        head: digest of the file's first `head_bytes` bytes.
     """
 
     offset: int
@@ -39,7 +39,7 @@ class LogReader:
 
     A file's lines become part of the sessions' file after they have been given out: a run that is killed
     gives its last lines out again, and misses none. A file that has been read before goes on where it ended,
-    unless it begins otherwise.
+    unless its first bytes have changed.
 
     Args:
         sessions: where lines are read.
@@ -67,8 +67,8 @@ class LogReader:
         """Read the lines of a log as they come.
 
         Args:
-            source: what the log is called.
-            chunks: its text, cut anywhere.
+            source: name of the log.
+            chunks: text of the log, cut anywhere.
             name: identifies the file in later runs; omitted for a stream, which cannot be read again.
 
         Raises:
@@ -139,7 +139,7 @@ def with_context(rows: Iterable[LineSurprisal], lines: int) -> Iterator[LineSurp
 
     Args:
         rows: all lines.
-        lines: how many.
+        lines: number of lines before and after each.
     """
     before: list[LineSurprisal] = []
     after = 0

@@ -17,9 +17,9 @@ class TokenLogprob(NamedTuple):
     """A token and its log-probability.
 
     Args:
-        start: where its bytes begin in the text.
-        token: its id.
-        logprob: in nats; `None` for the first token of a text, which nothing predicts.
+        start: offset of the token in the text, in bytes.
+        token: id of the token.
+        logprob: log-probability in nats; `None` for the first token of a text, which nothing predicts.
         top: the likeliest tokens in its place and their log-probabilities, the likeliest first.
     """
 

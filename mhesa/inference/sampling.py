@@ -53,7 +53,7 @@ Arguments = struct(
     row_stride="int64",
     samplers=Pointer(Pointer(Sampler)),
     weights=FLOAT64,  # scratch memory, `num_tokens` for each thread
-    order=INT64,  # likewise
+    order=INT64,  # scratch memory, `num_tokens` for each thread
     out=INT64,
 )
 # The largest vocabulary: ids are int64.

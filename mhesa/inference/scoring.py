@@ -1,4 +1,8 @@
-"""Surprisal of text of any length as it arrives: by token, line or document."""
+"""Surprisal of text of any length as it arrives: by token, line or document.
+
+Surprisal itself is computed in `mhesa.inference.statistics`, on CPU by
+`mhesa.inference.decoder.surprisal_kernel`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ class SpanSurprisal:
         number: which line, token or document of the file it is, from 1.
         offset: where in the file it begins, in bytes.
         bits: `-log2` of its probability given all that comes before it.
-        size: in bytes.
+        size: size in bytes.
         text: its first bytes, 1,024 at most.
     """
 
@@ -66,9 +70,9 @@ class Batch:
     """Blocks of a text in a row, with statistics and the size of every token.
 
     Args:
-        blocks: see `Block`.
+        blocks: blocks of the text, see `Block`.
         columns: statistics of each token of all blocks by name, fp64 `(tokens,)` each; one is `bits`.
-        sizes: of each token, in bytes, `(tokens,)`.
+        sizes: bytes of each token, `(tokens,)`.
     """
 
     blocks: list[Block]
@@ -148,13 +152,13 @@ def score(
 
 
 def share_by_byte(values: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
-    """Share out what each token costs over its bytes, evenly.
+    """Share out the surprisal of each token over its bytes, evenly.
 
     Args:
-        values: of each token, `(tokens,)`.
-        sizes: of each token in bytes, `(tokens,)`. If they do not add up to the length of the text, because
-            the vocabulary does not give it back, they are scaled to.
-        length: of the text, in bytes.
+        values: value of each token, `(tokens,)`.
+        sizes: bytes of each token, `(tokens,)`. If they do not add up to the length of the text, because the
+            vocabulary does not give it back, they are scaled to.
+        length: bytes of the text.
 
     Returns:
         The share of each byte, fp64 `(length,)`.
@@ -174,9 +178,9 @@ def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> tuple[np.
     r"""Where a text's lines end, and the surprisal of each. A token that spans lines is shared out by bytes.
 
     Args:
-        text: the bytes of some tokens.
-        bits: the surprisal of each token, `(tokens,)`.
-        sizes: the size of each token in bytes, `(tokens,)`; see `share_by_byte`.
+        text: bytes of some tokens.
+        bits: surprisal of each token, `(tokens,)`.
+        sizes: bytes of each token, `(tokens,)`; see `share_by_byte`.
 
     Returns:
         The offset after the end of each line, int64 `(lines,)`, and its bits, fp64 `(lines,)`.

@@ -39,7 +39,7 @@ class Reader:
     Args:
         model: the language model, in evaluation mode.
         tokenizer: turns text into its ids and back.
-        quantize: see `Decoder`.
+        quantize: how weights are stored, see `Decoder`.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class Session:
     Args:
         reader: the model and its tokenizer.
 
-    >>> from mhesa.hf import ByteTokenizer
+    >>> from mhesa.tokenizers import Bytes
     >>> model = GatedExponentialSmoothingLM(num_tokens=257, dim=8, depth=1, heads=1, dim_mhesa=4)
-    >>> session = Session(Reader(model, ByteTokenizer()))
+    >>> session = Session(Reader(model, Bytes()))
     >>> session.feed("Once upon a time")
     >>> other = session.fork()
     >>> text, again = session.generate(max_new_tokens=9, seed=1), other.generate(max_new_tokens=9, seed=1)
@@ -190,7 +190,7 @@ class Session:
         a session does not remember earlier ones.
 
         Args:
-            max_new_tokens: how many tokens to write at most; an end-of-text token ends the text too.
+            max_new_tokens: largest number of tokens to write; an end-of-text token ends the text too.
             sampling: how tokens are drawn; plain sampling if omitted.
             seed: makes the text repeatable.
             stop: the text ends before the first of these strings.

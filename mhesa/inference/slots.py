@@ -1,4 +1,4 @@
-"""The decode loop: texts written side by side, one token of each at a time."""
+"""Slots: the states and samplers of texts that are written together."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Slots:
         """Draw a token for some texts.
 
         Args:
-            logits: `(texts, num_tokens)`, of the texts in slots from `first` on.
+            logits: logits of the texts in slots from `first` on, `(texts, num_tokens)`.
             first: the first of these slots.
 
         Returns:

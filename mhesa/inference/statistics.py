@@ -1,4 +1,4 @@
-"""What a prediction says about the token that came: surprisal, entropy, rank."""
+"""Statistics of predictions, given the token that came: surprisal, entropy, rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Rows whose log-probabilities are computed at once on a CPU: few enough to stay in a core's cache.
 ROWS = 256
 
-# Makes of log-probabilities in nats `(rows, num_tokens)` and the tokens that came `(rows,)` a number each.
+# Maps log-probabilities `(rows, num_tokens)` in nats and targets `(rows,)` to one value per row.
 Statistic = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -58,7 +58,7 @@ BITS: Mapping[str, Statistic] = {"bits": bits}
 
 
 def boundary_bits(starts: Tensor) -> Statistic:
-    """The statistic of how surprising it is that a new word begins: see `mhesa.inference.linguistics`.
+    """The statistic of the surprisal of a word boundary, in bits: see `mhesa.inference.units`.
 
     Args:
         starts: ids of tokens that begin a word, `(starts,)`.
@@ -74,7 +74,7 @@ def token_statistics(
     Args:
         logits: `(tokens, num_tokens)`.
         targets: the tokens that came, `(tokens,)`.
-        statistics: by name.
+        statistics: functions by name.
 
     Returns:
         By name fp64 `(tokens,)`.
@@ -138,7 +138,7 @@ def read_tokens(
         inputs: ids of one text `(length,)`, or of each of several.
         targets: the token that came after each, one text after the other, `(tokens,)`.
         state: `(depth, texts, state_size)`, changed in place.
-        statistics: by name.
+        statistics: functions by name.
 
     Returns:
         By name fp64 `(tokens,)`.

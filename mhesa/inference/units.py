@@ -31,19 +31,19 @@ Segmenter = Callable[[str, bool], list[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class UnitSurprisal:
-    """What a unit of a text costs.
+    """The surprisal of a unit of a text.
 
-    A unit pays for the whitespace before it, for that is where the tokens of most vocabularies have it.
+    The whitespace before a unit counts as part of it, because the tokens of most vocabularies begin with it.
 
     Args:
         source: the name of the text.
         number: which unit of the text it is, from 1.
         offset: where it begins, in bytes.
-        size: in bytes.
-        text: without the whitespace around it.
-        surprisal: of all its tokens, in bits or nats.
+        size: size in bytes.
+        text: text of the unit, without the whitespace around it.
+        surprisal: surprisal of all its tokens, in bits or nats.
         entropy: the surprisal that the model expected of the token that the unit begins in.
-        rank: of that token: 1 if none was likelier.
+        rank: rank of that token: 1 if none was likelier.
         before: the surprisal of the units before it, the nearest first; `None` where there is none.
     """
 
@@ -60,11 +60,11 @@ class UnitSurprisal:
 
 @dataclass(frozen=True)
 class Columns:
-    """What a table of units shows.
+    """The columns of a table of units.
 
     Args:
         unit: `bits` or `nats`.
-        spill: how many units before each have a column.
+        spill: number of preceding units that each have a column.
         correct: count the end of a word with the word, and not with the next one (Pimentel and Meister, "How
             to Compute the Probability of a Word", 2024; Oh and Schuler, "Leading Whitespaces of Language
             Models' Subword Vocabulary Pose a Confound for Calculating Word Probabilities", 2024).
@@ -116,7 +116,7 @@ def word_starts(reader: Reader) -> torch.Tensor:
 
 
 def find_words(text: str, is_last: bool) -> list[tuple[int, int]]:
-    """What is between whitespace.
+    """Words: runs of characters that are not whitespace.
 
     >>> find_words("one two ", False)
     [(0, 3), (4, 7)]
@@ -125,13 +125,13 @@ def find_words(text: str, is_last: bool) -> list[tuple[int, int]]:
 
 
 def find_characters(text: str, is_last: bool) -> list[tuple[int, int]]:
-    """Characters as a reader sees them: with their accents (Unicode's grapheme clusters)."""
+    """Characters with their accents: Unicode's grapheme clusters."""
     found = _spans(r"\X", text)
     return found if is_last else found[:-1]
 
 
 def find_sentences(text: str, is_last: bool) -> list[tuple[int, int]]:
-    """What ends with a full stop, a question mark or the like, or before an empty line.
+    """Sentences: text up to a full stop, a question mark or the like, or up to an empty line.
 
     >>> find_sentences("One. Two?  Thr", False)
     [(0, 4), (5, 9)]
@@ -151,10 +151,10 @@ def _spans(pattern: str, text: str) -> list[tuple[int, int]]:
 
 
 class GivenWords:
-    """Finds the words of a given segmentation, which are those of the text but for whitespace between them.
+    """Finds the words of a given segmentation, which with whitespace between them must make up the text.
 
     Args:
-        words: in their order.
+        words: words of the text in their order.
 
     >>> GivenWords(["do", "n't"])("don't", True)
     [(0, 2), (2, 5)]
@@ -205,7 +205,7 @@ class _Held:
 
     text: bytes = b""
     bits: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    # Of the token that holds each byte: its statistics by name.
+    # For each byte, the statistics of the token that holds it, by name.
     of_token: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, text: bytes, sizes: np.ndarray, columns: dict[str, np.ndarray]) -> None:
@@ -229,9 +229,9 @@ class UnitReader:
     """Finds the units of a text as it arrives, in memory that does not grow with its length.
 
     Args:
-        source: what the text is called.
+        source: name of the text.
         segmenter: finds the units.
-        columns: what to show of them.
+        columns: columns of the table.
     """
 
     def __init__(self, source: str, segmenter: Segmenter, columns: Columns | None = None) -> None:
@@ -290,10 +290,10 @@ def read_units(
     """The units of a text as it arrives; arguments as `UnitReader` takes them.
 
     Args:
-        source: what the text is called.
-        batches: of `score`, with the statistics of `Columns.statistics`, and with its end.
+        source: name of the text.
+        batches: what `score` yields, with the statistics of `Columns.statistics`, and with its end.
         segmenter: finds the units.
-        columns: what to show of them.
+        columns: columns of the table.
     """
     units = UnitReader(source, segmenter, columns)
     for batch in batches:
@@ -342,10 +342,10 @@ def surprisal_table(
         reader: the model and its tokenizer.
         text: the text.
         by: `word`, `character`, `sentence` or `token`.
-        unit: see `Columns`.
-        spill: see `Columns`.
-        correct: see `Columns`.
-        skip_first: see `Columns`.
+        unit: unit of surprisal and entropy, see `Columns`.
+        spill: number of preceding units that each have a column, see `Columns`.
+        correct: count the end of a word with the word, see `Columns`.
+        skip_first: leave out the first unit, see `Columns`.
         words: a segmentation in place of whitespace; see `GivenWords`.
 
     Raises:
@@ -361,7 +361,7 @@ def surprisal_table(
     if by not in (*UNITS, TOKEN):
         raise InputError(f"by must be {', '.join([*UNITS, TOKEN])}, not {by}")
     if by != "word" and (correct or words is not None):
-        raise InputError(f"{'correct' if correct else 'words'} goes with by='word'")
+        raise InputError(f"{'correct' if correct else 'words'} needs by='word'")
     columns = Columns(unit, spill, correct, skip_first)
     data = [text.encode("utf-8", "surrogateescape")]
     batches = score(reader, data, statistics=columns.statistics(reader), with_end=True)
@@ -375,8 +375,8 @@ def data_frame(rows: Sequence[UnitSurprisal], unit: str = "bits") -> pandas.Data
     """A table as pandas has it.
 
     Args:
-        rows: of `surprisal_table`.
-        unit: that they are in.
+        rows: rows of `surprisal_table`.
+        unit: unit of their surprisal, `bits` or `nats`.
 
     Raises:
         InputError: pandas is not there.

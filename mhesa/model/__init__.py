@@ -1,4 +1,4 @@
 """The model in plain torch: its layers, its sizes, and loading a saved one.
 
-Nothing is imported here: `mhesa.model.loading` answers a wrong folder without importing torch.
+This module imports nothing, so that `mhesa.model.loading` can refuse a wrong folder without importing torch.
 """

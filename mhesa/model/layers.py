@@ -140,7 +140,7 @@ class CausalConv(nn.Module):
 
     Args:
         dim: channels.
-        size: how many values, the current one included, each output is made of.
+        size: number of values, the current one included, that each output is made of.
 
     >>> layer = CausalConv(dim=8, size=4)
     >>> layer(torch.randn(1, 5, 8))[0].shape

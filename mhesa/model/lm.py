@@ -21,9 +21,9 @@ from mhesa.settings import check_sizes
 class GatedExponentialSmoothingLM(nn.Module):
     """A causal language model of gated exponential smoothing blocks.
 
-    An embedding, `depth` blocks of `GatedMHESA`, an untied head without bias. Parameters, initial values
-    and results are those of `gated-state-spaces-pytorch` 0.1.0, and a checkpoint of either loads in the
-    other.
+    An embedding, `depth` blocks of `GatedMHESA`, and a head without bias, which `ModelConfig.build` ties to
+    the embedding on request. Parameters, initial values and results are those of
+    `gated-state-spaces-pytorch` 0.1.0, and a checkpoint of either loads in the other.
 
     All that the model remembers is one tensor, `(depth, batch, state_size)` in fp32: given back and
     passed in, it continues a sequence exactly where it stopped. `state_size` is `dim_mhesa`, and
@@ -32,7 +32,7 @@ class GatedExponentialSmoothingLM(nn.Module):
     Args:
         num_tokens: size of the vocabulary.
         dim: width of the embedding and of the residual stream.
-        depth: blocks.
+        depth: number of blocks.
         heads, dim_mhesa, dim_expansion_factor, adaptive, conv_size, dropout, backend: see `GatedMHESA`.
 
     >>> model = GatedExponentialSmoothingLM(num_tokens=256, dim=16, depth=2, heads=2, dim_mhesa=8)

@@ -50,7 +50,7 @@ def save(model: GatedExponentialSmoothingLM, tokenizer: Bytes | TextTokenizer, f
     Args:
         model: the model; its `backend` is not saved.
         tokenizer: the tokenizer that it was trained with.
-        folder: where to; it is made if it is not there.
+        folder: folder to write to; it is made if it is not there.
 
     Raises:
         OSError: a file cannot be written.
@@ -200,7 +200,7 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
     """The file that says what weights there are, and those that hold them: one, or as many as an index says.
 
     Raises:
-        InputError: there are none, the index is broken, or it names a file outside of the folder.
+        InputError: there are none, the index is damaged, or it names a file outside of the folder.
     """
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS, [folder / WEIGHTS]
@@ -214,7 +214,7 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
     except (AttributeError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise InputError(f"{index} is broken: it must name a file of this folder for each weight")
+        raise InputError(f"{index} is damaged: it must name a file of this folder for each weight")
     return index, [folder / name for name in sorted(names)]
 
 
@@ -231,10 +231,10 @@ def _read_weights(folder: Path, sizes: ModelConfig, dtype: torch.dtype | None) -
             model = _empty(where, shapes, sum(path.stat().st_size for path in files), sizes)
             weights = {name: file.get_tensor(name) for name, file in places.items()}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{where} is broken: {error}") from error
+        raise InputError(f"{where} is damaged: {error}") from error
     for name, weight in weights.items():
         if not weight.is_floating_point():
-            raise InputError(f"{where} is broken: {name} is of type {weight.dtype}, which no weight can be")
+            raise InputError(f"{where} is damaged: {name} is of type {weight.dtype}, which no weight can be")
     if dtype is None:
         dtype = next((weight.dtype for weight in weights.values()), torch.float32)
     state = {plain_name(name): _copy(name, weight, dtype) for name, weight in weights.items()}
@@ -253,7 +253,7 @@ def _empty(
     """A model on the meta device, which takes no memory, after checking that the files have its weights."""
     widest = max(sizes.num_tokens, sizes.dim, sizes.dim_mhesa, sizes.dim_hidden)
     if sizes.depth > len(found) or widest > file_size:
-        raise InputError(f"{path} does not fit {CONFIG}: mismatched keys: it is too small for these sizes")
+        raise InputError(f"{path} does not fit {CONFIG}: it has fewer weights than these sizes require")
     model = sizes.empty()
     wanted = {saved_name(name): tuple(weight.shape) for name, weight in model.state_dict().items()}
     missing = wanted.keys() - found.keys()

@@ -7,7 +7,7 @@ A backend is a module of this package with one function,
 over inputs that `exponential_smoothing` has checked: `alpha` and `decay` are `(heads,)` or
 `(batch, length, heads)`, each by itself; they, `skip` and `initial_state` have the accumulation type (fp32,
 or fp64 for fp64 `x`). A module is imported at its first use, so that
-`import mhesa` is fast and needs no optional package.
+`import mhesa` is fast and does not need Triton.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Backend:
     """A backend's module, and what it needs.
 
     Args:
-        module: where its `scan` is.
-        devices: the device types it runs on; empty: any.
-        package: the optional package it needs.
+        module: module that has the backend's `scan`.
+        devices: device types that it runs on; empty: any.
+        package: package that it needs.
         fixed_rates: whether it can only scan at fixed rates, `(heads,)`.
     """
 
@@ -74,7 +74,7 @@ def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True)
 
     Args:
         name: a backend, or `None`.
-        device: that of the tensors.
+        device: device of the tensors.
         fixed_rates: whether both rates are `(heads,)`.
 
     Raises:

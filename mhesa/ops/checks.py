@@ -41,7 +41,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether all tensors, of any shapes, are plain; each is looked at, for one may have no memory."""
+    """Whether all tensors, of any shapes, are plain.
+
+    Checks every tensor without short-circuit, so that a freed tensor always raises.
+    """
     plain = True
     for tensor in tensors:
         plain &= is_plain(tensor)
@@ -160,8 +163,8 @@ def check_offsets(cu_seqlens: Tensor, batch: int, length: int, device: torch.dev
     Args:
         cu_seqlens: the offsets.
         batch: the batch size of `x`.
-        length: its length.
-        device: where it is.
+        length: length of `x`.
+        device: device of `x`.
 
     Raises:
         InputError: they do not cover `x`.
@@ -186,7 +189,7 @@ def check_ids(ids: Tensor, device: torch.device, num_tokens: int | None = None) 
 
     Args:
         ids: the ids.
-        device: of the model.
+        device: device of the model.
         num_tokens: the size of the vocabulary, where the ids have to be checked against it.
 
     Raises:
@@ -236,9 +239,9 @@ def check_state(state: Tensor, shape: tuple[int, int, int], dtype: torch.dtype, 
 
     Args:
         state: the state.
-        shape: what it must be.
-        dtype: likewise.
-        device: likewise.
+        shape: shape that the state must have.
+        dtype: type that it must have.
+        device: device that it must be on.
 
     Raises:
         InputError: it is something else, or two of its elements share memory.

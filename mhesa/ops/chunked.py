@@ -19,11 +19,10 @@ from torch import Tensor
 
 from mhesa.ops.plain import as_scan
 
+# Rows of a chunk at a fixed decay.
 CHUNK = 64
-"""Rows of a chunk at a fixed decay."""
-
+# Rows of a chunk with decays of every step.
 STEPS = 16
-"""Rows of a chunk with decays of every step."""
 
 
 @as_scan

@@ -37,7 +37,7 @@ BLOCK = 4096
 class ContextParallel:
     """The processes that a sequence lies over, and which sequences of this process go on in its neighbours.
 
-    Each process holds a stretch of every row of a batch, of any length. Without packing that is all to say:
+    Each process holds a stretch of every row of a batch, of any length. Without packing that is enough:
     each row is one sequence from the first process to the last.
 
     With `cu_seqlens`, which are the offsets of this process's own rows, a stretch is a run of packed

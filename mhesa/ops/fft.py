@@ -23,9 +23,9 @@ def conv1d_fft(x: Tensor, weights: Tensor, dim: int = -2, weight_dim: int = -1) 
     avoid it.
 
     Args:
-        x: any shape.
-        weights: any shape that broadcasts against `x` once `weight_dim - dim` dimensions of size 1 are
-            appended.
+        x: tensor of any shape.
+        weights: tensor of any shape that broadcasts against `x` once `weight_dim - dim` dimensions of size 1
+            are appended.
         dim: the dimension of `x` that is time.
         weight_dim: the dimension of `weights` that is time, counted as `dim` is; not before it.
 

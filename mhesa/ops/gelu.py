@@ -23,8 +23,8 @@ def gelu(x: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -
     """The Gaussian error linear unit, `gate * x * Phi(x)`.
 
     Args:
-        x: of any shape and floating-point type; computed in fp32 (fp64 for fp64).
-        gate: shaped as `x`; ones if omitted.
+        x: tensor of any shape and floating-point type; computed in fp32 (fp64 for fp64).
+        gate: tensor of the shape of `x`; ones if omitted.
         backend: the layer's smoothing backend. Only `"numba"` and `None` use the CPU kernel.
 
     The exact unit of https://arxiv.org/abs/1606.08415, not its approximation by tanh.

@@ -31,8 +31,8 @@ from mhesa.errors import InputError
 from mhesa.ops.backends import Scan
 from mhesa.ops.checks import are_plain, check_devices, check_gradients, check_plain, check_scan
 
+# `(dx, dalpha, ddecay, dskip, dinitial)`.
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""`(dx, dalpha, ddecay, dskip, dinitial)`."""
 
 
 class Inputs(NamedTuple):
@@ -53,21 +53,19 @@ class Inputs(NamedTuple):
 class FixedKernels(NamedTuple):
     """The kernels of a backend for rates `(heads,)`."""
 
+    # `inputs -> (y, final_state)`.
     forward: Callable[[Inputs], tuple[Tensor, Tensor]]
-    """`inputs -> (y, final_state)`."""
-
+    # `(dy, dfinal, inputs) -> gradients`; `dskip` is ignored where `skip` is `None`.
     backward: Callable[[Tensor, Tensor, Inputs], Gradients]
-    """`(dy, dfinal, inputs) -> gradients`; `dskip` is ignored where `skip` is `None`."""
 
 
 class StepKernels(NamedTuple):
     """The kernels of a backend for rates `(batch, length, heads)`."""
 
+    # As for fixed rates; also returns states for `backward`, in a shape of the backend's own.
     forward: Callable[[Inputs], tuple[Tensor, Tensor, Tensor]]
-    """As for fixed rates; also returns states for `backward`, in a shape of the backend's own."""
-
+    # As for fixed rates; also takes the states that `forward` returned, or `None`.
     backward: Callable[[Tensor, Tensor, Inputs, Tensor | None], Gradients]
-    """As for fixed rates; also takes the states that `forward` returned, or `None`."""
 
 
 # The kernels of each backend, by its name.

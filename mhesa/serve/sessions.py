@@ -144,7 +144,7 @@ class Sessions:
                 self._database.close()
                 self._database = None
             else:
-                # Those who wait behind this call are not to wait for the same in vain.
+                # Do not let queued calls wait for the same lock again.
                 self._database.execute("PRAGMA busy_timeout = 0")
         return SessionError(503, f"sessions cannot be used now: {reason(error)}; try again later")
 

@@ -27,7 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         return {}
     values = read_json(path)
     if not isinstance(values, dict):
-        raise InputError(f"{path} is broken: it holds no settings")
+        raise InputError(f"{path} is damaged: it holds no settings")
     return values
 
 
@@ -48,7 +48,7 @@ def write_config(folder: Path, kind: str, tokenizer: Tokenizer, **more: Any) -> 
     """Write what transformers' `AutoTokenizer` asks for.
 
     Args:
-        folder: where to; it is made if it is not there.
+        folder: folder to write to; it is made if it is not there.
         kind: the name of transformers' class for such a tokenizer.
         tokenizer: has the end-of-text token, which begins texts too, the padding token and the chat template.
         more: further values of `tokenizer_config.json`.

@@ -48,7 +48,7 @@ def _byte_tokenizer(folder: Path) -> Bytes:
         end = token_text(values.get("eos_token")) or END_OF_TEXT
         return Bytes(added, end, read_chat_template(folder), token_text(values.get("pad_token")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / TOKENIZER_CONFIG} is broken: {error}") from error
+        raise InputError(f"{folder / TOKENIZER_CONFIG} is damaged: {error}") from error
 
 
 def _end_of_text(file: Path, tokenizer: Tokenizer) -> str:

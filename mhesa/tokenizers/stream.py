@@ -19,8 +19,8 @@ class Block:
     """A part of a text at whose ends tokens end, too: a line, several, or a part of a long one.
 
     Args:
-        text: its bytes.
-        ids: its tokens, `(tokens,)`.
+        text: bytes of the block.
+        ids: tokens of the block, `(tokens,)`.
     """
 
     text: bytes
@@ -38,7 +38,7 @@ def encode_stream(
 
     Args:
         tokenizer: makes ids of text.
-        token_bytes: the bytes of every token.
+        token_bytes: bytes of every token.
         chunks: the text, cut anywhere.
 
     Returns:

@@ -184,7 +184,7 @@ def train_bpe(text: Iterable[bytes], size: int) -> TextTokenizer:
 
     Args:
         text: pieces of text to learn it from.
-        size: tokens, 256 bytes and end of text among them; from 258 on padding too, the last.
+        size: number of tokens: 256 bytes and end of text among them; from 258 on padding too, the last.
 
     >>> tokenizer = train_bpe([b"abab abab ab"] * 10, 260)
     >>> tokenizer.decode_bytes(tokenizer.encode_bytes(b"ab\\xff"))

@@ -21,10 +21,10 @@ class MicroBatch:
         ids: `(windows, length)`, or `(1, windows * length)` where documents are packed.
         labels: the token after each, in the same shape.
         cu_seqlens: where packed sequences begin, `(sequences + 1,)`; `None` if each window is one sequence.
-        first, last: the indices of each window's first and last sequence, `(windows,)`.
+        first, last: indices of each window's first and last sequence, `(windows,)`.
         continues: whether its first sequence continues the stretch or window before it, `(windows,)`.
-        weight: its number of tokens over the mean of all processes. With losses multiplied by it, the mean
-            over processes is that over tokens.
+        weight: this process's tokens divided by the mean over processes. Losses times weight, averaged over
+            processes, give the mean over tokens.
         context_parallel: the processes that share its windows, if several do.
     """
 
@@ -49,9 +49,9 @@ class Batches:
 
     Args:
         windows: where each step's windows begin.
-        accumulate: micro-batches a step.
+        accumulate: number of micro-batches in a step.
         eos_token_id: begin a sequence at each of these tokens; with `None`, a window is one sequence.
-        device: where the tensors go.
+        device: device of the tensors.
         grid: the processes.
     """
 
@@ -107,15 +107,15 @@ class CarriedStates:
     """The states at the end of each window, for the windows of the next step that continue the text.
 
     Args:
-        depth: blocks of the model.
-        width: of a block's state.
-        device: where the states are.
+        depth: number of the model's blocks.
+        width: size of a block's state.
+        device: device of the states.
         grid: the processes; those that share a window all keep the state at its end.
     """
 
     def __init__(self, depth: int, width: int, device: str = "cpu", grid: Grid = ONE_PROCESS) -> None:
         self.depth, self.width, self.device, self.grid = depth, width, device, grid
-        # Of each micro-batch, (depth, windows, width).
+        # States of each micro-batch, (depth, windows, width).
         self.ends: list[Tensor] = []
 
     def initial(self, index: int, batch: MicroBatch) -> Tensor:
@@ -136,11 +136,11 @@ class CarriedStates:
 
     def gathered(self) -> Tensor:
         """The states of all processes in the order of the step's windows, `(depth, windows, width)`."""
-        # Of one process in each row of the grid, (rows, micro-batches, depth, windows, width).
+        # States of one process in each row of the grid, (rows, micro-batches, depth, windows, width).
         ends = gather(torch.stack(self.ends))[:: self.grid.columns]
         return ends.permute(2, 1, 0, 3, 4).flatten(1, 3).contiguous()
 
     def load(self, states: Tensor, accumulate: int) -> None:
-        """Take this process's share of `states`, `(depth, windows, width)`, of any number of them."""
+        """Take this process's share of `(depth, windows, width)` states, saved by any number of processes."""
         shares = states.unflatten(1, (accumulate, self.grid.rows, -1))[:, :, self.grid.row]
         self.ends = list(shares.to(self.device).unbind(1))

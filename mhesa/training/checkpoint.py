@@ -28,13 +28,13 @@ class Progress:
     """How far a run is: all of its state that is not a tensor.
 
     Args:
-        step: optimizer steps done.
+        step: number of optimizer steps done.
         seconds: time spent on them.
-        losses: of the steps since the last row of metrics, in nats per token.
+        losses: losses of the steps since the last row of metrics, in nats per token.
         best_step: the step of the best evaluation.
-        best_bits_per_byte: its result.
-        evaluations_since_best: evaluations since then, none of them better.
-        dropout: chosen where the settings do not give it.
+        best_bits_per_byte: result of that evaluation.
+        evaluations_since_best: number of evaluations since then, none of them better.
+        dropout: dropout that was chosen because the settings do not give it.
     """
 
     step: int = 0
@@ -57,8 +57,8 @@ def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:
     Args:
         folder: where the run's checkpoints are.
         progress: how far the run is.
-        parts: the tensors of each file, by the file's name without its ending, and their names.
-        keep: how many checkpoints to keep.
+        parts: tensors of each file, with their names, by the file's name without its ending.
+        keep: number of checkpoints to keep.
 
     Raises:
         TrainingError: the checkpoint cannot be written; the others stay as they are.
@@ -84,7 +84,10 @@ def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:
 
 
 def _rotate(folder: Path, progress: Progress, keep: int) -> None:
-    """Delete the oldest checkpoints. Those of later steps are damaged and do not count: the run went back."""
+    """Delete the oldest checkpoints.
+
+    Those of later steps do not count: they are damaged, and the run resumed from an earlier one.
+    """
     done = [step for step in steps(folder) if step <= progress.step]
     for step in done[keep:]:
         if step != progress.best_step:

@@ -43,7 +43,7 @@ def load_config(path: str | Path) -> dict[str, Any]:
         if name not in types:
             raise InputError(f"{path} names an unknown setting {key}; there are {', '.join(sorted(types))}")
         if isinstance(value, (dict, set)) or (isinstance(value, list) and any(map(_is_nested, value))):
-            raise InputError(f"{path} gives {key} a value with values in it; write one value, or a list")
+            raise InputError(f"{path}: {key} must be one value or a flat list")
         found[name] = _converted(types[name], value)
     return found
 

@@ -35,8 +35,8 @@ class Grid:
     """The processes as rows and columns: a row shares its windows, and each column holds a stretch of them.
 
     Args:
-        rows, row: how many rows there are, and the index of this process's.
-        columns, column: how many processes share a window, and the index of this process among them.
+        rows, row: number of rows, and the index of this process's.
+        columns, column: number of processes that share a window, and the index of this process among them.
         group: the processes of this row; `None` if there is one column.
     """
 

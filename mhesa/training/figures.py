@@ -34,9 +34,9 @@ class Figures:
     """Collects losses on the device, so that no step waits for them, and writes them as rows.
 
     Args:
-        settings: of the run.
-        progress: how far it is; kept up to date with losses and evaluations.
-        bytes_a_token: of the corpus, for bits per byte.
+        settings: settings of the run.
+        progress: how far the run is; kept up to date with losses and evaluations.
+        bytes_a_token: bytes of the corpus for each token, for bits per byte.
         on_row: called with each row in the first process.
     """
 
@@ -57,7 +57,7 @@ class Figures:
         """Move the losses of the last steps into `progress`, as means over all processes.
 
         Args:
-            norm: of the last gradient, a scalar.
+            norm: norm of the last gradient, a scalar.
 
         Raises:
             TrainingError: a loss or the gradient is NaN or infinite.
@@ -72,8 +72,9 @@ class Figures:
         """Write the figures of the steps since the last such row.
 
         Args:
-            learning_rate: of the last step, as is `dropout`.
-            norm: of its gradient, a scalar.
+            learning_rate: learning rate of the last step.
+            norm: norm of the last step's gradient, a scalar.
+            dropout: dropout of the last step.
 
         Returns:
             Seconds that each of the steps took.

@@ -77,7 +77,7 @@ def checkpoint_to_resume(
     """The newest whole checkpoint of the run in `settings.out`.
 
     Args:
-        settings: of the resumed run.
+        settings: settings of the resumed run.
         on_damage: called with what is wrong with each checkpoint that is not used.
 
     Raises:

@@ -68,7 +68,7 @@ def train_model(
         model: trained in place, and sharded in place with `fsdp`.
         settings: resolved settings.
         batches: what each step reads.
-        bytes_a_token: of the corpus, for bits per byte.
+        bytes_a_token: bytes of the corpus for each token, for bits per byte.
         start: the checkpoint to resume from, if any.
         budget: the clock, or the number of steps, that ends training.
         signals: what may end it before.
@@ -186,7 +186,7 @@ def train_model(
                 figures.collect(norm)
                 _save(settings, progress, model, optimizers, states)
 
-    # What was automatic is no property of the model that is saved.
+    # Automatic dropout is not saved with the model.
     _set_dropout(model, settings.dropout or 0.0)
     return progress, int(signal)
 

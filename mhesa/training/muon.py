@@ -19,8 +19,8 @@ class Muon(torch.optim.Muon):
     Args:
         params: matrices, `(rows, columns)` each.
         lr: learning rate.
-        weight_decay: taken off each matrix, times `lr`.
-        dtype: of the orthogonalisation: bf16, or fp32 where bf16 products are emulated.
+        weight_decay: coefficient of weight decay: a step multiplies each matrix by `1 - lr * weight_decay`.
+        dtype: type of the orthogonalisation: bf16, or fp32 where bf16 products are emulated.
 
     The optimizer of https://kellerjordan.github.io/posts/muon.
 
@@ -83,8 +83,9 @@ def orthogonalise(
 
     Args:
         matrices: `(count, rows, columns)`.
-        coefficients: of the odd polynomial of degree 5 that a step applies to the singular values.
-        steps: how often it is applied.
+        coefficients: coefficients of the odd polynomial of degree 5 that a step applies to the singular
+            values.
+        steps: number of times that it is applied.
         epsilon: the least norm that a matrix is divided by.
 
     Returns:

@@ -14,7 +14,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, float], p
     """Draw bits per byte over training, with horizontal lines to compare with.
 
     Args:
-        rows: of `metrics.jsonl`, with evaluations; without rows nothing is drawn.
+        rows: rows of `metrics.jsonl`, with evaluations; without rows nothing is drawn.
         levels: the heights of the lines in bits per byte, by label.
         path: the PNG to write.
     """

@@ -81,7 +81,7 @@ def train(
     Run by `torchrun` or `accelerate launch`, every process calls this, and the first one writes.
 
     Args:
-        settings: what to do.
+        settings: settings of the run.
         resume: continue from the newest undamaged checkpoint in `settings.out`.
         overwrite: replace the run that `settings.out` holds.
         console: where progress is shown; nowhere if omitted.
@@ -180,7 +180,7 @@ class Run:
         if settings.context_parallel == 1:
             keep_memory()
         else:
-            # Who shares a sequence does so for want of memory.
+            # Processes that share a sequence are short of memory.
             return_large_blocks()
         torch.manual_seed(settings.seed)
         model = self.config.build()
@@ -228,7 +228,7 @@ class Run:
         documents: list[Document],
         on_progress: Callable[[int], object] = lambda tokens: None,
     ) -> PredictionCost | None:
-        """What a model costs, in the first process; `None` in the others.
+        """The cost of a model's predictions, in the first process; `None` in the others.
 
         Processes that share windows share texts, too: all of them run `model`, which may be sharded.
         Otherwise the first one runs `whole` alone.
@@ -256,7 +256,7 @@ class Run:
     def _summary(
         self, model: GatedExponentialSmoothingLM, progress: Progress, score: PredictionCost
     ) -> Summary:
-        """Write what came of the run beside its model."""
+        """Write the results of the run beside its model."""
         summary = Summary(
             folder=self.folder,
             steps=progress.step,

@@ -35,7 +35,7 @@ LARGEST_VOCABULARY = 1_000_000
 # in the same time; a CPU that computes in fp32 is slower and takes a quarter.
 TOKENS_A_STEP = {"bf16": 4096, "fp32": 1024}
 TOKENS_A_STEP_ON_ACCELERATORS = 65536
-# What these settings were where a file does not have them yet.
+# Values of these settings for files from before they were introduced.
 EARLIER_DEFAULTS = {"smoothing": "fixed", "optimizer": "adamw", "dropout": 0.0}
 
 

@@ -186,7 +186,7 @@ class Decoder:
 
         Args:
             ids: as `predict` takes them.
-            state: likewise.
+            state: state of the sequences, `(depth, sequences, state_size)`, changed in place.
             take: called with logits in the type of the state, `(some tokens, num_tokens)`, and how many
                 tokens came before them. The logits are overwritten when it returns. It must not call the
                 decoder, and other threads that do wait for it.

@@ -87,22 +87,22 @@ Stage = struct(
     columns="int64",
     rows=FLOAT32,  # fp32 rows to read, and their stride
     row_stride="int64",
-    weight=FLOAT32,  # of the embedding or the normalisation
+    weight=FLOAT32,  # the weight of the embedding or the normalisation
     bias=FLOAT32,
     heads="int64",
-    alpha=FLOAT32,  # one a head; of an adaptive layer the logits
-    decay=FLOAT32,  # one a head; of an adaptive layer the damping factors
+    alpha=FLOAT32,  # one per head; in an adaptive layer the logits
+    decay=FLOAT32,  # one per head; in an adaptive layer the damping factors
     skip=FLOAT32,
-    rate_logits=FLOAT32,  # of an adaptive layer, in the rows of u and v; as many values follow for the decays
+    rate_logits=FLOAT32,  # in an adaptive layer, in the rows of u and v; as many values follow for the decays
     conv=FLOAT32,  # the convolution's weights, if there is one
     taps="int64",
     tail="int64",  # where the convolution's part of a state begins
     operand=OPERAND,  # packed rows to multiply, and their stride
     operand_stride="int64",
     matrix=STORED,
-    matrix_scales=FLOAT32,  # one an output, for int8
+    matrix_scales=FLOAT32,  # one per output, for int8
     panels="int64",
-    panel_size="int64",  # stored values of one
+    panel_size="int64",  # stored values of a panel
     gelu_panels="int64",  # with GELU, later panels are written as they are
     out=FLOAT32,
     out_stride="int64",
@@ -111,7 +111,7 @@ Arguments = struct(
     "Arguments",
     rows="int64",
     sequences="int64",
-    all_logits="int64",  # of every row, not only of each sequence's last
+    all_logits="int64",  # whether every row has logits, not only each sequence's last
     threads="int64",
     num_tokens="int64",
     refused="int64",  # set by the kernel: whether an id is outside the vocabulary
@@ -122,11 +122,11 @@ Arguments = struct(
     own_rows="int64",  # rows of memory that each thread has to itself; 0: memory is each row's own
     row_times=FLOAT64,  # nanoseconds that a row of each thread's last share took; 0: it has had none
     logits_rows="int64",  # rows of memory for logits that each thread has to itself
-    last=FLOAT32,  # where threads with rows of their own leave the last one of each sequence
+    last=FLOAT32,  # the last row of each sequence, if threads have rows of their own
     targets=INT64,  # tokens that came, and their surprisal in bits; null: not wanted
     bits=FLOAT64,
-    # Of each stage, `LINE` apart: tasks taken, tasks done, and rows that have left the state to those after.
-    # Then of shares: rows taken, rows done, threads.
+    # For each stage, `LINE` apart: tasks taken, tasks done, rows whose state is final. Then for shares: rows
+    # taken, rows done, threads.
     counters=INT64,
     ids=INT64,
     offsets=INT64,
@@ -137,7 +137,7 @@ Arguments = struct(
     uv_stride="int64",
     operand=OPERAND,  # memory for packed rows
     operand_stride="int64",
-    scales=FLOAT32,  # one a packed row, for int8
+    scales=FLOAT32,  # one per packed row, for int8
 )
 
 # Rows of a batch that a task multiplies by a panel, in whole tiles on any processor.
@@ -149,8 +149,6 @@ TASKS_PER_THREAD = 4
 # Rows for int8 without a larger value count as zeros: their scale would be infinite.
 SMALLEST_PEAK = np.float32(LARGEST_OPERAND * 2.0**-126)
 EPSILON = np.float32(1e-5)
-
-# `overload` compiles another function in place of `_pack` for each type of weights.
 
 # Sums may be taken in any order and fused with products, which vectors need.
 fast: Any = jit(fastmath={"reassoc", "contract"}, error_model="numpy")
@@ -229,6 +227,7 @@ def _pad(operand, n):
         operand[i] = 0
 
 
+# `overload` compiles another function in place of `_pack` for each type of weights.
 def _pack(row: Any, operand: Any, scales: Any, index: int, n: int) -> None:
     """Write a row in the type that weights are multiplied with; for int8 its scale too."""
     raise NotImplementedError
@@ -324,7 +323,7 @@ def _sequence_of(args, row):
 
 @jit
 def _wait_for_state(args, turns, low, sequence):
-    """Wait for the rows before, if they change the state of the first row's sequence; return how long."""
+    """Wait for the rows before, if they change the state of the first row's sequence; return the time."""
     if args.offsets[sequence] >= low:
         return 0
     start = clock()
@@ -334,7 +333,7 @@ def _wait_for_state(args, turns, low, sequence):
 
 @jit
 def _pass_state_on(args, turns, low, high):
-    """Let the rows after these have the state; return how long the rows before took to."""
+    """Count these rows as done with the state, after those before them; return the time waited for those."""
     if args.rows == args.sequences:
         return 0
     start = clock()
@@ -458,7 +457,7 @@ def _take_rows(args, stage, turns, shift, low, high):
 
 @inlined
 def _find_bits(args, stage, logits_at, first, end):
-    """Make bits of the logits of some rows, the first of which lies at `logits_at`."""
+    """Compute the surprisal of some rows from their logits, the first of which lies at `logits_at`."""
     values = stack_array(args.uv, SURPRISAL_LANES)
     for row in range(first, end):
         logits = offset(stage.out, (logits_at + row - first) * stage.out_stride)

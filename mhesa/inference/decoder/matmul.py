@@ -40,7 +40,7 @@ PANEL = 64
 LANES = 16
 # Rows that share one pass over a panel: 24 sums, 4 weights and 1 value fill 29 of 32 registers.
 TILE = 6
-# The most that share one, on any processor.
+# The most rows that share a pass, on any processor.
 LARGEST_TILE = tiles.ROWS
 # Columns are padded with zeros to a multiple of so many groups, the most that `multiply` takes at a time, or
 # of the columns of a tile: loops have no remainder.
@@ -49,7 +49,7 @@ PADDED_GROUPS = 8
 LARGEST_PADDING = max(4 * PADDED_GROUPS, tiles.COLUMNS)
 # The largest value of a row for int8 weights, and what is added to make it unsigned.
 LARGEST_OPERAND, OPERAND_OFFSET = 127, 128
-# The most columns whose products of 8 bits sum to 32 bits, the start of the sum included.
+# The most columns whose int8 products cannot overflow int32, the start of the sum included.
 MAX_INT8_COLUMNS = (2**31 - 1) // (127 * OPERAND_OFFSET)
 
 # What a product does with its sums: write them, write their GELU, multiply its output by them, or add them.
@@ -106,7 +106,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def check_int8_columns(columns: int) -> None:
-    """Refuse a matrix whose products of 8 bits may not sum to 32 bits.
+    """Refuse a matrix whose int8 products could overflow int32.
 
     Raises:
         InputError: it has too many columns.

@@ -38,10 +38,10 @@ from mhesa.ops.cpu.threads import available, parallel
 ROWS = 256
 # The fewest rows for which a thread reads all weights by itself.
 MIN_SHARE = 64
-# Where not all logits are wanted: rows of a share if threads are equally fast, and the most that a fast one
-# takes, for which each thread has memory. Whole tiles.
+# Where not all logits are wanted: rows per share if threads are equally fast, and the most rows that a fast
+# thread takes at once, which is the size of its buffer. Multiples of a tile.
 SHARE, LARGEST_SHARE = 128, 256
-# Logits that a thread makes before it looks at them, in whole tiles of rows.
+# Logits that a thread computes before it reduces them to surprisal, in whole tiles of rows.
 LOGITS = 1 << 20
 # A call has at most so many rows and about so many multiplications: it ends in a fraction of a second, for
 # Ctrl-C and other Python threads to get through.
@@ -50,7 +50,7 @@ LONG_ROWS, LONG_CALL = 1 << 14, 1 << 36
 ALIGNMENT = 64
 # Below this many multiplications, use one thread: waking a second takes longer than the call.
 MIN_PARALLEL = 1 << 16
-# The same if small calls are to leave cores free: two threads gain little on fewer multiplications.
+# The threshold with `single_thread_small_calls`: two threads gain little on fewer multiplications.
 MIN_PARALLEL_SPARING_CORES = 1 << 21
 
 
@@ -216,7 +216,7 @@ class NativeEngine:
         yield self._product(ADD, [block.to_out.weight], gated, self.x, bias=bias)
 
     def _rates(self, block: GatedMHESA) -> dict[str, int]:
-        """What the smoothing stage needs to know of a block's rates."""
+        """The fields of the smoothing stage that hold a block's rates."""
         mhesa = block.mhesa
         if block.to_alpha is None:
             alpha, decay = mhesa.rates()

@@ -79,7 +79,7 @@ def surprisal(logits: Tensor, targets: Tensor) -> np.ndarray:
 
 
 def _maximum(builder, a, b):
-    """The larger of each two values; `b` where one is NaN."""
+    """Elementwise maximum; `b` where either is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 

@@ -14,7 +14,7 @@ from mhesa.ops.cpu import processor
 from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
 from mhesa.ops.cpu.simd import I8, I64, VOID, call
 
-# Of a tile.
+# Rows of a tile, and bytes of a row.
 ROWS, BYTES = 16, 64
 # Columns of a step, in bf16, and outputs of a tile of sums, in fp32.
 COLUMNS, OUTPUTS = BYTES // 2, BYTES // 4

@@ -1,1 +1,1 @@
-"""CPU kernels compiled by numba: the scan and GELU, and the tools that they are written with."""
+"""CPU kernels compiled by numba: the scan, the convolution, GELU, and the tools they are written with."""

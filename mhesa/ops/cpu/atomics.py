@@ -85,7 +85,7 @@ def _yield_core(context):
 
 @intrinsic
 def clock(context):
-    """The time since some moment, in nanoseconds; on Windows in ticks of another length."""
+    """Monotonic clock: nanoseconds, or performance-counter ticks on Windows."""
 
     def codegen(context, builder, signature, args):
         number, word = ir.IntType(32), ir.IntType(64)

@@ -199,9 +199,9 @@ def compiled(
 
     Args:
         kernel: a function of one pointer to `arguments`.
-        dtype: what "stored" means in them.
+        dtype: type of values that are "stored" in them.
         arguments: the declaration of the arguments.
-        variant: names what else the code depends on, for the cache.
+        variant: name of whatever else the code depends on, for the cache.
     """
     signature = types.void(StructPointer(arguments, STORED_TYPES[dtype]))
     try:

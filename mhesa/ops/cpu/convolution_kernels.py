@@ -6,7 +6,7 @@ Rows of all sequences are cut into pieces, the tasks. With `x[-1], x[-2], ...` f
     dx[t] = sum over j of weight[j] * dy[t + j];  dweight[j] = sum over t of dy[t] * x[t - j]
 """
 
-# Kernels are numba's language: types are found when they are compiled.
+# Numba finds the types of kernels when it compiles them.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations

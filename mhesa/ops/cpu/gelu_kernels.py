@@ -56,7 +56,7 @@ def forward(x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def backward(dy: Tensor, x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`(dx, dgate)`, likewise."""
+    """`(dx, dgate)`, the gradients of `forward`, in the shape and type of `x`."""
     dx = empty_hugepages(x.shape, x.dtype)
     dgate = None if gate is None else empty_hugepages(x.shape, x.dtype)
     _run(x=x, gate=gate, dy=dy, out=dx, dgate=dgate)

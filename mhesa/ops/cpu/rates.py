@@ -69,7 +69,7 @@ def _scan(call: _Call, initial_state: Tensor | None, y: Tensor | None) -> tuple[
 
 
 def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None) -> Gradients:
-    """`(dx, dalpha, ddecay, dskip, dinitial)`, likewise; `dalpha` and `ddecay` `(batch, length, heads)`."""
+    """Gradients `(dx, dalpha, ddecay, dskip, dinitial)`; `dalpha`, `ddecay` are `(batch, length, heads)`."""
     x, call = inputs.x, _Call(inputs)
     if states is None:
         _, states = _scan(call, inputs.initial_state, None)

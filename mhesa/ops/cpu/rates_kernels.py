@@ -14,7 +14,7 @@ state gets from later rows, back through it:
 
 A task is a block of heads of a whole sequence; or, where the sequences cannot be shared out evenly among the
 threads, of a chunk. Then threads take turns at a sequence, in a relay: each moves the state on through its
-chunk, hands it to the next, and only then computes the chunk's results, from the state that it was entering.
+chunk, hands it to the next, and only then computes the chunk's results, from the state at its start.
 Both do the same arithmetic step by step, so results are the same bit for bit whatever the batch and the
 number of threads.
 """
@@ -35,9 +35,9 @@ Arguments = struct(
     "Arguments",
     next_task="int64",
     tasks="int64",  # sequences or, in a relay, chunks
-    blocks="int64",  # of heads, that each task is cut into
+    blocks="int64",  # blocks of heads that each task is cut into
     chunks=Pointer(Chunk),
-    first_chunk=INT64,  # of each sequence, and one more
+    first_chunk=INT64,  # the first chunk of each sequence, and one more
     relay="int64",
     order=INT64,  # in a relay, the chunks: the first of every sequence, then the second ..
     turns=INT64,  # in a relay, finished chunks of each sequence and block, `LINE` apart
@@ -53,7 +53,7 @@ Arguments = struct(
     dy_row="int64",
     dy_head="int64",
     out=STORED,  # y, or dx; without it, `forward` computes the states only
-    alpha=ACCUMULATION,  # of each step, a step's heads contiguous
+    alpha=ACCUMULATION,  # a rate for each step and head, heads innermost
     alpha_batch="int64",
     alpha_row="int64",
     decay=ACCUMULATION,
@@ -67,7 +67,7 @@ Arguments = struct(
     dalpha=ACCUMULATION,
     ddecay=ACCUMULATION,
     dskip=ACCUMULATION,
-    states=ACCUMULATION,  # at the start of each chunk
+    states=ACCUMULATION,  # the state at the start of each chunk
     length="int64",
     heads="int64",
     head_dim="int64",

@@ -70,7 +70,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
-    """`(dx, dalpha, ddecay, dskip, dinitial)`, likewise."""
+    """`(dx, dalpha, ddecay, dskip, dinitial)`, the gradients of `forward`, each in the shape of its input."""
     x = inputs.x
     call = _Call(inputs, not inputs.reverse)
     args, groups = call.args, min(call.chunk_count, GROUPS)

@@ -118,7 +118,7 @@ class Call:
 
     Args:
         arguments: the declaration of the kernels' arguments; those that all scans have are filled in.
-        inputs: those of the scan.
+        inputs: inputs of the scan.
         reverse: whether the kernels begin with the last row.
     """
 

@@ -43,7 +43,7 @@ class Emitter:
     """Writes arithmetic on `lanes` neighbouring values as vector instructions and fused multiply-adds.
 
     Args:
-        builder: llvmlite's, of the function that is being written.
+        builder: llvmlite's builder of the function that is being written.
         stored: numba's type of the values in memory, one of `STORED_TYPES`.
         lanes: values in a vector; 1 for scalars.
     """
@@ -92,7 +92,7 @@ class Emitter:
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
         address = self.builder.bitcast(self.address(pointer, index), byte)
-        # For reading, the locality, and that it is data.
+        # LLVM's arguments: read (0), locality, data cache (1).
         self.builder.call(function, [address, I32(0), I32(locality), I32(1)])
 
     @staticmethod

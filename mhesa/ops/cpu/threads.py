@@ -34,7 +34,7 @@ def parallel(function: int, data: int, threads: int) -> None:
     Args:
         function: the address of a native function of one pointer, which returns nothing.
         data: the pointer, the same for all threads; the function shares the work among them.
-        threads: their number, with this one.
+        threads: number of threads, with this one.
     """
     if threads == 1:
         _native(function)(data)

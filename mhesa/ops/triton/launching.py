@@ -14,8 +14,8 @@ from mhesa.errors import InputError
 from mhesa.ops.registration import Gradients, Inputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Tiles whose end states the chain kernel loads at once.
 AHEAD = 16
-"""Tiles whose end states the chain kernel loads at once."""
 
 
 class Plan(NamedTuple):
@@ -23,11 +23,11 @@ class Plan(NamedTuple):
 
     tiles: int
     tiles_a_program: int
+    # Programs of each block of channels.
     programs: int
-    """Of each block of channels."""
     blocks: int
+    # Whether one program walks through a whole sequence; otherwise three kernels run.
     whole: bool
-    """Whether one program walks through a whole sequence; otherwise three kernels run."""
     constants: dict[str, int | bool]
 
 

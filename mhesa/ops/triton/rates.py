@@ -12,18 +12,15 @@ from mhesa.ops.registration import Gradients, Inputs
 from mhesa.ops.triton import launching
 from mhesa.ops.triton import rates_kernels as kernels
 
+# Channels per program, a power of two.
 BLOCK = 32
-"""Channels per program, a power of two."""
-
+# Spans per tile, as a logarithm to base 2.
 SPANS_LOG = 5
-"""Spans per tile, as a logarithm to base 2."""
-
+# Rows per span, as a logarithm to base 2, by the bytes of a value: as many as fit into registers. A thread
+# loads 16 bytes at a time, so it holds more of two-byte values. With packing there are half as many.
 ROWS_LOG = {2: 1, 4: 2, 8: 1}
-"""Rows per span, as a logarithm to base 2, by the bytes of a value: as many as fit into registers. A
-thread loads 16 bytes at a time, so it holds more of two-byte values. With packing there are half as many."""
-
+# Channels per program of the chain kernel.
 CHAIN_BLOCK = 32
-"""Channels per program of the chain kernel."""
 
 
 def _plan(x: Tensor, packed: bool, reverse: bool) -> launching.Plan:

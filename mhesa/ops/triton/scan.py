@@ -9,15 +9,13 @@ from torch import Tensor
 from mhesa.ops.registration import Gradients, Inputs
 from mhesa.ops.triton import kernels, launching
 
+# Channels per program: 64 bytes of bf16, the smallest access to DRAM.
 BLOCK = 32
-"""Channels per program: 64 bytes of bf16, the smallest access to DRAM."""
-
+# Spans per tile, as a logarithm to base 2.
 SPANS_LOG = 5
-"""Spans per tile, as a logarithm to base 2."""
-
+# Rows per span, as a logarithm to base 2, by the bytes of a value: as many as fit into registers.
 FORWARD_ROWS_LOG = {2: 3, 4: 2, 8: 2}
 BACKWARD_ROWS_LOG = {2: 2, 4: 2, 8: 1}
-"""Rows per span, as a logarithm to base 2, by the bytes of a value: as many as fit into registers."""
 
 
 def _plan(x: Tensor, rows_logs: dict[int, int], packed: bool, reverse: bool) -> launching.Plan:

@@ -33,16 +33,16 @@ class Answer(ABC):
 
     Args:
         submission: the jobs that write the texts.
-        prompts: each job's tokens as the client sent them, `(tokens,)`.
-        lease: the session that they continue.
-        top: how many of the likeliest tokens to give beside each; `None` gives no log-probabilities.
+        prompts: tokens of each job as the client sent them, `(tokens,)`.
+        lease: session that they continue.
+        top: number of the likeliest tokens to give beside each; `None` gives no log-probabilities.
         options: what a stream sends beside the text.
         echoed: the bytes of each job's prompt, to put before its texts; `None` puts nothing there.
 
     Attributes:
-        prefix: of the answer's id.
-        response, response_object: the form of a whole answer, and its field `object`.
-        chunk, chunk_object: likewise of an event.
+        prefix: beginning of the answer's id.
+        response, response_object: model of a whole answer, and its field `object`.
+        chunk, chunk_object: model of an event, and its field `object`.
     """
 
     prefix: str
@@ -90,16 +90,16 @@ class Answer(ABC):
         """Events for a piece of a text."""
 
     def _opening(self, index: int) -> Iterator[BaseModel]:
-        """Events before a text: none."""
+        """Events before a text; none by default."""
         return iter(())
 
     def size(self) -> int:
-        """How much there is to make an answer of: tokens, log-probabilities and echoed prompts."""
+        """The number of items that an answer is made of: tokens, log-probabilities and echoed prompts."""
         tokens = sum(self._echoed(index) + cursor.text.count for index, cursor in enumerate(self.cursors))
         return tokens * (1 if self.top is None else 2 + self.top)
 
     def _echoed(self, index: int) -> int:
-        """Prompt tokens that are still to be put before a text: none."""
+        """Prompt tokens that are still to be put before a text; none by default."""
         return 0
 
     def whole(self) -> bytes:

@@ -1,4 +1,7 @@
-"""Reading a request's body: JSON, limits on lengths, then validation."""
+"""Reading a request's body: JSON, limits on lengths, then validation.
+
+The size of a body in bytes is limited in `mhesa.serve.http.guard`.
+"""
 
 from __future__ import annotations
 

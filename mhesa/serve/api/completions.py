@@ -37,9 +37,9 @@ class Plan:
 
     Args:
         prompts: the tokens of each prompt, `(tokens,)`.
-        texts: how many to write for each prompt.
+        texts: number of texts to write for each prompt.
         limit: the largest number of tokens of a text.
-        top: how many of the likeliest tokens to give beside each; `None` gives no log-probabilities.
+        top: number of the likeliest tokens to give beside each; `None` gives no log-probabilities.
         sampling, stops: how to draw tokens, and what ends a text.
         answer: makes the answer.
         echoed: the bytes of each prompt, if they are part of the answer.

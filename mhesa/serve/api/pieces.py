@@ -11,8 +11,8 @@ def with_items(model: BaseModel, name: str, items: Iterable[str]) -> Iterator[st
     """The JSON of a model, with items in its empty list `name`, the last list that it has.
 
     Args:
-        model: what surrounds the items.
-        name: the field.
+        model: answer that has the list, without its items.
+        name: name of the field.
         items: pieces of the list's JSON.
 
     >>> class Line(BaseModel):

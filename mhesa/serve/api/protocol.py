@@ -31,9 +31,10 @@ ScoreUnit = Literal["token", "character", "word", "sentence", "line", "text"]
 PLAIN_UNITS = ("line", "text")
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
-# What clients send in a field that they do not use.
+# Values that clients send in a field that they do not use.
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-# Values that ask for nothing, of fields that this server does not have, or that say "as if not there".
+# Values that mean the same as an omitted field. Of fields that this server does not support, only these are
+# accepted.
 IGNORED_VALUES: dict[str, tuple[Any, ...]] = {
     "seed": (-1,),
     "top_k": (-1,),
@@ -47,14 +48,14 @@ IGNORED_VALUES: dict[str, tuple[Any, ...]] = {
     "verbosity": (*EMPTY, "medium"),
     # Without members it asks for a search.
     "web_search_options": (None,),
-    # Of vLLM's and llama.cpp's requests to tokenise.
+    # Fields of vLLM's and llama.cpp's requests to tokenise.
     "continue_final_message": (None, False),
     "with_pieces": (None, False),
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "mm_processor_kwargs"), EMPTY),
     **dict.fromkeys(
         ("audio", "functions", "moderation", "prediction", "prompt_cache_options", "tools"), EMPTY
     ),
-    # Of a message, which a client may send back as it was received.
+    # Fields of a message, which a client may send back as it was received.
     **dict.fromkeys(
         ("annotations", "parsed", "prompt_cache_breakpoint", "refusal", "tool_call_id", "tool_calls"), EMPTY
     ),

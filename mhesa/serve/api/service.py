@@ -36,9 +36,9 @@ class Service:
     """A model with its decode thread and its sessions.
 
     Args:
-        model, tokenizer: what to serve.
-        settings: how to serve it.
-        quantize: see `Decoder`.
+        model, tokenizer: model to serve, and its tokenizer.
+        settings: settings of the server.
+        quantize: how weights are stored, see `Decoder`.
     """
 
     def __init__(

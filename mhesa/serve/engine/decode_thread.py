@@ -36,8 +36,8 @@ class DecodeThread:
 
     Args:
         decoder: the model, for this thread alone; writes `max_batch` texts at the same time.
-        num_tokens: see `Slots`.
-        queue: how many texts may wait for a slot; one client may take half of it.
+        num_tokens: size of the tokenizer, see `Slots`.
+        queue: number of texts that may wait for a slot; one client may take half of it.
         tell: called from the thread with the jobs that have progress to report.
     """
 

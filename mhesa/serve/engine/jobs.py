@@ -33,19 +33,19 @@ class Job:
 
     Args:
         ids: the prompt's tokens, `(tokens,)`, at least one.
-        texts: what to write; none to read only.
+        texts: texts to write; none to read only.
         client: the name of who sent it; clients take turns.
-        state: `(depth, 1, state_size)` to begin from; zeros if omitted.
+        state: state to begin from, `(depth, 1, state_size)`; zeros if omitted.
         score: measure each prompt token but the first.
         statistics: what else to compute of the prediction of each of those, by name.
-        top: how many of the likeliest tokens to record beside each of those.
+        top: number of the likeliest tokens to record beside each of those.
         stream: report progress, not only the end.
-        keep_state: at the end, `state` is to be the one after the first text.
+        keep_state: leave the state after the first text in `state` at the end.
 
     Attributes:
-        logprobs: of the prompt tokens that were measured, in nats, `(tokens - 1,)`.
-        measured: the statistics of each of them, by name, fp64 `(tokens - 1,)`.
-        likeliest: beside each of them the likeliest tokens, if `top` asks for some.
+        logprobs: log-probabilities of the prompt tokens that were measured, in nats, `(tokens - 1,)`.
+        measured: statistics of each of them, by name, fp64 `(tokens - 1,)`.
+        likeliest: the likeliest tokens beside each of them, if `top` asks for some.
         wake: called when there is progress to report.
     """
 

@@ -1,1 +1,1 @@
-"""Sockets, signals, access control, logs and metrics."""
+"""Sockets, signals and access control."""

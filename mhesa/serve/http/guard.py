@@ -37,7 +37,7 @@ def protect(app: ASGIApp, service: Service) -> ASGIApp:
     guard, origins = Guard(app, service), service.settings.allow_origins
     if not origins:
         return guard
-    # It answers a browser's question whether a page may send a request, which comes without a key.
+    # Outside of the guard, which asks for a key: a browser sends a CORS preflight request without one.
     return CORSMiddleware(
         guard,
         allow_origins=origins,

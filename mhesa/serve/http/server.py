@@ -218,7 +218,7 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
                 # An earlier request is being answered, which goes on writing.
                 self.transport.close()
                 return
-            # What still comes is read: it would reset a connection that is closed, and the answer be lost.
+            # Drain the socket: closing it with unread bytes sends a reset, and the client loses the answer.
             self.transport.write_eof()
             self.loop.call_later(DRAIN_SECONDS, self.transport.close)
 
