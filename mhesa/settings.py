@@ -177,7 +177,7 @@ def expanded_size(dim: int, dim_expansion_factor: float) -> int:
     """
     size = dim_expansion_factor * dim
     if not 1 <= size < LARGEST_INTEGER:
-        raise InputError(f"dim_expansion_factor * dim must be at least 1 and finite, not {size:g}")
+        raise InputError(f"dim_expansion_factor * dim must be at least 1 and fit in 64 bits, not {size:g}")
     return int(size)
 
 

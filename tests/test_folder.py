@@ -109,7 +109,8 @@ def test_weights_are_not_the_files(folder):
         ),
         ({"hidden_size": 2**40}, "model.safetensors does not fit config.json"),
         ({"dim_mhesa": 2**62}, "model.safetensors does not fit config.json"),
-        ({"dim_expansion_factor": 1e300}, "model.safetensors does not fit config.json"),
+        ({"dim_expansion_factor": 1e15}, "model.safetensors does not fit config.json"),
+        ({"dim_expansion_factor": 1e300}, "config.json does not describe a model: dim_expansion_factor"),
         (
             {"dim_expansion_factor": float("inf")},
             "config.json does not describe a model: dim_expansion_factor",
