@@ -154,7 +154,7 @@ def test_a_saved_result_names_the_machine_and_no_place(monkeypatch, command, tmp
 
     text = with_tables("<!-- results: ops -->\nold\n<!-- end of results -->\n", tmp_path)
     assert "old" not in text
-    assert f"{machine['cores']} cores" in text
+    assert f", {machine['cores']} core" in text
     assert "| 2x64x2x8 | float32 | forward | clone |" in text
     assert with_tables(text, tmp_path) == text
 

@@ -36,7 +36,7 @@ class ModelSizes:
     depth: Annotated[int, Doc("Number of blocks.", AT_LEAST_1, "Model")] = 4
     heads: Annotated[int, Doc("Smoothing rates of a block; must divide dim_mhesa.", AT_LEAST_1, "Model")] = 8
     dim_mhesa: Annotated[
-        int, Doc("Width of the smoothed values, and of a block's state.", AT_LEAST_1, "Model")
+        int, Doc("Width of the smoothed values and of their state.", AT_LEAST_1, "Model")
     ] = 256
     dim_expansion_factor: Annotated[
         float, Doc("Width of a block's gate, as a multiple of dim.", FINITE, "Model")

@@ -194,7 +194,7 @@ class GatedMHESA(nn.Module):
     Args:
         dim: width of the block's input and output.
         heads: smoothing rates; `dim_mhesa` must be divisible by it.
-        dim_mhesa: width of the smoothed values, and of the state.
+        dim_mhesa: width of the smoothed values and of their state.
         dim_expansion_factor: width of the gate, as a multiple of `dim`.
         adaptive: let the smoothing factors follow the input, one for each head and step.
         conv_size: taps of a short causal convolution of the block's normalised input; 0 for none.
