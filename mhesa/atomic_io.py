@@ -131,8 +131,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except RecursionError as error:
         raise InputError(f"{path} is damaged: it is nested too deeply") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {reason(error)}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {reason(error)}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
 
 
 def sync(path: Path) -> None:
