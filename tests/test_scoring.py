@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import running
+from tiny_models import tiny_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import mhesa
@@ -29,9 +30,7 @@ from mhesa.tokenizers.stream import BLOCK_BYTES, encode_stream
 
 @pytest.fixture(scope="module")
 def reader():
-    torch.manual_seed(0)
-    model = GatedExponentialSmoothingLM(num_tokens=257, dim=16, depth=2, heads=2, dim_mhesa=8)
-    return Reader(model.eval(), ByteTokenizer())
+    return Reader(tiny_model(257), ByteTokenizer())
 
 
 def expected_bits(reader, text):
@@ -195,12 +194,10 @@ def test_a_vocabulary_that_gives_no_text_back_goes_by_lines():
 
 @pytest.fixture(scope="module")
 def line_spanning():
-    torch.manual_seed(0)
     tokenizer = byte_level()
     assert any(b"\n" in token[:-1] for token in token_bytes_of(tokenizer))
     # Wider than the tokenizer, as `pad_to_multiple_of` makes it.
-    model = GatedExponentialSmoothingLM(num_tokens=448, dim=16, depth=2, heads=2, dim_mhesa=8)
-    return Reader(model.eval(), tokenizer)
+    return Reader(tiny_model(448), tokenizer)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000, 10**6])
