@@ -1,3 +1,5 @@
+"""The decoder: its native step against the model, in any type, batch and number of threads."""
+
 import os
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""The configuration for transformers: its sizes, its names, what is saved."""
+
 import json
 import re
 

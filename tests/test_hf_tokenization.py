@@ -1,3 +1,5 @@
+"""The tokenizer of bytes for transformers: any bytes and ids survive, text is never touched."""
+
 import pickle
 
 import pytest
