@@ -67,7 +67,7 @@ def test_an_empty_cache_has_no_rows_to_change(model):
     assert cache.layers[0].get_max_length() == cache.layers[0].get_max_cache_shape() == -1
 
 
-def test_what_a_cache_cannot_do(model, ids):
+def test_a_cache_refuses_crop_and_update(model, ids):
     cache = model(ids).past_key_values
     with pytest.raises(ValueError, match=r"cannot forget its last tokens; copy\.deepcopy"):
         cache.crop(-1)
@@ -89,7 +89,7 @@ def test_a_cache_is_never_dropped_in_silence(model, ids):
         model(ids[:2], past_key_values=cache)
 
 
-def test_when_there_is_a_cache(model, ids):
+def test_a_cache_is_returned_in_evaluation_or_when_asked_for(model, ids):
     assert model(ids).past_key_values is not None
     assert model(ids, use_cache=False).past_key_values is None
     assert make(use_cache=False)(ids).past_key_values is None

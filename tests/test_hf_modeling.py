@@ -22,7 +22,7 @@ def ids():
     return some_ids()
 
 
-def test_forward_is_the_plain_models(ids):
+def test_forward_equals_the_plain_models(ids):
     torch.manual_seed(0)
     lm = GatedExponentialSmoothingLM(**PLAIN_SIZES)
     model = MhesaForCausalLM.from_plain(lm)

@@ -214,7 +214,7 @@ def test_no_packed_sequence_predicts_the_next_ones_first_token(model, ids):
 
 
 @pytest.mark.parametrize("kernel_arguments", [False, True])
-def test_what_the_flattening_collator_sends(ids, kernel_arguments):
+def test_batches_of_the_flattening_collator(ids, kernel_arguments):
     model = make()
     rows = [ids[0], ids[1, :4]]
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=kernel_arguments)

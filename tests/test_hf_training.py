@@ -26,7 +26,7 @@ def test_the_loss_is_the_cross_entropy_of_shifted_labels(ids):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_the_fused_loss_is_the_loss(autocast):
+def test_the_fused_loss_equals_the_loss(autocast):
     torch.manual_seed(0)
     model = MhesaForCausalLM(
         MhesaConfig(vocab_size=9000, hidden_size=32, num_hidden_layers=1, heads=2, dim_mhesa=8)
@@ -68,7 +68,7 @@ def test_the_fused_loss_never_holds_all_logits():
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant):
+def test_gradient_checkpointing_changes_no_result(reentrant):
     plain, checkpointed = make().double().train(), make().double().train()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
     ids, mask = padded("left")

@@ -199,12 +199,12 @@ def test_a_long_line_that_is_kept_takes_little_memory():
     assert held < len(kept) * 8 * SHOWN_BYTES
 
 
-def test_nothing_is_said_to_be_nothing(run, folder):
+def test_empty_input_prints_a_message(run, folder):
     assert run("score", folder, data=b"") == (0, b"", b"There was nothing to score.\n")
 
 
 @given(parts=st.lists(st.binary(max_size=9), max_size=9))
-def test_pieces_are_the_text(parts):
+def test_pieces_joined_are_the_text(parts):
     pieces = [piece for pieces in split_lines(parts) for piece in pieces]
     assert b"".join(piece.text for piece in pieces) == b"".join(parts)
     assert all(piece.is_last for piece in pieces[:-1])
@@ -228,7 +228,7 @@ def test_pieces_are_the_text(parts):
         (["--key", r"((a|aa|a)+)+$y"], "takes more than 1 s in -, line 1"),
     ],
 )
-def test_what_cannot_be_is_refused(run, folder, arguments, message):
+def test_invalid_arguments_are_refused(run, folder, arguments, message):
     code, _, err = run("score", folder, *arguments, data=b"a" * 60 + b"\n")
     assert (code, err.count(b"\n")) == (2, 1)
     assert message in err.decode()

@@ -45,7 +45,7 @@ PARTS = [b"\n", b"a", b"word ", b"\r\n", b"\xff", b"\x00", "é".encode()]
 
 @settings(max_examples=40, deadline=None)
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=40))
-def test_lines_and_tokens_cost_what_one_pass_costs(reader, parts):
+def test_surprisals_equal_those_of_one_pass(reader, parts):
     text = b"".join(parts)
     bits = expected_bits(reader, text) if text else np.zeros(0)
     tokens = list(by_token("t", score(reader, parts)))
@@ -262,13 +262,13 @@ def test_the_most_surprising_come_first(reader):
     assert [line.bits for line in top] == sorted((line.bits for line in lines), reverse=True)[:2]
 
 
-def test_nothing_has_no_lines(reader):
+def test_empty_text_has_no_lines(reader):
     assert list(by_line("t", score(reader, []))) == []
     (document,) = BY["document"]("t", score(reader, []))
     assert (document.bits, document.bits_per_byte) == (0, 0)
 
 
-def test_the_page_shows_the_text_and_nothing_else_of_it(reader):
+def test_heatmap_escapes_the_text(reader):
     from html.parser import HTMLParser
 
     class Page(HTMLParser):

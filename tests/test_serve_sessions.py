@@ -99,7 +99,7 @@ def check_503(answer):
     assert answer.json()["error"]["code"] == "sessions_unavailable"
 
 
-def test_trouble_with_the_file_is_one_answer_and_loses_nothing(folder, tmp_path):
+def test_trouble_with_the_file_is_one_answer_and_loses_no_session(folder, tmp_path):
     path = tmp_path / "s.sqlite"
     body = {"prompt": "x", "session": "a", "max_tokens": 5, "temperature": 0}
     with in_process(folder, sessions=path) as http:

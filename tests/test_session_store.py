@@ -44,7 +44,7 @@ def some(position=7):
 
 
 @pytest.mark.parametrize("path", [None, "file"])
-def test_what_is_saved_is_loaded_bit_for_bit(store, path):
+def test_saved_states_are_loaded_bit_for_bit(store, path):
     sessions = store() if path else store(None)
     stored = some()
     sessions.save("me", "a", stored)
@@ -202,7 +202,7 @@ def test_a_locked_database_is_told_and_used_again_later(store, tmp_path):
     assert torch.equal(sessions.load("me", "a").state, second.state)
 
 
-def test_a_full_database_keeps_what_it_has_and_is_used_again_later(store):
+def test_a_full_database_keeps_its_sessions_and_is_used_again_later(store):
     sessions = store()
     sessions._database.execute("PRAGMA max_page_count = 12")
     kept = {}
@@ -265,7 +265,7 @@ def test_a_database_that_is_deleted_is_written_again(store, tmp_path, gone):
     assert all(torch.equal(sessions.load("me", name).state, one.state) for name, one in stored.items())
 
 
-def test_a_folder_that_is_gone_is_told_and_nothing_is_lost(store, tmp_path):
+def test_a_missing_folder_is_reported_and_loses_no_session(store, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     sessions = store(folder / "s.sqlite")

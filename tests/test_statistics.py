@@ -53,7 +53,7 @@ def test_surprisal_of_logits_that_are_not_finite():
         np.testing.assert_array_equal(found, [nan, 1.0, inf, nan, nan])
 
 
-def test_surprisal_is_the_same_bits_on_any_number_of_threads():
+def test_the_number_of_threads_changes_no_bit_of_surprisal():
     logits, targets = torch.randn(1000, 300), torch.randint(300, (1000,))
     assert logits.numel() >= MIN_PARALLEL
     alone = surprisal(logits, targets)

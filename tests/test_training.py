@@ -35,7 +35,7 @@ def test_the_schedule_has_no_jumps():
     assert learning_rate(2.0, 0.1) == pytest.approx(0.1)
 
 
-def test_a_time_allows_the_steps_of_its_speed():
+def test_minutes_become_steps():
     assert Budget(steps=300, minutes=None).expected_steps(20, 1.0) == 300
     budget = Budget(steps=None, minutes=2)
     budget.set(60.0)
@@ -66,7 +66,7 @@ def test_settings_of_something_else_are_refused(tmp_path, text):
         TrainingSettings.load(tmp_path / "nowhere" / "settings.json")
 
 
-def test_automatic_choices_keep_to_what_was_asked(settings):
+def test_automatic_choices_keep_given_settings(settings):
     auto = replace(settings, batch_size=None, steps=None, precision="auto").resolve()
     assert auto.windows_a_step * auto.context >= 1024
     assert auto.minutes == 3
@@ -149,7 +149,7 @@ def test_early_stopping_takes_the_best(settings):
 
 
 @pytest.mark.parametrize(("optimizer", "error"), [("adamw", 1e-5), ("muon", 1e-4)])
-def test_accumulation_is_the_same_step(settings, tmp_path, optimizer, error):
+def test_accumulation_takes_the_same_steps(settings, tmp_path, optimizer, error):
     whole = replace(settings, steps=20, optimizer=optimizer)
     parted = replace(whole, accumulate=4, out=str(tmp_path / "parted"))
     train(whole)
@@ -159,7 +159,7 @@ def test_accumulation_is_the_same_step(settings, tmp_path, optimizer, error):
             assert one["loss"] == pytest.approx(other["loss"], abs=error)
 
 
-def test_a_carried_state_is_the_state_of_the_whole_stream(settings):
+def test_a_carried_state_equals_that_of_the_whole_stream(settings):
     """Windows with states handed on are one long window, as far as the loss can tell."""
     text = Path(settings.sources[0])
     stream = replace(

@@ -147,7 +147,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_touched(settings):
     assert {path: path.read_bytes() for path in Path(settings.out).rglob("*") if path.is_file()} == before
 
 
-def test_what_a_dead_process_left_is_no_checkpoint(tmp_path):
+def test_a_partial_folder_is_no_checkpoint(tmp_path):
     (tmp_path / ".step-9.partial").mkdir()
     assert newest(tmp_path) == (None, [])
     save(tmp_path, Progress(step=9), {}, keep=2)

@@ -164,7 +164,7 @@ def test_every_run_with_rates_of_every_step_gives_the_same_bits(regime):
 
 
 @on_gpu_only
-def test_nothing_waits_for_the_device_with_rates_of_every_step():
+def test_launches_with_rates_of_every_step_do_not_wait_for_the_device():
     inputs = make_inputs((1, 3000, 8, 64), offsets=[0, 700, 700, 3000], stepwise=BOTH)
     run(inputs)
     mode = torch.cuda.get_sync_debug_mode()

@@ -256,7 +256,7 @@ def test_cuda_graph(offsets, regime):
 
 
 @on_gpu_only
-def test_nothing_waits_for_the_device():
+def test_launches_do_not_wait_for_the_device():
     inputs = make_inputs((1, 3000, 8, 64), offsets=[0, 700, 700, 3000])
     run(inputs)
     mode = torch.cuda.get_sync_debug_mode()

@@ -33,7 +33,7 @@ def predictions(reader):
     return ids, np.cumsum([len(reader.token_bytes[token]) for token in ids]), logprobs
 
 
-def test_words_cost_what_their_tokens_cost(reader):
+def test_a_word_costs_the_sum_of_its_tokens(reader):
     ids, ends, logprobs = predictions(reader)
     rows = surprisal_table(reader, TEXT, unit="nats", spill=2)
     assert [row.text for row in rows] == TEXT.split()
