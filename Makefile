@@ -8,7 +8,7 @@ WORKERS := $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 4))')
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 OLDEST_TESTS := package cli folder data_sources data_formats data_corpus vocabulary session serve \
-	hf_configuration hf_generation hf_modeling hf_tokenization
+	hf_cache hf_configuration hf_generation hf_modeling hf_padding hf_tokenization hf_training
 
 # Were it set, every process that tests start would compile Python's sources again.
 unexport PYTHONDONTWRITEBYTECODE

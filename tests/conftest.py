@@ -133,6 +133,31 @@ def run(monkeypatch, capsysbinary, standard_input):
     return run
 
 
+# Triton's kernels
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """A GPU or Triton's interpreter; memory that a kernel should fill is poisoned there, too."""
+    import torch
+    from triton_scans import use_device
+
+    use_device(monkeypatch)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(params=["whole", "tiles"])
+def regime(request, monkeypatch):
+    """A program a sequence, or a program a few tiles."""
+    from triton_scans import set_regime
+
+    set_regime(monkeypatch, request.param)
+    return request.param
+
+
 # A small model, and a server of it for all tests that ask for one
 
 

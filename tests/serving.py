@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -178,3 +179,12 @@ def raw(server, data, wait=10.0):
 def complete(client, prompt="7 bottles", **settings):
     given = {"model": "tiny", "max_tokens": 40, "temperature": 0} | settings
     return client.completions.create(prompt=prompt, **given)
+
+
+@contextmanager
+def locked(path):
+    """Hold SQLite's lock for writers, as another program does."""
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    yield
+    other.close()

@@ -63,7 +63,7 @@ def test_new_parameters_have_their_names_and_initial_values():
 
 
 @pytest.mark.parametrize(("adaptive", "conv_size"), FORMS)
-def test_any_split_and_steps_are_the_whole(adaptive, conv_size):
+def test_any_split_and_steps_equal_one_pass(adaptive, conv_size):
     model, ids = make(adaptive, conv_size), torch.randint(20, (3, 17))
     whole, final = model(ids, return_state=True)
     assert final.shape == (2, 3, 8 + max(conv_size - 1, 0) * 12)
@@ -112,7 +112,7 @@ def test_a_convolution_of_negative_size_is_refused():
 
 @pytest.mark.parametrize(("adaptive", "conv_size"), FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_native_step_is_the_models(adaptive, conv_size, dtype):
+def test_the_native_step_equals_the_models(adaptive, conv_size, dtype):
     model, ids = make(adaptive, conv_size, dtype), torch.randint(20, (3, 17))
     exact = make(adaptive, conv_size)
     exact.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})

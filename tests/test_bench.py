@@ -170,7 +170,7 @@ def test_pages_show_the_saved_results(page):
     assert with_tables(text) == text, "run python -m benchmarks tables"
 
 
-def test_a_missing_package_is_said(capsys):
+def test_a_missing_package_is_reported(capsys):
     assert not installed("no_such_package", "its scan")
     assert (
         "its scan: not timed, because the package no_such_package is not installed" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """What native code is given: wrong types, devices, layouts and bounds, copies, threads and forks.
 
-Everything runs in one child process, so that a signal is a test that fails. A call has to end in an error of
+Every test runs in a child process, so that a signal is a test that fails. A call has to end in an error of
 one line that the house raises, or in the result that the same values have in ordinary tensors.
 """
 
@@ -114,8 +114,8 @@ OTHER_VALUES = {
 WITHOUT_VALUES = {"meta": lambda tensor: tensor.to("meta"), "fake": fake}
 
 
-def spoilt(tensor):
-    """The name of each way to spoil a tensor, what comes of it, and an ordinary tensor of the same values."""
+def variants(tensor):
+    """Each way to hold a tensor's values differently or to hold others: its name, and what comes of it."""
     kinds = {f"to {dtype}": lambda tensor, dtype=dtype: tensor.to(dtype) for dtype in DTYPES}
     for name, make in (SAME_VALUES | OTHER_VALUES | WITHOUT_VALUES | kinds).items():
         try:
@@ -154,6 +154,10 @@ def scan_arguments():
 def packed_arguments():
     packed = {"x": torch.randn(1, 5, 2, 4), "alpha": torch.rand(1, 5, 2), "decay": torch.rand(2)}
     return packed | {"cu_seqlens": torch.tensor([0, 2, 5])}
+
+
+def cotangents():
+    return {"dy": torch.randn(2, 5, 2, 4), "dfinal": torch.randn(2, 2, 4)}
 
 
 def scan(**arguments):
@@ -204,28 +208,43 @@ def observe(ids):
     return torch.tensor(batch.draw(torch.ones(1, TOKENS)))
 
 
-def entries():
-    gradients = {"dy": torch.randn(2, 5, 2, 4), "dfinal": torch.randn(2, 2, 4)}
+def scans():
     rates = scan_arguments() | {"alpha": torch.rand(2, 5, 2)}
     yield "scan", scan, scan_arguments()
     yield "scan of numba", scan_of_numba, scan_arguments()
     yield "scan at rates", scan, rates
     yield "packed scan", scan, packed_arguments()
-    yield "gradients of a scan", scan_gradients, scan_arguments() | gradients
+    yield "gradients of a scan", scan_gradients, scan_arguments() | cotangents()
+
+
+def operators():
+    rates = scan_arguments() | {"alpha": torch.rand(2, 5, 2)}
     yield "operator", operator, rates
     yield "packed operator", operator, packed_arguments()
-    yield "gradients by the operator", operator_gradients, scan_arguments() | gradients
+    yield "gradients by the operator", operator_gradients, scan_arguments() | cotangents()
+
+
+def scan_steps():
     step = {"x": torch.randn(2, 2, 4), "alpha": torch.rand(2), "decay": torch.rand(2, 2)}
     yield "step", exponential_smoothing_step, step | {"state": torch.randn(2, 2, 4)}
+
+
+def convolutions():
     convolution = {"x": torch.randn(2, 5, 4), "weight": torch.randn(3, 4)}
     yield "convolution", causal_convolution, convolution | {"initial_state": torch.randn(2, 2, 4)}
     packed = {"x": torch.randn(1, 5, 4), "weight": torch.randn(3, 4), "cu_seqlens": torch.tensor([0, 2, 5])}
     yield "packed convolution", causal_convolution, packed
     one = {"x": torch.randn(2, 4), "weight": torch.randn(3, 4), "state": torch.randn(2, 2, 4)}
     yield "convolution's step", causal_convolution_step, one
+
+
+def gelus():
     yield "gelu", gelu, {"x": torch.randn(3, 5)}
     yield "gate", gelu, {"x": torch.randn(3, 5), "gate": torch.randn(3, 5)}
     yield "gradient of gelu", gelu_gradients, {"dy": torch.randn(3, 5)}
+
+
+def decoders():
     for dtype in (torch.float32, torch.float64):
         decoder = Decoder(model_of(dtype), max_batch=3)
         state = torch.randn(*decoder.initial_state(3).shape, dtype=dtype)
@@ -234,8 +253,14 @@ def entries():
         yield f"prefill in {dtype}", changing(decoder.prefill), {"ids": ids, "state": state}
         one = {"ids": ids[0], "state": state[:, :1].clone()}
         yield f"prediction in {dtype}", changing(decoder.predict), one
+
+
+def samplers():
     yield "draw", draw, {"logits": torch.randn(3, TOKENS)}
     yield "observe", observe, {"ids": torch.tensor([3, 1, 4])}
+
+
+ENTRIES = (scans, operators, scan_steps, convolutions, gelus, decoders, samplers)
 
 
 # Errors of the house; an id outside the vocabulary is an `IndexError`.
@@ -265,11 +290,11 @@ def outcome(function, arguments):
     return None
 
 
-def check(function, arguments, spoilt_name, value):
-    """Spoil an argument: an error of the house, or the result that an ordinary tensor has."""
-    first, second = ({name: tensor.clone() for name, tensor in arguments.items()} for _ in range(2))
-    expected = first[spoilt_name] if isinstance(value, (list, np.ndarray)) else ordinary(value)
-    got = outcome(function, first | {spoilt_name: value})
+def check(function, arguments, name, value):
+    """Replace an argument: an error of the house, or the result that an ordinary tensor has."""
+    first, second = ({key: tensor.clone() for key, tensor in arguments.items()} for _ in range(2))
+    expected = first[name] if isinstance(value, (list, np.ndarray)) else ordinary(value)
+    got = outcome(function, first | {name: value})
     if got is None:
         return
     got = [got] if isinstance(got, torch.Tensor) else list(got)
@@ -283,7 +308,7 @@ def check(function, arguments, spoilt_name, value):
             or not value.numel()
         )
         return
-    wanted = function(**second | {spoilt_name: expected})
+    wanted = function(**second | {name: expected})
     wanted = [wanted] if isinstance(wanted, torch.Tensor) else list(wanted)
     for one, other in zip(got, wanted, strict=True):
         one = one if one.layout is torch.strided else one.to_dense()
@@ -292,10 +317,10 @@ def check(function, arguments, spoilt_name, value):
         )
 
 
-def wrong_tensors():
+def wrong_tensors(entries):
     for entry, function, arguments in entries():
         function(**arguments)
-        ways = {name: list(spoilt(tensor)) for name, tensor in arguments.items()}
+        ways = {name: list(variants(tensor)) for name, tensor in arguments.items()}
         if function is exponential_smoothing_step:
             # PyTorch's own operators, which crash where memory was freed.
             ways = {name: [way for way in ways[name] if way[0] != "freed"] for name in ways}
@@ -466,10 +491,10 @@ def forks():
     assert work(decoder, batch, logits) == expected
 
 
-def others():
-    functions = (bounds, models_without_weights, odd_weights, copies_of_samplers, copies_of_decoders)
-    for function in (*functions, other_defaults, threads, forks):
-        yield function.__name__, function
+OTHERS = (
+    *(bounds, models_without_weights, odd_weights, copies_of_samplers, copies_of_decoders),
+    *(other_defaults, threads, forks),
+)
 
 
 def run_cases(cases, pipe):
@@ -485,13 +510,13 @@ def run_cases(cases, pipe):
     pipe.close()
 
 
-@pytest.mark.parametrize("cases", [wrong_tensors, others])
-def test_native_code_gets_nothing_that_it_cannot_read(cases):
+def check_in_a_process(cases):
+    """All cases must hold, and none may end the process."""
     receive, send = FORKED.Pipe(duplex=False)
     process = FORKED.Process(target=run_cases, args=(cases, send))
     process.start()
     send.close()
-    wrong, last = [], "the start"
+    wrong, last = [], None
     try:
         while receive.poll(SECONDS):
             last, what = receive.recv()
@@ -502,4 +527,19 @@ def test_native_code_gets_nothing_that_it_cannot_read(cases):
     process.kill()
     process.join()
     assert not wrong, f"{len(wrong)} wrong:\n" + "\n".join(wrong)
-    assert process.exitcode == 0, f"ended with {process.exitcode} in: {last}"
+    assert process.exitcode == 0, f"ended with {process.exitcode} in: {last or 'the start'}"
+    assert last is not None
+
+
+@pytest.mark.parametrize("entries", ENTRIES, ids=lambda entries: entries.__name__)
+def test_any_tensor_is_refused_or_read_by_its_values(entries):
+    check_in_a_process(partial(wrong_tensors, entries))
+
+
+def only(case):
+    yield case.__name__, case
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.__name__)
+def test_bounds_copies_defaults_threads_and_forks(case):
+    check_in_a_process(partial(only, case))

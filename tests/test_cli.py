@@ -117,7 +117,7 @@ def test_garbage_is_collected_while_a_command_works(command, trained, corpus, tm
     assert frozen[-1] == "unfreeze"
 
 
-def test_train_says_what_it_did(trained):
+def test_train_prints_a_summary(trained):
     out, done = trained
     for part in ("sample", "held-out text", "this model", "xz -9", "gzip -9", "60 steps", str(out)):
         assert part in done.stdout
@@ -315,14 +315,14 @@ def test_a_vocabulary_goes_with_the_model(corpus, tmp_path, run):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_training_that_cannot_be_leaves_nothing_behind(fails, corpus, tmp_path, arguments, message):
+def test_refused_training_leaves_no_folder(fails, corpus, tmp_path, arguments, message):
     out = tmp_path / "run"
     assert message in fails("train", corpus, "--out", out, *arguments)
     assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "empty.txt", "short.txt", "empty"])
-def test_a_corpus_that_cannot_be_leaves_nothing_behind(fails, tmp_path, name):
+def test_a_refused_corpus_leaves_no_folder(fails, tmp_path, name):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "empty").mkdir()
@@ -427,7 +427,7 @@ def test_a_missing_model_is_named(fails, tmp_path):
         (["--device", "warp"], "unknown device 'warp'"),
     ],
 )
-def test_generation_that_cannot_be_is_refused(fails, saved, arguments, message):
+def test_invalid_arguments_of_generate_are_refused(fails, saved, arguments, message):
     assert message in fails("generate", saved, *arguments)
 
 

@@ -116,7 +116,7 @@ TRAIN = ("--steps", 2, *SIZES)
 @pytest.mark.parametrize(
     "what", ["metrics", "a link", "a folder's file", "standard input", "tokenizer", "config"]
 )
-def test_a_run_does_not_replace_what_it_reads(run, tmp_path, what):
+def test_a_run_does_not_replace_its_inputs(run, tmp_path, what):
     out = tmp_path / "run"
     out.mkdir()
     for name in ("metrics.jsonl", "checkpoints/text", "tokenizer.json", "config.json"):
@@ -221,7 +221,7 @@ def test_every_process_of_a_group_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
-def test_a_run_that_cannot_begin_leaves_nothing(run, tmp_path):
+def test_a_run_without_text_leaves_no_folder(run, tmp_path):
     fails(run, "train", tmp_path / "nothing", "--out", tmp_path / "a" / "b", *TRAIN)
     assert not (tmp_path / "a").exists()
 

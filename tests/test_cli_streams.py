@@ -144,7 +144,7 @@ def test_a_reader_that_leaves_early_ends_it_quietly(folder, command):
 
 
 @pytest.mark.parametrize("arguments", [["generate", "--length", "50"], ["config"], ["--version"]], ids=str)
-def test_output_that_cannot_be_written_is_said_in_one_line(folder, arguments):
+def test_a_full_device_is_one_line_on_standard_error(folder, arguments):
     command, *options = arguments
     where = [] if command == "--version" else [str(folder)]
     if command == "config":
@@ -155,7 +155,7 @@ def test_output_that_cannot_be_written_is_said_in_one_line(folder, arguments):
     assert (done.returncode, done.stderr) == (1, b"Error: cannot go on: No space left on device\n")
 
 
-def test_a_closed_standard_output_is_nowhere(folder):
+def test_a_closed_standard_output_is_no_error(folder):
     line = 'exec "$0" "$@" >&-'
     done = subprocess.run(
         ["sh", "-c", line, *COMMAND, "score", str(folder)], input=TEXT, capture_output=True, check=False
@@ -163,7 +163,7 @@ def test_a_closed_standard_output_is_nowhere(folder):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_what_cannot_be_is_refused(fails, folder, tmp_path, monkeypatch):
+def test_invalid_arguments_are_refused(fails, folder, tmp_path, monkeypatch):
     assert "--by must be" in fails("score", folder, "--by", "page")
     assert "--top must be" in fails("score", folder, "--top", 0)
     assert "nowhere" in fails("score", folder, tmp_path / "nowhere")

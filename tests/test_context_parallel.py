@@ -186,7 +186,7 @@ CASES = {
 
 @pytest.mark.parametrize("processes", [2, 3, 4, 8])
 @pytest.mark.parametrize("name", CASES)
-def test_processes_are_one(run, processes, name):
+def test_processes_give_the_results_of_one(run, processes, name):
     case = CASES[name]
     check(run, case, even(case.length, processes))
 
@@ -226,7 +226,7 @@ def model_in_process(group, ids, labels, state, recompute=False):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_model_in_three_processes_is_one(run, recompute):
+def test_a_model_in_three_processes_gives_the_results_of_one(run, recompute):
     ids = torch.randint(11, (2, 26))
     state = torch.randn(2, 2, tiny_model().state_size, dtype=torch.float64)
     loss, gradients, final = model_in_process(None, ids[:, :-1], ids[:, 1:], state)
@@ -292,7 +292,7 @@ def test_a_text_is_scored_by_all(run, processes):
         ),
     ],
 )
-def test_what_cannot_be_is_refused(names, arguments, message):
+def test_invalid_arguments_are_refused(names, arguments, message):
     parallel = ContextParallel(None, **dict.fromkeys(names, torch.tensor([0])))
     rates = torch.rand(2), torch.rand(2)
     with pytest.raises(InputError, match=message):

@@ -40,7 +40,7 @@ def write(tokens, stops=(), limit=1000, reads=(), pieces=PIECES):
 
 @settings(deadline=None)
 @given(TOKENS, STOPS, st.integers(1, 40), st.sets(st.integers(0, 40)))
-def test_a_text_is_what_comes_before_its_first_ending(tokens, stops, limit, reads):
+def test_a_text_is_cut_at_its_first_ending(tokens, stops, limit, reads):
     _, read = write(tokens, stops, limit, reads)
     whole = b""
     for token in tokens[:limit]:
@@ -67,7 +67,7 @@ def test_a_piece_of_several_characters_comes_with_their_last_byte():
     assert [part for part in read if part] == ["é", "日", "本", "\N{REPLACEMENT CHARACTER}", "x"]
 
 
-def test_what_may_become_a_stop_is_held_back():
+def test_the_beginning_of_a_stop_is_held_back():
     text, cursor = new(100, (b"\n\nUser:",))
     for byte in b"hello\n\nUse":
         text.take(byte)
@@ -76,7 +76,7 @@ def test_what_may_become_a_stop_is_held_back():
     assert cursor.read()[0] == "\n\nUsed"
 
 
-def test_a_limit_of_nothing_is_finished_at_once():
+def test_a_limit_of_zero_finishes_at_once():
     assert new(0)[0].finish == "length"
 
 
@@ -126,7 +126,7 @@ def test_stops_that_repeat_themselves_are_held_back_as_far_as_they_match(text):
         assert out == text[: end - max(lengths)]
 
 
-def test_what_cannot_become_a_stop_is_passed_on():
+def test_text_that_cannot_become_a_stop_is_passed_on():
     assert StopMatcher([b"xx"]).feed(b"abc") == b"abc"
 
 

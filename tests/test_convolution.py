@@ -17,7 +17,7 @@ SIZES = {"batch": st.integers(1, 3), "length": st.integers(1, 9), "dim": st.inte
 
 @settings(deadline=None, max_examples=50)
 @given(**SIZES, taps=st.integers(1, 5), seed=st.integers(0, 99), backend=st.sampled_from([None, "chunked"]))
-def test_it_is_a_filter(batch, length, dim, taps, seed, backend):
+def test_equals_scipy_lfilter(batch, length, dim, taps, seed, backend):
     torch.manual_seed(seed)
     x, weight = torch.randn(batch, length, dim), torch.randn(taps, dim)
     y, state = causal_convolution(x.double(), weight.double(), backend=backend)
@@ -32,7 +32,7 @@ def test_it_is_a_filter(batch, length, dim, taps, seed, backend):
 
 @settings(deadline=None, max_examples=30)
 @given(cuts=st.lists(st.integers(0, 20), max_size=4), taps=st.integers(1, 5), seed=st.integers(0, 99))
-def test_any_split_is_the_whole(cuts, taps, seed):
+def test_any_split_equals_one_call(cuts, taps, seed):
     torch.manual_seed(seed)
     x, weight = torch.randn(2, 20, 3, dtype=torch.float64), torch.randn(taps, 3, dtype=torch.float64)
     whole, final = causal_convolution(x, weight)
@@ -44,7 +44,7 @@ def test_any_split_is_the_whole(cuts, taps, seed):
     torch.testing.assert_close(state, final)
 
 
-def test_steps_are_the_whole():
+def test_steps_equal_one_call():
     x, weight = torch.randn(2, 7, 3), torch.randn(4, 3)
     whole, final = causal_convolution(x, weight)
     state = torch.zeros(2, 3, 3)

@@ -53,7 +53,7 @@ def test_a_small_corpus_holds_its_lowest_piece_out(tmp_path):
     assert 0 < corpus.facts.held_out_bytes < 2048
 
 
-def test_nothing_is_tokenised_twice(bottles, tmp_path):
+def test_the_same_text_is_tokenised_once(bottles, tmp_path):
     bottles.write_bytes(lines(3100))
     read: list[int] = []
     first = open_corpus(Source([str(bottles)]), ByteTokenizer(), read.append)

@@ -24,7 +24,7 @@ COMPRESSORS = {
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_compressed_text_is_the_text(tmp_path, suffix):
+def test_compressed_text_is_read_as_plain_text_is(tmp_path, suffix):
     path = tmp_path / f"text.txt.{suffix}"
     COMPRESSORS[suffix](path, lines(50_000))
     assert [document.data for document in read_sources([str(path)])] == [lines(50_000)]
@@ -170,7 +170,7 @@ def test_parquet_text_need_not_be_utf8(tmp_path):
         assert [document.data.decode() for document in read_sources([str(tmp_path)])] == TEXTS
 
 
-def test_rows_that_are_none_are_named(tmp_path):
+def test_damaged_files_of_rows_are_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "tw')
     with pytest.raises(InputError, match=r"rows.jsonl, line 2 is not JSON"):
         read_sources([str(tmp_path / "rows.jsonl")])

@@ -34,7 +34,7 @@ def test_tail_is_the_end_of_the_corpus():
     fraction=st.floats(0.01, 0.9),
     method=st.sampled_from(["content", "tail"]),
 )
-def test_nothing_is_lost_and_nothing_is_on_both_sides(texts, fraction, method):
+def test_every_byte_is_on_one_side(texts, fraction, method):
     kept, held_out = split(texts, f"{method}:{fraction}")
     assert len(b"".join(kept)) + len(b"".join(held_out)) == sum(map(len, texts))
 
@@ -115,7 +115,7 @@ def test_a_vocabulary_is_learnt_from_training_text_alone(tmp_path):
     assert set(Source([str(tmp_path)]).training_text()) == set(trained_on)
 
 
-def test_what_repeats_is_found_in_bounded_memory():
+def test_repeated_pieces_are_found_in_bounded_memory():
     counter = PieceCounter(Holdout("content", 0.05), Selection(0.05))
     for n in range(100_000):
         data = b"again" if n % 10 == 0 else b"%05d" % n
@@ -157,6 +157,6 @@ def test_characters_are_not_cut():
 @pytest.mark.parametrize(
     "text", ["", "tail", "tail:0", "tail:1", "tail:nan", "tail:x", "head:0.1", "content:-1"]
 )
-def test_a_holdout_that_cannot_be_is_refused(text):
+def test_an_invalid_holdout_is_refused(text):
     with pytest.raises(InputError, match="holdout must be"):
         Holdout.parse(text)

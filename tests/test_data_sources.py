@@ -53,7 +53,7 @@ def test_dash_is_standard_input(texts, standard_input):
     assert joined(read_sources([str(texts / "b.txt"), "-"])) == b"secondpiped \xff"
 
 
-def test_an_interrupt_is_heard_though_it_cuts_no_read_short(monkeypatch):
+def test_interrupt_stops_a_blocking_read(monkeypatch):
     def interrupt():
         # Once the other thread waits; a signal that this thread gets does not wake it.
         time.sleep(0.2)
@@ -97,7 +97,7 @@ def test_linked_folders_are_read_and_circles_of_them_end(texts, tmp_path_factory
     assert joined(read_sources([str(texts)])) == b"first \xff\xfe\x00 bytessecondthirdlinked"
 
 
-def test_what_cannot_be_read_below_a_folder_is_named(tmp_path, monkeypatch):
+def test_an_unreadable_path_below_a_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / "dangling").symlink_to("nothing")
     for source in (tmp_path, tmp_path / "dangling", tmp_path / "*"):
         with pytest.raises(InputError, match=r"cannot read .*dangling: No such file or directory"):

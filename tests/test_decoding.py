@@ -1,3 +1,5 @@
+"""The decoder: its native step against the model, in any type, batch and number of threads."""
+
 import os
 import subprocess
 import sys
@@ -178,7 +180,7 @@ def test_small_calls_take_one_thread_if_asked_to():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("token", [-1, 50, 2**40])
-def test_an_id_outside_the_vocabulary_is_refused_and_nothing_moves(dtype, token):
+def test_an_id_outside_the_vocabulary_is_refused_and_leaves_the_state(dtype, token):
     model = tiny(dtype)
     decoder, state = Decoder(model, max_batch=2), model.initial_state(2)
     decoder.step(torch.tensor([1, 2]), state)
@@ -370,7 +372,7 @@ def test_the_widest_matrices_in_int8_do_not_overflow(signs):
 
 @pytest.mark.parametrize("dim", [8, 40, 64, 100])
 @pytest.mark.parametrize("rows", [1, 6, 15, 17, 50])
-def test_products_of_bf16_are_those_of_fp64_and_feel_no_other_memory(dim, rows):
+def test_bf16_products_are_exact_and_in_bounds(dim, rows):
     torch.manual_seed(dim + rows)
     model = GatedExponentialSmoothingLM(num_tokens=70, dim=dim, depth=1, heads=2, dim_mhesa=16).bfloat16()
     engine = NativeEngine(model, torch.bfloat16, rows, single_thread_small_calls=False)
@@ -387,7 +389,7 @@ def test_products_of_bf16_are_those_of_fp64_and_feel_no_other_memory(dim, rows):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_graph_on_a_gpu_is_the_step():
+def test_the_graph_on_a_gpu_equals_the_step():
     model = tiny().cuda()
     decoder, state = Decoder(model, max_batch=3), model.initial_state(3)
     expected = model.initial_state(3)
@@ -400,7 +402,7 @@ def test_the_graph_on_a_gpu_is_the_step():
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), ALL)
-def test_logits_that_are_not_kept_are_those_of_single_steps(dtype, quantize):
+def test_read_equals_single_steps(dtype, quantize):
     decoder = Decoder(tiny(dtype), max_batch=2, quantize=quantize)
     texts = [torch.randint(50, (length,)) for length in (ROWS + 40, 7)]
     state, stepped = decoder.initial_state(2), decoder.initial_state(2)

@@ -40,7 +40,7 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def run_of_one_process(tmp_path_factory):
     """A run of one process, with states that are carried."""
     folder = tmp_path_factory.mktemp("one")
     text = folder / "text.txt"
@@ -84,44 +84,44 @@ def back_to_step_5(run, to):
 
 
 @pytest.fixture(scope="module")
-def two(one, tmp_path_factory):
-    """The run of `one` by two processes."""
+def run_of_two_processes(run_of_one_process, tmp_path_factory):
+    """The same run by two processes."""
     out = tmp_path_factory.mktemp("two") / "run"
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    done = torchrun(2, *one.sources, "--out", out, "--carry-state", *options)
+    done = torchrun(2, *run_of_one_process.sources, "--out", out, "--carry-state", *options)
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stderr
     assert done.stdout.count("held-out text") == 1
     return out
 
 
-def test_two_processes_are_one(one, two):
-    assert_same_curve(two, losses(Path(one.out)))
+def test_two_processes_train_the_same_model(run_of_one_process, run_of_two_processes):
+    assert_same_curve(run_of_two_processes, losses(Path(run_of_one_process.out)))
 
 
-def test_what_two_saved_one_resumes(one, two, tmp_path):
-    out = back_to_step_5(two, tmp_path / "run")
-    train(replace(one, out=str(out)), resume=True)
-    assert_same_curve(out, losses(two))
+def test_one_process_resumes_a_run_of_two(run_of_one_process, run_of_two_processes, tmp_path):
+    out = back_to_step_5(run_of_two_processes, tmp_path / "run")
+    train(replace(run_of_one_process, out=str(out)), resume=True)
+    assert_same_curve(out, losses(run_of_two_processes))
 
 
 @pytest.mark.parametrize(("processes", "options"), [(4, []), (2, ["--fsdp"])], ids=["4", "2, sharded"])
-def test_what_two_saved_others_resume(two, tmp_path, processes, options):
-    out = back_to_step_5(two, tmp_path / "run")
+def test_other_groups_resume_a_run_of_two(run_of_two_processes, tmp_path, processes, options):
+    out = back_to_step_5(run_of_two_processes, tmp_path / "run")
     done = run_processes(processes, "train", "--resume", "--out", out, *options)
     assert done.returncode == 0, done.stderr
-    assert_same_curve(out, losses(two))
-    weights, expected = (load_file(folder / "model.safetensors") for folder in (out, two))
+    assert_same_curve(out, losses(run_of_two_processes))
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (out, run_of_two_processes))
     assert weights.keys() == expected.keys()
     assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in expected)
 
 
 @pytest.fixture(scope="module")
-def shared(one, tmp_path_factory):
-    """The run of `one` by two processes that share every window, whose context they do not divide."""
+def shared(run_of_one_process, tmp_path_factory):
+    """The same run by two processes that share every window, whose context they do not divide."""
     out = tmp_path_factory.mktemp("shared") / "run"
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    arguments = (*one.sources, "--out", out, "--carry-state", *options, "--context", 33)
+    arguments = (*run_of_one_process.sources, "--out", out, "--carry-state", *options, "--context", 33)
     done = run_processes(2, "train", *arguments, "--context-parallel", 2, "--eval-every", 15)
     assert done.returncode == 0, done.stderr
     assert "2 processes, 2 to a window" in done.stderr
@@ -129,10 +129,10 @@ def shared(one, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(one, tmp_path_factory):
+def alone(run_of_one_process, tmp_path_factory):
     """The run of `shared` by one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    train(replace(one, out=str(out), context=33, eval_every=15))
+    train(replace(run_of_one_process, out=str(out), context=33, eval_every=15))
     return out
 
 
@@ -141,7 +141,7 @@ def held_out(folder):
     return [row["held_out_bits_per_byte"] for row in rows if "held_out_bits_per_byte" in row]
 
 
-def test_processes_that_share_windows_are_one(alone, shared):
+def test_processes_that_share_windows_train_the_same_model(alone, shared):
     assert_same_curve(shared, losses(alone))
     assert len(held_out(shared)) == 2
     assert held_out(shared) == pytest.approx(held_out(alone), abs=1e-4)
@@ -152,7 +152,7 @@ def test_processes_that_share_windows_are_one(alone, shared):
     [(4, 2, []), (4, 4, ["--fsdp"]), (1, 1, [])],
     ids=["2 x 2", "4, sharded", "1"],
 )
-def test_what_they_saved_others_resume(shared, tmp_path, processes, columns, options):
+def test_other_groups_resume_a_run_of_shared_windows(shared, tmp_path, processes, columns, options):
     out = back_to_step_5(shared, tmp_path / "run")
     resume = ["train", "--resume", "--out", out, "--context-parallel", columns, *options]
     done = run_processes(processes, *resume)
@@ -201,15 +201,19 @@ def test_no_window_is_read_twice_and_none_is_left_out(processes, accumulate):
     assert sorted(read) == sorted(windows.starts(3).tolist())
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(one, tmp_path):
-    done = run_processes(2, "train", *one.sources, "--out", tmp_path / "run", "--batch-size", 3)
+def test_a_batch_that_cannot_be_shared_is_refused(run_of_one_process, tmp_path):
+    done = run_processes(
+        2, "train", *run_of_one_process.sources, "--out", tmp_path / "run", "--batch-size", 3
+    )
     assert done.returncode == 2
     assert "batch_size 3 cannot be divided into 1 micro-batches for 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_windows_that_cannot_be_shared_are_refused(one, tmp_path):
-    done = run_processes(2, "train", *one.sources, "--out", tmp_path / "run", "--context-parallel", 3)
+def test_windows_that_cannot_be_shared_are_refused(run_of_one_process, tmp_path):
+    done = run_processes(
+        2, "train", *run_of_one_process.sources, "--out", tmp_path / "run", "--context-parallel", 3
+    )
     assert done.returncode == 2
     assert "context_parallel 3 does not divide the number of processes, 2" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -223,13 +227,13 @@ def test_windows_that_cannot_be_shared_are_refused(one, tmp_path):
         ({"context_parallel": 2, "compile": True}, "compile cannot be used with context_parallel"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(one, changes, message):
+def test_invalid_settings_are_refused(run_of_one_process, changes, message):
     with pytest.raises(InputError, match=message):
-        replace(one, **changes).resolve()
+        replace(run_of_one_process, **changes).resolve()
 
 
 @pytest.mark.parametrize("options", [("--context-parallel", 2), ()], ids=["shared windows", "DDP"])
-def test_a_process_that_dies_ends_the_others(one, tmp_path, options):
+def test_a_process_that_dies_ends_the_others(run_of_one_process, tmp_path, options):
     out = tmp_path / "run"
 
     def kill_the_second(processes):
@@ -238,7 +242,7 @@ def test_a_process_that_dies_ends_the_others(one, tmp_path, options):
         os.kill(processes[1].pid, signal.SIGKILL)
 
     sizes = ("--dim", 16, "--depth", 1, "--dim-mhesa", 32, "--save-every", 1, "--steps", 10**6)
-    arguments = ("train", *one.sources, "--out", out, *sizes, *options)
+    arguments = ("train", *run_of_one_process.sources, "--out", out, *sizes, *options)
     done = run_processes(2, *arguments, meanwhile=kill_the_second)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -250,9 +254,9 @@ def test_a_process_that_dies_ends_the_others(one, tmp_path, options):
 @pytest.mark.parametrize(
     "command", [("eval", "--json"), ("score", "--top", 3, "--json")], ids=["eval", "score"]
 )
-def test_processes_read_a_text_together(shared, one, tmp_path, run, command):
+def test_processes_read_a_text_together(shared, run_of_one_process, tmp_path, run, command):
     text = tmp_path / "text.txt"
-    text.write_bytes(Path(*one.sources).read_bytes()[:20_001])
+    text.write_bytes(Path(*run_of_one_process.sources).read_bytes()[:20_001])
     name, *options = command
     code, expected, _ = run(name, shared, text, *options)
     done = run_processes(3, name, shared, text, *options)

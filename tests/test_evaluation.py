@@ -29,14 +29,14 @@ def whole_cost(model, data):
 
 
 @pytest.mark.parametrize("window", [1, 7, 4096])
-def test_windows_cost_what_one_pass_costs(model, monkeypatch, window):
+def test_windows_have_the_cost_of_one_pass(model, monkeypatch, window):
     monkeypatch.setattr(evaluation, "WINDOW", window)
     score = evaluate(model, ByteTokenizer(), [Document("a", TEXT)])
     assert score.nats == pytest.approx(whole_cost(model, TEXT), rel=1e-6)
     assert (score.tokens, score.bytes) == (len(TEXT), len(TEXT))
 
 
-def test_documents_start_from_nothing(model):
+def test_every_document_starts_from_the_initial_state(model):
     documents = [Document("a", TEXT), Document("b", b"x")]
     score = evaluate(model, ByteTokenizer(), documents)
     assert score.nats == pytest.approx(whole_cost(model, TEXT) + whole_cost(model, b"x"), rel=1e-6)

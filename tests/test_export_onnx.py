@@ -92,7 +92,7 @@ def test_the_command_exports_fixed_rates_and_a_vocabulary_too(run, tmp_path):
     torch.testing.assert_close(logits, model.step(ids, state)[0], atol=1e-4, rtol=0)
 
 
-def test_what_cannot_be_exported_is_one_line(run, tmp_path, monkeypatch):
+def test_a_refused_export_is_one_line(run, tmp_path, monkeypatch):
     model = ModelConfig(dim=16, dim_mhesa=8, depth=1).build()
     save(model, Bytes(), tmp_path / "model")
     code, out, err = run("export", tmp_path / "model", "--onnx", tmp_path / "out", "--opset", "9")

@@ -147,7 +147,7 @@ def test_sessions_outlive_the_page_and_go_their_own_ways(page, exported):
     assert page.faults == []
 
 
-def test_storage_refused_is_said(page, exported, tmp_path):
+def test_refused_storage_is_shown(page, exported, tmp_path):
     """A frame without an origin of its own has no storage."""
     path = exported("fixed")
     (path.parent / "frame.html").write_text(
@@ -202,7 +202,7 @@ def test_the_module_is_made_of_its_source():
     assert digest in (HERE / "step.wasm").read_bytes()
 
 
-def test_what_cannot_be_exported_is_one_line(run, models, tmp_path):
+def test_a_refused_export_is_one_line(run, models, tmp_path):
     bpe = save_model(tmp_path / "bpe", train_bpe([WORDS.encode()] * 9, 300))
     (tmp_path / "file").write_text("")
     for arguments, message in (

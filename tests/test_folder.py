@@ -90,7 +90,7 @@ def test_tied_embeddings(folder, missing):
     assert_loads_as_transformers_does(folder)
 
 
-def test_weights_are_not_the_files(folder):
+def test_weights_do_not_alias_the_file(folder):
     model, _ = load(folder)
     before = fingerprint(model)
     path = folder / "model.safetensors"
@@ -190,7 +190,7 @@ def test_every_damaged_header_is_named(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-def test_weights_that_are_no_fractions_are_refused(folder, dtype):
+def test_integer_weights_are_refused(folder, dtype):
     path = folder / "model.safetensors"
     save_file({name: weight.to(dtype) for name, weight in load_file(path).items()}, path)
     with pytest.raises(InputError, match=rf"safetensors is damaged: .* is of type {dtype}"):
@@ -327,7 +327,7 @@ def test_reading_and_writing_import_little(folder, tmp_path_factory):
     ],
     ids=str,
 )
-def test_what_needs_no_model_needs_no_torch(arguments, code):
+def test_commands_without_a_model_import_no_torch(arguments, code):
     script = (
         "import atexit, sys\n"
         "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"

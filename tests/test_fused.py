@@ -123,7 +123,7 @@ def test_forward_mode_is_refused() -> None:
         run(forward_ad.make_dual(x, x), *rest)
 
 
-def test_what_is_called_directly_is_seen_by_who_looks_on() -> None:
+def test_direct_calls_reach_dispatch_modes() -> None:
     tensors = arguments()
     expected = run(*tensors)
     seen = []

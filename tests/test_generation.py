@@ -19,7 +19,7 @@ def model():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_greedy_tokens_are_those_of_full_passes(model, dtype):
+def test_greedy_tokens_equal_those_of_full_passes(model, dtype):
     plain = GatedExponentialSmoothingLM(num_tokens=19, dim=8, depth=2, heads=2, dim_mhesa=6).to(dtype)
     ids = torch.tensor([1, 2, 3])
     with torch.no_grad():
@@ -99,13 +99,13 @@ def test_a_state_continues_where_it_was_left(model):
     assert list(stream(decoder, ids[-1:], max_new_tokens=20, seed=3, state=state)) == expected
 
 
-def test_no_new_tokens_are_none(model):
+def test_without_new_tokens_or_prompts_results_are_empty(model):
     assert list(stream(model, torch.tensor([1]), max_new_tokens=0)) == []
     assert generate(model, [torch.tensor([1])], max_new_tokens=0)[0].tolist() == []
     assert generate(model, [], max_new_tokens=5) == []
 
 
-def test_prompts_that_cannot_be_are_refused(model):
+def test_invalid_prompts_are_refused(model):
     empty = torch.tensor([], dtype=torch.long)
     with pytest.raises(InputError, match="at least one token"):
         next(stream(model, empty, max_new_tokens=1))

@@ -1,3 +1,5 @@
+"""The configuration for transformers: its sizes, its names, what is saved."""
+
 import json
 import re
 
@@ -80,7 +82,7 @@ def test_token_ids_are_the_byte_tokenizers_where_they_exist():
     assert MhesaConfig(vocab_size=100, eos_token_id=7).eos_token_id == 7
 
 
-def test_what_other_libraries_ask_of_a_configuration(tmp_path):
+def test_attributes_that_other_libraries_ask_for(tmp_path):
     config = MhesaConfig(num_attention_heads=4, num_hidden_layers=3)
     assert config.heads == config.num_attention_heads == 4
     assert config.layer_types == ["linear_attention"] * 3

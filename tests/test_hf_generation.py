@@ -75,14 +75,14 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_cached_is_uncached(model, ids, mode):
+def test_cached_equals_uncached(model, ids, mode):
     cached = generate(model, ids, **MODES[mode])
     assert torch.equal(cached, generate(model, ids, use_cache=False, **MODES[mode]))
     assert cached.shape == (3 * MODES[mode].get("num_return_sequences", 1), 9 + TOKENS)
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
-def test_scores_cached_are_scores_uncached(model, ids, mode):
+def test_scores_cached_equal_scores_uncached(model, ids, mode):
     arguments = {"return_dict_in_generate": True, "output_scores": True, **MODES[mode]}
     cached = generate(model, ids, **arguments)
     uncached = generate(model, ids, use_cache=False, **arguments)
@@ -90,7 +90,7 @@ def test_scores_cached_are_scores_uncached(model, ids, mode):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_greedy_is_the_plain_models(model, ids):
+def test_greedy_equals_the_plain_models(model, ids):
     lm, row = model.to_plain(), ids[:1]
     for _ in range(TOKENS):
         row = torch.cat([row, lm(row)[:, -1:].argmax(-1)], dim=1)
@@ -129,7 +129,7 @@ def test_beams_move_their_states_with_them(model, ids, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["greedy", "beams", "several-beams"])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_left_padding_is_a_solo_run(model, ids, mode, use_cache):
+def test_left_padding_equals_a_solo_run(model, ids, mode, use_cache):
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 3, 8)):
         ids[row, :padding] = 0
@@ -234,7 +234,7 @@ def test_a_token_that_only_rounds_up_the_vocabulary_is_never_drawn(model, ids, t
         assert padded.generation_config.suppress_tokens == suppressed
 
 
-def test_what_generation_refuses(model, ids):
+def test_unsupported_arguments_are_refused(model, ids):
     with pytest.raises(TypeError, match="must be a MhesaCache, not a DynamicCache"):
         generate(model, ids, **{CACHE: DynamicCache()})
     with pytest.raises(ValueError, match="leave out cache_implementation='static'"):

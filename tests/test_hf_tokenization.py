@@ -1,3 +1,5 @@
+"""The tokenizer of bytes for transformers: any bytes and ids survive, text is never touched."""
+
 import pickle
 
 import pytest
@@ -131,7 +133,7 @@ def test_tensors_decode(tokenizer):
     assert tokenizer.decode(ids[0, 0]) == "h"
 
 
-def test_nothing_is_added_to_a_text(tokenizer):
+def test_no_special_token_is_added(tokenizer):
     assert tokenizer.encode("a", add_special_tokens=True) == [97]
     assert tokenizer.num_special_tokens_to_add() == 0
 

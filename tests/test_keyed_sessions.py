@@ -44,7 +44,7 @@ LINES = st.lists(st.tuples(st.sampled_from("abcdef"), st.binary(max_size=12)), m
 
 @settings(max_examples=40, deadline=None)
 @given(lines=LINES, states=st.integers(1, 7), cut=st.integers(0, 30))
-def test_lines_cost_what_they_cost_in_a_session_of_their_own(reader, lines, states, cut):
+def test_surprisals_equal_those_of_a_session_for_each_key(reader, lines, states, cut):
     with KeyedSessions(reader, memory=memory_of(reader, states)) as sessions:
         found = sessions.score(lines[:cut]) + sessions.score(lines[cut:])
     for bits, expected in zip(found, alone(reader, lines), strict=True):
@@ -58,7 +58,7 @@ def test_more_keys_than_the_decoder_takes_at_once_and_lines_longer_than_a_window
             np.testing.assert_allclose(bits, expected, atol=1e-5)
 
 
-def test_a_file_goes_on_after_a_commit_and_not_with_what_came_after_it(reader, tmp_path):
+def test_a_file_goes_on_from_its_last_commit(reader, tmp_path):
     lines = [("a", b"one"), ("b", b"two"), ("a", b"three"), ("b", b"four")]
     expected = alone(reader, lines)
     path = tmp_path / "log.state"

@@ -138,7 +138,7 @@ def test_states_of_narrow_layers_are_fp32(dtype):
         (MHESA, {"dim": 8, "heads": 2, "backend": "cuda"}, "unknown backend 'cuda'; choose from"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(layer, sizes, message):
+def test_invalid_sizes_are_refused(layer, sizes, message):
     with pytest.raises(ValueError, match=message):
         layer(**sizes)
 

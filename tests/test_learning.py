@@ -140,7 +140,7 @@ def test_a_transformer_looks_back_only():
     torch.testing.assert_close(model(ids[:, :12]), whole[:, :12])
 
 
-def test_pictures_are_drawn_of_what_is_saved(tmp_path):
+def test_pictures_are_drawn_of_saved_results(tmp_path):
     assert draw_all(tmp_path, tmp_path) == []
     run = {"recipe": "adaptive", "short": 1.2, "budget": "600 steps"}
     tables = {

@@ -94,7 +94,7 @@ def test_only_one_thread_at_a_time_is_in(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_locked_is_named(tmp_path):
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     (tmp_path / "file").write_text("text")
     assert refusal(tmp_path / "file") == f"{tmp_path / 'file'} is a file; give a folder to save to"
     assert refusal(tmp_path / "file" / "below").startswith(f"cannot write to {tmp_path / 'file' / 'below'}")
@@ -117,7 +117,7 @@ def make(marker, made, barrier):
             made.write_text("it")
 
 
-def test_one_process_makes_what_all_need(tmp_path):
+def test_one_of_several_processes_makes_the_file(tmp_path):
     barrier = FORKED.Barrier(4)
     arguments = tmp_path / "new" / "marker", tmp_path / "made", barrier
     processes = [FORKED.Process(target=make, args=arguments, daemon=True) for _ in range(4)]
@@ -134,7 +134,7 @@ def make_and_die(marker):
         os._exit(9)
 
 
-def test_what_a_process_left_unmade_the_next_one_makes(tmp_path):
+def test_after_a_maker_that_fails_the_next_one_makes(tmp_path):
     process = FORKED.Process(target=make_and_die, args=(tmp_path / "marker",))
     process.start()
     process.join()

@@ -52,7 +52,7 @@ def check(decoder, ids, targets):
 
 @pytest.mark.parametrize(("dtype", "quantize"), FORMS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_they_are_those_of_all_logits(threads, dtype, quantize, count):
+def test_surprisals_equal_those_from_all_logits(threads, dtype, quantize, count):
     threads(count)
     lengths = [1, 700, 3, 256, 17, 1, 1200]
     decoder = Decoder(model_of(dtype), max_batch=len(lengths), quantize=quantize)
@@ -113,7 +113,7 @@ def test_a_thread_gets_the_rows_that_it_has_time_for(row_times, rows):
     adaptive=st.booleans(),
     conv_size=st.sampled_from([0, 1, 4]),
 )
-def test_nothing_depends_on_how_rows_are_cut(lengths, count, share, call, logits, adaptive, conv_size):
+def test_results_do_not_depend_on_how_rows_are_cut(lengths, count, share, call, logits, adaptive, conv_size):
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "SHARE", share)

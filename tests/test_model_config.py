@@ -92,7 +92,10 @@ def test_blocks_and_models_take_every_size():
         ({"dim": 64.0}, "dim must be a whole number, not 64.0"),
         ({"heads": True}, "heads must be a whole number, not True"),
         ({"heads": 3}, "dim_mhesa must be divisible by heads, but 256 is not by 3"),
-        ({"dim_expansion_factor": 0}, "dim_expansion_factor * dim must be at least 1 and fit in 64 bits, not 0"),
+        (
+            {"dim_expansion_factor": 0},
+            "dim_expansion_factor * dim must be at least 1 and fit in 64 bits, not 0",
+        ),
         (
             {"dim_expansion_factor": 1e308},
             "dim_expansion_factor * dim must be at least 1 and fit in 64 bits, not inf",

@@ -9,7 +9,7 @@ SHAPES = [(6, 4), (4, 6), (6, 4), (5, 5), (4, 6)]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_it_is_torchs(weight_decay):
+def test_equals_torch_muon(weight_decay):
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
     optimizers = [

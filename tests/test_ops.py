@@ -124,7 +124,7 @@ def test_gradients(backend: str, packed: bool, reverse: bool, skip: bool, state:
 
 @BACKEND
 @REVERSE
-def test_the_definition_is_a_linear_filter(backend: str, reverse: bool) -> None:
+def test_the_definition_equals_a_linear_filter(backend: str, reverse: bool) -> None:
     case = Case(2, 200, 3, 4, reverse=reverse)
     x = (case.x.flip(1) if reverse else case.x).numpy()
     y, final = np.empty_like(x), np.empty((2, 3, 4))
@@ -187,7 +187,7 @@ def test_any_decay(backend: str, decay: float, length: int) -> None:
 
 @BACKEND
 @REVERSE
-def test_any_split_is_one_pass(backend: str, reverse: bool) -> None:
+def test_any_split_equals_one_pass(backend: str, reverse: bool) -> None:
     for dtype, bar in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         case = Case(2, 30, 2, 5, dtype=dtype, reverse=reverse)
         y, final = case.call(*case.tensors(), backend=backend)
@@ -211,7 +211,7 @@ def test_any_split_is_one_pass(backend: str, reverse: bool) -> None:
 
 
 @BACKEND
-def test_steps_are_the_scan(backend: str) -> None:
+def test_steps_equal_the_scan(backend: str) -> None:
     case = Case(2, 30, 2, 5)
     y, final = case.call(*case.tensors(), backend=backend)
     state = case.state
@@ -384,7 +384,7 @@ def test_the_first_backend_that_serves_is_the_default() -> None:
         ({"backend": "fast"}, "unknown backend 'fast'; choose from triton, numba, chunked, fft, reference"),
     ],
 )
-def test_what_is_wrong_is_said(change: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(change: dict[str, Any], message: str) -> None:
     arguments = {"x": torch.zeros(1, 4, 2, 3), "alpha": torch.zeros(2), "decay": torch.zeros(2)} | change
     with pytest.raises(ValueError, match=message):
         exponential_smoothing(**arguments)

@@ -100,7 +100,7 @@ def test_accuracy(backend: str, dtype: torch.dtype, bar: float) -> None:
 
 @BACKEND
 @REVERSE
-def test_rates_that_stay_the_same_are_fixed_rates(backend: str, reverse: bool) -> None:
+def test_rates_that_stay_the_same_equal_fixed_rates(backend: str, reverse: bool) -> None:
     case = Case(2, 400, 3, 8, reverse=reverse)
     y, final, dx, dalpha, ddecay, dskip, dstate = case.results(backend)
     case.alpha, case.decay = (rate.expand(2, 400, 3) for rate in (case.alpha, case.decay))
@@ -133,7 +133,7 @@ def test_a_decay_of_zero_forgets(backend: str) -> None:
 
 @BACKEND
 @REVERSE
-def test_any_split_is_one_pass(backend: str, reverse: bool) -> None:
+def test_any_split_equals_one_pass(backend: str, reverse: bool) -> None:
     for dtype, bar in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         case = RatesCase(2, 30, 2, 5, dtype=dtype, reverse=reverse)
         y, final = case.call(*case.tensors(), backend=backend)
@@ -157,7 +157,7 @@ def test_any_split_is_one_pass(backend: str, reverse: bool) -> None:
 
 
 @STEPWISE
-def test_steps_are_the_scan(stepwise: str) -> None:
+def test_steps_equal_the_scan(stepwise: str) -> None:
     case = RatesCase(2, 30, 2, 5, stepwise=stepwise)
     y, final = case.call(*case.tensors(), backend="reference")
     state = case.state
@@ -540,7 +540,7 @@ def test_fft_refuses() -> None:
         ({"decay": torch.zeros(4, 2)}, r"decay must be \(2,\) or \(1, 4, 2\) for this x, not \(4, 2\)"),
     ],
 )
-def test_what_is_wrong_is_said(change: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(change: dict[str, Any], message: str) -> None:
     rates = torch.zeros(1, 4, 2)
     arguments = {"x": torch.zeros(1, 4, 2, 3), "alpha": rates, "decay": rates} | change
     with pytest.raises(ValueError, match=message):

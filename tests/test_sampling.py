@@ -78,7 +78,7 @@ def test_draws_follow_the_distribution_of_transformers(sampling, seen):
     top_p=st.sampled_from([1.0, 0.99, 0.5, 0.01]),
     seed=st.integers(0, 2**32),
 )
-def test_nothing_is_drawn_that_transformers_leaves_out(size, top_k, top_p, seed):
+def test_no_token_is_drawn_that_transformers_leaves_out(size, top_k, top_p, seed):
     logits = 3 * torch.randn(1, size, generator=torch.Generator().manual_seed(seed))
     sampling = Sampling(top_k=top_k, top_p=top_p)
     possible = processed(sampling, logits, ()) > 0
@@ -115,7 +115,7 @@ def test_the_random_stream_is_splitmix64():
     assert [samplers.draw(torch.zeros(1, 256))[0] for _ in published] == [each >> 56 for each in published]
 
 
-def test_what_was_drawn_is_penalised_as_openai_documents():
+def test_penalties_are_those_that_openai_documents():
     """`mu[j] - c[j] * frequency - (c[j] > 0) * presence`, where `c` counts what was drawn before."""
     logits, counts = torch.randn(1, 300, dtype=torch.float64), torch.zeros(300)
     samplers = BatchSampler(300, [TokenSampler(Sampling(0, frequency_penalty=0.25, presence_penalty=0.5))])
@@ -181,7 +181,7 @@ def test_impossible_tokens_are_not_drawn():
     ],
     ids=str,
 )
-def test_sampling_that_cannot_be_is_refused(values):
+def test_invalid_sampling_is_refused(values):
     with pytest.raises(InputError, match=f"{next(iter(values))} must be"):
         Sampling(**values)
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import running
+from tiny_models import tiny_model
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import mhesa
@@ -30,9 +31,7 @@ from mhesa.tokenizers.stream import BLOCK_BYTES, encode_stream
 
 @pytest.fixture(scope="module")
 def reader():
-    torch.manual_seed(0)
-    model = GatedExponentialSmoothingLM(num_tokens=257, dim=16, depth=2, heads=2, dim_mhesa=8)
-    return Reader(model.eval(), ByteTokenizer())
+    return Reader(tiny_model(257), ByteTokenizer())
 
 
 def by_line(name, batches):
@@ -51,7 +50,7 @@ PARTS = [b"\n", b"a", b"word ", b"\r\n", b"\xff", b"\x00", "é".encode()]
 
 @settings(max_examples=40, deadline=None)
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=40))
-def test_lines_and_tokens_cost_what_one_pass_costs(reader, parts):
+def test_surprisals_equal_those_of_one_pass(reader, parts):
     text = b"".join(parts)
     bits = expected_bits(reader, text) if text else np.zeros(0)
     tokens = list(by_token("t", score(reader, parts)))
@@ -200,12 +199,10 @@ def test_a_vocabulary_that_gives_no_text_back_goes_by_lines():
 
 @pytest.fixture(scope="module")
 def line_spanning():
-    torch.manual_seed(0)
     tokenizer = byte_level()
     assert any(b"\n" in token[:-1] for token in token_bytes_of(tokenizer))
     # Wider than the tokenizer, as `pad_to_multiple_of` makes it.
-    model = GatedExponentialSmoothingLM(num_tokens=448, dim=16, depth=2, heads=2, dim_mhesa=8)
-    return Reader(model.eval(), tokenizer)
+    return Reader(tiny_model(448), tokenizer)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000, 10**6])
@@ -270,13 +267,13 @@ def test_the_most_surprising_come_first(reader):
     assert [line.bits for line in top] == sorted((line.bits for line in lines), reverse=True)[:2]
 
 
-def test_nothing_has_no_lines(reader):
+def test_empty_text_has_no_lines(reader):
     assert list(by_line("t", score(reader, []))) == []
     (document,) = BY["document"]("t", score(reader, []))
     assert (document.bits, document.bits_per_byte) == (0, 0)
 
 
-def test_the_page_shows_the_text_and_nothing_else_of_it(reader):
+def test_heatmap_escapes_the_text(reader):
     from html.parser import HTMLParser
 
     class Page(HTMLParser):

@@ -22,7 +22,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 # Completions
 
 
-def test_a_greedy_completion_is_what_transformers_writes(client, greedy):
+def test_a_greedy_completion_equals_that_of_transformers(client, greedy):
     for prompt in ("7 bottles", "", "né 日本"):
         done = complete(client, prompt)
         assert done.choices[0].text == greedy(prompt, 40)
@@ -66,7 +66,7 @@ def test_a_text_ends_before_a_stop_streamed_or_not(client):
     assert complete(client, stop=stop, max_tokens=200).choices[0].finish_reason == "stop"
 
 
-def test_biases_and_penalties_change_what_is_written(client):
+def test_biases_and_penalties_change_the_text(client):
     forced = complete(client, logit_bias={"65": 100}, max_tokens=30).choices[0].text
     assert forced == "A" * 30
     biased = {"logit_bias": {str(byte): 100 for byte in b"ABC"}, "max_tokens": 30}
@@ -76,7 +76,7 @@ def test_biases_and_penalties_change_what_is_written(client):
     assert complete(client, max_tokens=200, frequency_penalty=2).choices[0].text != plain
 
 
-def test_a_text_towards_an_end_is_refused_and_why(client):
+def test_suffix_is_refused(client):
     with pytest.raises(openai.BadRequestError, match="cannot write towards an end"):
         complete(client, suffix="the end")
 
@@ -159,7 +159,7 @@ def test_a_servers_own_message_may_be_sent_back(client, greedy):
         assert again.choices[0].message.content == expected
 
 
-def test_what_asks_for_nothing_is_as_if_not_there(client):
+def test_null_empty_and_default_fields_change_no_completion(client):
     plain = complete(client)
     nothing = dict.fromkeys(
         ("best_of", "echo", "frequency_penalty", "logit_bias", "logprobs", "n", "presence_penalty", "seed"),
@@ -184,7 +184,7 @@ def test_what_asks_for_nothing_is_as_if_not_there(client):
     assert complete(client, extra_body={"prompt": None}).choices == complete(client, "").choices
 
 
-def test_what_asks_for_nothing_in_chat_is_as_if_not_there(client):
+def test_null_empty_and_default_fields_change_no_chat(client):
     def chat(**body):
         settings = {"model": "tiny", "temperature": 0, "max_tokens": 9}
         messages = [{"role": "user", "content": "Hi"}]
@@ -221,7 +221,7 @@ def test_what_asks_for_nothing_in_chat_is_as_if_not_there(client):
         assert chat(**body).choices == chat().choices
 
 
-def test_top_p_of_nothing_is_the_likeliest_and_seed_minus_one_is_none(client):
+def test_top_p_of_zero_is_greedy_and_seed_minus_one_is_random(client):
     likeliest = complete(client).choices[0].text
     assert complete(client, temperature=1, top_p=0).choices[0].text == likeliest
     free = {complete(client, temperature=2, seed=-1, max_tokens=40).choices[0].text for _ in range(3)}
@@ -231,7 +231,7 @@ def test_top_p_of_nothing_is_the_likeliest_and_seed_minus_one_is_none(client):
         assert len(same) == 1
 
 
-def test_what_the_template_refuses_is_the_clients_fault(client):
+def test_a_refusal_by_the_template_is_the_clients_fault(client):
     with pytest.raises(openai.BadRequestError, match="the chat template refuses: no such role"):
         client.chat.completions.create(model="tiny", messages=[{"role": "developer", "content": "x"}])
 
@@ -272,7 +272,7 @@ def test_head_is_get_without_a_body(http, path):
     assert http.get("/health").json() == {"status": "ok"}
 
 
-def test_head_of_what_is_not_there(http):
+def test_head_of_unknown_paths_and_methods(http):
     assert http.head("/nope").status_code == 404
     assert http.head("/v1/completions").status_code == 405
 
@@ -280,7 +280,7 @@ def test_head_of_what_is_not_there(http):
 # The description
 
 
-def test_what_is_sent_is_what_is_declared(http):
+def test_answers_match_the_declared_schemas(http):
     api = http.get("/openapi.json").json()
     for schema in api["components"]["schemas"].values():
         # A field that is not declared shall be an error.

@@ -109,7 +109,7 @@ def greedy(model, ids, limit):
     return text
 
 
-def test_a_greedy_text_is_that_of_whole_passes(model):
+def test_a_greedy_text_equals_that_of_whole_passes(model):
     for ids in ([23, 1, 2], [23], [23, *range(20)]):
         assert alone(model, ids) == greedy(model, ids, 50)
 
@@ -252,7 +252,7 @@ def test_clients_take_turns(model):
     assert order.index("one") <= 2
 
 
-def test_closing_fails_what_is_left_and_takes_no_more(model):
+def test_closing_fails_open_requests_and_takes_no_more(model):
     bench = Bench(model, slots=1)
     jobs = [job([23], ENDLESS, limit=10**9) for _ in range(3)]
     bench.engine.submit(jobs)

@@ -77,20 +77,20 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server, http):
     ],
     ids=["header", "path", "headers", "bytes", "many bytes", "line"],
 )
-def test_what_is_no_http_is_refused(server, data, status, code):
+def test_requests_that_are_not_http_are_refused(server, data, status, code):
     answer = raw(server, data)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == code
 
 
-def test_what_follows_a_request_and_is_none_ends_the_connection(server):
+def test_bytes_after_a_request_close_the_connection(server):
     body = json.dumps({"prompt": "x", "max_tokens": 5}).encode()
     request = HEAD + f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     answer = raw(server, request.encode() + body + b"\0 nonsense\r\n\r\n")
     assert b"HTTP/1.1 400 " in answer
 
 
-def test_who_goes_on_sending_what_is_refused_gets_the_answer(server):
+def test_refusal_reaches_a_client_that_goes_on_sending(server):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(b"GET /" + b"y" * 100_000)
@@ -107,11 +107,11 @@ def test_who_goes_on_sending_what_is_refused_gets_the_answer(server):
 
 
 @pytest.mark.parametrize("part", ["", "GET / HTTP/1.1\r\nHost:", HEAD + "Content-Length: 100\r\n\r\n{"])
-def test_who_sends_slowly_is_cut_off(server, part):
+def test_slow_sender_is_disconnected(server, part):
     assert raw(server, part.encode()) == b""
 
 
-def test_who_does_not_read_is_cut_off_and_holds_nothing(server):
+def test_slow_reader_is_disconnected(server):
     body = json.dumps(FOREVER | {"stream": True, "logprobs": 20}).encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -160,7 +160,7 @@ def _quietly(http, body):
         http.post("/v1/completions", json=body)
 
 
-def test_what_takes_too_long_is_ended(folder):
+def test_long_requests_time_out(folder):
     limits = {"max_tokens": ENDLESS, "request_seconds": 0.5}
     with in_process(folder, limits=limits) as http:
         answer = http.post("/v1/completions", json=FOREVER)

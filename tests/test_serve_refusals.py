@@ -71,7 +71,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("body", "status", "code"), BAD, ids=lambda value: ascii(value)[:40])
-def test_what_cannot_be_is_refused_in_openais_shape(http, body, status, code):
+def test_invalid_requests_are_refused_in_openais_shape(http, body, status, code):
     answer = http.post(
         "/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"}
     )
@@ -107,7 +107,7 @@ def test_what_cannot_be_is_refused_in_openais_shape(http, body, status, code):
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_what_a_chat_cannot_have_is_refused_by_name(http, body, name):
+def test_unsupported_chat_fields_are_refused_by_name(http, body, name):
     answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]} | body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == name
@@ -300,7 +300,7 @@ def test_an_address_in_use_is_told_in_one_line(folder):
         ({"host": "::"}, "can be reached from other machines"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         Settings(name="tiny", **settings)
 
@@ -315,7 +315,7 @@ def test_settings_that_cannot_be_are_refused(settings, message):
         (None, "cannot read keys from"),
     ],
 )
-def test_keys_that_cannot_be_are_refused_and_not_repeated(tmp_path, text, message):
+def test_invalid_keys_are_refused_and_not_repeated(tmp_path, text, message):
     path = tmp_path / "keys"
     if text is not None:
         path.write_text(text)

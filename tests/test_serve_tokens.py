@@ -77,7 +77,7 @@ def test_the_tokenizer_is_described(served):
         ("/detokenize", {}, "tokens"),
     ],
 )
-def test_what_cannot_be_is_refused(served, path, body, param):
+def test_invalid_arguments_are_refused(served, path, body, param):
     http, _ = served
     answer = http.post(path, json=body)
     assert answer.status_code == 400, answer.text

@@ -44,7 +44,7 @@ def same(first, second):
 
 @settings(max_examples=25, deadline=None)
 @given(parts=st.lists(st.binary(max_size=40), max_size=6))
-def test_pieces_are_the_whole(reader, parts):
+def test_pieces_equal_one_call(reader, parts):
     whole, pieces, scored = (Session(reader) for _ in range(3))
     whole.feed(b"".join(parts))
     for part in parts:

@@ -66,7 +66,7 @@ def test_a_model_of_no_numbers_is_an_error(names):
         token_logprobs(decoder.predict(ids, decoder.initial_state(1)), ids, 0)
 
 
-def test_surprisal_is_the_same_bits_on_any_number_of_threads():
+def test_the_number_of_threads_changes_no_bit_of_surprisal():
     logits, targets = torch.randn(1000, 300), torch.randint(300, (1000,))
     assert logits.numel() >= MIN_PARALLEL
     alone = surprisal(logits, targets)

@@ -57,7 +57,7 @@ def test_a_vocabulary_of_five_thousand_digits_is_refused():
         ("!!python/object/apply:os.system [true]", "is not YAML"),
     ],
 )
-def test_a_file_that_cannot_be_is_named(tmp_path, text, message):
+def test_an_invalid_file_is_named(tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
         load_config(tmp_path / "run.yaml")

@@ -129,7 +129,7 @@ def test_vocabularies_of_others(tmp_path, make, end):
         tokenizer.encode_bytes(b"fox \xff")
 
 
-def test_the_configuration_says_what_ends_a_text(tmp_path):
+def test_the_configuration_names_the_end_of_text(tmp_path):
     tokenizer = words()
     tokenizer.add_special_tokens(["<end>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -142,7 +142,7 @@ def test_a_vocabulary_without_an_end_gets_one():
     assert TextTokenizer(tokenizer).eos_token_id == 2
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path):
+def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path):
     with pytest.raises(InputError, match="there is no tokenizer at"):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')

@@ -145,7 +145,7 @@ def test_a_server_completes(environment, trained):
         process.wait()
 
 
-def test_transformers_reads_what_was_trained_without_it(trained):
+def test_transformers_reads_a_model_trained_without_it(trained):
     run, _ = trained
     plain, tokenizer = mhesa.load(run)
     model, theirs = (kind.from_pretrained(run) for kind in (AutoModelForCausalLM, AutoTokenizer))

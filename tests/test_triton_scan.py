@@ -1,0 +1,267 @@
+"""The Triton backend against the reference: on a GPU, or anywhere under Triton's interpreter."""
+
+import itertools
+import mmap
+
+import pytest
+import torch
+from combinations import covering
+from triton_scans import (
+    DEVICE,
+    INTERPRETED,
+    PACKING,
+    assert_close,
+    assert_same,
+    make_inputs,
+    on_device,
+    on_gpu_only,
+    reference,
+    run,
+    run_once,
+    set_regime,
+)
+
+from mhesa.ops import exponential_smoothing
+from mhesa.ops.triton import launching
+from mhesa.ops.triton import scan as backend
+
+pytestmark = on_device
+
+# Shapes and options of `make_inputs`.
+CASES = {
+    "one step": ((2, 1, 3, 5), {}),
+    "plain": ((2, 65, 1, 32), {"skip": False, "initial": False}),
+    "heads of a block": ((1, 129, 2, 32), {}),
+    "heads across blocks": ((1, 150, 3, 13), {}),
+    "packed": ((1, 170, 2, 20), {"offsets": PACKING}),
+    "packed and plain": ((1, 170, 1, 32), {"offsets": PACKING, "initial": False, "skip": False}),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "reverse", "regime"),
+    covering(itertools.product(CASES, [False, True], ["whole", "tiles"])),
+    indirect=["regime"],
+)
+def test_agrees_with_the_reference(case, reverse, regime):
+    shape, options = CASES[case]
+    inputs = make_inputs(shape, **options)
+    assert_close(run(inputs, reverse=reverse), reference(inputs, reverse), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_types(dtype, regime):
+    inputs = make_inputs((1, 270, 2, 8), dtype)
+    actual = run(inputs)
+    assert actual["y"].dtype == actual["dx"].dtype == dtype
+    assert_close(actual, reference(inputs), dtype)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-20, 1 - 1e-7, 1.0])
+def test_extreme_decays(decay, regime):
+    inputs = make_inputs((1, 200, 1, 4), decay=decay)
+    actual = run(inputs)
+    assert_close(actual, reference(inputs), torch.float32)
+    if decay == 0:
+        exact = inputs["alpha"][:, None] * inputs["x"][:, -1]
+        assert torch.equal(actual["final"], exact)
+
+
+def test_many_tiles(monkeypatch):
+    """More tiles than the chain of tiles fetches at once."""
+    set_regime(monkeypatch, "tiles")
+    monkeypatch.setattr(backend, "SPANS_LOG", 3)
+    for rows_logs in (backend.FORWARD_ROWS_LOG, backend.BACKWARD_ROWS_LOG):
+        monkeypatch.setitem(rows_logs, 4, 0)
+    for offsets in (None, [0, 7, 8, 64, 150]):
+        inputs = make_inputs((1, 150, 1, 4), offsets=offsets)
+        assert_close(run(inputs), reference(inputs), torch.float32)
+
+
+@pytest.mark.parametrize("offsets", [None, PACKING], ids=["dense", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_regimes_agree_bit_for_bit(offsets, dtype, monkeypatch):
+    """The batch decides between them, and must not be seen in the results."""
+    inputs = make_inputs((1, 170 if offsets else 300, 1, 32), dtype, offsets=offsets)
+    results = []
+    for regime in ("whole", "tiles"):
+        set_regime(monkeypatch, regime)
+        actual = run(inputs)
+        results.append({key: actual[key] for key in ("y", "final", "dx", "dinitial_state")})
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 2, 0), (2, 3, 0, 4)], ids=str)
+def test_empty_dimensions(shape):
+    inputs = make_inputs(shape)
+    actual = run(inputs)
+    assert actual.pop("y").shape == shape
+    assert torch.equal(actual.pop("final"), inputs["initial_state"])
+    assert torch.equal(actual.pop("dinitial_state"), inputs["dfinal"])
+    for name, value in actual.items():
+        assert value.shape == inputs[name.removeprefix("d")].shape
+        assert not value.any()
+
+
+def test_unknown_type():
+    inputs = make_inputs((1, 3, 2, 4))
+    x = inputs["x"].to(torch.float8_e5m2)
+    with pytest.raises(ValueError, match="float16, bfloat16, float32, float64, not float8_e5m2"):
+        exponential_smoothing(x, inputs["alpha"], inputs["decay"], backend="triton")
+
+
+def test_packed_without_a_sequence():
+    inputs = make_inputs((1, 0, 2, 4), offsets=[0])
+    assert run(inputs)["final"].shape == (0, 2, 4)
+
+
+@pytest.mark.parametrize("operand", ["x", "dy"])
+@pytest.mark.parametrize("layout", ["time-first", "slice", "channels-apart", "expanded"])
+def test_layouts_equal_contiguous(operand, layout):
+    inputs = make_inputs((2, 40, 2, 16))
+    value = inputs[operand]
+    if layout == "expanded":
+        value = value[:, :1].expand_as(value)
+    dense = inputs | {operand: value.contiguous()}
+    if layout == "time-first":
+        value = value.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "slice":
+        value = torch.cat([value, value.new_full((2, 40, 1, 16), torch.nan)], dim=2)[:, :, :2]
+    elif layout == "channels-apart":
+        value = value.transpose(2, 3).contiguous().transpose(2, 3)
+    assert layout == "expanded" or not value.is_contiguous()
+    assert_same(run(inputs | {operand: value}), run(dense))
+
+
+def test_offsets_beyond_two_to_the_31(regime):
+    """By strides over memory that is, on the processor, never touched."""
+    shape, stride = (2, 150, 1, 32), (2**31 + 64, 2**24, 32, 1)
+    count = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
+    if INTERPRETED:
+        # Fresh pages: `np.zeros` may take memory that was used before and clear, so touch, all of it.
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * count), dtype=torch.float16)
+    else:
+        memory = torch.zeros(count, dtype=torch.float16, device=DEVICE)
+    inputs = make_inputs(shape, torch.float16)
+    far = memory.as_strided(shape, stride)
+    far.copy_(inputs["x"])
+    assert_same(run(inputs | {"x": far}), run(inputs))
+
+
+@pytest.mark.parametrize("operand", ["x", "dy"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
+def test_nan_stays_where_it_belongs(operand, reverse, regime):
+    """Not to another sequence, another channel, or back in time, not even within a tile."""
+    step = 150
+    clean = make_inputs((2, 160, 2, 4))
+    dirty = clean | {operand: clean[operand].clone()}
+    dirty[operand][1, step, 1, 2] = torch.nan
+    expected, actual = run_once(clean, regime, reverse), run(dirty, reverse=reverse)
+    # The gradient runs against the scan.
+    forwards = (operand == "x") != reverse
+    tainted = torch.zeros(2, 160, 2, 4, dtype=torch.bool)
+    tainted[1, slice(step, None) if forwards else slice(step + 1), 1, 2] = True
+    rows, state = ("y", "final") if operand == "x" else ("dx", "dinitial_state")
+    for name, mask in ((rows, tainted), (state, tainted.any(1))):
+        assert actual[name].isnan().cpu().equal(mask), name
+        keep = ~mask.to(DEVICE)
+        assert torch.equal(actual[name][keep], expected[name][keep]), name
+    for name in ("dalpha", "ddecay"):
+        assert actual[name].isnan().tolist() == [False, True], name
+        assert actual[name][0] == expected[name][0], name
+
+
+@pytest.mark.parametrize("neighbour", [torch.nan, torch.inf, 1e30])
+def test_packed_neighbours_are_not_felt(neighbour, regime):
+    start, stop = 70, 140
+    clean = make_inputs((1, 170, 1, 32), offsets=PACKING)
+    dirty = {key: None if value is None else value.clone() for key, value in clean.items()}
+    for name in ("x", "dy"):
+        dirty[name][:, :start] = dirty[name][:, stop:] = neighbour
+    sequence = PACKING.index(start)
+    for name in ("initial_state", "dfinal"):
+        dirty[name][:sequence] = dirty[name][sequence + 1 :] = neighbour
+    expected, actual = run_once(clean, regime), run(dirty)
+    for name in ("y", "dx"):
+        assert torch.equal(actual[name][:, start:stop], expected[name][:, start:stop]), name
+    for name in ("final", "dinitial_state"):
+        assert torch.equal(actual[name][sequence], expected[name][sequence]), name
+
+
+def test_batch_is_not_felt(monkeypatch):
+    monkeypatch.setattr(launching, "processors", lambda device: 4)
+    inputs = make_inputs((5, 140, 1, 4))
+    together = run(inputs)
+    row = 3
+    alone = {
+        key: value[row : row + 1] if key in ("x", "dy", "initial_state", "dfinal") else value
+        for key, value in inputs.items()
+    }
+    alone = run(alone)
+    for name in ("y", "final", "dx", "dinitial_state"):
+        assert torch.equal(alone[name][0], together[name][row]), name
+
+
+@on_gpu_only
+@pytest.mark.parametrize("decay", [0.0, 0.999, 1 - 1e-7, 1.0])
+@pytest.mark.parametrize("batch", [1, 300])
+def test_a_million_steps(batch, decay):
+    """Both regimes, by their size."""
+    length = 2**20 if batch == 1 else 2**15
+    inputs = make_inputs((batch, length, 1, 32), decay=decay)
+    expected = run({k: None if v is None else v.double() for k, v in inputs.items()}, "chunked")
+    actual = run(inputs)
+    assert all(value.isfinite().all() for value in actual.values())
+    expected = {key: value.cpu() for key, value in expected.items()}
+    # A sum of terms of either sign, each up to a million times `x`; fp32 keeps three digits of it.
+    slope, slope_expected = actual.pop("ddecay"), expected.pop("ddecay")
+    assert_close(actual, expected, torch.float32)
+    torch.testing.assert_close(slope.cpu().double(), slope_expected, rtol=1e-3, atol=0)
+
+
+@on_gpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_run_gives_the_same_bits(dtype, regime):
+    inputs = make_inputs((4, 3000, 8, 64), dtype)
+    first = run(inputs)
+    for _ in range(5):
+        assert_same(run(inputs), first)
+
+
+@on_gpu_only
+def test_more_elements_than_32_bits_count():
+    inputs = make_inputs((2, 3, 1, 32), torch.bfloat16)
+    length = 2**26 + 100
+    x = torch.zeros(1, length, 1, 32, dtype=torch.bfloat16, device=DEVICE)
+    x[:, -3:] = inputs["x"][:1]
+    y = exponential_smoothing(x, inputs["alpha"], inputs["decay"], backend="triton")
+    small = exponential_smoothing(inputs["x"][:1], inputs["alpha"], inputs["decay"], backend="reference")
+    assert not y[:, :-3].any()
+    torch.testing.assert_close(y[:, -3:], small)
+
+
+@on_gpu_only
+@pytest.mark.parametrize("offsets", [None, [0, 700, 700, 3000]], ids=["dense", "packed"])
+def test_cuda_graph(offsets, regime):
+    inputs = make_inputs((1, 3000, 8, 64), offsets=offsets)
+    expected = run(inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs)
+    for value in captured.values():
+        value.zero_()
+    graph.replay()
+    assert_same(captured, expected)
+
+
+@on_gpu_only
+def test_launches_do_not_wait_for_the_device():
+    inputs = make_inputs((1, 3000, 8, 64), offsets=[0, 700, 700, 3000])
+    run(inputs)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

@@ -1,0 +1,134 @@
+"""Tables of surprisal: words, tokens, characters, sentences."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import save_tiny_model, tiny_model
+
+from mhesa import Reader
+from mhesa.errors import InputError
+from mhesa.inference.units import GivenWords, data_frame, surprisal_table
+from mhesa.tokenizers import Bytes, train_bpe
+
+TEXT = "The cat, who was small, sat on the mat.  It slept!\nWhy? Nobody knew why it did"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def reader(request):
+    tokenizer = Bytes() if request.param == "bytes" else train_bpe([TEXT.encode()] * 9, 300)
+    return Reader(tiny_model(len(tokenizer)), tokenizer)
+
+
+def predictions(reader):
+    """The tokens of the text, where each ends, and the log-probabilities of what follows each in fp64."""
+    ids = reader.tokenizer.encode_bytes(TEXT.encode()).astype(int)
+    read = torch.tensor([[reader.tokenizer.eos_token_id, *ids]])
+    with torch.no_grad():
+        logprobs = reader.model(read)[0].double().log_softmax(-1).numpy()
+    return ids, np.cumsum([len(reader.token_bytes[token]) for token in ids]), logprobs
+
+
+def test_a_word_costs_the_sum_of_its_tokens(reader):
+    ids, ends, logprobs = predictions(reader)
+    rows = surprisal_table(reader, TEXT, unit="nats", spill=2)
+    assert [row.text for row in rows] == TEXT.split()
+    own = -logprobs[np.arange(len(ids)), ids]
+    cumulated = dict(zip([0, *ends.tolist()], [0.0, *np.cumsum(own)], strict=True))
+    start = 0
+    for place, row in enumerate(rows):
+        end = row.offset + row.size
+        assert TEXT[row.offset : end] == row.text
+        assert row.surprisal == pytest.approx(cumulated[end] - cumulated[start], abs=1e-4)
+        token = int(np.searchsorted(ends, row.offset, side="right"))
+        values = logprobs[token]
+        assert row.entropy == pytest.approx(-(np.exp(values) * values).sum(), abs=1e-4)
+        assert row.rank == 1 + (values > values[ids[token]]).sum()
+        assert row.before == tuple(rows[place - k].surprisal if place >= k else None for k in (1, 2))
+        start = end
+
+
+def test_tokens_have_the_columns_of_words(reader):
+    ids, ends, logprobs = predictions(reader)
+    rows = surprisal_table(reader, TEXT, by="token", spill=1)
+    assert "".join(row.text for row in rows) == TEXT
+    assert [row.offset + row.size for row in rows] == ends.tolist()
+    own = -logprobs[np.arange(len(ids)), ids] / np.log(2)
+    assert [row.surprisal for row in rows] == pytest.approx(own, abs=1e-4)
+    assert [row.before[0] for row in rows] == [None, *(row.surprisal for row in rows[:-1])]
+    likelier = (logprobs[:-1] > logprobs[np.arange(len(ids)), ids][:, None]).sum(1)
+    assert [row.rank for row in rows] == (1 + likelier).tolist()
+    expected = -(np.exp(logprobs) * logprobs).sum(1)[:-1] / np.log(2)
+    assert [row.entropy for row in rows] == pytest.approx(expected, abs=1e-4)
+    [first, *_] = surprisal_table(reader, TEXT, by="token", skip_first=True, spill=1)
+    assert (first.number, first.before) == (2, (None,))
+
+
+def test_the_end_of_a_word_is_counted_with_it(reader):
+    _, ends, logprobs = predictions(reader)
+    starts = [i for i, token in enumerate(reader.token_bytes) if token[:1].isspace()]
+    boundary = -np.log2(np.exp(logprobs[:, [*starts, reader.tokenizer.eos_token_id]]).sum(1))
+    before = dict(zip([0, *ends.tolist()], boundary, strict=True))
+    plain, corrected = (surprisal_table(reader, TEXT, correct=correct) for correct in (False, True))
+    start = 0
+    for number, (one, other) in enumerate(zip(plain, corrected, strict=True)):
+        end = one.offset + one.size
+        expected = one.surprisal + before[end] - (before[start] if number else 0)
+        assert other.surprisal == pytest.approx(expected, abs=1e-4)
+        start = end
+
+
+def test_characters_sentences_and_given_words(reader):
+    characters = surprisal_table(reader, "e\u0301a漢", by="character")
+    assert [(row.text, row.offset) for row in characters] == [("e\u0301", 0), ("a", 3), ("漢", 4)]
+    sentences = surprisal_table(reader, TEXT, by="sentence", skip_first=True)
+    assert [row.text for row in sentences] == ["It slept!", "Why?", "Nobody knew why it did"]
+    words = ["The", "cat", ",", "who"]
+    rows = surprisal_table(reader, "The cat, who", words=words)
+    assert [row.text for row in rows] == words
+    for wrong, message in ((["The", "dog"], "word 2 is 'dog'"), (["The"], "the words end")):
+        with pytest.raises(InputError, match=message):
+            surprisal_table(reader, "The cat, who", words=wrong)
+    with pytest.raises(InputError, match="words needs by='word'"):
+        surprisal_table(reader, "The cat", by="token", words=words)
+    with pytest.raises(InputError, match="word 2 is 'cat'"):
+        GivenWords(["The", "cat"])("The", True)
+    assert surprisal_table(reader, "") == []
+
+
+def test_tables_have_a_header_and_exact_offsets(run, folder):
+    data = "One\u00e9 two\tthree\n".encode()
+    code, out, _ = run("score", folder, "--by", "word", "--tsv", "--spill", 1, "--unit", "nats", data=data)
+    header, *rows = [line.split("\t") for line in out.decode().splitlines()]
+    assert (code, header) == (
+        0,
+        ["source", "number", "offset", "bytes", "text", "nats", "entropy", "rank", "nats_1"],
+    )
+    assert [(row[2], row[3], row[4]) for row in rows] == [
+        ("0", "5", "One\u00e9"),
+        ("6", "3", "two"),
+        ("10", "5", "three"),
+    ]
+    assert [row[-1] for row in rows] == ["", rows[0][5], rows[1][5]]
+
+
+def test_a_table_of_tokens(run, folder):
+    code, out, _ = run("score", folder, "--by", "token", "--tsv", data=b"a\n")
+    header, *rows = [line.split("\t") for line in out.decode().splitlines()]
+    assert (code, header[2:5], [row[2:5] for row in rows]) == (
+        0,
+        ["offset", "bytes", "text"],
+        [["0", "1", "a"], ["1", "1", "\\n"]],
+    )
+
+
+def test_a_data_frame_has_the_same_rows(reader):
+    pandas = pytest.importorskip("pandas")
+    frame = data_frame(surprisal_table(reader, TEXT, spill=1))
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame["text"].tolist() == TEXT.split()
+    assert frame["bits_1"].tolist()[1:] == frame["bits"].tolist()[:-1]
