@@ -63,7 +63,9 @@ def lock(name: str) -> Iterator[None]:
     try:
         held.acquire()
     except (OSError, NotImplementedError) as error:
-        raise InputError(f"cannot lock {path}: {reason(error)}; name another folder with MHESA_CACHE") from error
+        raise InputError(
+            f"cannot lock {path}: {reason(error)}; name another folder with MHESA_CACHE"
+        ) from error
     try:
         yield
     finally:

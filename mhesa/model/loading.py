@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mhesa import remote_code
 from mhesa.atomic_io import read_json, sync, write_folder
 from mhesa.errors import InputError
+from mhesa.file_names import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from mhesa.model.lm import GatedExponentialSmoothingLM
     from mhesa.tokenizers import Bytes, TextTokenizer
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
-WEIGHTS = "model.safetensors"
 # Where `save_pretrained` says which file holds which weight, if it wrote several.
 INDEX = "model.safetensors.index.json"
 # Where a model's files are complete before they are moved to their places.
@@ -155,7 +153,7 @@ def load_tokenizer(folder: Path) -> Bytes | TextTokenizer:
     Raises:
         InputError: it is damaged, or of another kind.
     """
-    from mhesa.tokenizers import TOKENIZER, TOKENIZER_CONFIG, Bytes, open_tokenizer
+    from mhesa.tokenizers import Bytes, open_tokenizer
 
     if (folder / TOKENIZER).exists() or (folder / TOKENIZER_CONFIG).exists():
         return open_tokenizer(folder)

@@ -14,12 +14,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from mhesa.atomic_io import write_file
 from mhesa.errors import InputError
+from mhesa.file_names import TOKENIZER
 from mhesa.tokenizers import base
 from mhesa.tokenizers.bytes import END_OF_TEXT
 from mhesa.tokenizers.chat import mark
 from mhesa.tokenizers.config import write_config
 
-TOKENIZER = "tokenizer.json"
 # The padding token of vocabularies made here.
 PADDING = "<|padding|>"
 # transformers' name for a tokenizer that a tokenizer.json describes.
