@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 
 # The exit code where a line was marked.
 ALARM = 3
-# Panels of `--help`.
-LOGS, TABLE = "Logs: lines", "Tables: words, characters, sentences, tokens"
+# Options, by the panels of `--help`.
+_of_lines = partial(typer.Option, rich_help_panel="Logs: lines")
+_of_tables = partial(typer.Option, rich_help_panel="Tables: words, characters, sentences, tokens")
 
 
 def score(
@@ -67,99 +69,65 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print each score as a line of JSON.")] = False,
     key: Annotated[
         str | None,
-        typer.Option(
-            metavar="REGEX",
-            help="Read lines that have the same first group in a session of their own.",
-            rich_help_panel=LOGS,
+        _of_lines(
+            metavar="REGEX", help="Read lines that have the same first group in a session of their own."
         ),
     ] = None,
     key_field: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Likewise by a field of lines of JSON, which are read whole.",
-            rich_help_panel=LOGS,
-        ),
+        _of_lines(metavar="NAME", help="Likewise by a field of lines of JSON, which are read whole."),
     ] = None,
     key_memory: Annotated[
         str,
-        typer.Option(
+        _of_lines(
             metavar="SIZE",
             help="Memory for sessions, such as 1GB; the rest, least recently used, is on disk.",
-            rich_help_panel=LOGS,
         ),
     ] = "256MB",
     state: Annotated[
         Path | None,
-        typer.Option(
+        _of_lines(
             metavar="FILE",
             help="Keep sessions and how far files were read; the next run with FILE goes on from there.",
-            rich_help_panel=LOGS,
         ),
     ] = None,
     mask: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="REGEX",
-            help="What matches is read but not counted in the score; may be repeated.",
-            rich_help_panel=LOGS,
+        _of_lines(
+            metavar="REGEX", help="What matches is read but not counted in the score; may be repeated."
         ),
     ] = None,
     preset: Annotated[
         list[str] | None,
-        typer.Option(
+        _of_lines(
             metavar="times|numbers|addresses|uuids|paths",
             help="A mask that is made already; may be repeated.",
-            rich_help_panel=LOGS,
         ),
     ] = None,
     false_alarms: Annotated[
         float | None,
-        typer.Option(
+        _of_lines(
             metavar="RATE",
             help="Mark lines whose score is above all but this share of those before; exit code 3 if any.",
-            rich_help_panel=LOGS,
         ),
     ] = None,
-    only: Annotated[
-        bool, typer.Option("--only", help="Print only marked lines.", rich_help_panel=LOGS)
-    ] = False,
+    only: Annotated[bool, _of_lines("--only", help="Print only marked lines.")] = False,
     context: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="With --only, N lines before and after each as well.", rich_help_panel=LOGS
-        ),
+        int, _of_lines(metavar="N", help="With --only, N lines before and after each as well.")
     ] = 0,
-    unit: Annotated[
-        str, typer.Option(metavar="bits|nats", help="Of the columns.", rich_help_panel=TABLE)
-    ] = "bits",
-    spill: Annotated[
-        int,
-        typer.Option(metavar="N", help="Columns for what the N before cost.", rich_help_panel=TABLE),
-    ] = 0,
+    unit: Annotated[str, _of_tables(metavar="bits|nats", help="Of the columns.")] = "bits",
+    spill: Annotated[int, _of_tables(metavar="N", help="Columns for what the N before cost.")] = 0,
     correct: Annotated[
-        bool,
-        typer.Option(
-            "--correct",
-            help="Count that a word ends with the word, not with the next.",
-            rich_help_panel=TABLE,
-        ),
+        bool, _of_tables("--correct", help="Count that a word ends with the word, not with the next.")
     ] = False,
     words: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The words of the text, white space between them, as they are to be cut.",
-            rich_help_panel=TABLE,
+        _of_tables(
+            metavar="FILE", help="The words of the text, white space between them, as they are to be cut."
         ),
     ] = None,
-    skip_first: Annotated[
-        bool,
-        typer.Option("--skip-first", help="Leave out the first of each text.", rich_help_panel=TABLE),
-    ] = False,
-    tsv: Annotated[
-        bool, typer.Option("--tsv", help="Print tab-separated values with a header.", rich_help_panel=TABLE)
-    ] = False,
+    skip_first: Annotated[bool, _of_tables("--skip-first", help="Leave out the first of each text.")] = False,
+    tsv: Annotated[bool, _of_tables("--tsv", help="Print tab-separated values with a header.")] = False,
     precision: Precision = None,
     quantize: Quantize = None,
     device: Device = "cpu",
