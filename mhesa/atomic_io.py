@@ -121,8 +121,12 @@ def _identity(file: Path | int) -> tuple[int, int] | None:
     return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, missing: str = "") -> Any:
     """The values in a JSON file.
+
+    Args:
+        path: the file.
+        missing: message of the error if there is no such file.
 
     Raises:
         InputError: it cannot be read, is no JSON, or is nested too deeply.
@@ -132,7 +136,8 @@ def read_json(path: Path) -> Any:
     except RecursionError as error:
         raise InputError(f"{path} is damaged: it is nested too deeply") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {reason(error)}") from error
+        message = missing if isinstance(error, FileNotFoundError) else ""
+        raise InputError(message or f"cannot read {path}: {reason(error)}") from error
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}") from error
 

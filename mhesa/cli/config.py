@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mhesa.file_names import SETTINGS
+
 
 def config(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")],
@@ -21,6 +23,5 @@ def config(
     """
     from mhesa.training import TrainingSettings
     from mhesa.training.config import dump_config
-    from mhesa.training.settings import SETTINGS
 
     typer.echo(dump_config(TrainingSettings.load(folder / SETTINGS)), nl=False)

@@ -94,8 +94,6 @@ def generate(
                 text.feed_ids(torch.from_numpy(block.ids.astype("int64")))
             if echo:
                 write(block.text for block in blocks)
-        write(
-            part.encode()
-            for part in text.stream(max_new_tokens=length, sampling=drawing, seed=seed, stop=stop or ())
-        )
+        for part in text.stream(max_new_tokens=length, sampling=drawing, seed=seed, stop=stop or ()):
+            print(part, end="", flush=True)
     sys.stdout.write("\n")

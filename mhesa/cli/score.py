@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 
 # The exit code where a line was marked.
 ALARM = 3
-# Panels of `--help`.
-LOGS, TABLE = "Logs: lines", "Tables: words, characters, sentences, tokens"
+# Options, by the panels of `--help`.
+_of_lines = partial(typer.Option, rich_help_panel="Logs: lines")
+_of_tables = partial(typer.Option, rich_help_panel="Tables: words, characters, sentences, tokens")
 
 
 def score(
@@ -67,104 +69,72 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print each score as a line of JSON.")] = False,
     key: Annotated[
         str | None,
-        typer.Option(
-            metavar="REGEX",
-            help="Keep one session for each value of the first group of REGEX.",
-            rich_help_panel=LOGS,
-        ),
+        _of_lines(metavar="REGEX", help="Keep one session for each value of the first group of REGEX."),
     ] = None,
     key_field: Annotated[
         str | None,
-        typer.Option(
+        _of_lines(
             metavar="NAME",
             help="The same for JSON lines, which are read whole: the field whose value is the key.",
-            rich_help_panel=LOGS,
         ),
     ] = None,
     key_memory: Annotated[
         str,
-        typer.Option(
+        _of_lines(
             metavar="SIZE",
             help="Memory for sessions, such as 1GB; the rest, least recently used, is on disk.",
-            rich_help_panel=LOGS,
         ),
     ] = "256MB",
     state: Annotated[
         Path | None,
-        typer.Option(
+        _of_lines(
             metavar="FILE",
             help="Keep sessions and how far files were read; the next run with FILE goes on from there.",
-            rich_help_panel=LOGS,
         ),
     ] = None,
     mask: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="REGEX",
-            help="Text that matches is read, but not counted in the score; may be repeated.",
-            rich_help_panel=LOGS,
+        _of_lines(
+            metavar="REGEX", help="Text that matches is read, but not counted in the score; may be repeated."
         ),
     ] = None,
     preset: Annotated[
         list[str] | None,
-        typer.Option(
+        _of_lines(
             metavar="times|numbers|addresses|uuids|paths",
             help="Built-in mask; may be repeated.",
-            rich_help_panel=LOGS,
         ),
     ] = None,
     false_alarms: Annotated[
         float | None,
-        typer.Option(
+        _of_lines(
             metavar="RATE",
             help="Mark lines whose score is above the quantile 1 - RATE of the scores before (0.01: above "
             "99 % of them); exit code 3 if any.",
-            rich_help_panel=LOGS,
         ),
     ] = None,
-    only: Annotated[
-        bool, typer.Option("--only", help="Print only marked lines.", rich_help_panel=LOGS)
-    ] = False,
+    only: Annotated[bool, _of_lines("--only", help="Print only marked lines.")] = False,
     context: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="With --only, also print N lines before and after each.", rich_help_panel=LOGS
-        ),
+        int, _of_lines(metavar="N", help="With --only, also print N lines before and after each.")
     ] = 0,
-    unit: Annotated[
-        str, typer.Option(metavar="bits|nats", help="Unit of surprisal and entropy.", rich_help_panel=TABLE)
-    ] = "bits",
+    unit: Annotated[str, _of_tables(metavar="bits|nats", help="Unit of surprisal and entropy.")] = "bits",
     spill: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help="Add columns with the surprisal of the N preceding units.",
-            rich_help_panel=TABLE,
-        ),
+        int, _of_tables(metavar="N", help="Add columns with the surprisal of the N preceding units.")
     ] = 0,
     correct: Annotated[
         bool,
-        typer.Option(
-            "--correct",
-            help="Count the probability of a word's end with the word, not with the next one.",
-            rich_help_panel=TABLE,
+        _of_tables(
+            "--correct", help="Count the probability of a word's end with the word, not with the next one."
         ),
     ] = False,
     words: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="File with the words of the text, separated by whitespace.",
-            rich_help_panel=TABLE,
-        ),
+        _of_tables(metavar="FILE", help="File with the words of the text, separated by whitespace."),
     ] = None,
     skip_first: Annotated[
-        bool,
-        typer.Option("--skip-first", help="Leave out the first unit of each text.", rich_help_panel=TABLE),
+        bool, _of_tables("--skip-first", help="Leave out the first unit of each text.")
     ] = False,
-    tsv: Annotated[
-        bool, typer.Option("--tsv", help="Print tab-separated values with a header.", rich_help_panel=TABLE)
-    ] = False,
+    tsv: Annotated[bool, _of_tables("--tsv", help="Print tab-separated values with a header.")] = False,
     precision: Precision = None,
     quantize: Quantize = None,
     device: Device = "cpu",

@@ -12,20 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mhesa import remote_code
 from mhesa.data.cache import save_chunks
 from mhesa.data.files import TEXT_FIELD, Document, File
 from mhesa.data.hub import HUB, hub_file
 from mhesa.data.standard_input import standard_input
 from mhesa.errors import InputError
-
-# Files that `mhesa train` writes into its folder. They are not read as text if a source contains that folder.
-RUN_SETTINGS = "settings.json"
-RUN_FILES = (
-    *(RUN_SETTINGS, "metrics.jsonl", "loss.png", "checkpoints", "tensorboard"),
-    *("config.json", "generation_config.json", "model.safetensors"),
-    *("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", remote_code.FILE),
-)
+from mhesa.file_names import RUN_FILES, SETTINGS
 
 
 def find_files(sources: Sequence[str]) -> list[File]:
@@ -146,7 +138,7 @@ def _files_below(folder: Path) -> list[Path]:
 def _holds_run(folder: Path) -> bool:
     """Whether `mhesa train` wrote to a folder."""
     try:
-        saved = json.loads((folder / RUN_SETTINGS).read_bytes())
+        saved = json.loads((folder / SETTINGS).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(saved, dict) and {"settings", "corpus"} <= saved.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -141,18 +142,19 @@ def with_context(rows: Iterable[LineSurprisal], lines: int) -> Iterator[LineSurp
         rows: all lines.
         lines: number of lines before and after each.
     """
-    before: list[LineSurprisal] = []
+    before: deque[LineSurprisal] = deque(maxlen=lines)
     after = 0
     for row in rows:
         if row.alarm:
             yield from before
-            before, after = [], lines
             yield row
+            before.clear()
+            after = lines
         elif after:
             after -= 1
             yield row
-        elif lines:
-            before = [*before[-lines + 1 :], row] if lines > 1 else [row]
+        else:
+            before.append(row)
 
 
 def _digest(head: bytes) -> str:

@@ -57,9 +57,11 @@ def _choose(weights, order, n, sampler, random):  # type: ignore[no-untyped-def]
         if weights[i] > weights[best] or weights[best] != weights[best]:
             best = i
     top = weights[best]
+    # An infinite logit, or every token impossible; NaN somewhere.
+    if math.isinf(top):
+        return -1
     for i in range(n):
-        # NaN somewhere, an infinite logit, or every token impossible.
-        if weights[i] != weights[i] or math.isinf(top):
+        if weights[i] != weights[i]:
             return -1
     if sampler.temperature == 0:
         return best

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mhesa import remote_code
 from mhesa.atomic_io import read_json, sync, write_folder
 from mhesa.errors import InputError
+from mhesa.file_names import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from mhesa.model.lm import GatedExponentialSmoothingLM
     from mhesa.tokenizers import Bytes, TextTokenizer
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
-WEIGHTS = "model.safetensors"
 # Where `save_pretrained` says which file holds which weight, if it wrote several.
 INDEX = "model.safetensors.index.json"
 # Where a model's files are complete before they are moved to their places.
@@ -155,7 +153,7 @@ def load_tokenizer(folder: Path) -> Bytes | TextTokenizer:
     Raises:
         InputError: it is damaged, or of another kind.
     """
-    from mhesa.tokenizers import TOKENIZER, TOKENIZER_CONFIG, Bytes, open_tokenizer
+    from mhesa.tokenizers import Bytes, open_tokenizer
 
     if (folder / TOKENIZER).exists() or (folder / TOKENIZER_CONFIG).exists():
         return open_tokenizer(folder)
@@ -173,9 +171,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; give the folder of a trained model")
     path = folder / CONFIG
-    if not path.exists():
-        raise InputError(f"{folder} is not a model's folder: it has no {CONFIG}")
-    values = read_json(path)
+    values = read_json(path, missing=f"{folder} is not a model's folder: it has no {CONFIG}")
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != MODEL_TYPE:
         raise InputError(f"{folder} holds a model of type {kind}, not {MODEL_TYPE}")
@@ -205,9 +201,7 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS, [folder / WEIGHTS]
     index = folder / INDEX
-    if not index.exists():
-        raise InputError(f"{folder} is not a whole model: it has no {WEIGHTS}")
-    values = read_json(index)
+    values = read_json(index, missing=f"{folder} is not a whole model: it has no {WEIGHTS}")
     try:
         names = set(values["weight_map"].values())
         whole = all(Path(name).name == name for name in names) and bool(names)

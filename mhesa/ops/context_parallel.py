@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from mhesa.errors import InputError
 from mhesa.ops.backends import Scan
+from mhesa.ops.registration import apply
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -152,14 +153,10 @@ def receive_gradient(
 
     `y` is `(batch, length, heads, head_dim)` and `final_state` `(sequences, heads, head_dim)`.
     """
-    results: tuple[Tensor, Tensor] = _apply(
+    results: tuple[Tensor, Tensor] = apply(
         _ReceiveGradient, y, final_state, decay, cu_seqlens, reverse, scan, parallel
     )
     return results
-
-
-def _apply(function: Any, *args: Any) -> Any:
-    return function.apply(*args)
 
 
 class _ReceiveGradient(Function):
@@ -285,7 +282,7 @@ def receive_values(parallel: ContextParallel, values: Tensor, lengths: Tensor) -
     tail = values.shape[1]
     # How many of a stretch's last values are its own; behind shorter ones are those of the stretch before.
     own = torch.where((first == last) & continues, lengths[last].clamp(max=tail), tail)
-    received = _apply(_ReceiveValues, values[last], own, continues, parallel)
+    received = apply(_ReceiveValues, values[last], own, continues, parallel)
     return torch.zeros_like(values).index_copy(0, first, received)
 
 

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from mhesa.ops.backends import BACKENDS
 from mhesa.ops.checks import check_convolution, check_input
 from mhesa.ops.context_parallel import ContextParallel, receive_values, zero_continued
-from mhesa.ops.registration import is_plain_eager
+from mhesa.ops.registration import apply, is_plain_eager
 from mhesa.ops.smoothing import accumulation_dtype, cast
 
 
@@ -66,7 +66,7 @@ def causal_convolution(
             lengths = torch.full((len(x),), x.shape[1]) if cu_seqlens is None else cu_seqlens.diff()
             initial_state = initial_state + receive_values(context_parallel, values, lengths.to(x.device))
     if backend in (None, "numba") and _served_natively(wide, weight, initial_state):
-        y: Tensor = _native(wide, weight, initial_state, cu_seqlens)
+        y: Tensor = apply(_Convolution, wide, weight, initial_state, cu_seqlens)
     else:
         y = _convolve(wide, weight, initial_state, cu_seqlens)
     return y.to(x.dtype), _last_values(wide, initial_state, cu_seqlens)
@@ -186,6 +186,3 @@ class _Convolution(Function):
         )
         dstate = _state_gradient(dy, weight, cu_seqlens) if ctx.needs_input_grad[2] else None
         return dx, dweight, dstate, None
-
-
-_native: Any = _Convolution.apply

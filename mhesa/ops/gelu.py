@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mhesa.ops.backends import BACKENDS
-from mhesa.ops.registration import is_plain_eager
+from mhesa.ops.registration import apply, is_plain_eager
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,7 +36,7 @@ def gelu(x: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -
     if not (is_plain_eager(*tensors) and _kernel_serves(tensors, backend)):
         return F.gelu(x) if gate is None else gate * F.gelu(x)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        y: Tensor = _apply(x, gate)
+        y: Tensor = apply(_Gelu, x, gate)
         return y
     return _forward(x, gate)
 
@@ -73,9 +73,6 @@ class _Gelu(Function):
         return gelu_kernels.backward(
             dy.contiguous(), x.contiguous(), gate if gate is None else gate.contiguous()
         )
-
-
-_apply: Any = _Gelu.apply
 
 
 def _forward(x: Tensor, gate: Tensor | None) -> Tensor:

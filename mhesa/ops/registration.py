@@ -213,12 +213,12 @@ class Smoothing(Function):
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient, itself differentiable."""
         inputs = Inputs(*[*ctx.saved_tensors[:6], ctx.reverse])
-        return _for_inputs(_apply(SmoothingGradient, (ctx.name, dy, dfinal, *inputs)), inputs)
+        return _for_inputs(apply(SmoothingGradient, ctx.name, dy, dfinal, *inputs), inputs)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         """Turn the mapped dimension into more heads."""
-        outputs = _apply(Smoothing, _fold(info.batch_size, in_dims, args, (1, 0, 0, 1, 1)))
+        outputs = apply(Smoothing, *_fold(info.batch_size, in_dims, args, (1, 0, 0, 1, 1)))
         return _unfold(info.batch_size, outputs, (1, 1))
 
 
@@ -267,17 +267,22 @@ class SmoothingGradient(Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         """Turn the mapped dimension into more heads."""
         folded = _fold(info.batch_size, in_dims, args, (1, 1, 1, 0, 0, 1, 1))
-        return _unfold(info.batch_size, _apply(SmoothingGradient, folded), (1, 0, 0, 1, 1))
+        return _unfold(info.batch_size, apply(SmoothingGradient, *folded), (1, 0, 0, 1, 1))
 
 
 def _smoothing(name: str, *args: Any) -> tuple[Tensor, Tensor]:
     """The scan of a backend, `(name, *inputs)`, by the shortest way through PyTorch."""
     tensors = [tensor for tensor in args[:6] if tensor is not None]
     if not is_plain_eager(*tensors):
-        return _apply(Smoothing, (name, *args))
+        return apply(Smoothing, name, *args)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _apply(EagerSmoothing, (name, *args))
+        return apply(EagerSmoothing, name, *args)
     return _forward(name, Inputs(*args))[:2]
+
+
+def apply(function: type[Function], *args: Any) -> Any:
+    """The results of a `Function`, whose own `apply` has no types."""
+    return function.apply(*args)
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
@@ -296,10 +301,6 @@ def _for_inputs(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ..
     """Gradients for the arguments of a `Function`: `None` for the name, the offsets and absent tensors."""
     pairs = zip(inputs[:5], gradients, strict=True)
     return None, *(None if tensor is None else gradient for tensor, gradient in pairs), None, None
-
-
-def _apply(function: type[Function], args: tuple[Any, ...]) -> Any:
-    return function.apply(*args)
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken
 from torch import Tensor
 
 from mhesa.errors import InputError
@@ -50,8 +51,8 @@ class Tokenizer(ABC):
         """Write the files that `open_tokenizer` and transformers' `AutoTokenizer` read."""
 
     @abstractmethod
-    def special_tokens(self) -> dict[int, str]:
-        """The texts of the special tokens by their ids."""
+    def _added_tokens(self) -> Mapping[int, AddedToken]:
+        """The tokens beside the vocabulary's own, special ones among them, by their ids."""
 
     @abstractmethod
     def _pieces(self) -> Mapping[int, bytes]:
@@ -60,6 +61,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode_marked(self, text: str) -> list[int]:
         """The ids of a text in which marks stand for special tokens, see `mhesa.tokenizers.chat`."""
+
+    def special_tokens(self) -> dict[int, str]:
+        """The texts of the special tokens by their ids."""
+        special = {index: token.content for index, token in self._added_tokens().items() if token.special}
+        return special | {self.eos_token_id: self.eos_token, self.pad_token_id: self.pad_token}
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """The ids of one text, see `encode_batch`."""

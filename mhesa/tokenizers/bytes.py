@@ -87,11 +87,6 @@ class Bytes(Tokenizer):
         )
         remote_code.write_module(Path(folder))
 
-    def special_tokens(self) -> dict[int, str]:
-        """The texts of the special tokens by their ids."""
-        special = {index: token.content for index, token in self._added_tokens().items() if token.special}
-        return special | {self.eos_token_id: self.eos_token, self.pad_token_id: self.pad_token}
-
     def _added_tokens(self) -> Mapping[int, AddedToken]:
         return self.added_tokens
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from mhesa.atomic_io import read_json, write_file
 from mhesa.errors import InputError
+from mhesa.file_names import CHAT_TEMPLATE, TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
     from mhesa.tokenizers.base import Tokenizer
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from mhesa.errors import InputError
+from mhesa.file_names import TOKENIZER, TOKENIZER_CONFIG
 from mhesa.tokenizers.bytes import BYTE_TOKENIZER, END_OF_TEXT, Bytes
-from mhesa.tokenizers.config import TOKENIZER_CONFIG, read_chat_template, read_config, token_text
-from mhesa.tokenizers.vocabulary import TOKENIZER, TextTokenizer
+from mhesa.tokenizers.config import read_chat_template, read_config, token_text
+from mhesa.tokenizers.vocabulary import TextTokenizer
 
 # Names of the end-of-text token, to look for where no tokenizer_config.json gives it.
 ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")

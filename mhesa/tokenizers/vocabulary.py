@@ -14,12 +14,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from mhesa.atomic_io import write_file
 from mhesa.errors import InputError
+from mhesa.file_names import TOKENIZER
 from mhesa.tokenizers import base
 from mhesa.tokenizers.bytes import END_OF_TEXT
 from mhesa.tokenizers.chat import mark
 from mhesa.tokenizers.config import write_config
 
-TOKENIZER = "tokenizer.json"
 # The padding token of vocabularies made here.
 PADDING = "<|padding|>"
 # transformers' name for a tokenizer that a tokenizer.json describes.
@@ -89,11 +89,8 @@ class TextTokenizer(base.Tokenizer):
         with write_file(folder / TOKENIZER) as file:
             file.write(self.tokenizer.to_str(pretty=True).encode())
 
-    def special_tokens(self) -> dict[int, str]:
-        """The texts of the special tokens by their ids."""
-        added = self.tokenizer.get_added_tokens_decoder()
-        special = {index: token.content for index, token in added.items() if token.special}
-        return special | {self.eos_token_id: self.eos_token, self.pad_token_id: self.pad_token}
+    def _added_tokens(self) -> dict[int, AddedToken]:
+        return self.tokenizer.get_added_tokens_decoder()
 
     def _encode_marked(self, text: str) -> list[int]:
         tokenizer, ids = self._with_marks
@@ -106,7 +103,7 @@ class TextTokenizer(base.Tokenizer):
     @cached_property
     def _with_marks(self) -> tuple[Tokenizer, dict[int, int]]:
         """A copy that recognises marks instead of special tokens, and our ids of its added tokens."""
-        added, special = self.tokenizer.get_added_tokens_decoder(), self.special_tokens()
+        added, special = self._added_tokens(), self.special_tokens()
         whole = json.loads(self.tokenizer.to_str())
         whole["added_tokens"] = [token for token in whole["added_tokens"] if token["id"] not in special]
         copy = Tokenizer.from_str(json.dumps(whole))
@@ -158,11 +155,11 @@ class TextTokenizer(base.Tokenizer):
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
-        added = self.tokenizer.get_added_tokens_decoder()
         table = {
             index: self._token_bytes(token, index)
             for token, index in self.tokenizer.get_vocab(with_added_tokens=False).items()
         }
+        added = self._added_tokens()
         table |= {i: b"" if token.special else token.content.encode() for i, token in added.items()}
         return table
 

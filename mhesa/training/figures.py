@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mhesa.errors import TrainingError
+from mhesa.file_names import CHECKPOINTS
 from mhesa.processes import maximum, mean, rank
 from mhesa.training import checkpoint
 from mhesa.training.checkpoint import Progress
-from mhesa.training.folder import CHECKPOINTS
 from mhesa.training.settings import TrainingSettings
 
 Row = dict[str, Any]

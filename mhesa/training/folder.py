@@ -14,18 +14,14 @@ import torch
 
 import mhesa
 from mhesa.atomic_io import check_outputs, read_json, remove, write_file
-from mhesa.data.sources import RUN_FILES
 from mhesa.errors import InputError
+from mhesa.file_names import CHECKPOINTS, METRICS, RUN_FILES, SETTINGS
 from mhesa.locks import only_writer_of_folder
 from mhesa.processes import broadcast, rank
 from mhesa.training import checkpoint
 from mhesa.training.schedule import Budget
-from mhesa.training.settings import SETTINGS, TrainingSettings
+from mhesa.training.settings import TrainingSettings
 
-METRICS = "metrics.jsonl"
-CURVE = "loss.png"
-CHECKPOINTS = "checkpoints"
-TENSORBOARD = "tensorboard"
 # A key of the last row of metrics of a complete run.
 COMPLETE = "complete"
 # Settings that a resumed run may change.

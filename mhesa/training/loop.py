@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from mhesa.atomic_io import sync
+from mhesa.file_names import CHECKPOINTS, METRICS
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.model.loading import plain_name, saved_name
 from mhesa.processes import maximum, rank
@@ -38,7 +39,6 @@ from mhesa.training.distributed import (
     sync_gradients,
 )
 from mhesa.training.figures import Evaluation, Figures, Row
-from mhesa.training.folder import CHECKPOINTS, METRICS
 from mhesa.training.optimizers import make_optimizers
 from mhesa.training.schedule import Budget, StopOnSignal, choose_dropout, learning_rate
 from mhesa.training.settings import TrainingSettings

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mhesa.data import Document
-from mhesa.data.sources import RUN_FILES
+from mhesa.file_names import RUN_FILES
 from mhesa.inference.evaluation import PredictionCost
 from mhesa.inference.generation import stream
 from mhesa.inference.sampling import Sampling

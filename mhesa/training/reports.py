@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mhesa.file_names import TENSORBOARD
 from mhesa.processes import rank
-from mhesa.training.folder import TENSORBOARD
 from mhesa.training.settings import TrainingSettings
 
 Report = Callable[[int, Mapping[str, float]], object]

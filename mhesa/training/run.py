@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from mhesa.data import Corpus, Document, Source, Windows, open_corpus
 from mhesa.data.cache import cached_folder
 from mhesa.errors import InputError, TrainingError, reason
+from mhesa.file_names import CHECKPOINTS, CURVE
 from mhesa.inference.evaluation import PredictionCost, evaluate
 from mhesa.inference.parallel import ParallelDecoder
 from mhesa.model.config import ModelConfig
@@ -32,9 +33,7 @@ from mhesa.training.checkpoint import PREFIX, Progress
 from mhesa.training.distributed import StateDict, arrange, is_sharded, model_state
 from mhesa.training.figures import Evaluation, Row
 from mhesa.training.folder import (
-    CHECKPOINTS,
     COMPLETE,
-    CURVE,
     append_metrics,
     check_free,
     check_inputs,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mhesa.errors import InputError
+from mhesa.file_names import SETTINGS
 from mhesa.model.config import DROPOUT_TEXT, ModelConfig, ModelSizes
 from mhesa.settings import (
     AT_LEAST_0,
@@ -25,7 +26,6 @@ from mhesa.settings import (
 )
 from mhesa.training.schedule import HIGHEST_DROPOUT, READINGS_A_TENTH
 
-SETTINGS = "settings.json"
 # The groups of `mhesa train --help`, in their order.
 RUN, TEXT, MODEL, TRAINING, MACHINE = PANELS = ("Run", "Text", "Model", "Training", "Machine")
 SMALLEST_VOCABULARY = 257

@@ -22,7 +22,8 @@ from mhesa.ops.cpu.arguments import ACCUMULATION, Pointer, struct
 from mhesa.ops.cpu.atomics import fence, fetch_add
 from mhesa.ops.cpu.compiling import compiled, jit, member, offset
 from mhesa.ops.cpu.memory import empty_hugepages
-from mhesa.ops.cpu.sequences import MIN_PARALLEL
+from mhesa.ops.cpu.scan_tiles import fill
+from mhesa.ops.cpu.sequences import MIN_PARALLEL, number_pieces
 from mhesa.ops.cpu.threads import available, parallel
 
 # Rows of a piece: few enough for sums in fp32, many enough that starting one costs nothing.
@@ -91,8 +92,7 @@ def _dense_pieces(batch: int, length: int) -> np.ndarray:
 def _cut(offsets: np.ndarray) -> np.ndarray:
     first, last = offsets[:-1], offsets[1:]
     counts = -(-(last - first) // PIECE)
-    sequence = np.repeat(np.arange(len(first)), counts)
-    index = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
+    sequence, index = number_pieces(counts)
     begin = first[sequence] + index * PIECE
     end = np.minimum(begin + PIECE, last[sequence])
     return np.ascontiguousarray(np.stack([begin, end, first[sequence], last[sequence], sequence], axis=1))
@@ -114,12 +114,6 @@ def _add_products(out, a, b, count):
         out[i] += a[i] * b[i]
 
 
-@jit
-def _clear(out, count):
-    for i in range(count):
-        out[i] = 0
-
-
 def _forward(args):
     dim = args.dim
     while True:
@@ -129,7 +123,7 @@ def _forward(args):
         piece = offset(args.pieces, index)
         for row in range(piece.begin, piece.end):
             out = offset(args.out, row * dim)
-            _clear(out, dim)
+            fill(out, 0, dim)
             for tap in range(args.taps):
                 _add_products(out, offset(args.weight, tap * dim), _row_before(args, piece, row, tap), dim)
     fence()
@@ -143,10 +137,10 @@ def _backward(args):
             break
         piece = offset(args.pieces, index)
         dweight = offset(args.dweights, index * args.taps * dim)
-        _clear(dweight, args.taps * dim)
+        fill(dweight, 0, args.taps * dim)
         for row in range(piece.begin, piece.end):
             out, dy = offset(args.out, row * dim), offset(args.dy, row * dim)
-            _clear(out, dim)
+            fill(out, 0, dim)
             for tap in range(args.taps):
                 _add_products(offset(dweight, tap * dim), dy, _row_before(args, piece, row, tap), dim)
                 if row + tap < piece.last:

@@ -194,7 +194,7 @@ backward_ends_row, backward_ends_rows = _walk(_backward_ends, 1), _walk(_backwar
 @intrinsic
 def _prefetch_line(context, x, index):
     def codegen(context, builder, signature, args):
-        Emitter(builder, x.dtype, 1).prefetch(args[0], args[1], locality=2)
+        Emitter(builder, x.dtype, 1).prefetch(args[0], args[1])
         return context.get_dummy_value()
 
     return types.void(x, types.int64), codegen

@@ -83,17 +83,11 @@ class Emitter:
         """The size of a stored value."""
         return {types.float64: 8, types.float32: 4}.get(self.stored, 2)
 
-    def prefetch(self, pointer: Any, index: Any, locality: int = 3) -> None:
-        """Ask for the memory of a vector; an address outside the process does no harm.
-
-        `locality` is LLVM's: 3 brings it into the L1 cache, 2 into L2.
-        """
-        byte = I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
-        address = self.builder.bitcast(self.address(pointer, index), byte)
-        # LLVM's arguments: read (0), locality, data cache (1).
-        self.builder.call(function, [address, I32(0), I32(locality), I32(1)])
+    def prefetch(self, pointer: Any, index: Any) -> None:
+        """Bring the memory of a vector into the L2 cache; an address outside the process does no harm."""
+        address = self.builder.bitcast(self.address(pointer, index), I8.as_pointer())
+        # LLVM's arguments: read (0), locality (2: L2), data cache (1).
+        call(self.builder, "llvm.prefetch.p0", VOID, address, I32(0), I32(2), I32(1))
 
     @staticmethod
     def align(pointer: Any) -> int:
@@ -129,8 +123,7 @@ class Emitter:
         """Call an LLVM intrinsic such as `fma` on vectors."""
         scalar = "f64" if self.double else "f32"
         name = f"llvm.{name}.{scalar if self.lanes == 1 else f'v{self.lanes}{scalar}'}"
-        kind = ir.FunctionType(self.type, [self.type] * len(args))
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), args)
+        return call(self.builder, name, self.type, *args)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """`a * b + c`, rounded once."""
