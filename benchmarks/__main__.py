@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from mhesa.cli.common import Device, Folder, errors, new_table, progress, show
+from mhesa.cli.common import Device, Folder, new_table, progress, show, stderr
 from mhesa.errors import InputError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -130,7 +130,7 @@ def run(
         settings = TrainingSettings(
             out=folder, sources=tuple(sources or ()), minutes=minutes, holdout=holdout, device="cpu"
         )
-        parts, outcome = bench_run(settings, console=errors)
+        parts, outcome = bench_run(settings, console=stderr)
     tables: dict[str, list[Any]] = {"parts": parts, "run": [outcome]}
     if not as_json:
         for name, rows in tables.items():
@@ -283,7 +283,7 @@ def learning(
     tables: dict[str, list[Any]] = {}
     for name, row in bench_learning(part, sources or [], seeds=seeds, seconds=seconds):
         tables.setdefault(name, []).append(row)
-        errors.print(str(row), highlight=False, soft_wrap=True)
+        stderr.print(str(row), highlight=False, soft_wrap=True)
     if not as_json:
         for name, rows in tables.items():
             _show(name, rows)
@@ -429,7 +429,7 @@ def _finish(
     if as_json:
         typer.echo(json.dumps(found))
     if save:
-        errors.print(f"saved to {results.save(found, results.FOLDER)}", highlight=False, soft_wrap=True)
+        stderr.print(f"saved to {results.save(found, results.FOLDER)}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -437,7 +437,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        errors.print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        stderr.print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
 
 

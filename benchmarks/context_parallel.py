@@ -274,7 +274,7 @@ def on_paper() -> list[Paper]:
     """
     messages = 4 * (LARGE.dim_mhesa + LARGE.heads), 4 * ((LARGE.conv_size - 1) * LARGE.dim + 1)
     weights = LARGE.parameters - LARGE.num_tokens * LARGE.dim
-    seconds_a_token = 6 * weights / FLOPS
+    seconds_per_token = 6 * weights / FLOPS
     rows = []
     for gpus in GPUS:
         for link in LINKS:
@@ -289,8 +289,8 @@ def on_paper() -> list[Paper]:
                     link=link.name,
                     ring=1e3 * ring,
                     doubling=1e3 * doubling,
-                    tokens_ring=round(19 * ring / seconds_a_token),
-                    tokens_doubling=round(19 * doubling / seconds_a_token),
+                    tokens_ring=round(19 * ring / seconds_per_token),
+                    tokens_doubling=round(19 * doubling / seconds_per_token),
                     ring_attention=round(6 * FLOPS / link.bandwidth),
                 )
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 
-from mhesa.cli.common import errors
+from mhesa.cli.common import stderr
 
 
 @cache
@@ -19,4 +19,4 @@ def installed(package: str, used_for: str) -> bool:
 
 def say(line: str) -> None:
     """Write a line to standard error, above a progress bar if there is one."""
-    errors.print(line, highlight=False, markup=False, soft_wrap=True)
+    stderr.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from groups import process_group
 
 from mhesa.errors import InputError
-from mhesa.inference.parallel import ParallelDecoder
+from mhesa.inference.parallel_decoder import ParallelDecoder
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops import context_parallel, exponential_smoothing
 from mhesa.ops.context_parallel import ContextParallel, stretch

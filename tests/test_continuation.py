@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhesa.errors import InputError
-from mhesa.inference.continuation import Continuation, StopMatcher, TextCursor
+from mhesa.inference.continuation import Continuation, TextCursor
 from mhesa.inference.sampling import TokenSampler
+from mhesa.inference.stop_strings import StopMatcher
 
 PIECES = [*(bytes([byte]) for byte in range(256)), b"ab", b"aba", "né".encode(), b""]
 END = len(PIECES) - 1

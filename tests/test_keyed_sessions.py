@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mhesa import GatedExponentialSmoothingLM, KeyedSessions, Reader, Session
 from mhesa.errors import InputError
-from mhesa.inference.keyed_sessions import BYTES_A_KEY
+from mhesa.inference.keyed_sessions import BYTES_PER_KEY
 from mhesa.tokenizers import Bytes
 
 
@@ -29,7 +29,7 @@ def reader():
 
 def memory_of(reader, states):
     """Bytes for as many states in memory, and no more."""
-    size = reader.decoder.initial_state(1).nbytes + BYTES_A_KEY
+    size = reader.decoder.initial_state(1).nbytes + BYTES_PER_KEY
     return int(states * size * 16 / 15) + 16
 
 

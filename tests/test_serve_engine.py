@@ -54,7 +54,7 @@ class Bench:
         self.told = queue.Queue()
         self.engine = DecodeThread(
             decoder(model, max_batch=slots),
-            tell=lambda jobs: [self.told.put(job) for job in jobs if job.done],
+            notify=lambda jobs: [self.told.put(job) for job in jobs if job.done],
             **settings,
         )
 

@@ -68,7 +68,7 @@ def test_settings_of_something_else_are_refused(tmp_path, text):
 
 def test_automatic_choices_keep_given_settings(settings):
     auto = replace(settings, batch_size=None, steps=None, precision="auto").resolve()
-    assert auto.windows_a_step * auto.context >= 1024
+    assert auto.windows_per_step * auto.context >= 1024
     assert auto.minutes == 3
     assert auto.precision in ("bf16", "fp32")
     assert settings.resolve().batch_size == 4
@@ -77,10 +77,10 @@ def test_automatic_choices_keep_given_settings(settings):
 
 def test_every_process_gets_as_much_as_one_alone(settings, monkeypatch):
     auto = replace(settings, batch_size=None, accumulate=3)
-    alone = auto.resolve().windows_a_step
+    alone = auto.resolve().windows_per_step
     monkeypatch.setattr("mhesa.processes.processes", lambda: 4)
-    assert auto.resolve().windows_a_step == 4 * alone
-    assert replace(auto, batch_size=24).resolve().windows_a_step == 24
+    assert auto.resolve().windows_per_step == 4 * alone
+    assert replace(auto, batch_size=24).resolve().windows_per_step == 24
 
 
 def test_a_run_from_python(settings):

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import mhesa
-from mhesa.cli.common import errors
+from mhesa.cli.common import stderr
 from mhesa.cli.config import config
 from mhesa.cli.evaluate import evaluate
 from mhesa.cli.export import export
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    errors.print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    stderr.print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(code)
 
 

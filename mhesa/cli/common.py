@@ -23,10 +23,10 @@ from mhesa.training.settings import TrainingSettings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mhesa.inference.parallel import ParallelDecoder
+    from mhesa.inference.parallel_decoder import ParallelDecoder
     from mhesa.inference.session import Reader
 
-errors = Console(stderr=True)
+stderr = Console(stderr=True)
 
 
 def _check_folder(folder: Path) -> Path:
@@ -90,7 +90,7 @@ def share(reader: Reader, *, quantize: str | None) -> ParallelDecoder | None:
     """
     import torch.distributed as dist
 
-    from mhesa.inference.parallel import ParallelDecoder
+    from mhesa.inference.parallel_decoder import ParallelDecoder
     from mhesa.processes import processes
 
     if processes() == 1:
@@ -143,6 +143,6 @@ def progress(description: str, total: int, hidden: bool = False) -> Iterator[Cal
     """A progress bar on standard error, if that is a terminal; call what it yields with each advance."""
     from rich.progress import Progress
 
-    with Progress(console=errors, transient=True, disable=hidden or not errors.is_terminal) as bar:
+    with Progress(console=stderr, transient=True, disable=hidden or not stderr.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         yield lambda amount: bar.advance(task, amount)

@@ -19,11 +19,11 @@ from mhesa.cli.common import (
     Precision,
     Quantize,
     TextField,
-    errors,
     interruptible,
     progress,
     read_model,
     share,
+    stderr,
 )
 from mhesa.cli.score_input import Text, documents, find_texts, key_finder, size_in_bytes, word_list
 from mhesa.cli.score_output import Counts, Output
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mhesa.inference.line_scores import FalseAlarms, LineScores
     from mhesa.inference.lines import KeyField, KeyPattern
     from mhesa.inference.log_reader import LogReader
-    from mhesa.inference.parallel import ParallelDecoder
+    from mhesa.inference.parallel_decoder import ParallelDecoder
     from mhesa.inference.scoring import SpanSurprisal
     from mhesa.inference.session import Reader
     from mhesa.inference.units import Columns, Segmenter, UnitSurprisal
@@ -325,7 +325,7 @@ def _page(path: Path, by: str) -> Iterator[Heatmap]:
         if error.filename is None or Path(error.filename) != path:
             raise
         raise InputError(f"cannot write {path}: {error.strerror}") from error
-    errors.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    stderr.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _until_interrupted(rows: Iterable[Any]) -> Iterator[Any]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from mhesa.cli.common import errors
+from mhesa.cli.common import stderr
 
 if TYPE_CHECKING:
     from mhesa.inference.line_scores import FalseAlarms, LineSurprisal
@@ -138,4 +138,4 @@ class Counts:
 
 
 def _say(text: str) -> None:
-    errors.print(text, highlight=False, markup=False, soft_wrap=True)
+    stderr.print(text, highlight=False, markup=False, soft_wrap=True)

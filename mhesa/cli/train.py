@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mhesa.cli.common import new_table, resume_garbage_collection
+from mhesa.cli.common import new_table, resume_garbage_collection, stderr
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.settings import setting_of
@@ -71,15 +71,14 @@ def train(
     chosen = TrainingSettings.resumed(given) if resume else TrainingSettings(**given)
     if config is not None:
         check_inputs(Path(chosen.out), [config])
-    console = Console(stderr=True)
     if resolve_device(chosen.device) == "cpu":
         keep_memory()
     resume_garbage_collection()
     try:
-        summary = run(chosen, resume=resume, overwrite=overwrite, console=console)
+        summary = run(chosen, resume=resume, overwrite=overwrite, console=stderr)
     except Stopped as stopped:
         if rank() == 0:
-            console.print(
+            stderr.print(
                 f"Stopped after step {stopped.step:,}. "
                 f"Continue with: mhesa train --resume --out {chosen.out}",
                 highlight=False,

@@ -44,7 +44,7 @@ class Corpus:
     held_out: list[Document]
 
     @property
-    def bytes_a_token(self) -> float:
+    def bytes_per_token(self) -> float:
         """The mean length of a training token, in bytes."""
         return self.facts.training_bytes / self.facts.training_tokens
 

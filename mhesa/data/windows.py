@@ -58,13 +58,13 @@ class Windows:
     def starts(self, step: int) -> np.ndarray:
         """The first token of each window of a step, `(rows,)`."""
         if self.streams:
-            pass_, index = divmod(step, self.per_pass)
+            epoch, index = divmod(step, self.per_pass)
             spread = self.per_pass * self.context * np.arange(self.rows)
-            return self._offset(pass_, self.rows * self.per_pass) + spread + self.context * index
+            return self._offset(epoch, self.rows * self.per_pass) + spread + self.context * index
         places = (divmod(step * self.rows + row, self.per_pass) for row in range(self.rows))
-        return np.array([self._order(pass_)[index] for pass_, index in places])
+        return np.array([self._order(epoch)[index] for epoch, index in places])
 
-    def readings(self, steps: float) -> float:
+    def epochs(self, steps: float) -> float:
         """How often so many steps read each token of the text, on average."""
         return steps * self.rows * self.context / len(self.tokens)
 
@@ -77,14 +77,14 @@ class Windows:
         ids = [self.tokens[start : start + self.context + 1] for start in starts]
         return torch.from_numpy(np.stack(ids))
 
-    def _draw_order(self, pass_: int) -> np.ndarray:
+    def _draw_order(self, epoch: int) -> np.ndarray:
         # Offsets and orders have separate generators, so that neither depends on how much the other draws.
-        order = np.random.default_rng((self.seed, pass_, 1)).permutation(self.per_pass)
-        return self._offset(pass_, self.per_pass) + self.context * order
+        order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.per_pass)
+        return self._offset(epoch, self.per_pass) + self.context * order
 
-    def _offset(self, pass_: int, windows: int) -> int:
+    def _offset(self, epoch: int, windows: int) -> int:
         room = len(self.tokens) - 1 - windows * self.context
-        return int(np.random.default_rng((self.seed, pass_, 0)).integers(room + 1))
+        return int(np.random.default_rng((self.seed, epoch, 0)).integers(room + 1))
 
 
 def pack(ids: Tensor, eos_token_id: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from mhesa.data import Document
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.parallel import WINDOW, ParallelDecoder
+from mhesa.inference.parallel_decoder import WINDOW, ParallelDecoder
 from mhesa.inference.statistics import check_numbers
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.tokenizers.base import Tokenizer

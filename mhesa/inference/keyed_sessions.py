@@ -29,7 +29,7 @@ CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL)
 # Keys are kept as digests of this many bytes: a key may be long, and there may be many.
 DIGEST_BYTES = 16
 # What Python keeps of a session in memory besides its state: measured, after many keys came and went.
-BYTES_A_KEY = 450
+BYTES_PER_KEY = 450
 # The share of the memory that is SQLite's page cache.
 CACHE_SHARE = 16
 MEMORY = 256 << 20
@@ -66,7 +66,7 @@ class KeyedSessions:
         self.reader = reader
         self._shape = tuple(reader.decoder.initial_state(1)[:, 0].shape)
         self._state_type = reader.decoder.initial_state(1).dtype
-        size = 4 * self._shape[0] * self._shape[1] + BYTES_A_KEY
+        size = 4 * self._shape[0] * self._shape[1] + BYTES_PER_KEY
         slots = (memory - memory // CACHE_SHARE) // size
         if slots < 1:
             raise InputError(f"{memory:,} bytes are too little memory for a session; {2 * size:,} are enough")

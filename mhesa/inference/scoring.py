@@ -16,7 +16,7 @@ import torch
 
 from mhesa.errors import InputError
 from mhesa.inference.lines import Piece
-from mhesa.inference.parallel import ParallelDecoder
+from mhesa.inference.parallel_decoder import ParallelDecoder
 from mhesa.inference.session import Reader
 from mhesa.inference.statistics import BITS, Statistic, check_numbers, read_tokens
 from mhesa.tokenizers.stream import NEWLINE, Block, character_start, encode_stream

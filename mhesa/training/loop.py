@@ -1,7 +1,7 @@
 """The training loop.
 
 A step, in order: 1 learning rate and dropout, 2 windows, 3 forward and backward, 4 clipping, 5 optimizer,
-6 clock and signals, 7 figures, 8 evaluation, 9 checkpoint.
+6 clock and signals, 7 metrics, 8 evaluation, 9 checkpoint.
 
 All that a step computes is a function of its number and of the state before it. A run that was stopped and
 resumed therefore gives, bit for bit, what it would have given without the stop.
@@ -38,7 +38,7 @@ from mhesa.training.distributed import (
     optimizer_state,
     sync_gradients,
 )
-from mhesa.training.figures import Evaluation, Figures, Row
+from mhesa.training.metrics import Evaluation, Metrics, Row
 from mhesa.training.optimizers import make_optimizers
 from mhesa.training.schedule import Budget, StopOnSignal, choose_dropout, learning_rate
 from mhesa.training.settings import TrainingSettings
@@ -54,7 +54,7 @@ def train_model(
     settings: TrainingSettings,
     batches: Batches,
     *,
-    bytes_a_token: float,
+    bytes_per_token: float,
     start: Path | None,
     budget: Budget,
     signals: StopOnSignal,
@@ -68,12 +68,12 @@ def train_model(
         model: trained in place, and sharded in place with `fsdp`.
         settings: resolved settings.
         batches: what each step reads.
-        bytes_a_token: bytes of the corpus for each token, for bits per byte.
+        bytes_per_token: bytes of the corpus for each token, for bits per byte.
         start: the checkpoint to resume from, if any.
         budget: the clock, or the number of steps, that ends training.
         signals: what may end it before.
         evaluate: measures the model; called in every process, and the first one's result counts.
-        on_row: called with each row of figures in the first process.
+        on_row: called with each row of metrics in the first process.
         phase: called with `"windows"`, `"forward"`, `"backward"`, `"clipping"`, `"optimizer"` and
             `"bookkeeping"` for the context that this part of a step runs in.
 
@@ -96,9 +96,9 @@ def train_model(
     if start is not None:
         _restore(start, model, optimizers, states, settings.accumulate)
     progress = Progress() if start is None else checkpoint.load_progress(start, settings.patience)
-    figures = Figures(settings, progress, bytes_a_token, on_row)
+    metrics = Metrics(settings, progress, bytes_per_token, on_row)
     if settings.steps is not None:
-        progress.dropout = choose_dropout(batches.windows.readings(settings.steps))
+        progress.dropout = choose_dropout(batches.windows.epochs(settings.steps))
     # With a budget of minutes, the second row is the first whose speed is not that of a start.
     speed_known_at = (progress.step // STEPS_BETWEEN_ROWS + 2) * STEPS_BETWEEN_ROWS
     budget.start(progress.seconds)
@@ -146,7 +146,7 @@ def train_model(
             if states is not None:
                 states.keep(index, batch, final)
             loss = loss + micro_loss.detach()
-        figures.add(loss)
+        metrics.add(loss)
 
         # 4. Clipping
         with phase("clipping"):
@@ -165,25 +165,25 @@ def train_model(
             budget.set(progress.seconds)
             done = budget.spent(progress.step) >= 1
 
-            # 7. A row of figures
+            # 7. A row of metrics
             if progress.step % STEPS_BETWEEN_ROWS == 0 or done:
-                seconds_a_step = figures.write_step(rate * settings.lr, norm, dropout)
+                seconds_per_step = metrics.write_step(rate * settings.lr, norm, dropout)
                 if progress.step == speed_known_at:
-                    steps = budget.expected_steps(progress.step, seconds_a_step)
-                    progress.dropout = choose_dropout(batches.windows.readings(steps))
+                    steps = budget.expected_steps(progress.step, seconds_per_step)
+                    progress.dropout = choose_dropout(batches.windows.epochs(steps))
 
             # 8. Evaluation on text held out
             is_best = False
             if settings.eval_every and (progress.step % settings.eval_every == 0 or done):
-                figures.collect(norm)
-                is_best = figures.write_evaluation(evaluate(model))
+                metrics.collect(norm)
+                is_best = metrics.write_evaluation(evaluate(model))
                 model.train()
 
             # 9. A checkpoint: now and then, of the best model if that is wanted, and at the end
             done = progress.is_finished(budget, settings.patience) or signal > 0
             wanted = is_best and settings.patience is not None
             if progress.step % settings.save_every == 0 or wanted or done:
-                figures.collect(norm)
+                metrics.collect(norm)
                 _save(settings, progress, model, optimizers, states)
 
     # Automatic dropout is not saved with the model.

@@ -11,7 +11,7 @@ from mhesa.processes import processes
 from mhesa.training.settings import TrainingSettings
 
 # Weights, gradients and two moments of AdamW, in fp32.
-BYTES_A_PARAMETER = 16
+BYTES_PER_PARAMETER = 16
 
 
 def check_memory(settings: TrainingSettings, vocab_size: int) -> None:
@@ -20,7 +20,7 @@ def check_memory(settings: TrainingSettings, vocab_size: int) -> None:
     if available is None:
         return
     parameters = settings.model_config(vocab_size).parameters
-    model = BYTES_A_PARAMETER * parameters // (processes() if settings.fsdp else 1)
+    model = BYTES_PER_PARAMETER * parameters // (processes() if settings.fsdp else 1)
     if model > available:
         raise InputError(
             f"a model of {parameters:,} parameters takes {_gigabytes(model)} to train and {settings.device} "
@@ -29,7 +29,7 @@ def check_memory(settings: TrainingSettings, vocab_size: int) -> None:
     batch = _activations(settings)
     if model + batch > available:
         raise InputError(
-            f"{settings.windows_a_step:,} windows of {settings.context:,} tokens take "
+            f"{settings.windows_per_step:,} windows of {settings.context:,} tokens take "
             f"{_gigabytes(batch)} and {settings.device} has {_gigabytes(available)}; make batch_size or "
             "context smaller, or accumulate larger"
         )
@@ -39,7 +39,7 @@ def _activations(settings: TrainingSettings) -> int:
     """The least bytes that a micro-batch keeps for the backward pass, at 2 bytes an element."""
     hidden = settings.dim_hidden
     width = settings.dim if settings.recompute else settings.dim + 2 * hidden + 2 * settings.dim_mhesa
-    tokens = settings.windows_a_step * settings.context // (settings.accumulate * processes())
+    tokens = settings.windows_per_step * settings.context // (settings.accumulate * processes())
     return 2 * tokens * settings.depth * width
 
 

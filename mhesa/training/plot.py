@@ -30,9 +30,9 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], levels: Mapping[str, float], p
     tokens = [row["tokens"] / 1e6 for row in rows]
     axes.plot(tokens, [row["bits_per_byte"] for row in rows], linewidth=1.3, label="training")
     if evaluations:
-        tokens_a_step = rows[0]["tokens"] / rows[0]["step"] / 1e6
+        tokens_per_step = rows[0]["tokens"] / rows[0]["step"] / 1e6
         axes.plot(
-            [row["step"] * tokens_a_step for row in evaluations],
+            [row["step"] * tokens_per_step for row in evaluations],
             [row["held_out_bits_per_byte"] for row in evaluations],
             color="C1",
             linewidth=1.3,

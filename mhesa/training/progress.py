@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mhesa.training.figures import Row
+from mhesa.training.metrics import Row
 from mhesa.training.schedule import Budget
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -57,7 +57,7 @@ class ProgressDisplay:
             self._progress.advance(self._task, amount)
 
     def show(self, row: Row) -> None:
-        """Show a row of figures, in the bar or as a line, or an evaluation with its sample."""
+        """Show a row of metrics, in the bar or as a line, or an evaluation with its sample."""
         if "sample" in row:
             self._show_evaluation(row)
             return

@@ -19,7 +19,7 @@ from mhesa.data.cache import cached_folder
 from mhesa.errors import InputError, TrainingError, reason
 from mhesa.file_names import CHECKPOINTS, CURVE
 from mhesa.inference.evaluation import PredictionCost, evaluate
-from mhesa.inference.parallel import ParallelDecoder
+from mhesa.inference.parallel_decoder import ParallelDecoder
 from mhesa.model.config import ModelConfig
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.model.loading import load_tokenizer, plain_name, save
@@ -31,7 +31,6 @@ from mhesa.training import checkpoint
 from mhesa.training.batches import Batches
 from mhesa.training.checkpoint import PREFIX, Progress
 from mhesa.training.distributed import StateDict, arrange, is_sharded, model_state
-from mhesa.training.figures import Evaluation, Row
 from mhesa.training.folder import (
     COMPLETE,
     append_metrics,
@@ -45,6 +44,7 @@ from mhesa.training.folder import (
 )
 from mhesa.training.loop import Phase, train_model
 from mhesa.training.memory import check_memory
+from mhesa.training.metrics import Evaluation, Row
 from mhesa.training.outcome import Summary, compress, first_bytes, write_sample
 from mhesa.training.plot import draw_curve
 from mhesa.training.progress import ProgressDisplay
@@ -145,7 +145,7 @@ def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Co
     windows = Windows(
         corpus.tokens,
         context=settings.context,
-        rows=settings.windows_a_step,
+        rows=settings.windows_per_step,
         seed=settings.seed,
         streams=settings.carry_state,
     )
@@ -195,7 +195,7 @@ class Run:
             model,
             settings,
             batches,
-            bytes_a_token=self.corpus.bytes_a_token,
+            bytes_per_token=self.corpus.bytes_per_token,
             start=self.start,
             budget=self.display.budget,
             signals=signals,
@@ -282,7 +282,7 @@ class Run:
 
 
 def _row_writer(folder: Path, display: ProgressDisplay, report: Report) -> Callable[[Row], None]:
-    """A function that saves a row of figures, shows and reports it, and now and then draws the curve."""
+    """A function that saves a row of metrics, shows and reports it, and now and then draws the curve."""
     drawn = time.monotonic()
 
     def write(row: Row) -> None:
@@ -328,12 +328,12 @@ def _announce(
     shared = "" if processes() == 1 else f", {processes()} processes"
     if settings.context_parallel > 1:
         shared += f", {settings.context_parallel} to a window"
-    often = "" if settings.steps is None else f", the text {windows.readings(settings.steps):,.1f} times"
+    often = "" if settings.steps is None else f", the text {windows.epochs(settings.steps):,.1f} times"
     console.print(
         f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
         f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"
         f"[bold]{facts.training_tokens:,}[/] tokens ({settings.tokenizer}), "
-        f"{corpus.bytes_a_token:.2f} bytes each\n"
+        f"{corpus.bytes_per_token:.2f} bytes each\n"
         f"[bold]{parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
         f"{settings.heads} heads over {settings.dim_mhesa}\n"
         f"[bold]{budget}[/] on {settings.device} in {settings.precision}, "

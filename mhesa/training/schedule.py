@@ -12,9 +12,9 @@ from typing import Any
 LOWEST_RATE = 0.1
 # `wsd` lowers the rate over this last fraction of the budget.
 DECAY = 0.2
-# Dropout grows by 0.1 with every so many readings of the text: the more often it is read, the more of it is
+# Dropout grows by 0.1 with every so many epochs of the text: the more often it is read, the more of it is
 # learnt by heart (docs/learning.md).
-READINGS_A_TENTH, HIGHEST_DROPOUT = 5, 0.5
+EPOCHS_PER_TENTH, HIGHEST_DROPOUT = 5, 0.5
 
 
 def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> float:
@@ -39,13 +39,13 @@ def learning_rate(spent: float, warmup: float, schedule: str = "cosine") -> floa
     return LOWEST_RATE + (1 - LOWEST_RATE) * (1 + math.cos(angle)) / 2
 
 
-def choose_dropout(readings: float) -> float:
+def choose_dropout(epochs: float) -> float:
     """The probability of dropping an element in a run that reads its text so many times.
 
     >>> choose_dropout(4), choose_dropout(14), choose_dropout(100)
     (0.0, 0.2, 0.5)
     """
-    return min(int(readings / READINGS_A_TENTH) / 10, HIGHEST_DROPOUT)
+    return min(int(epochs / EPOCHS_PER_TENTH) / 10, HIGHEST_DROPOUT)
 
 
 class Budget:
@@ -74,12 +74,12 @@ class Budget:
         """Set the time that decisions use."""
         self.seconds = seconds
 
-    def expected_steps(self, step: int, seconds_a_step: float) -> float:
+    def expected_steps(self, step: int, seconds_per_step: float) -> float:
         """The steps of the whole budget: those before `step`, and of the time that is left at this speed."""
         if self.steps is not None:
             return self.steps
         assert self.minutes is not None
-        return step + (60 * self.minutes - self.seconds) / seconds_a_step
+        return step + (60 * self.minutes - self.seconds) / seconds_per_step
 
     def spent(self, step: int) -> float:
         """The fraction of the budget that is used before `step`."""

@@ -24,7 +24,7 @@ from mhesa.settings import (
     one_of,
     settings_of,
 )
-from mhesa.training.schedule import HIGHEST_DROPOUT, READINGS_A_TENTH
+from mhesa.training.schedule import EPOCHS_PER_TENTH, HIGHEST_DROPOUT
 
 # The groups of `mhesa train --help`, in their order.
 RUN, TEXT, MODEL, TRAINING, MACHINE = PANELS = ("Run", "Text", "Model", "Training", "Machine")
@@ -33,8 +33,8 @@ LARGEST_VOCABULARY = 1_000_000
 # Tokens of one step, for each process: enough that matrix products fill the device and that the fixed
 # costs of a step, such as summing gradients over processes, stay small. More would only mean fewer steps
 # in the same time; a CPU that computes in fp32 is slower and takes a quarter.
-TOKENS_A_STEP = {"bf16": 4096, "fp32": 1024}
-TOKENS_A_STEP_ON_ACCELERATORS = 65536
+TOKENS_PER_STEP = {"bf16": 4096, "fp32": 1024}
+TOKENS_PER_STEP_ON_ACCELERATORS = 65536
 # Values of these settings for files from before they were introduced.
 EARLIER_DEFAULTS = {"smoothing": "fixed", "optimizer": "adamw", "dropout": 0.0}
 
@@ -138,7 +138,7 @@ class TrainingSettings(ModelSizes):
     dropout: Annotated[
         float | None,
         Doc(
-            f"{DROPOUT_TEXT}; if omitted, 0.1 for every {READINGS_A_TENTH} times that the budget lets the "
+            f"{DROPOUT_TEXT}; if omitted, 0.1 for every {EPOCHS_PER_TENTH} times that the budget lets the "
             f"run read its text, at most {HIGHEST_DROPOUT}.",
             FRACTION,
             TRAINING,
@@ -317,7 +317,7 @@ class TrainingSettings(ModelSizes):
                 f"batch_size {self.batch_size} cannot be divided into {self.accumulate} micro-batches "
                 f"for {processes()} processes{shared}; give a multiple of {micro_batches}"
             )
-        tokens = TOKENS_A_STEP[precision] if kind == "cpu" else TOKENS_A_STEP_ON_ACCELERATORS
+        tokens = TOKENS_PER_STEP[precision] if kind == "cpu" else TOKENS_PER_STEP_ON_ACCELERATORS
         windows = max(tokens * self.context_parallel // self.context, 1)
         return replace(
             self,
@@ -328,7 +328,7 @@ class TrainingSettings(ModelSizes):
         )
 
     @property
-    def windows_a_step(self) -> int:
+    def windows_per_step(self) -> int:
         """The batch size of resolved settings."""
         assert self.batch_size is not None, "only resolved settings have a batch size"
         return self.batch_size

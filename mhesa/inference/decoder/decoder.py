@@ -92,8 +92,8 @@ class Decoder:
         weight = model.to_logits.weight
         self.device, self.max_batch = weight.device, max_batch
         self.num_tokens = model.token_emb.num_embeddings
-        like = model.initial_state(1)
-        self._state_type, self._depth, self._width = like.dtype, like.shape[0], like.shape[2]
+        template = model.initial_state(1)
+        self._state_type, self._depth, self._width = template.dtype, template.shape[0], template.shape[2]
         self._engine = _engine(model, quantize, max_batch, single_thread_small_calls)
         self._lock = new_lock()
         # The offsets of a step: one row for each sequence.

@@ -127,16 +127,16 @@ def _ends_sequence(sequence_of, at, batch, length, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _program(blocks, tiles, tiles_a_program):
+def _program(blocks, tiles, tiles_per_program):
     """A program's block, its group of tiles, the batch of that, its first tile and the one after its last.
 
     Neighbouring programs take blocks of the same rows, which share cache lines.
     """
-    groups = tl.cdiv(tiles, tiles_a_program)
+    groups = tl.cdiv(tiles, tiles_per_program)
     group = tl.program_id(0) // blocks
     batch = (group // groups).to(tl.int64)
-    first = (group % groups).to(tl.int64) * tiles_a_program
-    return tl.program_id(0) % blocks, group, batch, first, tl.minimum(first + tiles_a_program, tiles)
+    first = (group % groups).to(tl.int64) * tiles_per_program
+    return tl.program_id(0) % blocks, group, batch, first, tl.minimum(first + tiles_per_program, tiles)
 
 
 @triton.jit
@@ -162,14 +162,14 @@ def forward(
     channels,
     head_dim,
     tiles,
-    tiles_a_program,
+    tiles_per_program,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS_LOG: tl.constexpr,
     SPANS_LOG: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """The scan of `tiles_a_program` tiles.
+    """The scan of `tiles_per_program` tiles.
 
     Without `carries`, the whole scan. With `carries (batch, tiles, channels)`, which holds the state at each
     tile's start, the outputs. Without `y`, the tiles' end states from zero, written to `carries`.
@@ -177,7 +177,7 @@ def forward(
     ROWS: tl.constexpr = 1 << ROWS_LOG
     SPANS: tl.constexpr = 1 << SPANS_LOG
     blocks = tl.cdiv(channels, BLOCK)
-    block, _, batch, first, last = _program(blocks, tiles, tiles_a_program)
+    block, _, batch, first, last = _program(blocks, tiles, tiles_per_program)
     start = block * BLOCK
     limit = tl.minimum(last * (ROWS * SPANS), length)
 
@@ -299,7 +299,7 @@ def backward(
     channels,
     head_dim,
     tiles,
-    tiles_a_program,
+    tiles_per_program,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS_LOG: tl.constexpr,
@@ -314,7 +314,7 @@ def backward(
     ROWS: tl.constexpr = 1 << ROWS_LOG
     SPANS: tl.constexpr = 1 << SPANS_LOG
     blocks = tl.cdiv(channels, BLOCK)
-    block, group, batch, first, last = _program(blocks, tiles, tiles_a_program)
+    block, group, batch, first, last = _program(blocks, tiles, tiles_per_program)
     start = block * BLOCK
     limit = tl.minimum(last * (ROWS * SPANS), length)
 
@@ -341,7 +341,7 @@ def backward(
     if dx is not None:
         x += batch * stride_batch
     programs = tl.num_programs(0) // blocks
-    plane = (programs // tl.cdiv(tiles, tiles_a_program)).to(tl.int64) * tiles * channels
+    plane = (programs // tl.cdiv(tiles, tiles_per_program)).to(tl.int64) * tiles * channels
     position = first * (ROWS * SPANS) + span * ROWS
     next_dy = _load_tile(dy, stride_time_dy, position, limit, length, channel, channels, ROWS, REVERSE)
     if dx is not None:

@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     """How a pass over `x` is cut into tiles and programs, and the constants of its kernels."""
 
     tiles: int
-    tiles_a_program: int
+    tiles_per_program: int
     # Programs of each block of channels.
     programs: int
     blocks: int
@@ -44,7 +44,7 @@ def plan(
     whole = tiles == 1 or width >= processors(x.device)
     # Once all multiprocessors are busy, more tiles per program hide latency and leave fewer partial sums.
     run = min(max(width * tiles // (16 * processors(x.device)), 1), 8)
-    tiles_a_program = tiles if whole else run
+    tiles_per_program = tiles if whole else run
     constants |= {
         "ROWS_LOG": rows_log,
         "SPANS_LOG": spans_log,
@@ -52,8 +52,8 @@ def plan(
         # Triton's default varies by version.
         "enable_fp_fusion": True,
     }
-    programs = x.shape[0] * triton.cdiv(tiles, tiles_a_program)
-    return Plan(tiles, tiles_a_program, programs, blocks, whole, constants)
+    programs = x.shape[0] * triton.cdiv(tiles, tiles_per_program)
+    return Plan(tiles, tiles_per_program, programs, blocks, whole, constants)
 
 
 def kernel_inputs(inputs: Inputs) -> Inputs:

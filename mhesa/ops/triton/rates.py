@@ -77,7 +77,7 @@ def _scan(inputs: Inputs, y: Tensor | None) -> tuple[Tensor, Tensor]:
             heads,
             head_dim,
             plan.tiles,
-            plan.tiles_a_program,
+            plan.tiles_per_program,
             WHOLE=plan.whole,
             **plan.constants,
         )
@@ -138,7 +138,7 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None) 
             heads,
             head_dim,
             plan.tiles,
-            plan.tiles_a_program,
+            plan.tiles_per_program,
             **plan.constants,
         )
 

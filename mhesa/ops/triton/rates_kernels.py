@@ -188,7 +188,7 @@ def forward(
     heads,
     head_dim,
     tiles,
-    tiles_a_program,
+    tiles_per_program,
     WHOLE: tl.constexpr,
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
@@ -196,7 +196,7 @@ def forward(
     SPANS_LOG: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """The scan of `tiles_a_program` tiles.
+    """The scan of `tiles_per_program` tiles.
 
     With `WHOLE` the whole scan, which writes the state at the start of each tile to
     `states (batch, tiles, channels)`, and outputs if there is a `y`. Otherwise, with
@@ -207,9 +207,9 @@ def forward(
     SPANS: tl.constexpr = 1 << SPANS_LOG
     channels = heads * head_dim
     blocks = tl.cdiv(heads, HEADS) * tl.cdiv(head_dim, DIMS)
-    block, _, batch, first_tile, last_tile = _program(blocks, tiles, tiles_a_program)
+    block, _, batch, first_tile, last_tile = _program(blocks, tiles, tiles_per_program)
     head, channel, valid = _lanes(block, heads, head_dim, HEADS, DIMS)
-    batches = (tl.num_programs(0) // blocks // tl.cdiv(tiles, tiles_a_program)).to(tl.int64)
+    batches = (tl.num_programs(0) // blocks // tl.cdiv(tiles, tiles_per_program)).to(tl.int64)
     plane = batches * tiles * channels
 
     span = tl.arange(0, SPANS)[:, None]
@@ -300,7 +300,7 @@ def backward(
     heads,
     head_dim,
     tiles,
-    tiles_a_program,
+    tiles_per_program,
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
     ROWS_LOG: tl.constexpr,
@@ -320,9 +320,9 @@ def backward(
     channels = heads * head_dim
     parts = tl.cdiv(head_dim, DIMS)
     blocks = tl.cdiv(heads, HEADS) * parts
-    block, group, batch, first_tile, last_tile = _program(blocks, tiles, tiles_a_program)
+    block, group, batch, first_tile, last_tile = _program(blocks, tiles, tiles_per_program)
     head, channel, valid = _lanes(block, heads, head_dim, HEADS, DIMS)
-    batches = (tl.num_programs(0) // blocks // tl.cdiv(tiles, tiles_a_program)).to(tl.int64)
+    batches = (tl.num_programs(0) // blocks // tl.cdiv(tiles, tiles_per_program)).to(tl.int64)
     plane = batches * tiles * channels
 
     span = tl.arange(0, SPANS)[:, None]

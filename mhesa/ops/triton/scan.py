@@ -68,7 +68,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
             channels,
             head_dim,
             plan.tiles,
-            plan.tiles_a_program,
+            plan.tiles_per_program,
             **plan.constants,
         )
 
@@ -117,7 +117,7 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
             channels,
             head_dim,
             plan.tiles,
-            plan.tiles_a_program,
+            plan.tiles_per_program,
             **plan.constants,
         )
 

@@ -67,7 +67,7 @@ class Service:
             Decoder(model, max_batch=settings.slots, quantize=quantize, single_thread_small_calls=True),
             num_tokens=self.num_tokens,
             queue=settings.queue,
-            tell=self._tell,
+            notify=self._notify,
         )
         self.metrics = Metrics(self.engine, self.sessions)
         self.stopping = False
@@ -120,7 +120,7 @@ class Service:
         except Stopped as error:
             raise stopping() from error
 
-    def _tell(self, jobs: list[Job]) -> None:
+    def _notify(self, jobs: list[Job]) -> None:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(wake, jobs)
 

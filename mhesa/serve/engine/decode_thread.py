@@ -38,7 +38,7 @@ class DecodeThread:
         decoder: the model, for this thread alone; writes `max_batch` texts at the same time.
         num_tokens: size of the tokenizer, see `Slots`.
         queue: number of texts that may wait for a slot; one client may take half of it.
-        tell: called from the thread with the jobs that have progress to report.
+        notify: called from the thread with the jobs that have progress to report.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class DecodeThread:
         *,
         num_tokens: int | None = None,
         queue: int = 1024,
-        tell: Callable[[list[Job]], object],
+        notify: Callable[[list[Job]], object],
     ) -> None:
         self.decoder, self.size = decoder, decoder.max_batch
         # NaN, as `Slots.remove` leaves it.
         self.slots = Slots(decoder, decoder.initial_state(self.size).fill_(math.nan), num_tokens)
-        self.queue, self.tell = queue, tell
+        self.queue, self.notify = queue, notify
         # Tokens of a scored prompt that are read at once.
         self._most_scored = max(1, LOGITS // decoder.num_tokens)
         self.tokens_read = self.tokens_written = self.steps = self.failures = 0
@@ -231,7 +231,7 @@ class DecodeThread:
         for job in dict.fromkeys(jobs):
             job.error, job.done = error, True
             self._progress.append(job)
-        self.tell(self._progress)
+        self.notify(self._progress)
 
     # Reading prompts
 
@@ -359,5 +359,5 @@ class DecodeThread:
             self._progress += streams
             self._next_tick = now + max(TICK_SECONDS, len(streams) / EVENTS_PER_SECOND)
         if self._progress:
-            self.tell(self._progress)
+            self.notify(self._progress)
             self._progress = []

@@ -1,4 +1,4 @@
-"""The rows of `metrics.jsonl`: figures of the last steps, or an evaluation."""
+"""The rows of `metrics.jsonl`: means over the last steps, or an evaluation."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Evaluation:
 
 
 @dataclass
-class Figures:
+class Metrics:
     """Collects losses on the device, so that no step waits for them, and writes them as rows.
 
     Args:
         settings: settings of the run.
         progress: how far the run is; kept up to date with losses and evaluations.
-        bytes_a_token: bytes of the corpus for each token, for bits per byte.
+        bytes_per_token: bytes of the corpus for each token, for bits per byte.
         on_row: called with each row in the first process.
     """
 
     settings: TrainingSettings
     progress: Progress
-    bytes_a_token: float
+    bytes_per_token: float
     on_row: Callable[[Row], object]
     _losses: list[Tensor] = field(default_factory=list)
 
@@ -69,7 +69,7 @@ class Figures:
         self._check([float(norm)], "gradient")
 
     def write_step(self, learning_rate: float, norm: Tensor, dropout: float) -> float:
-        """Write the figures of the steps since the last such row.
+        """Write the metrics of the steps since the last such row.
 
         Args:
             learning_rate: learning rate of the last step.
@@ -82,14 +82,14 @@ class Figures:
         self.collect(norm)
         progress = self.progress
         loss = sum(progress.losses) / len(progress.losses)
-        tokens = self.settings.windows_a_step * self.settings.context
+        tokens = self.settings.windows_per_step * self.settings.context
         steps, seconds = progress.step - self._row_step, progress.seconds - self._row_seconds
         self._row_step, self._row_seconds = progress.step, progress.seconds
         progress.losses = []
         self._write(
             tokens=progress.step * tokens,
             loss=loss,
-            bits_per_byte=loss / math.log(2) / self.bytes_a_token,
+            bits_per_byte=loss / math.log(2) / self.bytes_per_token,
             learning_rate=learning_rate,
             gradient_norm=float(norm),
             dropout=dropout,
@@ -109,11 +109,11 @@ class Figures:
             self._write(held_out_bits_per_byte=bits, sample=found.sample)
         return better
 
-    def _write(self, **figures: Any) -> None:
+    def _write(self, **values: Any) -> None:
         if rank() == 0:
             progress = self.progress
-            tokens = {"tokens": figures.pop("tokens")} if "tokens" in figures else {}
-            self.on_row({"step": progress.step, **tokens, "seconds": round(progress.seconds, 3), **figures})
+            tokens = {"tokens": values.pop("tokens")} if "tokens" in values else {}
+            self.on_row({"step": progress.step, **tokens, "seconds": round(progress.seconds, 3), **values})
 
     def _check(self, values: list[float], what: str) -> None:
         bad = next((value for value in values if not math.isfinite(value)), None)
