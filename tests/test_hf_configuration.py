@@ -17,7 +17,10 @@ from mhesa.hf import MhesaConfig
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, not 0"),
         ({"heads": 0}, "heads must be at least 1, not 0"),
         ({"dim_mhesa": -8}, "dim_mhesa must be at least 1, not -8"),
-        ({"dim_expansion_factor": 0}, "dim_expansion_factor * hidden_size must be at least 1, not 0"),
+        (
+            {"dim_expansion_factor": 0},
+            "dim_expansion_factor * hidden_size must be at least 1 and fit in 64 bits, not 0",
+        ),
         ({"dim_expansion_factor": float("nan")}, "dim_expansion_factor must be a finite number, not nan"),
         ({"dim_expansion_factor": "4"}, "dim_expansion_factor must be a number, not '4'"),
         ({"hidden_size": 64.0}, "hidden_size must be a whole number, not 64.0"),
