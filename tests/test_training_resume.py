@@ -190,14 +190,13 @@ def test_a_run_that_died_before_its_model_was_saved_is_resumed(settings):
         train(run, resume=True)
 
 
-@pytest.mark.parametrize("patience", [1, 2])
-def test_patience_may_begin_where_the_best_model_was_not_saved(settings, patience):
+def test_patience_may_begin_where_the_best_model_was_not_saved(settings):
     # The rates rise so far that later evaluations are worse than the first.
     rates = {"lr": 1.0, "muon_lr": 1.0, "warmup": 0.9}
     run = replace(settings, steps=12, save_every=8, eval_every=2, **rates)
     train(replace(run, steps=8))
     assert json.loads((Path(run.out) / "checkpoints/step-8/progress.json").read_text())["best_step"] < 8
-    resumed = replace(run, patience=patience)
+    resumed = replace(run, patience=1)
     summary = train(resumed, resume=True)
     evaluations = [row for row in figures(run) if "sample" in row and row["step"] > 8]
     best = min(evaluations, key=lambda row: row["held_out_bits_per_byte"])
