@@ -23,7 +23,7 @@ class Part:
 
     name: str
     seconds: float
-    milliseconds_per_step: float
+    milliseconds_a_step: float
     share: float
 
 

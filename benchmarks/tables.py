@@ -114,9 +114,9 @@ TABLES = {
         figure="milliseconds",
     ),
     "parts": Table(
-        {"part of a run": "{name}", "ms a step": "{milliseconds_per_step:.2f}", "share": "{share:.1%}"},
+        {"part of a run": "{name}", "ms a step": "{milliseconds_a_step:.2f}", "share": "{share:.1%}"},
         identity=("name",),
-        figure="milliseconds_per_step",
+        figure="milliseconds_a_step",
     ),
     "run": Table(
         {

@@ -1,6 +1,6 @@
 """Errors whose message tells the user what to do."""
 
-# Of a `FloatingPointError`.
+# Message of a `FloatingPointError`.
 NOT_NUMBERS = "the model's logits are not numbers; its weights may be damaged"
 
 
@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a few words: of an error of the system's without the file's name and the number."""
+    """What went wrong, in a few words; of an `OSError` without the number and the file's name."""
     return getattr(error, "strerror", None) or str(error)
 
 

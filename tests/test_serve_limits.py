@@ -45,8 +45,9 @@ def test_a_server_ends_with_its_decode_thread(folder, tmp_path):
     process.start()
     headers = {"Authorization": f"Bearer {KEYS['alice']}"}
     url = url_of(process.is_alive, log)
-    answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, headers=headers, trust_env=False)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "model_failure")
+    body = {"prompt": ["x", "y", "z"]}
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, trust_env=False)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the model failed")
     process.join(30)
     assert process.exitcode == 1
     assert "the decode thread failed" in log.read_text()

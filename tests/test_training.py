@@ -129,6 +129,14 @@ def test_a_loss_that_is_no_number_ends_the_run(settings):
         train(replace(settings, lr=1e30, steps=50))
 
 
+def test_weights_that_a_step_breaks_are_found_by_the_evaluation_after_it(settings):
+    diverging = replace(settings, lr=1e30, muon_lr=1e30, warmup=0.0, steps=50)
+    with pytest.raises(TrainingError, match=r"held-out text became inf at step .*learning rate"):
+        train(replace(diverging, eval_every=1))
+    with pytest.raises(TrainingError, match=r"logits are not numbers.*start over with a lower learning rate"):
+        train(replace(diverging, steps=1, out=f"{settings.out}-1"))
+
+
 def test_another_corpus_does_not_resume_a_run(settings):
     train(settings)
     with open(settings.sources[0], "a") as file:

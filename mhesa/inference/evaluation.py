@@ -77,7 +77,7 @@ def evaluate(
         on_progress: called after each window with its number of tokens.
 
     Raises:
-        FloatingPointError: the model's logits are NaN.
+        FloatingPointError: the model's logits are not numbers.
     """
     decoder = Decoder(model) if isinstance(model, GatedExponentialSmoothingLM) else model
     size = WINDOW * (decoder.processes if isinstance(decoder, ParallelDecoder) else 1)

@@ -41,7 +41,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, l
         Those of `targets`, fp64 `(rows,)`, and the likeliest tokens of each row with their log-probabilities.
 
     Raises:
-        FloatingPointError: logits are NaN.
+        FloatingPointError: logits are not numbers.
 
     >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2]), 0)[0].exp().item()
     0.25

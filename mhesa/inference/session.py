@@ -23,6 +23,7 @@ from mhesa.inference.continuation import Continuation, TextCursor
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.generation import write
 from mhesa.inference.sampling import Sampling, TokenSampler
+from mhesa.inference.statistics import check_numbers
 from mhesa.locks import only_writer_of_file
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.checks import check_ids
@@ -160,7 +161,7 @@ class Session:
         self._check(ids)
         if not len(ids):
             return np.zeros(0)
-        bits = self.reader.decoder.surprisal(self._inputs(ids), ids, self._memory.state)
+        bits = check_numbers(self.reader.decoder.surprisal(self._inputs(ids), ids, self._memory.state))
         self._advance(ids)
         return bits
 

@@ -80,7 +80,7 @@ def token_statistics(
         By name fp64 `(tokens,)`.
 
     Raises:
-        FloatingPointError: logits are NaN.
+        FloatingPointError: logits are not numbers.
     """
     if set(statistics.values()) == {bits} and logits.device.type == "cpu" and logits.dtype == torch.float32:
         from mhesa.inference.decoder.surprisal_kernel import surprisal
@@ -99,7 +99,7 @@ def token_statistics(
 
 
 def check_numbers(values: np.ndarray) -> np.ndarray:
-    """Statistics of some tokens, `(tokens,)`; raises `FloatingPointError` if one is NaN."""
+    """The statistics of some tokens, `(tokens,)`, as they are; raises `FloatingPointError` if one is NaN."""
     if np.isnan(values).any():
         raise FloatingPointError(NOT_NUMBERS)
     return values
@@ -146,7 +146,7 @@ def read_tokens(
     Raises:
         InputError: not as many targets as inputs, or what `Decoder.read` raises.
         IndexError: an id or a target outside the vocabulary.
-        FloatingPointError: logits are NaN.
+        FloatingPointError: logits are not numbers.
     """
     if set(statistics.values()) == {bits}:
         return dict.fromkeys(statistics, check_numbers(decoder.surprisal(inputs, targets, state)))

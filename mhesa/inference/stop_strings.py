@@ -14,7 +14,7 @@ class StopMatcher:
     r"""Passes a text on as it grows, up to the first of its stop strings.
 
     Bytes at the end that may begin a stop string are held back until that is clear. Where stop strings
-    overlap, the one that is complete first ends the text; of two, the longer one.
+    overlap, the one that is complete first ends the text; of two that end at the same byte, the longer one.
 
     Args:
         stops: the stop strings, none of them empty.

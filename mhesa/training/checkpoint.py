@@ -136,8 +136,8 @@ def load_progress(path: Path, patience: int | None = None) -> Progress:
 
     Args:
         path: the checkpoint.
-        patience: that of the run from now on. A run with patience saves its best model; the best one of the
-            run before does not count if it was not saved.
+        patience: patience of the run from now on. A run with patience saves its best model; the best one so
+            far does not count if it was not saved.
 
     Raises:
         InputError: the file holds something else.
@@ -146,7 +146,7 @@ def load_progress(path: Path, patience: int | None = None) -> Progress:
         progress = Progress(**read_json(path / PROGRESS))
     except TypeError as error:
         raise InputError(f"{path / PROGRESS} is damaged: {error}") from error
-    if patience is not None and not path.with_name(f"{PREFIX}{progress.best_step}").is_dir():
+    if patience is not None and find_damage(path.with_name(f"{PREFIX}{progress.best_step}")):
         progress.best_step = progress.best_bits_per_byte = None
         progress.evaluations_since_best = 0
     return progress

@@ -96,7 +96,7 @@ def checkpoint_to_resume(
     budget = Budget(settings.steps, settings.minutes)
     budget.set(progress.seconds)
     if progress.is_finished(budget, settings.patience) and _is_complete(folder):
-        more = "--steps or --minutes" if budget.spent(progress.step) >= 1 else "--patience"
+        more = "--steps or --minutes" if progress.is_finished(budget, None) else "--patience"
         raise InputError(f"the run in {folder} is complete at step {progress.step}; give it more with {more}")
     return path
 
@@ -139,12 +139,15 @@ def prepare(folder: Path, settings: TrainingSettings, facts: dict[str, Any], don
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`, up to one that was cut off when a process was killed."""
-    rows = []
-    for line in (folder / METRICS).read_text().splitlines():
+    path, rows = folder / METRICS, []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 

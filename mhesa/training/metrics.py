@@ -100,6 +100,7 @@ class Metrics:
     def write_evaluation(self, found: Evaluation | None) -> bool:
         """Write what the first process found, `None` in all others; whether it is the best so far."""
         bits = maximum([-math.inf if found is None else found.bits_per_byte])[0]
+        self._check([bits], "loss of held-out text")
         progress = self.progress
         better = progress.best_bits_per_byte is None or bits < progress.best_bits_per_byte
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1

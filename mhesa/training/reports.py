@@ -1,4 +1,4 @@
-"""Figures for tensorboard, wandb or trackio; each is imported only when it is used."""
+"""Metrics for tensorboard, wandb or trackio; each is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ PROJECT = "mhesa"
 
 @contextmanager
 def reporter(settings: TrainingSettings) -> Iterator[Report]:
-    """A function that sends a step's figures to what `settings.report_to` names, from the first process.
+    """A function that sends a step's metrics to what `settings.report_to` names, from the first process.
 
     A run of wandb that was open before is used, and left open.
     """
     folder = Path(settings.out)
     if settings.report_to == "none" or rank() > 0:
-        yield lambda step, figures: None
+        yield lambda step, metrics: None
     elif settings.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(folder / TENSORBOARD) as writer:
 
-            def write(step: int, figures: Mapping[str, float]) -> None:
-                for name, value in figures.items():
+            def write(step: int, metrics: Mapping[str, float]) -> None:
+                for name, value in metrics.items():
                     writer.add_scalar(f"train/{name}", value, step)
 
             yield write
@@ -45,8 +45,8 @@ def reporter(settings: TrainingSettings) -> Iterator[Report]:
             project = os.environ.get(f"{settings.report_to.upper()}_PROJECT", PROJECT)
             tracker.init(project=project, name=folder.name, config=asdict(settings))
 
-        def log(step: int, figures: Mapping[str, float]) -> None:
-            named = {f"train/{name}": value for name, value in figures.items()}
+        def log(step: int, metrics: Mapping[str, float]) -> None:
+            named = {f"train/{name}": value for name, value in metrics.items()}
             tracker.log({**named, "train/global_step": step})
 
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -110,6 +111,8 @@ def _train(run: Run, phase: Phase) -> Summary:
     ):
         try:
             return run.train(signals, report, phase)
+        except FloatingPointError as error:
+            raise TrainingError(f"{error}; start over with a lower learning rate") from error
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"cannot write to {run.folder}: {reason(error)}; its checkpoints are whole, "
@@ -274,10 +277,14 @@ class Run:
 
     def _evaluate(self, model: GatedExponentialSmoothingLM) -> Evaluation | None:
         whole = self._whole(model)
-        score = self._score(model, whole, first_bytes(self.corpus.held_out, EVALUATED_BYTES))
-        if score is None:
-            return None
-        sample = write_sample(whole, self.tokenizer, self.settings.seed)
+        try:
+            score = self._score(model, whole, first_bytes(self.corpus.held_out, EVALUATED_BYTES))
+            if score is None:
+                return None
+            sample = write_sample(whole, self.tokenizer, self.settings.seed)
+        except FloatingPointError:
+            # Reported as a result, so that all processes see that the last step broke the weights.
+            return Evaluation(math.inf, "")
         return Evaluation(score.bits_per_byte, sample.decode("utf-8", "replace"))
 
 

@@ -69,9 +69,9 @@ def invalid(message: str, param: str | None, code: str = "invalid_value") -> API
     return APIError(400, message, param=param, code=code)
 
 
-def stopping() -> APIError:
+def stopping(reason: str = "the server is shutting down") -> APIError:
     """The error while the server shuts down."""
-    return APIError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+    return APIError(503, reason, code="shutting_down", headers={"Retry-After": "5"})
 
 
 def session_error(error: SessionError) -> APIError:

@@ -74,7 +74,7 @@ class Submission:
             raise APIError(504, "this took too long; ask for less", code="timeout")
         for job in self.jobs:
             if isinstance(job.error, Stopped):
-                raise stopping()
+                raise stopping(str(job.error))
             if job.error is not None:
                 log("fault", error="".join(traceback.format_exception(job.error)))
                 raise APIError(500, "the model failed on this request", code="model_failure") from job.error

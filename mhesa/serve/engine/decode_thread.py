@@ -62,6 +62,8 @@ class DecodeThread:
         self._taken = 0
         self._waiting: FairQueue[Job] = FairQueue()
         self._reading: FairQueue[Job] = FairQueue()
+        # Jobs taken from `_reading` for the last pieces of prompts.
+        self._being_read: list[Job] = []
         self._writing: dict[Continuation, Job] = {}
         self._progress: list[Job] = []
         self._next_tick = 0.0
@@ -165,7 +167,7 @@ class DecodeThread:
         finally:
             with self._lock:
                 self._closed = True
-            self._fail_all(self.failure or Stopped("the server is shutting down"))
+            self._fail_all("the server is shutting down" if self.failure is None else "the model failed")
 
     def _take_inbox(self) -> None:
         while self._inbox:
@@ -222,15 +224,16 @@ class DecodeThread:
         self._drop(job)
         self._progress.append(job)
 
-    def _fail_all(self, error: BaseException) -> None:
-        jobs = list(self._writing.values())
+    def _fail_all(self, reason: str) -> None:
+        jobs = [*self._writing.values(), *self._being_read]
         for queue in (self._reading, self._waiting):
             jobs += [queue.pop() for _ in range(len(queue))]
         jobs += [job for what, job in self._inbox if what == "submit"]
         self._writing.clear()
         for job in dict.fromkeys(jobs):
-            job.error, job.done = error, True
-            self._progress.append(job)
+            if not job.done:
+                job.error, job.done = Stopped(reason), True
+                self._progress.append(job)
         self.notify(self._progress)
 
     # Reading prompts
@@ -238,8 +241,10 @@ class DecodeThread:
     def _read(self) -> None:
         """Read up to `PIECE` tokens, from one prompt or several."""
         room, work = PIECE, []
+        self._being_read = []
         while room > 0 and self._reading:
             job = self._reading.pop()
+            self._being_read.append(job)
             most = min(room, self._most_scored) if job.score else room
             piece = torch.from_numpy(job.ids[job.read : min(job.length, job.read + most)].astype(np.int64))
             work.append((job, piece.to(self.decoder.device)))

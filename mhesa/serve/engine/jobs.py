@@ -67,7 +67,7 @@ class Job:
         self.likeliest: list[list[tuple[int, float]]] = []
         self.created = time.perf_counter()
         self.first_token: float | None = None
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         self.done = False
         self.unfinished = sum(text.finish is None for text in self.texts)
         # Prompt tokens to read, and those read so far.

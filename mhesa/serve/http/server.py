@@ -43,7 +43,7 @@ WATCH_SECONDS = 0.5
 
 
 def serve(service: Service) -> None:
-    """Serve until SIGTERM or SIGINT; answers that have begun may finish then.
+    """Serve until SIGTERM or SIGINT, or until the decode thread fails; answers that have begun may finish.
 
     It changes settings of the whole process: the thread switch interval, garbage collection, the heaps of
     the C library, the limit of open files, uvicorn's log.
@@ -92,7 +92,7 @@ def serve(service: Service) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn with our own signals: answers finish first, and the process ends with exit code 0."""
+    """Uvicorn with our own signals: answers finish first, and then the process ends with exit code 0."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -145,7 +145,7 @@ class _Server(uvicorn.Server):
         """End the server when its decode thread has failed, for a supervisor to start another."""
         while self.service.engine.failure is None:
             await asyncio.sleep(WATCH_SECONDS)
-        self.should_exit = True
+        self.service.stopping = self.should_exit = True
 
 
 def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
