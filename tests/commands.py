@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -206,3 +206,16 @@ def _main(streams, arguments, environment, directory, code=None):
         runpy.run_module("mhesa", run_name="__main__", alter_sys=True)
     else:
         exec(code, {"__name__": "__main__"})
+
+
+@contextmanager
+def ordinary_user():
+    """Not the superuser, who may read anything."""
+    superuser = os.geteuid() == 0
+    if superuser:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if superuser:
+            os.seteuid(0)

@@ -6,11 +6,11 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from commands import ordinary_user
 from texts import joined
 
 from mhesa import data
@@ -111,19 +111,6 @@ def test_an_unreadable_path_below_a_folder_is_named(tmp_path, monkeypatch):
     for source in (tmp_path, tmp_path / "**" / "*.txt"):
         with pytest.raises(InputError, match=r"cannot read .*ddd: File name too long"):
             read_sources([str(source)])
-
-
-@contextmanager
-def ordinary_user():
-    """Not the superuser, who may read anything."""
-    superuser = os.geteuid() == 0
-    if superuser:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if superuser:
-            os.seteuid(0)
 
 
 def test_a_folder_without_permission_is_named():

@@ -1,13 +1,18 @@
 """A model's folder, read without transformers; what transformers makes of it is the oracle."""
 
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from commands import ordinary_user
 from safetensors.torch import load_file, save_file
 from transformers import AddedToken, AutoTokenizer
 
@@ -167,6 +172,31 @@ def test_damaged_weights_in_several_files_are_named(parts):
 def test_a_damaged_configuration_is_named(folder, text):
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(InputError, match=r"config.json is damaged|holds a model of type"):
+        load(folder)
+
+
+def test_weights_that_cannot_be_read_are_not_called_damaged(folder):
+    with TemporaryDirectory() as place:  # pytest's own are closed to other users
+        os.chmod(place, 0o755)
+        load(folder)  # imports what another user may not be allowed to
+        copied = Path(shutil.copytree(folder, Path(place) / "model"))
+        copied.chmod(0o755)
+        (copied / "model.safetensors").chmod(0o000)
+        with (
+            ordinary_user(),
+            pytest.raises(InputError, match=r"cannot read .*: Permission denied"),
+        ):
+            load(copied)
+        copied.chmod(0o000)
+        with ordinary_user(), pytest.raises(InputError, match=r"cannot read .*: Permission denied"):
+            load(copied)
+        copied.chmod(0o755)
+
+
+def test_a_run_without_a_model_is_named(folder):
+    (folder / "config.json").unlink()
+    (folder / "settings.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"has no model yet: go on with train --resume --out {folder}"):
         load(folder)
 
 

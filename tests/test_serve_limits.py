@@ -414,6 +414,23 @@ def test_a_log_line_never_raises_or_waits(monkeypatch):
     assert json.loads(nothing.getvalue())["dropped"] == 2
 
 
+def test_a_second_signal_ends_requests_in_order(folder, tmp_path):
+    with running(folder, tmp_path / "log", limits={"max_tokens": ENDLESS}) as server:
+        with ThreadPoolExecutor() as pool, server.client() as http:
+            answer = pool.submit(http.post, "/v1/completions", json=FOREVER)
+            server.wait_for("mhesa_texts_active", 1)
+            server.process.terminate()
+            time.sleep(0.3)
+            server.process.terminate()
+            assert (answer.result().status_code, answer.result().json()["error"]["code"]) == (
+                503,
+                "shutting_down",
+            )
+        server.process.join(10)
+        assert server.process.exitcode == 0
+    assert "fault" not in (tmp_path / "log").read_text()
+
+
 def test_sigterm_lets_streams_finish_and_tells_the_rest(folder, tmp_path):
     limits = {"max_tokens": ENDLESS, "drain_seconds": 2}
     with running(folder, tmp_path / "log", limits=limits, slots=128) as server:

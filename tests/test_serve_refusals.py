@@ -3,10 +3,13 @@
 import base64
 import json
 import math
+import shutil
 import socket
+from pathlib import Path
 
 import pytest
 from commands import run_command
+from safetensors.torch import load_file, save_file
 from serving import ENDLESS, KEYS, complete, in_process
 
 from mhesa.errors import InputError
@@ -275,6 +278,16 @@ def test_a_server_that_is_open_to_the_network_without_keys_is_refused(folder):
     assert done.returncode == 2
     assert "can be reached from other machines: give --keys FILE" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_of_no_numbers_is_refused(folder, tmp_path):
+    copied = Path(shutil.copytree(folder, tmp_path / "model"))
+    weights = load_file(copied / "model.safetensors")
+    weights["to_logits.weight"][3] = math.nan
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    done = run_command("serve", copied, "--port", 0, text=True)
+    assert done.returncode == 2
+    assert "the model's weights are not finite: to_logits.weight" in done.stderr
 
 
 def test_an_address_in_use_is_told_in_one_line(folder):

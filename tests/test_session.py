@@ -76,12 +76,15 @@ def test_generated_text_has_been_read(reader):
     assert text == written.decode("utf-8", "replace")
 
 
-def test_a_model_of_no_numbers_is_an_error():
+def test_a_model_of_no_numbers_is_an_error(tmp_path):
     model = GatedExponentialSmoothingLM(num_tokens=257, dim=16, depth=1, heads=2, dim_mhesa=8).eval()
     model.to_logits.weight.data[3] = torch.nan
     session = Session(Reader(model, ByteTokenizer()))
     with pytest.raises(FloatingPointError, match="the model's logits are not numbers"):
         session.score("text")
+    with pytest.raises(FloatingPointError), Session.open(tmp_path / "file", session.reader) as session:
+        session.score("text")
+    assert not (tmp_path / "file").exists()
 
 
 def test_a_fork_goes_its_own_way_and_the_first_can_come_back(reader):

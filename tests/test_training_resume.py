@@ -188,9 +188,10 @@ def test_a_run_that_died_before_its_model_was_saved_is_resumed(settings):
     assert figures(run)[-1]["complete"]
     with pytest.raises(InputError, match="complete at step 6; give it more with --steps or --minutes"):
         train(run, resume=True)
-    # Without its metrics nothing says that it is complete.
-    (out / "metrics.jsonl").unlink()
-    assert train(run, resume=True).score == expected.score
+    # Nor is one whose model, or whose metrics, are gone.
+    for name in ("model.safetensors", "metrics.jsonl"):
+        (out / name).unlink()
+        assert train(run, resume=True).score == expected.score
 
 
 def test_patience_may_begin_where_the_best_model_was_not_saved(settings):

@@ -38,6 +38,14 @@ def test_a_vocabulary_has_the_size_asked_for_and_compresses():
     assert train_bpe([TEXT.encode()], 300).fingerprint() != BPE.fingerprint()
 
 
+def test_bytes_that_are_no_text_teach_a_vocabulary_nothing():
+    latin = "é".encode("latin-1")
+    tokenizer = train_bpe([b"caf" + latin + b" the caf" + latin + b" "] * 20, 262)
+    learnt = [tokenizer.decode_bytes([token]) for token in range(262)]
+    assert b"caf" in learnt
+    assert not any("\ufffd".encode()[:2] in token for token in learnt)
+
+
 def test_a_vocabulary_has_a_padding_token_of_its_own(tmp_path):
     assert (BPE.pad_token, BPE.pad_token_id) == ("<|padding|>", 399)
     assert 399 not in BPE.encode_bytes(b"<|padding|>")

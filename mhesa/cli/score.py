@@ -143,7 +143,8 @@ def score(
     """Score how surprising text is to a model, while it is read: unexpected lines stand out.
 
     Surprisal is in bits: -log2 of the probability that the model gave the text. Memory does not grow with the
-    text. Columns: bits, bits per byte, file and line, the text.
+    text. Columns of lines: bits, bits per byte, file and line, the text. Columns of words and other units:
+    surprisal, entropy, rank, file and offset, the text.
 
     Bits of a token that spans lines are shared out by its bytes. With a vocabulary that has such tokens, a
     line of standard input is scored when the next one begins; with bytes, as soon as it ends.

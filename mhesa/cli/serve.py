@@ -52,6 +52,7 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'mhesa[serve]'") from error
+    from mhesa.export.checks import check_finite
     from mhesa.model.loading import load
     from mhesa.serve.api.service import Service
     from mhesa.serve.http.server import serve
@@ -68,5 +69,6 @@ def serve(
     model, tokenizer = load(folder, device=device, backend=backend)
     if settings.sessions is not None:
         check_output(settings.sessions, [*folder.iterdir(), *([keys] if keys else [])])
+    check_finite(model)
     gc.enable()
     serve(Service(model, tokenizer, settings, quantize))

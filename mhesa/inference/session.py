@@ -272,8 +272,13 @@ class Session:
                 session._seen[os.path.realpath(path)] = None
             try:
                 yield session
-            finally:
+            except FloatingPointError:
+                # The state may hold no numbers, and could not be loaded again.
+                raise
+            except BaseException:
                 session._write(path)
+                raise
+            session._write(path)
 
     @classmethod
     def load(cls, path: str | Path, reader: Reader) -> Session:

@@ -184,7 +184,8 @@ class GivenWords:
                 if word is not None and not is_last and word.startswith(rest):
                     return found
                 expected = "the words end" if word is None else f"word {self._number} is {word!r}"
-                raise InputError(f"{expected}, but the text goes on with {rest[:40]!r}")
+                goes_on = f"goes on with {rest[:40]!r}" if rest else "ends"
+                raise InputError(f"{expected}, but the text {goes_on}")
             found.append((place, place + len(word)))
             place += len(word)
             self._next, self._number = next(self._words, None), self._number + 1

@@ -8,6 +8,7 @@ it, so that a wrong folder is reported at once.
 from __future__ import annotations
 
 import json
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mhesa import remote_code
 from mhesa.atomic_io import read_json, sync, write_folder
-from mhesa.errors import InputError
-from mhesa.file_names import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS
+from mhesa.errors import InputError, reason
+from mhesa.file_names import CONFIG, GENERATION_CONFIG, SETTINGS, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +172,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; give the folder of a trained model")
     path = folder / CONFIG
-    values = read_json(path, missing=f"{folder} is not a model's folder: it has no {CONFIG}")
+    missing = f"{folder} is not a model's folder: it has no {CONFIG}"
+    # Not `Path.exists`, which raises an error where the folder may not be searched.
+    if os.path.exists(folder / SETTINGS):
+        missing = f"the training run in {folder} has no model yet: go on with train --resume --out {folder}"
+    values = read_json(path, missing)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != MODEL_TYPE:
         raise InputError(f"{folder} holds a model of type {kind}, not {MODEL_TYPE}")
@@ -217,6 +222,13 @@ def _read_weights(folder: Path, sizes: ModelConfig, dtype: torch.dtype | None) -
     from safetensors import SafetensorError, safe_open
 
     where, files = _weight_files(folder)
+    for path in files:
+        try:
+            path.open("rb").close()
+        except PermissionError as error:
+            raise InputError(f"cannot read {path}: {reason(error)}") from error
+        except OSError as error:
+            raise InputError(f"{where} is damaged: {reason(error)}: {path}") from error
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]

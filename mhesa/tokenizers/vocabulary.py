@@ -196,7 +196,7 @@ def train_bpe(text: Iterable[bytes], size: int) -> TextTokenizer:
         initial_alphabet=byte_alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece.decode("utf-8", "replace") for piece in text), trainer)
+    tokenizer.train_from_iterator((piece.decode("utf-8", "ignore") for piece in text), trainer)
     if size > tokenizer.get_vocab_size():
         tokenizer.add_special_tokens([AddedToken(PADDING, special=True, normalized=False)])
     return TextTokenizer(tokenizer, pad_token=PADDING)

@@ -15,7 +15,7 @@ import torch
 import mhesa
 from mhesa.atomic_io import check_outputs, read_json, remove, write_file
 from mhesa.errors import InputError
-from mhesa.file_names import CHECKPOINTS, METRICS, RUN_FILES, SETTINGS
+from mhesa.file_names import CHECKPOINTS, METRICS, RUN_FILES, SETTINGS, WEIGHTS
 from mhesa.locks import only_writer_of_folder
 from mhesa.processes import broadcast, rank
 from mhesa.training import checkpoint
@@ -102,8 +102,8 @@ def checkpoint_to_resume(
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether the model was saved and measured, too."""
-    return any(COMPLETE in row for row in read_metrics(folder))
+    """Whether the model was saved and measured, too, and is still there."""
+    return (folder / WEIGHTS).exists() and any(COMPLETE in row for row in read_metrics(folder))
 
 
 def check_same_corpus(folder: Path, sha256: str) -> None:

@@ -62,7 +62,12 @@ class TrainingSettings(ModelSizes):
     text_field: Annotated[str, Doc("Field of jsonl and parquet that holds the text.", panel=TEXT)] = "text"
     steps: Annotated[int | None, Doc("Optimizer steps to train for.", AT_LEAST_1, RUN)] = None
     minutes: Annotated[
-        float | None, Doc("Minutes to train for; 3 if neither steps nor minutes is given.", POSITIVE, RUN)
+        float | None,
+        Doc(
+            "Minutes to train for in place of steps, over all parts of a resumed run; 3 if neither is given.",
+            POSITIVE,
+            RUN,
+        ),
     ] = None
     heads: Annotated[int, Doc("Smoothing rates of a block; must divide dim_mhesa.", AT_LEAST_1, MODEL)] = (
         field(default=32, kw_only=True)
@@ -208,7 +213,11 @@ class TrainingSettings(ModelSizes):
     ] = 0
     patience: Annotated[
         int | None,
-        Doc("Stop after this many evaluations without a new best, and keep the best.", AT_LEAST_1, RUN),
+        Doc(
+            "Stop after this many evaluations (eval_every) without a new best, and keep the best.",
+            AT_LEAST_1,
+            RUN,
+        ),
     ] = None
     report_to: Annotated[
         str,

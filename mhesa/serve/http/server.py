@@ -97,6 +97,8 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
+        # Whether a second signal has come.
+        self._hurried = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -119,10 +121,12 @@ class _Server(uvicorn.Server):
         log("listening", url=url, model=self.service.settings.name)
 
     def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self.should_exit:
-            self.force_exit = True
-            return
         service = self.service
+        if self.should_exit:
+            # Requests still running end with an error now; the third signal does not wait for their answers.
+            self.force_exit, self._hurried = self._hurried, True
+            service.engine.stop()
+            return
         service.stopping = self.should_exit = True
         # Requests still running then end with an error.
         loop.call_later(service.settings.limits.drain_seconds, service.engine.stop)
