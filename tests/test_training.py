@@ -116,11 +116,11 @@ def test_a_time_decides_about_dropout_once_the_speed_is_known(settings, tmp_path
     text.write_text(TEXT[:400])
     # What is compiled at first is not to take of the time.
     train(replace(settings, out=str(tmp_path / "first")))
-    timed = replace(settings, sources=(str(text),), holdout="tail:0.2", steps=None, minutes=0.05)
+    timed = replace(settings, sources=(str(text),), holdout="tail:0.2", steps=None, minutes=0.03)
     train(timed)
     chosen = {row["step"]: row["dropout"] for row in rows(timed) if "loss" in row}
     assert {dropout for step, dropout in chosen.items() if step <= 20} == {0.0}
-    # So small a model reads so short a text more than 25 times in three seconds.
+    # So small a model reads so short a text more than 25 times in two seconds.
     assert {dropout for step, dropout in chosen.items() if step > 20} == {0.5}
 
 
