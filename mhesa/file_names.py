@@ -19,5 +19,5 @@ OF_RUN = SETTINGS, METRICS, CURVE, CHECKPOINTS, TENSORBOARD = (
     "checkpoints",
     "tensorboard",
 )
-# What `mhesa train` writes. Such a folder below a source adds none of these to the text.
+# Files that `mhesa train` writes into its folder. They are not read as text if a source contains that folder.
 RUN_FILES = (*OF_RUN, *OF_MODEL, *OF_TOKENIZER, remote_code.FILE)

@@ -62,7 +62,7 @@ class DecodeThread:
         self._taken = 0
         self._waiting: FairQueue[Job] = FairQueue()
         self._reading: FairQueue[Job] = FairQueue()
-        # Jobs taken from `_reading` for the last pieces of prompts.
+        # Jobs taken from `_reading`, whose next pieces are being read.
         self._being_read: list[Job] = []
         self._writing: dict[Continuation, Job] = {}
         self._progress: list[Job] = []
@@ -241,7 +241,6 @@ class DecodeThread:
     def _read(self) -> None:
         """Read up to `PIECE` tokens, from one prompt or several."""
         room, work = PIECE, []
-        self._being_read = []
         while room > 0 and self._reading:
             job = self._reading.pop()
             self._being_read.append(job)
@@ -255,6 +254,8 @@ class DecodeThread:
         for job, piece in work:
             if job.score:
                 self._read_scored(job, piece)
+        # Not reached if the thread fails: `_fail_all` ends these jobs then.
+        self._being_read = []
 
     def _read_together(self, work: list[tuple[Job, Tensor]]) -> None:
         states = torch.cat([self.state(job) for job, _ in work], dim=1)
