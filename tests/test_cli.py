@@ -277,6 +277,21 @@ def test_a_vocabulary_goes_with_the_model(corpus, tmp_path, run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "--minuts", "3"], "no such option: --minuts"),
+        (["train", "--steps", "many"], "invalid value for '--steps'"),
+        (["train", "--steps"], "option '--steps' requires an argument"),
+        (["generate"], "missing argument 'DIR'. See mhesa generate --help."),
+        (["trian"], "no such command 'trian'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_line_that_cannot_be_parsed(fails, arguments, message):
+    assert message in fails(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--lr", "nan"], "lr must be a positive number, not nan"),
         (["--lr", "-1"], "lr must be a positive number, not -1.0"),
         (["--lr", "1e999"], "lr must be a positive number, not inf"),

@@ -122,6 +122,19 @@ def test_interrupting_a_ranking_shows_it_so_far(folder, tmp_path):
     assert len(out.splitlines()) <= 1
 
 
+def test_interrupting_a_page_ends_it(folder, tmp_path):
+    page = tmp_path / "page.html"
+    process = StartedCommand("score", folder, "--heatmap", page)
+    # A file is written in blocks: once one is there, the text is followed.
+    while not (page.exists() and page.stat().st_size):
+        process.stdin.write(b"a line\n" * 100)
+        process.stdin.flush()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == b""
+    assert process.returncode == 128 + signal.SIGINT
+    assert page.read_text().endswith("</pre>\n")
+
+
 @pytest.mark.parametrize("command", ["score", "generate"])
 def test_a_reader_that_leaves_early_ends_it_quietly(folder, command):
     # The likeliest tokens never end a text of this model.

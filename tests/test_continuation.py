@@ -81,6 +81,12 @@ def test_a_limit_of_zero_finishes_at_once():
     assert new(0)[0].finish == "length"
 
 
+@pytest.mark.parametrize("limit", [-1, 2.5, float("nan"), "3"])
+def test_a_limit_that_is_no_whole_number_is_refused(limit):
+    with pytest.raises(InputError, match=f"must be a whole number, 0 or more, not {limit}"):
+        new(limit)
+
+
 def test_logits_that_are_no_numbers_are_an_error():
     text, _ = new(9)
     text.take(-1)

@@ -6,8 +6,9 @@ import atexit
 import gc
 import io
 import os
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +22,12 @@ from mhesa.cli.score import score
 from mhesa.cli.serve import serve
 from mhesa.cli.train import train
 from mhesa.errors import InputError, TrainingError, reason
+
+# Typer's error for a command line that cannot be parsed. It has no public name: old versions take it from
+# click, new ones have a copy.
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+# Errors for a path that cannot be used, in place of a machine that fails.
+WRONG_PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 app = typer.Typer(
     name="mhesa",
@@ -52,20 +59,34 @@ def main() -> None:
     gc.disable()
     atexit.register(gc.freeze)
     try:
-        app()
-    except InputError as error:
+        sys.exit(app(prog_name="mhesa", standalone_mode=False) or 0)
+    except UsageError as error:
+        _fail_usage(error)
+    except (InputError, FloatingPointError) as error:
         _fail(str(error), 2)
-    except (TrainingError, FloatingPointError) as error:
+    except TrainingError as error:
         _fail(str(error), 1)
+    except typer.Abort:
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:
         # Discard what is still buffered: flushing it when Python exits would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"cannot go on: {where}{reason(error)}", 1)
+        _fail(f"cannot go on: {where}{reason(error)}", 2 if isinstance(error, WRONG_PATHS) else 1)
     finally:
         gc.enable()
         # For a program that goes on: what a command kept out of collection may become garbage.
         gc.unfreeze()
+
+
+def _fail_usage(error: Any) -> None:
+    """End with one line about a command line that cannot be parsed."""
+    message = error.format_message()
+    if not message:  # there were no arguments, and the help is printed
+        sys.exit(2)
+    end = "" if message[-1] in ".?" else "."
+    command = error.ctx.command_path if error.ctx else "mhesa"
+    _fail(f"{message[0].lower()}{message[1:]}{end} See {command} --help.", 2)
 
 
 def _fail(message: str, code: int) -> None:

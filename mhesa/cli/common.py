@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import gc
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -99,15 +98,6 @@ def share(reader: Reader, *, quantize: str | None) -> ParallelDecoder | None:
         raise InputError("quantize is for one process; leave it out, or start one process")
     assert dist.group.WORLD is not None
     return ParallelDecoder(reader.model, dist.group.WORLD)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Exit on Ctrl-C without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 def write(pieces: Iterable[bytes]) -> None:

@@ -18,7 +18,6 @@ from mhesa.cli.common import (
     Folder,
     Precision,
     Quantize,
-    interruptible,
     read_model,
     write,
 )
@@ -88,7 +87,7 @@ def generate(
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     given = standard_input() if prompt == "-" else [prompt.encode("utf-8", "surrogateescape")]
     opened = Session.open(session, reader) if session else nullcontext(Session(reader))
-    with interruptible(), opened as text:
+    with opened as text:
         for blocks in encode_stream(reader.tokenizer, reader.token_bytes, given):
             for block in blocks:
                 text.feed_ids(torch.from_numpy(block.ids.astype("int64")))

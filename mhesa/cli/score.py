@@ -19,7 +19,6 @@ from mhesa.cli.common import (
     Precision,
     Quantize,
     TextField,
-    interruptible,
     progress,
     read_model,
     share,
@@ -210,7 +209,6 @@ def score(
     if decoder is not None and (keyed or in_units):
         raise InputError("many processes can score lines, tokens and documents alone; start one process")
     with ExitStack() as stack:
-        stack.enter_context(interruptible())
         page = stack.enter_context(_page(heatmap, by)) if heatmap and rank() == 0 else None
         total = sum(file.size for file in files if file)
         hidden = None in files or (sys.stdout.isatty() and page is None and top is None)
@@ -320,8 +318,11 @@ def _page(path: Path, by: str) -> Iterator[Heatmap]:
     from mhesa.inference.units import UNITS, find_words
 
     try:
-        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            yield Heatmap(file, UNITS.get(by, find_words))
+        with (
+            path.open("w", encoding="utf-8", errors="backslashreplace") as file,
+            closing(Heatmap(file, UNITS.get(by, find_words))) as page,
+        ):
+            yield page
     except OSError as error:
         if error.filename is None or Path(error.filename) != path:
             raise

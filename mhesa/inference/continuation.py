@@ -5,9 +5,10 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Literal
 
-from mhesa.errors import NOT_NUMBERS
+from mhesa.errors import NOT_NUMBERS, InputError
 from mhesa.inference.logprobs import TokenLogprob
 from mhesa.inference.sampling import TokenSampler
 from mhesa.inference.stop_strings import StopMatcher
@@ -36,6 +37,9 @@ class Continuation:
         finish: why the text has ended; `None` as long as it goes on.
         error: set if the model's logits are not numbers.
 
+    Raises:
+        InputError: the limit is no whole number of at least 0.
+
     >>> text = Continuation(TokenSampler(), 9, decode=[b"a", b"b", b""].__getitem__, end=2, stops=[b"ba"])
     >>> for token in (0, 1, 0):
     ...     text.take(token)
@@ -53,6 +57,8 @@ class Continuation:
         stops: Sequence[bytes] = (),
         top: int | None = None,
     ) -> None:
+        if not isinstance(limit, Integral) or limit < 0:
+            raise InputError(f"the largest number of new tokens must be a whole number, 0 or more, not {limit}")
         self.sampler, self.limit, self.end, self.top = sampler, limit, end, top
         self.pieces: deque[bytes] = deque()
         self.scores: deque[TokenLogprob] = deque()

@@ -45,6 +45,7 @@ class Heatmap:
 
     def __init__(self, file: TextIO, segmenter: Segmenter = find_words) -> None:
         self.file, self._segmenter = file, segmenter
+        self._held: bytes | None = None
         shades = range(STRONGEST + 1)
         rules = "".join(f".s{n} {{ background: rgba(var(--hot), {n / STRONGEST:.3f}); }}\n" for n in shades)
         legend = "".join(f'<i class="s{n}">{n}{"+" if n == STRONGEST else ""}</i>' for n in shades)
@@ -54,21 +55,27 @@ class Heatmap:
     def follow(self, name: str, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Write a text's batches, and yield them unchanged."""
         self.file.write(f"<h2>{html.escape(name)}</h2>\n<pre>")
-        units, held, place = UnitReader(name, self._segmenter), b"", 0
+        units, self._held, place = UnitReader(name, self._segmenter), b"", 0
         for batch in chain(batches, [None]):
-            held += b"" if batch is None else b"".join(block.text for block in batch.blocks)
+            self._held += b"" if batch is None else b"".join(block.text for block in batch.blocks)
             for unit in units.add(batch or Batch([], {}, np.zeros(0))):
                 start, end = unit.offset - place, unit.offset - place + unit.size
-                self._write(held[:start])
+                self._write(self._held[:start])
                 shade = min(int(unit.surprisal / max(unit.size, 1)), STRONGEST)
                 self.file.write(f'<span class="s{shade}" title="{_described(unit)}">')
-                self._write(held[start:end])
+                self._write(self._held[start:end])
                 self.file.write("</span>")
-                held, place = held[end:], place + end
+                self._held, place = self._held[end:], place + end
             if batch is not None:
                 yield batch
-        self._write(held)
-        self.file.write("</pre>\n")
+        self.close()
+
+    def close(self) -> None:
+        """End the text that is followed, if it was not read to its end. The file stays open."""
+        if self._held is not None:
+            self._write(self._held)
+            self.file.write("</pre>\n")
+            self._held = None
 
     def _write(self, text: bytes) -> None:
         self.file.write(_visible(text.decode("utf-8", "replace")))
