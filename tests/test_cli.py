@@ -281,7 +281,7 @@ def test_a_vocabulary_goes_with_the_model(corpus, tmp_path, run):
         (["train", "--steps", "many"], "invalid value for '--steps'"),
         (["train", "--steps"], "option '--steps' requires an argument"),
         (["generate"], "missing argument 'DIR'. See mhesa generate --help."),
-        (["trian"], "no such command 'trian'"),
+        (["learn"], "no such command 'learn'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

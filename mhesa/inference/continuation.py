@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Literal
+
+import numpy as np
 
 from mhesa.errors import NOT_NUMBERS, InputError
 from mhesa.inference.logprobs import TokenLogprob
@@ -57,8 +58,8 @@ class Continuation:
         stops: Sequence[bytes] = (),
         top: int | None = None,
     ) -> None:
-        if not isinstance(limit, Integral) or limit < 0:
-            raise InputError(f"the largest number of new tokens must be a whole number, 0 or more, not {limit}")
+        if not isinstance(limit, (int, np.integer)) or limit < 0:
+            raise InputError(f"the limit of new tokens must be a whole number, 0 or more, not {limit}")
         self.sampler, self.limit, self.end, self.top = sampler, limit, end, top
         self.pieces: deque[bytes] = deque()
         self.scores: deque[TokenLogprob] = deque()
