@@ -7,8 +7,8 @@ NOT_NUMBERS = "the model's logits are not numbers; its weights may be damaged"
 class InputError(ValueError):
     """An input cannot be used; the message names it and says what to do.
 
-    The command line prints only the message and exits with code 2, or with code 1 for a `TrainingError` and for
-    an `OSError` that is not about a path. Any other exception is a bug and keeps its traceback.
+    The command line prints only the message and exits with code 2 (code 1 for a `TrainingError`, and for an
+    `OSError` that is not about a path). Any other exception is a bug and keeps its traceback.
     """
 
 
