@@ -22,7 +22,7 @@ def export(
         Path | None,
         typer.Option(metavar="OUT", help="Folder for a page that runs the model in a browser."),
     ] = None,
-    opset: Annotated[int, typer.Option(help="ONNX operator set of the graphs.")] = 20,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set of the graphs; 20 if omitted.")] = None,
 ) -> None:
     """Write a model for programs without Python: ONNX graphs, or a page for browsers.
 
@@ -37,6 +37,8 @@ def export(
     """
     if onnx is None and web is None:
         raise InputError("give --onnx OUT or --web OUT, the folder to write to")
+    if opset is not None and onnx is None:
+        raise InputError("--opset needs --onnx")
     from mhesa.model.loading import load
 
     model, tokenizer = load(folder)
@@ -48,9 +50,9 @@ def export(
 
         written.append(export_web(model, tokenizer, web, name=folder.resolve().name))
     if onnx is not None:
-        from mhesa.export.onnx import export_onnx
+        from mhesa.export.onnx import DEFAULT_OPSET, export_onnx
 
-        written += export_onnx(model, onnx, opset=opset)
+        written += export_onnx(model, onnx, opset=DEFAULT_OPSET if opset is None else opset)
     for path in written:
         table.add_row(str(path), f"{path.stat().st_size / 1e6:.2f}")
     show(table)

@@ -28,13 +28,16 @@ from mhesa.model.lm import GatedExponentialSmoothingLM
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # The oldest operator set with everything the graphs hold, as torch exports it.
 OLDEST_OPSET = 18
+DEFAULT_OPSET = 20
 # How far logits and states may be from the model's, as a part of the largest (of 1 at least).
 TOLERANCE = 1e-4
 # Batches and lengths to compare the graphs with the model on; the first is that of the export.
 SHAPES = ((2, 3), (1, 1), (3, 70))
 
 
-def export_onnx(model: GatedExponentialSmoothingLM, folder: str | Path, *, opset: int = 20) -> list[Path]:
+def export_onnx(
+    model: GatedExponentialSmoothingLM, folder: str | Path, *, opset: int = DEFAULT_OPSET
+) -> list[Path]:
     """Write the model as ONNX graphs with dynamic batch and length, after comparing them with the model.
 
     `step.onnx` and `step.int8.onnx` take `ids`, int64 `(batch,)`, and `state`, fp32 `(depth, batch,
