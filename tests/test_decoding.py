@@ -360,6 +360,18 @@ def test_rows_for_int8_are_rounded_to_127_values_of_each_sign():
     assert logits[6:].isnan().all()
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.int8])
+def test_all_matrices_lie_in_one_block_of_memory(weights):
+    engine = NativeEngine(tiny(), weights, 1, single_thread_small_calls=False)
+    products = sorted(
+        (stage.matrix, stage.panels * stage.panel_size) for stage in engine.stages if stage.panels
+    )
+    addresses = [address for address, _ in products]
+    sizes = [size * weights.itemsize for _, size in products]
+    assert addresses == [engine.matrices.data_ptr() + sum(sizes[:index]) for index in range(len(sizes))]
+    assert sum(sizes) == engine.matrices.nbytes
+
+
 @pytest.mark.parametrize("signs", [1, -1])
 def test_the_widest_matrices_in_int8_do_not_overflow(signs):
     columns = MAX_INT8_COLUMNS

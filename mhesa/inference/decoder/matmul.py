@@ -32,7 +32,6 @@ from mhesa.inference.decoder import tiles
 from mhesa.ops.cpu import processor
 from mhesa.ops.cpu.compiling import STORED_TYPES, cgutils, intrinsic, literals, types
 from mhesa.ops.cpu.gelu_kernels import gelu
-from mhesa.ops.cpu.memory import empty_hugepages
 from mhesa.ops.cpu.simd import FLOAT, I8, I32, I64, Emitter, call, splat
 
 # Outputs of a panel: four vectors, so that a single row has enough sums to hide the latency of an addition.
@@ -83,25 +82,37 @@ def group_of(weights: torch.dtype) -> int:
     return 4 // weights.itemsize
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A matrix of `(outputs, columns)` as panels, `(panels, columns / group, 64, group)`, padded with zeros.
+def packed_shape(outputs: int, columns: int, weights: torch.dtype) -> torch.Size:
+    """The shape of a packed matrix, `(panels, columns / group, 64, group)`.
 
     Panels of int8 are a group longer: they begin with 64 int32, from which sums start.
 
-    >>> pack(torch.ones(3, 5)).shape, pack(torch.ones(3, 5, dtype=torch.int8)).shape
+    >>> packed_shape(3, 5, torch.float32), packed_shape(3, 5, torch.int8)
     (torch.Size([1, 8, 64, 1]), torch.Size([1, 9, 64, 4]))
     """
+    group, head = group_of(weights), int(weights == torch.int8)
+    groups = head + padded_columns(columns, weights) // group
+    return torch.Size((padded(outputs, PANEL) // PANEL, groups, PANEL, group))
+
+
+def pack(weight: Tensor, panels: Tensor | None = None) -> Tensor:
+    """Write a matrix of `(outputs, columns)` as panels, padded with zeros.
+
+    Args:
+        weight: the matrix.
+        panels: memory of `packed_shape` and the matrix's type to write to; new memory if omitted.
+    """
     outputs, columns = weight.shape
-    group, head = group_of(weight.dtype), int(weight.dtype == torch.int8)
-    size = padded(outputs, PANEL), padded_columns(columns, weight.dtype)
-    padded_weight = torch.zeros(size, dtype=weight.dtype, device="cpu")
+    if panels is None:
+        panels = torch.empty(packed_shape(outputs, columns, weight.dtype), dtype=weight.dtype, device="cpu")
+    count, length, _, group = panels.shape
+    head = int(weight.dtype == torch.int8)
+    padded_weight = torch.zeros(count * PANEL, (length - head) * group, dtype=weight.dtype, device="cpu")
     padded_weight[:outputs, :columns] = weight
-    groups = padded_weight.view(-1, PANEL, size[1] // group, group).transpose(1, 2)
-    panels = empty_hugepages(torch.Size((len(groups), head + groups.shape[1], PANEL, group)), weight.dtype)
-    panels[:, head:] = groups
+    panels[:, head:] = padded_weight.view(count, PANEL, -1, group).transpose(1, 2)
     if head:
         starts = padded_weight.sum(1, dtype=torch.int32) * -OPERAND_OFFSET
-        panels[:, 0] = starts.view(torch.int8).view(-1, PANEL, group)
+        panels[:, 0] = starts.view(torch.int8).view(count, PANEL, group)
     return panels
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhesa.inference.decoder import kernel, tiles
 from mhesa.inference.decoder.matmul import (
@@ -22,6 +22,7 @@ from mhesa.inference.decoder.matmul import (
     WRITE,
     check_int8_columns,
     pack,
+    packed_shape,
     padded,
     padded_columns,
     quantize,
@@ -32,6 +33,7 @@ from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.cpu.arguments import Struct
 from mhesa.ops.cpu.atomics import LINE
 from mhesa.ops.cpu.compiling import STORED_TYPES, compiled
+from mhesa.ops.cpu.memory import empty_hugepages
 from mhesa.ops.cpu.threads import available, parallel
 
 # Rows that go through the model together: few enough for their activations to stay in cache.
@@ -94,6 +96,10 @@ class NativeEngine:
         self.logits_rows = tiles_of_logits * LARGEST_TILE
         logits = _memory(max(self.rows, self.threads * self.logits_rows), logits_size)
         self.logits = logits[:, : self.num_tokens]
+        # One block of memory for all matrices: in blocks of their own, their ends would lie in small pages.
+        matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
+        sizes = [packed_shape(len(matrix), matrix.shape[1], weights).numel() for matrix in matrices]
+        self.matrices = self.free = empty_hugepages(torch.Size([sum(sizes)]), weights)
         stages = list(self._stages(model, blocks))
         self.stages = (kernel.Stage * len(stages))(*stages)
         self.long_rows = max(self.rows, min(LONG_ROWS, LONG_CALL // self.multiplications_per_row))
@@ -250,8 +256,7 @@ class NativeEngine:
             scales = self._vector(torch.cat(padding))
         else:
             matrices = tuple(weight.detach().to(self.weights) for weight in weights)
-        panels = torch.cat([pack(matrix) for matrix in matrices])
-        self.kept_alive.append(panels)
+        panels = self._pack(matrices)
         self.multiplications_per_row += panels.numel()
         return kernel.Stage(
             kind=kernel.MULTIPLY,
@@ -267,6 +272,16 @@ class NativeEngine:
             out_stride=out.stride(0),
             **fields,
         )
+
+    def _pack(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The panels of some matrices with as many columns each, one matrix after the other."""
+        ends = np.cumsum([padded(len(matrix), PANEL) // PANEL for matrix in matrices])
+        shape = packed_shape(int(ends[-1]) * PANEL, matrices[0].shape[1], self.weights)
+        panels = self.free[: shape.numel()].view(shape)
+        self.free = self.free[shape.numel() :]
+        for matrix, part in zip(matrices, torch.tensor_split(panels, ends[:-1].tolist()), strict=True):
+            pack(matrix, part)
+        return panels
 
     def _vector(self, vector: Tensor, size: int = 0) -> int:
         """The address of an fp32 copy, padded with zeros to `size`."""
