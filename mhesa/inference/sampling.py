@@ -17,7 +17,8 @@ from mhesa.errors import InputError
 from mhesa.inference.sampling_settings import Sampling
 from mhesa.ops.checks import check_logits, distinct_tokens, is_plain
 from mhesa.ops.cpu.arguments import FLOAT64, INT64, STORED, Pointer, Struct, struct
-from mhesa.ops.cpu.threads import available, new_lock, parallel
+from mhesa.ops.cpu.threads import available, new_lock
+from mhesa.ops.cpu.workers import parallel_short
 from mhesa.settings import check_sizes
 
 __all__ = ["BatchSampler", "Sampling", "TokenSampler"]
@@ -262,7 +263,7 @@ class BatchSampler:
         args.samplers, args.out = self._samplers + 8 * first, self._last_address + 8 * first
         parallelise = count * self.num_tokens >= MIN_PARALLEL
         threads = min(count, self._scratch.shape[1], available()) if parallelise else 1
-        parallel(_native_draw(values.dtype), args.address, threads)
+        parallel_short(_native_draw(values.dtype), args.address, threads)
         tokens: list[int] = self._last[first : first + count].tolist()
         for sampler, token in zip(rows, tokens, strict=True):
             if sampler.penalises and token >= 0:

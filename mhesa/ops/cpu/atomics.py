@@ -54,14 +54,14 @@ def signal(context, counter, count):
 def wait(counter, target):
     """Wait until a counter has reached `target`."""
     spins = 0
-    while _load(counter) < target:
+    while load(counter) < target:
         spins += 1
         if spins % SPINS == 0:
-            _yield_core()
+            yield_core()
 
 
 @intrinsic
-def _load(context, counter):
+def load(context, counter):
     """The value of a counter."""
 
     def codegen(context, builder, signature, args):
@@ -71,7 +71,7 @@ def _load(context, counter):
 
 
 @intrinsic
-def _yield_core(context):
+def yield_core(context):
     """Let another thread run on this core: the one that is waited for may need it."""
     name = "sched_yield" if os.name == "posix" else "SwitchToThread"
 

@@ -37,11 +37,11 @@ def parallel(function: int, data: int, threads: int) -> None:
         threads: number of threads, with this one.
     """
     if threads == 1:
-        _native(function)(data)
+        native_function(function)(data)
     elif (openmp := _openmp()) is not None:
         openmp(function, data, threads, 0)
     else:
-        call = _native(function)
+        call = native_function(function)
         others = [_pool().submit(call, data) for _ in range(threads - 1)]
         call(data)
         for other in others:
@@ -56,7 +56,8 @@ def new_lock() -> threading.Lock:
 
 
 @cache
-def _native(function: int) -> Callable[[int], None]:
+def native_function(function: int) -> Callable[[int], None]:
+    """The native function of one pointer at an address."""
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
 
 

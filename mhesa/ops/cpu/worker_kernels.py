@@ -1,0 +1,72 @@
+"""How threads of our own share a native call; `mhesa.ops.cpu.workers` starts them."""
+
+# Numba finds the types of these functions when it compiles them.
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from mhesa.ops.cpu.arguments import INT64, struct
+from mhesa.ops.cpu.atomics import SPINS, clock, fence, fetch_add, load, signal, wait, yield_core
+from mhesa.ops.cpu.compiling import intrinsic, types
+
+# Nanoseconds without a call after which a worker sleeps: more than Python needs between two steps.
+IDLE = 1_000_000
+# `function` and `data` are addresses. `calls` counts beginnings and ends of calls: it is odd during a call.
+# `seats` counts the workers that may still take part. `entered` and `left` count the workers that looked at a
+# call and that are done with it.
+Arguments = struct(
+    "Arguments",
+    function="int64",
+    data="int64",
+    workers="int64",
+    calls=INT64,
+    seats=INT64,
+    entered=INT64,
+    left=INT64,
+)
+
+
+@intrinsic
+def _call(context, function, data):
+    """Call a native function of one pointer."""
+
+    def codegen(context, builder, signature, args):
+        pointer = ir.IntType(8).as_pointer()
+        function = ir.FunctionType(ir.VoidType(), [pointer]).as_pointer()
+        builder.call(builder.inttoptr(args[0], function), [builder.inttoptr(args[1], pointer)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+def share(args):
+    """Call the function, and return when all workers that take part have returned, too."""
+    args.seats[0] = args.workers
+    signal(args.calls, 1)
+    _call(args.function, args.data)
+    signal(args.calls, 1)
+    # A worker that is not counted yet sees that the call is over.
+    fence()
+    wait(args.left, load(args.entered))
+
+
+def work(args):
+    """Take part in calls, until there was none for a while."""
+    seen, spins, start = 0, 0, clock()
+    while True:
+        number = load(args.calls)
+        if number % 2 == 1 and number != seen:
+            seen = number
+            fetch_add(args.entered, 1)
+            fence()
+            if load(args.calls) == number and fetch_add(args.seats, -1) > 0:
+                _call(args.function, args.data)
+            signal(args.left, 1)
+            start = clock()
+        spins += 1
+        if spins % SPINS == 0:
+            yield_core()
+            if clock() - start > IDLE:
+                return
