@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mhesa.ops.backends import BACKENDS
-from mhesa.ops.checks import check_convolution, check_input
+from mhesa.ops.checks import check_convolution, check_input, count_sequences
 from mhesa.ops.context_parallel import ContextParallel, receive_values, zero_continued
 from mhesa.ops.registration import apply, is_plain_eager
 from mhesa.ops.smoothing import accumulation_dtype, cast
@@ -52,7 +52,7 @@ def causal_convolution(
     check_convolution(x, weight, initial_state, cu_seqlens)
     dtype = accumulation_dtype(x.dtype)
     if initial_state is None:
-        sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = count_sequences(x, cu_seqlens)
         initial_state = x.new_zeros(sequences, len(weight) - 1, x.shape[2], dtype=dtype)
     wide, weight = cast(dtype, "x", x), cast(dtype, "weight", weight)
     initial_state = cast(dtype, "initial_state", initial_state)

@@ -30,7 +30,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mhesa.ops.cpu.arguments import ACCUMULATION, FLOAT64, INT64, STORED, Pointer, struct
+from mhesa.ops.cpu import sequences
+from mhesa.ops.cpu.arguments import ACCUMULATION, FLOAT64, struct
 from mhesa.ops.cpu.atomics import LINE, fence, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import exists, jit, member, offset, stack_array
 from mhesa.ops.cpu.scan_tiles import (
@@ -57,7 +58,6 @@ from mhesa.ops.cpu.scan_tiles import (
     forward_rows,
     prefetch,
 )
-from mhesa.ops.cpu.sequences import Chunk
 
 # Rows after which sums in the accumulation type are added to those in fp64.
 ROWS_PER_SUM = 256
@@ -69,40 +69,13 @@ SMALLEST_NORMAL = 2.0**-1022
 
 Arguments = struct(
     "Arguments",
-    next_task="int64",
-    chunks=Pointer(Chunk),
+    **sequences.ARGUMENTS,
     chunk_count="int64",
-    splits="int64",  # runs of chunks that tasks are cut into,
-    blocks="int64",  # and blocks of channels
-    x=STORED,
-    x_batch="int64",  # strides, in elements
-    x_row="int64",
-    x_head="int64",
-    dy=STORED,
-    dy_batch="int64",
-    dy_row="int64",
-    dy_head="int64",
-    out=STORED,  # y, or dx
-    alpha=ACCUMULATION,
-    decay=ACCUMULATION,
-    skip=ACCUMULATION,
-    initial=ACCUMULATION,
-    final=ACCUMULATION,
-    dfinal=ACCUMULATION,
-    dinitial=ACCUMULATION,
-    dalpha=ACCUMULATION,
-    ddecay=ACCUMULATION,
-    dskip=ACCUMULATION,
+    splits="int64",  # runs of chunks that tasks are cut into
     totals=FLOAT64,  # sums of dalpha, ddecay / alpha, dskip, and ddecay by the initial state
     entering=ACCUMULATION,  # what enters the first span of a sequence: `initial` or `dfinal`
     carries=ACCUMULATION,  # the end of each span, then what enters it: h or p,
     slopes=ACCUMULATION,  # and backward r
-    turns=INT64,  # in a relay, finished chunks of each sequence and block, `LINE` apart
-    length="int64",
-    heads="int64",
-    head_dim="int64",
-    reverse="int64",
-    nontemporal="int64",  # whether results are stored past the caches
 )
 
 
