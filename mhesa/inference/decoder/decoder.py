@@ -172,11 +172,7 @@ class Decoder:
         sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
         tokens = sum(len(sequence) for sequence in sequences)
         out = torch.empty(tokens, self.num_tokens, dtype=self._state_type, device=self.device)
-
-        def keep(logits: Tensor, start: int) -> None:
-            out[start : start + len(logits)] = logits
-
-        self.read(sequences, state, keep)
+        self.read(sequences, state, lambda logits, start: out[start : start + len(logits)].copy_(logits))
         return out
 
     def read(
