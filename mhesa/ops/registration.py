@@ -234,10 +234,7 @@ class SmoothingGradient(Function):
         run = getattr(torch.ops.mhesa, f"{name}_backward").default
         return run(dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep the inputs."""
-        Smoothing.setup_context(ctx, inputs, output)
+    setup_context = staticmethod(Smoothing.setup_context)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,10 +13,8 @@ state gets from later rows, back through it:
     dalpha = sum over D of g * x;  ddecay = sum over D of g * h[t-1];  dskip = sum dy * x
 
 A task is a block of heads of a whole sequence; or, where the sequences cannot be shared out evenly among the
-threads, of a chunk. Then threads take turns at a sequence, in a relay: each moves the state on through its
-chunk, hands it to the next, and only then computes the chunk's results, from the state at its start.
-Both do the same arithmetic step by step, so results are the same bit for bit whatever the batch and the
-number of threads.
+threads, of a chunk, in a relay. Both do the same arithmetic step by step, so results are the same bit for bit
+whatever the batch and the number of threads.
 """
 
 # Numba finds the types of kernels when it compiles them.
