@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 import triton
 from triton_scans import BOTH, make_inputs
 
-from mhesa.ops.registration import Inputs
+from mhesa.ops.backends import Inputs
 from mhesa.ops.triton import kernels, launching, rates, rates_kernels
 from mhesa.ops.triton import scan as backend
 

@@ -77,16 +77,13 @@ class Heatmap:
             self.file.write("</pre>\n")
             self._held = None
 
-    def _write(self, text: bytes) -> None:
-        self.file.write(_visible(text.decode("utf-8", "replace")))
+    def _write(self, data: bytes) -> None:
+        """Write escaped text, with a replacement character for each unprintable one."""
+        text = data.decode("utf-8", "replace")
+        marked = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        self.file.write(html.escape(marked, quote=False))
 
 
 def _described(unit: UnitSurprisal) -> str:
     rest = f", rank {unit.rank}, entropy {unit.entropy:.2f} bits" if unit.rank else ""
     return f"{unit.surprisal:.2f} bits{rest}"
-
-
-def _visible(text: str) -> str:
-    """Escaped text, with a replacement character for each unprintable one."""
-    marked = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return html.escape(marked, quote=False)

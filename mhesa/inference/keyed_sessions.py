@@ -80,27 +80,24 @@ class KeyedSessions:
         # Whether the database is a file that outlives the process.
         self.is_kept = path is not None
         self._name = str(path) if path is not None else "a temporary file"
-        self._lock = ExitStack()
-        if path is not None:
-            self._lock.enter_context(only_writer_of_file(Path(path)))
-        with ExitStack() as undo:
-            undo.callback(self._lock.close)
-            with self._named_errors():
-                self._database = open_database(
-                    "" if path is None else os.path.realpath(path),
-                    application=APPLICATION_ID,
-                    version=VERSION,
-                    schema=SCHEMA,
-                    what="a session for each key",
-                    cache_bytes=memory // CACHE_SHARE,
-                    timeout=BUSY_SECONDS,
-                )
-                undo.callback(self._database.close)
-                if not self.is_kept:
-                    self._database.execute("PRAGMA journal_mode = OFF")
-                self._check_model()
-                self._database.execute("BEGIN")
-            undo.pop_all()
+        with ExitStack() as opened, self._named_errors():
+            if path is not None:
+                opened.enter_context(only_writer_of_file(Path(path)))
+            self._database = open_database(
+                "" if path is None else os.path.realpath(path),
+                application=APPLICATION_ID,
+                version=VERSION,
+                schema=SCHEMA,
+                what="a session for each key",
+                cache_bytes=memory // CACHE_SHARE,
+                timeout=BUSY_SECONDS,
+            )
+            opened.callback(self._database.close)
+            if not self.is_kept:
+                self._database.execute("PRAGMA journal_mode = OFF")
+            self._check_model()
+            self._database.execute("BEGIN")
+            self._opened = opened.pop_all()
 
     def _check_model(self) -> None:
         model = self.reader.fingerprint
@@ -123,8 +120,7 @@ class KeyedSessions:
 
     def close(self) -> None:
         """Close the file without what was read since the last `commit`, and let others use it."""
-        self._database.close()
-        self._lock.close()
+        self._opened.close()
 
     @property
     def at_once(self) -> int:

@@ -10,6 +10,7 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -37,28 +38,17 @@ class Peak:
 
     def __init__(self, text: bytes, bits: np.ndarray, offset: int) -> None:
         self._text, self._bits, self._offset = text, bits, offset
-        self._found: tuple[tuple[int, int], bytes] | None = None
         if len(text) > SHOWN_BYTES:
             # Too large to keep.
-            self._find()
+            _ = self.found
 
-    @property
-    def span(self) -> tuple[int, int]:
-        """Where the part begins and ends, in bytes from the line's beginning."""
-        return self._find()[0]
-
-    @property
-    def text(self) -> bytes:
-        """The beginning of the part."""
-        return self._find()[1]
-
-    def _find(self) -> tuple[tuple[int, int], bytes]:
-        if self._found is None:
-            start, end = most_surprising_span(self._bits)
-            shown = self._text[start : min(end, start + SHOWN_BYTES)]
-            self._found = (self._offset + start, self._offset + end), shown
-            self._text, self._bits = b"", np.zeros(0)
-        return self._found
+    @cached_property
+    def found(self) -> tuple[tuple[int, int], bytes]:
+        """Where the part begins and ends, in bytes from the line's beginning, and its first bytes."""
+        start, end = most_surprising_span(self._bits)
+        shown = self._text[start : min(end, start + SHOWN_BYTES)]
+        self._text, self._bits = b"", np.zeros(0)
+        return (self._offset + start, self._offset + end), shown
 
 
 @dataclass(frozen=True)
@@ -80,12 +70,12 @@ class LineSurprisal(SpanSurprisal):
     @property
     def span(self) -> tuple[int, int]:
         """Where the most surprising part begins and ends, in bytes from the line's beginning."""
-        return self.peak.span
+        return self.peak.found[0]
 
     @property
     def span_text(self) -> bytes:
         """The beginning of that part."""
-        return self.peak.text
+        return self.peak.found[1]
 
     def as_dict(self) -> dict[str, object]:
         """The values under the names that they have in JSON."""
@@ -158,16 +148,16 @@ class LineScores:
             yield line.whole(source)
 
     def _add_piece(self, line: _Line, source: str, scored: ScoredPiece) -> None:
-        text, bits = scored.piece.text, scored.bits
+        text, bits, counts = scored.piece.text, scored.bits, _no_digits(scored.piece.text)
         if self._masks:
             content = text.removesuffix(b"\n")
-            counted = np.ones(len(text), dtype=bool)
-            counted[: len(content)] = self._masks.counted(content, f"{source}, line {scored.piece.number}")
-            score = self.score(np.frombuffer(text, np.uint8)[counted].tobytes(), bits[counted])
-            counted_bits = np.where(counted & _no_digits(text), bits, 0.0)
+            masked = np.ones(len(text), dtype=bool)
+            masked[: len(content)] = self._masks.counted(content, f"{source}, line {scored.piece.number}")
+            score = self.score(np.frombuffer(text, np.uint8)[masked].tobytes(), bits[masked])
+            counts = masked & counts
         else:
             score = self.score(text, bits)
-            counted_bits = np.where(_no_digits(text), bits, 0.0)
+        counted_bits = np.where(counts, bits, 0.0)
         if line.highest is None or score > line.highest[0]:
             line.highest = score, Peak(text, counted_bits, line.size)
         line.bits += float(bits.sum())
@@ -188,28 +178,21 @@ def _no_digits(text: bytes) -> np.ndarray:
     return np.frombuffer(text.translate(NO_DIGIT), np.bool_)
 
 
+@dataclass
 class _Line:
     """A line whose pieces are coming; of them, the one with the highest score is kept."""
 
-    def __init__(self, first: Piece) -> None:
-        self.first = first
-        self.highest: tuple[float, Peak] | None = None
-        self.bits, self.size, self.text = 0.0, 0, b""
+    first: Piece
+    highest: tuple[float, Peak] | None = None
+    bits: float = 0.0
+    size: int = 0
+    text: bytes = b""
 
     def whole(self, source: str) -> LineSurprisal:
         assert self.highest is not None, "a line has a piece"
-        score, peak = self.highest
-        return LineSurprisal(
-            source,
-            self.first.number,
-            self.first.offset,
-            self.bits,
-            self.size,
-            self.text,
-            score=score,
-            peak=peak,
-            key=self.first.key,
-        )
+        first, (score, peak) = self.first, self.highest
+        span = source, first.number, first.offset, self.bits, self.size, self.text
+        return LineSurprisal(*span, score=score, peak=peak, key=first.key)
 
 
 def most_surprising_span(bits: np.ndarray) -> tuple[int, int]:

@@ -110,14 +110,9 @@ class Pattern:
             self._compiled = regex.compile(text)
         except regex.error as error:
             raise InputError(f"{name} {text!r} is no regular expression: {error}") from error
-        self.groups = self._compiled.groups
 
-    def find(self, line: str, where: str) -> list[regex.Match[str]]:
-        """All matches in a line.
-
-        Args:
-            line: the line.
-            where: place of the line, for the error.
+    def matches(self, line: str, where: str) -> list[regex.Match[str]]:
+        """All matches in a line; `where` names its place in an error.
 
         Raises:
             InputError: it takes too long.
@@ -130,31 +125,20 @@ class Pattern:
                 " take one that backtracks less"
             ) from error
 
-    def first_group(self, line: str, where: str) -> str | None:
-        """The first group of the first match, `None` if there is none; `find` describes the rest."""
-        try:
-            found = self._compiled.search(line, timeout=PATTERN_SECONDS)
-        except TimeoutError:
-            found = next(iter(self.find(line, where)), None)
-        return found[1] if found else None
 
-
-class KeyPattern:
-    """Finds the key of a line: the first group of a regular expression.
-
-    Args:
-        text: the expression.
+class KeyPattern(Pattern):
+    """Finds the key of a line: the first group of the first match of a regular expression.
 
     Raises:
-        InputError: it does not compile, or has no group.
+        InputError: the expression does not compile, or has no group.
 
     >>> KeyPattern(r"user=(\\w+)").find(b"user=ann logged in", "line 1")
     'ann'
     """
 
     def __init__(self, text: str) -> None:
-        self._pattern = Pattern(text, "--key")
-        if not self._pattern.groups:
+        super().__init__(text, "--key")
+        if not self._compiled.groups:
             raise InputError(f"--key {text!r} has no group; put what names the entity in parentheses")
 
     def find(self, line: bytes, where: str) -> str | None:
@@ -163,14 +147,16 @@ class KeyPattern:
         Raises:
             InputError: the expression takes too long.
         """
-        return self._pattern.first_group(as_text(line), where)
+        text = as_text(line)
+        try:
+            found = self._compiled.search(text, timeout=PATTERN_SECONDS)
+        except TimeoutError:
+            found = next(iter(self.matches(text, where)), None)
+        return found[1] if found else None
 
 
 class KeyField:
-    """Finds the key of a line of JSON: the value of a field.
-
-    Args:
-        name: name of the field.
+    """Finds the key of a line of JSON: the value of the field `name`.
 
     >>> KeyField("user").find(b'{"user": 7, "text": "logged in"}', "line 1")
     '7'
@@ -227,7 +213,7 @@ class Masks:
         # Where each character begins, if some have several bytes.
         starts = None if len(text) == len(line) else character_starts(text)
         for pattern in self._patterns:
-            for found in pattern.find(text, where):
+            for found in pattern.matches(text, where):
                 start, end = found.span()
                 counted[slice(*((start, end) if starts is None else starts[[start, end]]))] = False
         return counted

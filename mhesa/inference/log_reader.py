@@ -136,12 +136,7 @@ def mark_alarms(rows: Iterable[LineSurprisal], alarms: FalseAlarms | None) -> It
 
 
 def with_context(rows: Iterable[LineSurprisal], lines: int) -> Iterator[LineSurprisal]:
-    """The lines with an alarm, and some lines before and after each.
-
-    Args:
-        rows: all lines.
-        lines: number of lines before and after each.
-    """
+    """Of all lines those with an alarm, and so many `lines` before and after each."""
     before: deque[LineSurprisal] = deque(maxlen=lines)
     after = 0
     for row in rows:

@@ -89,16 +89,10 @@ class TokenSampler:
         self.sampling = given = sampling or Sampling()
         penalties = (given.repetition_penalty, given.frequency_penalty, given.presence_penalty)
         self.penalises = penalties != (1, 0, 0)
-        self.struct = Sampler(
-            temperature=given.temperature,
-            top_k=min(given.top_k, MAX_TOKENS - 1),
-            top_p=given.top_p,
-            min_p=given.min_p,
-            repetition_penalty=given.repetition_penalty,
-            frequency_penalty=given.frequency_penalty,
-            presence_penalty=given.presence_penalty,
-            random=secrets.randbits(64) if seed is None else seed % (1 << 64),
-        )
+        values = {**vars(given), "top_k": min(given.top_k, MAX_TOKENS - 1)}
+        del values["logit_bias"]  # the notes hold it
+        random = secrets.randbits(64) if seed is None else seed % (1 << 64)
+        self.struct = Sampler(**values, random=random)
         # Notes on tokens, the index of each token's note, and the size of the vocabulary once it is known.
         self._notes, self._indices = (Note * 8)(), dict[int, int]()
         self._num_tokens: int | None = None

@@ -226,6 +226,31 @@ class _Held:
         self.of_token = {name: values[size:] for name, values in self.of_token.items()}
 
 
+class _Rows:
+    """Numbers the units of a text, and makes rows of a table of them."""
+
+    def __init__(self, source: str, columns: Columns) -> None:
+        self.source, self.columns, self.number = source, columns, 0
+        self._before: deque[float | None] = deque([None] * columns.spill, columns.spill)
+
+    def add(
+        self, offset: int, size: int, text: bytes, bits: float, entropy: float, rank: float
+    ) -> list[UnitSurprisal]:
+        """The row of the next unit, or none if it is left out."""
+        self.number += 1
+        if self.number == 1 and self.columns.skip_first:
+            self._before.appendleft(None)
+            return []
+        surprisal, entropy = bits * self.columns.factor, entropy * self.columns.factor
+        shown, before = text.decode("utf-8", "replace"), tuple(self._before)
+        self._before.appendleft(surprisal)
+        return [
+            UnitSurprisal(
+                self.source, self.number, offset, size, shown, surprisal, entropy, int(rank), before
+            )
+        ]
+
+
 class UnitReader:
     """Finds the units of a text as it arrives, in memory that does not grow with its length.
 
@@ -236,65 +261,44 @@ class UnitReader:
     """
 
     def __init__(self, source: str, segmenter: Segmenter, columns: Columns | None = None) -> None:
-        self._source, self._segmenter, self._columns = source, segmenter, columns or Columns()
-        self._factor = self._columns.factor
-        spill = self._columns.spill
-        self._before: deque[float | None] = deque([None] * spill, spill)
-        self._held, self._offset, self._number = _Held(), 0, 0
+        self._segmenter, self._rows = segmenter, _Rows(source, columns or Columns())
+        self._held, self._offset = _Held(), 0
 
     def add(self, batch: Batch) -> list[UnitSurprisal]:
         """The units that are complete with a batch of `score`; one without blocks is the end of the text."""
-        held = self._held
+        held, rows = self._held, self._rows
         for block in batch.by_block():
             held.add(*block)
         is_end = not batch.blocks
         # At its end nothing but the end of text can follow.
-        after = float(batch.columns["boundary"][0]) if is_end and self._columns.correct else 0.0
+        after = float(batch.columns["boundary"][0]) if is_end and rows.columns.correct else 0.0
         text = as_text(held.text)
         starts = None if len(text) == len(held.text) else character_starts(text)
-        found, paid = [], 0
+        found: list[UnitSurprisal] = []
+        paid = 0
         for span in self._segmenter(text, is_end or len(held.text) > LONGEST):
             start, end = span if starts is None else (int(starts[span[0]]), int(starts[span[1]]))
             cost = float(held.bits[paid:end].sum())
-            if self._columns.correct:
+            if rows.columns.correct:
                 boundary = held.of_token["boundary"]
                 cost += float(boundary[end]) if end < len(boundary) else after
-                cost -= float(boundary[paid]) if self._number else 0.0
-            self._number += 1
-            is_left_out = self._number == 1 and self._columns.skip_first
-            if not is_left_out:
-                found.append(self._unit(start, end, cost * self._factor))
-            self._before.appendleft(None if is_left_out else cost * self._factor)
+                cost -= float(boundary[paid]) if rows.number else 0.0
+            of_token = held.of("entropy", start), held.of("rank", start)
+            found += rows.add(self._offset + start, end - start, held.text[start:end], cost, *of_token)
             paid = end
         held.drop(paid)
         self._offset += paid
         return found
 
-    def _unit(self, start: int, end: int, surprisal: float) -> UnitSurprisal:
-        held = self._held
-        return UnitSurprisal(
-            self._source,
-            self._number,
-            self._offset + start,
-            end - start,
-            held.text[start:end].decode("utf-8", "replace"),
-            surprisal,
-            held.of("entropy", start) * self._factor,
-            int(held.of("rank", start)),
-            tuple(self._before),
-        )
-
 
 def read_units(
     source: str, batches: Iterable[Batch], segmenter: Segmenter, columns: Columns | None = None
 ) -> Iterator[UnitSurprisal]:
-    """The units of a text as it arrives; arguments as `UnitReader` takes them.
+    """The units of a text as it arrives.
 
     Args:
-        source: name of the text.
+        source, segmenter, columns: see `UnitReader`.
         batches: what `score` yields, with the statistics of `Columns.statistics`, and with its end.
-        segmenter: finds the units.
-        columns: columns of the table.
     """
     units = UnitReader(source, segmenter, columns)
     for batch in batches:
@@ -305,24 +309,13 @@ def token_units(
     source: str, batches: Iterable[Batch], columns: Columns | None = None
 ) -> Iterator[UnitSurprisal]:
     """The tokens of a text as it arrives, with their whitespace; arguments as `read_units` takes them."""
-    columns = columns or Columns()
-    before: deque[float | None] = deque([None] * columns.spill, columns.spill)
-    number = offset = 0
+    rows, offset = _Rows(source, columns or Columns()), 0
     for batch in batches:
         for text, sizes, values in batch.by_block():
-            costs, entropies = (values[name] * columns.factor for name in ("bits", "entropy"))
-            ends = np.cumsum(sizes)
-            spans = zip((ends - sizes).tolist(), ends.tolist(), strict=True)
-            for (start, end), cost, expected, place in zip(
-                spans, costs.tolist(), entropies.tolist(), values["rank"].tolist(), strict=True
-            ):
-                number += 1
-                is_left_out = number == 1 and columns.skip_first
-                if not is_left_out:
-                    token = text[start:end].decode("utf-8", "replace")
-                    row = (source, number, offset + start, end - start, token, cost, expected, int(place))
-                    yield UnitSurprisal(*row, tuple(before))
-                before.appendleft(None if is_left_out else cost)
+            starts = np.cumsum(sizes) - sizes
+            measured = (values[name].tolist() for name in ("bits", "entropy", "rank"))
+            for start, size, *found in zip(starts.tolist(), sizes.tolist(), *measured, strict=True):
+                yield from rows.add(offset + start, size, text[start : start + size], *found)
             offset += len(text)
 
 
@@ -343,10 +336,7 @@ def surprisal_table(
         reader: the model and its tokenizer.
         text: the text.
         by: `word`, `character`, `sentence` or `token`.
-        unit: unit of surprisal and entropy, see `Columns`.
-        spill: number of preceding units that each have a column, see `Columns`.
-        correct: count the end of a word with the word, see `Columns`.
-        skip_first: leave out the first unit, see `Columns`.
+        unit, spill, correct, skip_first: see `Columns`.
         words: a segmentation in place of whitespace; see `GivenWords`.
 
     Raises:

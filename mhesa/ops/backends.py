@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,21 @@ from mhesa.errors import InputError
 Scan = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor]
 ]
+
+
+class Inputs(NamedTuple):
+    """The arguments of a scan, in the order of every backend.
+
+    `x` is `(batch, length, heads, head_dim)`; for the others see `mhesa.ops.exponential_smoothing`.
+    """
+
+    x: Tensor
+    alpha: Tensor
+    decay: Tensor
+    skip: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    reverse: bool
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,9 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether all tensors, of any shapes, are plain.
-
-    Checks every tensor without short-circuit, so that a freed tensor always raises.
-    """
-    plain = True
-    for tensor in tensors:
-        plain &= is_plain(tensor)
-    return plain
+    """Whether all tensors, of any shapes, are plain. Looks at every one: a freed tensor always raises."""
+    plain = [is_plain(tensor) for tensor in tensors]
+    return all(plain)
 
 
 def check_plain(tensors: Iterable[Tensor | None]) -> None:
@@ -89,12 +84,8 @@ def check_scan(
     """
     check_input(x, "batch", "length", "heads", "head_dim")
     _check_parameters(x, alpha, decay, skip)
-    batch, length, heads, head_dim = x.shape
-    if cu_seqlens is not None:
-        check_offsets(cu_seqlens, batch, length, x.device)
-    if initial_state is not None:
-        sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-        _check_shape("initial_state", initial_state, x.device, (sequences, heads, head_dim))
+    if cu_seqlens is not None or initial_state is not None:
+        _check_sequences(x, cu_seqlens, initial_state, *x.shape[2:])
 
 
 def check_step(x: Tensor, alpha: Tensor, decay: Tensor, state: Tensor, skip: Tensor | None) -> None:
@@ -106,9 +97,8 @@ def check_step(x: Tensor, alpha: Tensor, decay: Tensor, state: Tensor, skip: Ten
 
 def check_gradients(dy: Tensor, dfinal: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:
     """Check gradients: `dy` and `x` `(batch, length, heads, head_dim)`, `dfinal` as the final state."""
-    sequences = len(x) if cu_seqlens is None else cu_seqlens.numel() - 1
     _check_shape("dy", dy, x.device, x.shape)
-    _check_shape("dfinal", dfinal, x.device, (sequences, *x.shape[2:]))
+    _check_shape("dfinal", dfinal, x.device, (count_sequences(x, cu_seqlens), *x.shape[2:]))
 
 
 def check_convolution(
@@ -122,13 +112,8 @@ def check_convolution(
     if not _is_dense(weight) or weight.ndim != 2 or not len(weight):
         raise InputError(f"weight must be (taps, dim), not {_described(weight)}")
     check_input(x, "batch", "length", "dim")
-    batch, length, dim = x.shape
-    _check_shape("weight", weight, x.device, (len(weight), dim))
-    if cu_seqlens is not None:
-        check_offsets(cu_seqlens, batch, length, x.device)
-    if initial_state is not None:
-        sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-        _check_shape("initial_state", initial_state, x.device, (sequences, len(weight) - 1, dim))
+    _check_shape("weight", weight, x.device, (len(weight), x.shape[2]))
+    _check_sequences(x, cu_seqlens, initial_state, len(weight) - 1, x.shape[2])
 
 
 def check_input(x: Tensor, *dimensions: str) -> None:
@@ -157,22 +142,29 @@ def _check_shape(name: str, tensor: Tensor, device: torch.device, *shapes: tuple
         raise InputError(f"{name} is on {tensor.device}; move it to {device}, where x is")
 
 
-def check_offsets(cu_seqlens: Tensor, batch: int, length: int, device: torch.device) -> None:
-    """Check the offsets of packed sequences, `(sequences + 1,)`, on CPU or on the `device` of `x`.
+def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences are in `x`, `(batch, length, ...)`: its batch, or those of the offsets."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
-    Args:
-        cu_seqlens: the offsets.
-        batch: the batch size of `x`.
-        length: length of `x`.
-        device: device of `x`.
 
-    Raises:
-        InputError: they do not cover `x`.
-    """
+def _check_sequences(
+    x: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None, *state_shape: int
+) -> None:
+    """Check where the sequences of `x` are, and the state that each begins with."""
+    if cu_seqlens is not None:
+        _check_offsets(cu_seqlens, x)
+    if initial_state is not None:
+        shape = (count_sequences(x, cu_seqlens), *state_shape)
+        _check_shape("initial_state", initial_state, x.device, shape)
+
+
+def _check_offsets(cu_seqlens: Tensor, x: Tensor) -> None:
+    """Check that the offsets of packed sequences cover `x`; they are on CPU or where `x` is."""
+    batch, length = x.shape[:2]
     if not _is_dense(cu_seqlens):
         raise InputError(f"cu_seqlens must be a dense tensor, not {_described(cu_seqlens)}")
-    if not cu_seqlens.is_cpu and cu_seqlens.device != device:
-        raise InputError(f"cu_seqlens is on {cu_seqlens.device}; move it to {device}, where x is")
+    if not cu_seqlens.is_cpu and cu_seqlens.device != x.device:
+        raise InputError(f"cu_seqlens is on {cu_seqlens.device}; move it to {x.device}, where x is")
     if batch != 1:
         raise InputError(f"with cu_seqlens x must have batch 1, its sequences end to end, not batch {batch}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype not in INTEGERS:
@@ -185,12 +177,7 @@ def check_offsets(cu_seqlens: Tensor, batch: int, length: int, device: torch.dev
 
 
 def check_ids(ids: Tensor, device: torch.device, num_tokens: int | None = None) -> None:
-    """Check token ids, int64 `(tokens,)`, on CPU or on `device`.
-
-    Args:
-        ids: the ids.
-        device: device of the model.
-        num_tokens: the size of the vocabulary, where the ids have to be checked against it.
+    """Check token ids, int64 `(tokens,)`, on CPU or on `device`; with `num_tokens` their values too.
 
     Raises:
         InputError: they are something else.
@@ -237,14 +224,8 @@ def distinct_tokens(ids: Tensor | Iterable[int]) -> Iterable[int]:
 def check_state(state: Tensor, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     """Check a model's state, `(depth, batch, state_size)`, that is to be changed in place.
 
-    Args:
-        state: the state.
-        shape: shape that the state must have.
-        dtype: type that it must have.
-        device: device that it must be on.
-
     Raises:
-        InputError: it is something else, or two of its elements share memory.
+        InputError: its shape, type or device is another one, or two of its elements share memory.
     """
     if (
         not is_plain(state)

@@ -24,7 +24,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mhesa.errors import InputError
-from mhesa.ops.backends import Scan
+from mhesa.ops.backends import Inputs, Scan
+from mhesa.ops.checks import count_sequences
 from mhesa.ops.registration import apply
 
 if TYPE_CHECKING:
@@ -107,25 +108,29 @@ def stretch(length: int, processes: int, rank: int) -> slice:
     return slice(length * rank // processes, length * (rank + 1) // processes)
 
 
-def receive_state(
-    parallel: ContextParallel,
-    scan: Scan,
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> Tensor:
+def scan_stretches(parallel: ContextParallel, scan: Scan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """`(y, final_state)` of this process's stretches, as one process would find them for whole sequences.
+
+    Arguments and results of the scan are shaped as those of `mhesa.ops.exponential_smoothing`.
+    """
+    parallel.check(packed=inputs.cu_seqlens is not None, reverse=inputs.reverse)
+    inputs = inputs._replace(initial_state=_receive_state(parallel, scan, inputs))
+    others = (inputs.decay, inputs.cu_seqlens, inputs.reverse, scan, parallel)
+    results: tuple[Tensor, Tensor] = apply(_ReceiveGradient, *scan(*inputs), *others)
+    return results
+
+
+def _receive_state(parallel: ContextParallel, scan: Scan, inputs: Inputs) -> Tensor:
     """The states, `(sequences, heads, head_dim)`, that this process's stretches begin with.
 
-    Arguments are those of a backend's scan. Sequences that begin in this process begin with their
-    `initial_state`, or zero; no gradient passes from here to `x`, `alpha` and `decay`.
+    Sequences that begin in this process begin with their initial state, or zero; no gradient passes from here
+    to the other inputs.
     """
+    initial_state = inputs.initial_state
     if initial_state is not None:
-        initial_state = zero_continued(parallel, initial_state, reverse=reverse)
+        initial_state = zero_continued(parallel, initial_state, reverse=inputs.reverse)
     with torch.no_grad():
-        received = _state_from_others(parallel, scan, x, alpha, decay, initial_state, cu_seqlens, reverse)
+        received = _state_from_others(parallel, scan, inputs._replace(initial_state=initial_state))
     return received if initial_state is None else initial_state + received
 
 
@@ -140,27 +145,8 @@ def zero_continued(parallel: ContextParallel, initial_state: Tensor, *, reverse:
     return torch.where(arrives.view(-1, *[1] * (initial_state.ndim - 1)), 0.0, initial_state)
 
 
-def receive_gradient(
-    parallel: ContextParallel,
-    scan: Scan,
-    y: Tensor,
-    final_state: Tensor,
-    decay: Tensor,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """A scan's results; going backward adds the other processes' share to the gradient of `final_state`.
-
-    `y` is `(batch, length, heads, head_dim)` and `final_state` `(sequences, heads, head_dim)`.
-    """
-    results: tuple[Tensor, Tensor] = apply(
-        _ReceiveGradient, y, final_state, decay, cu_seqlens, reverse, scan, parallel
-    )
-    return results
-
-
 class _ReceiveGradient(Function):
-    """See `receive_gradient`."""
+    """A scan's results; backward adds the other processes' share to the gradient of `final_state`."""
 
     @staticmethod
     def forward(
@@ -183,27 +169,18 @@ class _ReceiveGradient(Function):
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         """Scan `dy` from the end: `p[t] = decay[t] * (dy[t] + p[t + 1])`, where `dfinal` is the last `p`."""
         decay, cu_seqlens = ctx.saved_tensors
-        received = _state_from_others(
-            ctx.parallel, ctx.scan, dy, decay, decay, dfinal, cu_seqlens, not ctx.reverse
-        )
+        inputs = Inputs(dy, decay, decay, None, dfinal, cu_seqlens, not ctx.reverse)
+        received = _state_from_others(ctx.parallel, ctx.scan, inputs)
         return dy, dfinal + received, None, None, None, None, None
 
 
-def _state_from_others(
-    parallel: ContextParallel,
-    scan: Scan,
-    x: Tensor,
-    alpha: Tensor,
-    decay: Tensor,
-    start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> Tensor:
+def _state_from_others(parallel: ContextParallel, scan: Scan, inputs: Inputs) -> Tensor:
     """What each sequence gets from the other processes' stretches before it, `(sequences, heads, head_dim)`.
 
-    Zero for sequences that begin here. `start` is what sequences get otherwise.
+    Zero for sequences that begin here, which get the initial state.
     """
-    sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    x, alpha, decay, _, start, cu_seqlens, reverse = inputs
+    sequences = count_sequences(x, cu_seqlens)
     if start is None:
         start = alpha.new_zeros(sequences, *x.shape[2:])
     first, last, continues = parallel.stretches(sequences, x.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mhesa.ops.backends import BACKENDS
-from mhesa.ops.checks import check_convolution, check_input
+from mhesa.ops.checks import check_convolution, check_input, count_sequences
 from mhesa.ops.context_parallel import ContextParallel, receive_values, zero_continued
 from mhesa.ops.registration import apply, is_plain_eager
 from mhesa.ops.smoothing import accumulation_dtype, cast
@@ -52,7 +52,7 @@ def causal_convolution(
     check_convolution(x, weight, initial_state, cu_seqlens)
     dtype = accumulation_dtype(x.dtype)
     if initial_state is None:
-        sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = count_sequences(x, cu_seqlens)
         initial_state = x.new_zeros(sequences, len(weight) - 1, x.shape[2], dtype=dtype)
     wide, weight = cast(dtype, "x", x), cast(dtype, "weight", weight)
     initial_state = cast(dtype, "initial_state", initial_state)
@@ -65,7 +65,8 @@ def causal_convolution(
             values = _last_values(wide, initial_state, cu_seqlens)
             lengths = torch.full((len(x),), x.shape[1]) if cu_seqlens is None else cu_seqlens.diff()
             initial_state = initial_state + receive_values(context_parallel, values, lengths.to(x.device))
-    if backend in (None, "numba") and _served_natively(wide, weight, initial_state):
+    native = backend in (None, "numba") and is_plain_eager(wide, weight, initial_state)
+    if native and BACKENDS["numba"].serves(x.device):
         y: Tensor = apply(_Convolution, wide, weight, initial_state, cu_seqlens)
     else:
         y = _convolve(wide, weight, initial_state, cu_seqlens)
@@ -133,10 +134,6 @@ def _last_values(x: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None) ->
     state = initial_state[sequence, (within + tail).clamp(0, max(tail - 1, 0))] if tail else initial_state
     found = x[0, rows.clamp(min=0)] if x.shape[1] else torch.zeros_like(state)
     return torch.where(within[..., None] >= 0, found, state)
-
-
-def _served_natively(*tensors: Tensor) -> bool:
-    return is_plain_eager(*tensors) and all(BACKENDS["numba"].serves(tensor.device) for tensor in tensors)
 
 
 def _state_gradient(dy: Tensor, weight: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -28,26 +28,18 @@ from torch.autograd import Function, forward_ad
 from torch.library import custom_op
 
 from mhesa.errors import InputError
-from mhesa.ops.backends import Scan
-from mhesa.ops.checks import are_plain, check_devices, check_gradients, check_plain, check_scan
+from mhesa.ops.backends import Inputs, Scan
+from mhesa.ops.checks import (
+    are_plain,
+    check_devices,
+    check_gradients,
+    check_plain,
+    check_scan,
+    count_sequences,
+)
 
 # `(dx, dalpha, ddecay, dskip, dinitial)`.
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-class Inputs(NamedTuple):
-    """The arguments of a scan, in the order of every backend.
-
-    `x` is `(batch, length, heads, head_dim)`; for the others see `mhesa.ops.exponential_smoothing`.
-    """
-
-    x: Tensor
-    alpha: Tensor
-    decay: Tensor
-    skip: Tensor | None
-    initial_state: Tensor | None
-    cu_seqlens: Tensor | None
-    reverse: bool
 
 
 class FixedKernels(NamedTuple):
@@ -242,10 +234,7 @@ class SmoothingGradient(Function):
         run = getattr(torch.ops.mhesa, f"{name}_backward").default
         return run(dy, dfinal, x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep the inputs."""
-        Smoothing.setup_context(ctx, inputs, output)
+    setup_context = staticmethod(Smoothing.setup_context)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -306,9 +295,7 @@ def _for_inputs(gradients: Gradients, inputs: Inputs) -> tuple[Tensor | None, ..
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
     x, alpha, *_, cu_seqlens, _ = args
     check_devices(args[:5], cu_seqlens, x.device)
-    batch, _, heads, head_dim = x.shape
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return x.new_empty(x.shape), alpha.new_empty(sequences, heads, head_dim)
+    return x.new_empty(x.shape), alpha.new_empty(count_sequences(x, cu_seqlens), *x.shape[2:])
 
 
 def _fake_backward(dy: Tensor, dfinal: Tensor, *args: Any) -> Gradients:

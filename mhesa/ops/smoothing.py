@@ -7,9 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mhesa.ops.backends import resolve
+from mhesa.ops.backends import Inputs, resolve
 from mhesa.ops.checks import check_real, check_scan, check_step
-from mhesa.ops.context_parallel import ContextParallel, receive_gradient, receive_state
+from mhesa.ops.context_parallel import ContextParallel, scan_stretches
 
 
 @overload
@@ -115,14 +115,11 @@ def exponential_smoothing(
     skip = None if skip is None else cast(dtype, "skip", skip)
     initial_state = None if initial_state is None else cast(dtype, "initial_state", initial_state)
     cu_seqlens = None if cu_seqlens is None else cast(torch.int64, "cu_seqlens", cu_seqlens)
-    if context_parallel is not None:
-        context_parallel.check(packed=cu_seqlens is not None, reverse=reverse)
-        initial_state = receive_state(
-            context_parallel, scan, x, alpha, decay, initial_state, cu_seqlens, reverse
-        )
-    y, final_state = scan(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
-    if context_parallel is not None:
-        y, final_state = receive_gradient(context_parallel, scan, y, final_state, decay, cu_seqlens, reverse)
+    if context_parallel is None:
+        y, final_state = scan(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+    else:
+        inputs = Inputs(x, alpha, decay, skip, initial_state, cu_seqlens, reverse)
+        y, final_state = scan_stretches(context_parallel, scan, inputs)
     return (y, final_state) if return_final_state else y
 
 

@@ -152,7 +152,7 @@ class Decoder:
         out = torch.empty(len(sequences), self.num_tokens, dtype=self._state_type, device=self.device)
         with self._lock:
             for first, last, pieces in split_into_calls(sequences, self._engine.long_rows):
-                out[first:last] = self._run(pieces, state[:, first:last], False)
+                out[first:last] = self._engine.run(*_joined(pieces), state[:, first:last], False)
         return out
 
     def predict(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
@@ -172,11 +172,7 @@ class Decoder:
         sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
         tokens = sum(len(sequence) for sequence in sequences)
         out = torch.empty(tokens, self.num_tokens, dtype=self._state_type, device=self.device)
-
-        def keep(logits: Tensor, start: int) -> None:
-            out[start : start + len(logits)] = logits
-
-        self.read(sequences, state, keep)
+        self.read(sequences, state, lambda logits, start: out[start : start + len(logits)].copy_(logits))
         return out
 
     def read(
@@ -196,7 +192,7 @@ class Decoder:
         done = 0
         with self._lock:
             for first, last, pieces in split_into_calls(sequences, self._engine.rows):
-                logits = self._run(pieces, state[:, first:last], True)
+                logits = self._engine.run(*_joined(pieces), state[:, first:last], True)
                 take(logits, done)
                 done += len(logits)
 
@@ -227,9 +223,6 @@ class Decoder:
                 found[rows] = self._engine.surprisal(*_joined(pieces), state[:, first:last], targets[rows])
                 done = rows.stop
         return found
-
-    def _run(self, pieces: list[Tensor], state: Tensor, all_logits: bool) -> Tensor:
-        return self._engine.run(*_joined(pieces), state, all_logits)
 
     def _check(self, state: Tensor, batch: int) -> None:
         check_state(state, (self._depth, batch, self._width), self._state_type, self.device)

@@ -1,4 +1,6 @@
-"""The whole model over a few rows as one native function on all threads. See docs/kernels.md.
+"""The whole model over a few rows as one native function on all threads.
+
+docs/kernels.md explains stages, shares, panels and tiles.
 
 A row is one token of one sequence: a decoding step has a row for every sequence, reading a prompt has many
 rows of one. The rows pass through the model in stages, each cut into tasks that threads take when they are
@@ -6,11 +8,8 @@ free; a stage begins when all tasks of the one before are done. Counters alone k
 of them than asked for can take part, from any moment on.
 
 Where each thread can have many rows, it takes a share of them through all stages by itself instead, up to
-the logits: the rows stay in its own cache, and it waits for others only for its turn at the state. Its
-memory is its own and used again for the next share, so a call may have any number of rows, unless all logits
-are wanted. Where surprisal alone is wanted, the share goes through the logits too, to the bits of each token.
-Shares of a fast thread are larger than those of a slow one, so that none waits for the other: cores differ,
-and so does what else they have to do.
+the logits, or where surprisal alone is wanted to the bits of each token. Its memory is its own and used again
+for the next share, so a call may have any number of rows, unless all logits are wanted.
 
 The stages of a layer:
 
@@ -18,9 +17,6 @@ The stages of a layer:
 
 A convolution follows the normalisation in the same stage. The logits of rates that follow the input are
 further outputs of the product that makes u and v.
-
-Stages that change a state, convolving and smoothing, are cut into pieces of rows like the others. What needs
-no state is done in any order; the state itself goes through the pieces of a sequence in turns.
 
 The table of stages is data, written by `mhesa.inference.decoder.native`.
 

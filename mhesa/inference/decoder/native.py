@@ -204,6 +204,11 @@ class NativeEngine:
         if block.to_alpha is not None:
             matrices.append(block.to_alpha.weight)
         yield self._product(GELU, matrices, self.operand, self.uv, gelu_panels=gelu_panels)
+        if block.to_alpha is None:
+            (alpha, decay), rate_logits = mhesa.rates(), 0
+        else:
+            alpha, decay = mhesa.alphas, mhesa.dampen_factors.float().sigmoid()
+            rate_logits = self.rate_logits.data_ptr()
         yield self._rows(
             kernel.SMOOTH,
             self.v,
@@ -212,7 +217,10 @@ class NativeEngine:
             weight=self._vector(mhesa.norm.weight),
             bias=self._vector(mhesa.norm.bias),
             skip=self._vector(mhesa.param_D),
-            **self._rates(block),
+            heads=mhesa.heads,
+            alpha=self._vector(alpha),
+            decay=self._vector(decay),
+            rate_logits=rate_logits,
         )
         yield self._product(GATE, [block.to_gate.weight], self.operand, self.uv)
         gated = self.uv
@@ -221,19 +229,6 @@ class NativeEngine:
             gated = self.operand
         bias = self._vector(block.to_out.bias, padded(self.dim, PANEL))
         yield self._product(ADD, [block.to_out.weight], gated, self.x, bias=bias)
-
-    def _rates(self, block: GatedMHESA) -> dict[str, int]:
-        """The fields of the smoothing stage that hold a block's rates."""
-        mhesa = block.mhesa
-        if block.to_alpha is None:
-            alpha, decay = mhesa.rates()
-            return {"heads": mhesa.heads, "alpha": self._vector(alpha), "decay": self._vector(decay)}
-        return {
-            "heads": mhesa.heads,
-            "alpha": self._vector(mhesa.alphas),
-            "decay": self._vector(mhesa.dampen_factors.float().sigmoid()),
-            "rate_logits": self.rate_logits.data_ptr(),
-        }
 
     def _rows(self, kind: int, rows: Tensor, columns: int, **fields: int) -> Struct:
         """A stage that reads rows of fp32."""

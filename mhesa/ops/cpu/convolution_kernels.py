@@ -11,10 +11,8 @@ Rows of all sequences are cut into pieces, the tasks. With `x[-1], x[-2], ...` f
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,21 +21,20 @@ from mhesa.ops.cpu.atomics import fence, fetch_add
 from mhesa.ops.cpu.compiling import compiled, jit, member, offset
 from mhesa.ops.cpu.memory import empty_hugepages
 from mhesa.ops.cpu.scan_tiles import fill
-from mhesa.ops.cpu.sequences import MIN_PARALLEL, number_pieces
+from mhesa.ops.cpu.sequences import MIN_PARALLEL, Chunk, Structs, cut_rows, find_sequences
 from mhesa.ops.cpu.threads import available, parallel
 
 # Rows of a piece: few enough for sums in fp32, many enough that starting one costs nothing.
 PIECE = 256
 
-# Rows `begin` to `end` of a sequence that lies in rows `first` to `last`.
-Piece = struct("Piece", begin="int64", end="int64", first="int64", last="int64", sequence="int64")
 Arguments = struct(
     "ConvolutionArguments",
     next_piece="int64",
     count="int64",
+    length="int64",
     dim="int64",
     taps="int64",
-    pieces=Pointer(Piece),
+    pieces=Pointer(Chunk),
     x=ACCUMULATION,
     weight=ACCUMULATION,
     state=ACCUMULATION,
@@ -72,30 +69,21 @@ def _run(kernel: Any, like: Tensor, weights: Tensor, cu_seqlens: Tensor | None, 
     pieces = _pieces(like, cu_seqlens)
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     taps, dim = weights.shape
-    arguments = Arguments(count=len(pieces), dim=dim, taps=taps, pieces=pieces.ctypes.data, **addresses)
+    sizes = {"count": len(pieces), "length": like.shape[1], "dim": dim, "taps": taps}
+    arguments = Arguments(pieces=pieces.ctypes.data, **sizes, **addresses)
     threads = 1 if like.numel() < MIN_PARALLEL else available()
     parallel(compiled(kernel, like.dtype, Arguments), arguments.address, threads)
 
 
-def _pieces(x: Tensor, cu_seqlens: Tensor | None) -> np.ndarray:
-    """The table of pieces, a `Piece` a row."""
-    if cu_seqlens is None:
-        return _dense_pieces(x.shape[0], x.shape[1])
-    return _cut(np.asarray(cu_seqlens, dtype=np.int64))
+def _pieces(x: Tensor, cu_seqlens: Tensor | None) -> Structs:
+    pieces: Structs = find_sequences(x.shape[0], x.shape[1], cu_seqlens).cut(cut_rows, PIECE, False)
+    return pieces
 
 
-@lru_cache
-def _dense_pieces(batch: int, length: int) -> np.ndarray:
-    return _cut(np.arange(batch + 1, dtype=np.int64) * length)
-
-
-def _cut(offsets: np.ndarray) -> np.ndarray:
-    first, last = offsets[:-1], offsets[1:]
-    counts = -(-(last - first) // PIECE)
-    sequence, index = number_pieces(counts)
-    begin = first[sequence] + index * PIECE
-    end = np.minimum(begin + PIECE, last[sequence])
-    return np.ascontiguousarray(np.stack([begin, end, first[sequence], last[sequence], sequence], axis=1))
+@jit
+def _row(args, values, piece, row):
+    """Where a row of the piece's batch is in `values`, which are shaped as `x`."""
+    return offset(values, (piece.batch * args.length + row) * args.dim)
 
 
 @jit
@@ -103,7 +91,7 @@ def _row_before(args, piece, row, tap):
     """The row `tap` steps before `row`, from the initial state where the sequence has none."""
     source = row - tap
     if source >= piece.first:
-        return offset(args.x, source * args.dim)
+        return _row(args, args.x, piece, source)
     tail = args.taps - 1
     return offset(args.state, ((piece.sequence + 1) * tail + source - piece.first) * args.dim)
 
@@ -122,7 +110,7 @@ def _forward(args):
             break
         piece = offset(args.pieces, index)
         for row in range(piece.begin, piece.end):
-            out = offset(args.out, row * dim)
+            out = _row(args, args.out, piece, row)
             fill(out, 0, dim)
             for tap in range(args.taps):
                 _add_products(out, offset(args.weight, tap * dim), _row_before(args, piece, row, tap), dim)
@@ -139,11 +127,11 @@ def _backward(args):
         dweight = offset(args.dweights, index * args.taps * dim)
         fill(dweight, 0, args.taps * dim)
         for row in range(piece.begin, piece.end):
-            out, dy = offset(args.out, row * dim), offset(args.dy, row * dim)
+            out, dy = _row(args, args.out, piece, row), _row(args, args.dy, piece, row)
             fill(out, 0, dim)
             for tap in range(args.taps):
                 _add_products(offset(dweight, tap * dim), dy, _row_before(args, piece, row, tap), dim)
                 if row + tap < piece.last:
                     weight = offset(args.weight, tap * dim)
-                    _add_products(out, weight, offset(args.dy, (row + tap) * dim), dim)
+                    _add_products(out, weight, _row(args, args.dy, piece, row + tap), dim)
     fence()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhesa.ops.backends import Inputs
 from mhesa.ops.cpu import rates_kernels as kernels
 from mhesa.ops.cpu.atomics import LINE
 from mhesa.ops.cpu.compiling import compiled
@@ -28,7 +29,7 @@ from mhesa.ops.cpu.sequences import (
     relay_order,
 )
 from mhesa.ops.cpu.threads import parallel
-from mhesa.ops.registration import Gradients, Inputs
+from mhesa.ops.registration import Gradients
 
 # The values of a chunk: x, dy and the states of its rows fit into the L2 cache together.
 CHUNK_VALUES = 1 << 15
@@ -52,16 +53,9 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scan(call: _Call, initial_state: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Write the outputs to `y`, if there is one; returns the final state and those at the chunks' starts."""
-    states = torch.empty(len(call.cut.chunks), call.channels, dtype=call.dtype, device=CPU)
+    states, final, args = call.new(len(call.cut.chunks), call.channels), call.new(*call.states), call.args
     if call.empty:
-        final = (
-            torch.zeros(call.states, dtype=call.dtype, device=CPU)
-            if initial_state is None
-            else initial_state.clone()
-        )
-        return final, states
-    final = torch.empty(call.states, dtype=call.dtype, device=CPU)
-    args = call.args
+        return final.zero_() if initial_state is None else initial_state.clone(), states
     args.initial, args.final, args.states = call.parameter(initial_state), final.data_ptr(), states.data_ptr()
     args.out = 0 if y is None else y.data_ptr()
     call.run(kernels.forward, call.channels, tensors=2)
@@ -79,11 +73,11 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None) 
     dalpha, ddecay = (new(x.shape[:3], dtype=call.dtype, device=CPU) for _ in range(2))
     if call.empty:
         return dx, dalpha, ddecay, dskip, dfinal.clone()
-    dinitial, args = torch.empty(call.states, dtype=call.dtype, device=CPU), call.args
+    dinitial, args = call.new(*call.states), call.args
     args.dy, args.dy_batch, args.dy_row, args.dy_head = call.rows(dy, min_head_dim=0)
     args.out, args.dfinal, args.dinitial = dx.data_ptr(), call.parameter(dfinal), dinitial.data_ptr()
     args.dalpha, args.ddecay, args.states = dalpha.data_ptr(), ddecay.data_ptr(), states.data_ptr()
-    sums = torch.empty(len(call.cut.chunks), call.channels, dtype=call.dtype, device=CPU)
+    sums = call.new(len(call.cut.chunks), call.channels)
     args.dskip = sums.data_ptr()
     call.run(kernels.backward, (call.chunk_rows + 1) * call.channels, tensors=3)
     if inputs.skip is not None:
@@ -122,7 +116,7 @@ class _Call(Call):
             blocks = math.ceil(threads / (min(RELAY_THREADS, pieces) * sequences))
             args.blocks = max(1, min(blocks, self.heads, self.channels // MIN_BLOCK))
         turns = torch.zeros(sequences * args.blocks, LINE, dtype=torch.int64, device=CPU)
-        memory = torch.empty(threads, buffer, dtype=self.dtype, device=CPU)
+        memory = self.new(threads, buffer)
         args.turns, args.buffer, args.buffer_size = turns.data_ptr(), memory.data_ptr(), buffer
         args.next_task, args.next_buffer = 0, 0
         args.tasks = len(self.cut.chunks) if relay else sequences

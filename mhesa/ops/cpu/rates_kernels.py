@@ -13,10 +13,8 @@ state gets from later rows, back through it:
     dalpha = sum over D of g * x;  ddecay = sum over D of g * h[t-1];  dskip = sum dy * x
 
 A task is a block of heads of a whole sequence; or, where the sequences cannot be shared out evenly among the
-threads, of a chunk. Then threads take turns at a sequence, in a relay: each moves the state on through its
-chunk, hands it to the next, and only then computes the chunk's results, from the state at its start.
-Both do the same arithmetic step by step, so results are the same bit for bit whatever the batch and the
-number of threads.
+threads, of a chunk, in a relay. Both do the same arithmetic step by step, so results are the same bit for bit
+whatever the batch and the number of threads.
 """
 
 # Numba finds the types of kernels when it compiles them.
@@ -24,55 +22,28 @@ number of threads.
 
 from __future__ import annotations
 
-from mhesa.ops.cpu.arguments import ACCUMULATION, INT64, STORED, Pointer, struct
+from mhesa.ops.cpu import sequences
+from mhesa.ops.cpu.arguments import ACCUMULATION, INT64, struct
 from mhesa.ops.cpu.atomics import LINE, fence, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import exists, jit, member, offset
 from mhesa.ops.cpu.rates_tiles import GROUP, advance_row, backward_row, carry_row, write_row
 from mhesa.ops.cpu.scan_tiles import copy, fill, prefetch
-from mhesa.ops.cpu.sequences import Chunk
 
 Arguments = struct(
     "Arguments",
-    next_task="int64",
+    **sequences.ARGUMENTS,
     tasks="int64",  # sequences or, in a relay, chunks
-    blocks="int64",  # blocks of heads that each task is cut into
-    chunks=Pointer(Chunk),
     first_chunk=INT64,  # the first chunk of each sequence, and one more
     relay="int64",
     order=INT64,  # in a relay, the chunks: the first of every sequence, then the second ..
-    turns=INT64,  # in a relay, finished chunks of each sequence and block, `LINE` apart
     buffer=ACCUMULATION,  # memory of each thread, `buffer_size` values: what enters a chunk, and states
     next_buffer="int64",
     buffer_size="int64",
-    x=STORED,
-    x_batch="int64",  # strides, in elements
-    x_row="int64",
-    x_head="int64",
-    dy=STORED,
-    dy_batch="int64",
-    dy_row="int64",
-    dy_head="int64",
-    out=STORED,  # y, or dx; without it, `forward` computes the states only
-    alpha=ACCUMULATION,  # a rate for each step and head, heads innermost
-    alpha_batch="int64",
+    alpha_batch="int64",  # strides of rates, of which each step has one for each head, heads innermost
     alpha_row="int64",
-    decay=ACCUMULATION,
     decay_batch="int64",
     decay_row="int64",
-    skip=ACCUMULATION,
-    initial=ACCUMULATION,
-    final=ACCUMULATION,
-    dfinal=ACCUMULATION,
-    dinitial=ACCUMULATION,
-    dalpha=ACCUMULATION,
-    ddecay=ACCUMULATION,
-    dskip=ACCUMULATION,
     states=ACCUMULATION,  # the state at the start of each chunk
-    length="int64",
-    heads="int64",
-    head_dim="int64",
-    reverse="int64",
-    nontemporal="int64",  # whether results are stored past the caches
 )
 
 
@@ -107,7 +78,7 @@ def _first_row(args, chunk, head):
 
 
 def forward(args):
-    """Scan one task after another, until none is left."""
+    """Scan one task after another, until none is left; without `out`, find the states only."""
     heads, head_dim, relay, writes = args.heads, args.head_dim, args.relay, exists(args.out)
     channels, sign = heads * head_dim, -1 if args.reverse else 1
     skips, nontemporal = exists(args.skip), args.nontemporal != 0
@@ -200,21 +171,13 @@ def backward(args):
             if skips:
                 fill(dskip, 0, width)
             for row in range(rows - 1, -1, -1):
-                x_t, dy_t, out_t = (
-                    offset(x, row * x_step),
-                    offset(dy, row * dy_step),
-                    offset(out, row * out_step),
-                )
-                a, d, h = (
-                    offset(alpha, row * alpha_step),
-                    offset(decay, row * decay_step),
-                    offset(before, row * width),
-                )
+                x_t, dy_t = offset(x, row * x_step), offset(dy, row * dy_step)
+                a, d = offset(alpha, row * alpha_step), offset(decay, row * decay_step)
+                out_t, h = offset(out, row * out_step), offset(before, row * width)
                 da, dd = offset(dalpha, row * rate_step), offset(ddecay, row * rate_step)
                 fill(da, 0, n)
                 fill(dd, 0, n)
-                tile = (
-                    x_t, x_gap, dy_t, dy_gap, a, d, h, p, out_t, skip, dskip, da, dd, skips, nontemporal
-                )  # fmt: skip
+                inputs, states = (x_t, x_gap, dy_t, dy_gap), (a, d, h, p)
+                tile = (inputs, states, (out_t, skip, dskip, da, dd), skips, nontemporal)
                 backward_row(x_gap == 0 and dy_gap == 0, n, head_dim, tile)
     fence()

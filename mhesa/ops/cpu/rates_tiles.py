@@ -206,23 +206,10 @@ def _carry(lanes, dims):
 def _backward(lanes, dims):
     @jit
     def tile(head, at, args):
-        (
-            x,
-            x_gap,
-            dy,
-            dy_gap,
-            alpha,
-            decay,
-            before,
-            p,
-            out,
-            skip,
-            dskip,
-            dalpha,
-            ddecay,
-            skips,
-            nontemporal,
-        ) = args
+        inputs, states, outputs, skips, nontemporal = args
+        x, x_gap, dy, dy_gap = inputs
+        alpha, decay, before, p = states
+        out, skip, dskip, dalpha, ddecay = outputs
         _backward_tile(
             offset(x, at + head * x_gap), offset(dy, at + head * dy_gap), offset(alpha, head),
             offset(decay, head), offset(before, at), offset(p, at), offset(out, at), offset(skip, at),

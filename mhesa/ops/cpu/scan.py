@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhesa.ops.backends import Inputs
 from mhesa.ops.cpu import scan_kernels as kernels
 from mhesa.ops.cpu.atomics import LINE
 from mhesa.ops.cpu.compiling import compiled
@@ -28,7 +29,7 @@ from mhesa.ops.cpu.sequences import (
     relay_order,
 )
 from mhesa.ops.cpu.threads import parallel
-from mhesa.ops.registration import Gradients, Inputs
+from mhesa.ops.registration import Gradients
 
 # Gradients that sum over sequences do so in at most this many fixed groups, added in order.
 GROUPS = 16
@@ -57,14 +58,12 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     call = _Call(inputs, inputs.reverse)
     args = call.args
     y = empty_hugepages(x.shape, x.dtype)
-    final = torch.empty(call.states, dtype=call.dtype, device=CPU)
+    final = call.new(*call.states)
     args.x, args.x_batch, args.x_row, args.x_head = call.rows(x, min_head_dim=call.min_head_dim)
     args.out, args.final = y.data_ptr(), final.data_ptr()
     if call.chunks.spans:
-        args.entering = args.initial
-        args.carries = call.keep(torch.empty(call.chunks.spans, call.channels, dtype=call.dtype, device=CPU))
-        call.run(kernels.ends, call.chunk_count)
-        call.run(kernels.chain, 1, threads=1)
+        args.entering, args.carries = args.initial, call.keep(call.new(call.chunks.spans, call.channels))
+        call.enter_spans()
     call.run(kernels.relay if call.relays() else kernels.forward, call.chunk_count, traffic=2)
     return y, final
 
@@ -75,12 +74,8 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
     call = _Call(inputs, not inputs.reverse)
     args, groups = call.args, min(call.chunk_count, GROUPS)
     dx = empty_hugepages(x.shape, x.dtype)
-    dinitial = torch.empty(call.states, dtype=call.dtype, device=CPU)
-    dalpha, ddecay = (
-        torch.empty(call.heads, dtype=call.dtype, device=CPU),
-        torch.empty(call.heads, dtype=call.dtype, device=CPU),
-    )
-    dskip = torch.empty(x.shape[2:], dtype=call.dtype, device=CPU)
+    dinitial, dskip = call.new(*call.states), call.new(*x.shape[2:])
+    dalpha, ddecay = call.new(call.heads), call.new(call.heads)
     args.x, args.x_batch, args.x_row, args.x_head = call.rows(x, min_head_dim=call.min_head_dim)
     args.dy, args.dy_batch, args.dy_row, args.dy_head = call.rows(dy, min_head_dim=call.min_head_dim)
     args.out, args.dinitial, args.dfinal = dx.data_ptr(), dinitial.data_ptr(), call.parameter(dfinal)
@@ -88,12 +83,8 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
     args.totals = call.keep(torch.zeros(groups, 4, call.channels, dtype=torch.float64, device=CPU))
     if call.chunks.spans:
         args.entering = args.dfinal
-        args.carries, args.slopes = (
-            call.keep(torch.empty(call.chunks.spans, call.channels, dtype=call.dtype, device=CPU))
-            for _ in range(2)
-        )
-        call.run(kernels.ends, call.chunk_count)
-        call.run(kernels.chain, 1, threads=1)
+        args.carries, args.slopes = (call.keep(call.new(call.chunks.spans, call.channels)) for _ in range(2))
+        call.enter_spans()
     call.run(kernels.backward, groups, traffic=3)
     call.run(kernels.reduce, groups, threads=1)
     return dx, dalpha, ddecay, dskip, dinitial
@@ -130,6 +121,11 @@ class _Call(Call):
         self.blocks = min(max(math.ceil(self.channels / WIDTH), relays), self.channels // MIN_BLOCK)
         self.args.turns = self.keep(torch.zeros(sequences * self.blocks, LINE, dtype=torch.int64, device=CPU))
         return True
+
+    def enter_spans(self) -> None:
+        """Turn what enters each sequence into what enters each span."""
+        self.run(kernels.ends, self.chunk_count)
+        self.run(kernels.chain, 1, threads=1)
 
     def run(
         self, kernel: Callable[..., None], splits: int, *, threads: int | None = None, traffic: int = 0

@@ -1,20 +1,14 @@
-"""The kernels of the scan on CPU: one pass over memory forward, one backward. See docs/kernels.md.
+"""The kernels of the scan on CPU: one pass over memory forward, one backward.
+
+docs/kernels.md explains tasks, chunks, spans and relays.
 
 Shapes: B batch, L rows (steps), S sequences, H heads, D head_dim, C = H * D channels. x, dy, out `(B, L, C)`;
 states `(S, C)`; alpha, decay `(H,)`; skip `(C,)`; carries `(slots, C)`; totals `(splits, 4, C)`.
 
-A task is a block of channels of a run of chunks; a chunk is a sequence, or a part of one. The arithmetic of a
-channel does not depend on how tasks are cut, so results are the same bit for bit whatever the batch and the
-number of threads. A task reads and writes whole rows one after another, as a copy does, and keeps the state
-of its channels in the L1 cache.
-
-With few channels a core would wait for one addition after another. Long sequences of narrow rows are
-therefore cut into chunks, and each chunk into `SPANS` spans that advance together, in three kernels: `ends`
-scans every span from zero; `chain` turns their ends into what enters each span, by
-
-    h[t + n] = decay ** n * h[t] + end
-
-and `forward` scans every span from there. The cut depends on the sequence's own length and width alone.
+A task reads and writes whole rows one after another, as a copy does, and keeps the state of its channels in
+the L1 cache. The arithmetic of a channel does not depend on how tasks are cut, and where a sequence is cut
+into chunks and spans depends on its own length and width alone: results are the same bit for bit whatever the
+batch and the number of threads.
 
 The backward pass needs no state of the forward pass. Against the direction of the scan it carries `p`, the
 gradient that enters a state from its future, and `r`, the derivative of `p` with respect to the decay:
@@ -30,7 +24,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mhesa.ops.cpu.arguments import ACCUMULATION, FLOAT64, INT64, STORED, Pointer, struct
+from mhesa.ops.cpu import sequences
+from mhesa.ops.cpu.arguments import ACCUMULATION, FLOAT64, struct
 from mhesa.ops.cpu.atomics import LINE, fence, fetch_add, signal, wait
 from mhesa.ops.cpu.compiling import exists, jit, member, offset, stack_array
 from mhesa.ops.cpu.scan_tiles import (
@@ -57,7 +52,6 @@ from mhesa.ops.cpu.scan_tiles import (
     forward_rows,
     prefetch,
 )
-from mhesa.ops.cpu.sequences import Chunk
 
 # Rows after which sums in the accumulation type are added to those in fp64.
 ROWS_PER_SUM = 256
@@ -69,40 +63,13 @@ SMALLEST_NORMAL = 2.0**-1022
 
 Arguments = struct(
     "Arguments",
-    next_task="int64",
-    chunks=Pointer(Chunk),
+    **sequences.ARGUMENTS,
     chunk_count="int64",
-    splits="int64",  # runs of chunks that tasks are cut into,
-    blocks="int64",  # and blocks of channels
-    x=STORED,
-    x_batch="int64",  # strides, in elements
-    x_row="int64",
-    x_head="int64",
-    dy=STORED,
-    dy_batch="int64",
-    dy_row="int64",
-    dy_head="int64",
-    out=STORED,  # y, or dx
-    alpha=ACCUMULATION,
-    decay=ACCUMULATION,
-    skip=ACCUMULATION,
-    initial=ACCUMULATION,
-    final=ACCUMULATION,
-    dfinal=ACCUMULATION,
-    dinitial=ACCUMULATION,
-    dalpha=ACCUMULATION,
-    ddecay=ACCUMULATION,
-    dskip=ACCUMULATION,
+    splits="int64",  # runs of chunks that tasks are cut into
     totals=FLOAT64,  # sums of dalpha, ddecay / alpha, dskip, and ddecay by the initial state
     entering=ACCUMULATION,  # what enters the first span of a sequence: `initial` or `dfinal`
     carries=ACCUMULATION,  # the end of each span, then what enters it: h or p,
     slopes=ACCUMULATION,  # and backward r
-    turns=INT64,  # in a relay, finished chunks of each sequence and block, `LINE` apart
-    length="int64",
-    heads="int64",
-    head_dim="int64",
-    reverse="int64",
-    nontemporal="int64",  # whether results are stored past the caches
 )
 
 
@@ -196,12 +163,7 @@ def forward(args):
 
 
 def relay(args):
-    """`forward` with several threads to a sequence: each passes the state on before it writes its chunk.
-
-    A chunk is read twice but comes from memory once: it is prefetched into the L2 cache while other threads
-    have the state; then the state alone is moved over it and passed on; then its results are written. The
-    state takes the same steps as in one thread, so the results are the same bit for bit.
-    """
+    """`forward` with several threads to a sequence: each passes the state on before it writes its chunk."""
     row = stack_array(args.x, SCRATCH)
     x, out, final, channels = args.x, args.out, args.final, args.heads * args.head_dim
     skips, nontemporal = exists(args.skip), args.nontemporal != 0

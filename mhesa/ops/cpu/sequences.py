@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
-from mhesa.ops.cpu.arguments import Struct, struct
+from mhesa.ops.backends import Inputs
+from mhesa.ops.cpu.arguments import ACCUMULATION, INT64, STORED, Pointer, Struct, struct
+from mhesa.ops.cpu.memory import CPU
 from mhesa.ops.cpu.threads import available
-from mhesa.ops.registration import Inputs
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A block of channels has at least this many: shorter pieces of rows are read slowly.
@@ -39,7 +40,40 @@ Chunk = struct(
     earlier="int64",  # chunks of its sequence before it in the direction of the scan,
     later="int64",  # and after it
     slot="int64",  # at fixed rates, the first of its carries, one a span; -1: it is not cut into spans
+    first="int64",  # for the convolution, the first row of its sequence,
+    last="int64",  # and the row after its last
 )
+# What the kernels of both scans are given.
+ARGUMENTS: dict[str, str | Pointer] = {
+    "next_task": "int64",
+    "blocks": "int64",  # blocks of channels that tasks are cut into
+    "chunks": Pointer(Chunk),
+    "turns": INT64,  # in a relay, finished chunks of each sequence and block, `LINE` apart
+    "x": STORED,
+    "x_batch": "int64",  # strides, in elements
+    "x_row": "int64",
+    "x_head": "int64",
+    "dy": STORED,
+    "dy_batch": "int64",
+    "dy_row": "int64",
+    "dy_head": "int64",
+    "out": STORED,  # y, or dx
+    "alpha": ACCUMULATION,
+    "decay": ACCUMULATION,
+    "skip": ACCUMULATION,
+    "initial": ACCUMULATION,
+    "final": ACCUMULATION,
+    "dfinal": ACCUMULATION,
+    "dinitial": ACCUMULATION,
+    "dalpha": ACCUMULATION,
+    "ddecay": ACCUMULATION,
+    "dskip": ACCUMULATION,
+    "length": "int64",
+    "heads": "int64",
+    "head_dim": "int64",
+    "reverse": "int64",
+    "nontemporal": "int64",  # whether results are stored past the caches
+}
 
 
 class Sequences:
@@ -97,6 +131,8 @@ def cut_rows(sequences: Sequences, rows: int, reverse: bool) -> Structs:
         end=end - piece * rows if reverse else np.minimum(begin + (piece + 1) * rows, end),
         earlier=piece,
         later=pieces[sequence] - 1 - piece,
+        first=begin,
+        last=end,
     )
 
 
@@ -141,6 +177,10 @@ class Call:
             reverse=reverse,
             skip=self.parameter(inputs.skip),
         )
+
+    def new(self, *shape: int) -> Tensor:
+        """Memory of any shape for values of the accumulation type."""
+        return torch.empty(shape, dtype=self.dtype, device=CPU)
 
     def keep(self, tensor: Tensor) -> int:
         """The address of a contiguous tensor of any shape, which is kept."""

@@ -83,24 +83,26 @@ def _advance(state, whole, total):
 
 
 @triton.jit
-def _load_tile(
-    pointer, stride, position, limit, length, channel, channels, ROWS: tl.constexpr, REVERSE: tl.constexpr
-):
-    """The rows of a tile: `ROWS` tensors `(SPANS, BLOCK)`, zero from `limit` on."""
+def _load_tile(pointer, stride, offset, valid, position, length, OTHER, ROWS, REVERSE, limit=None):
+    """A tile: `ROWS` tensors `(SPANS, BLOCK)`, `OTHER` for invalid channels and for steps from `limit` on."""
     rows = ()
     for k in tl.static_range(ROWS):
         at = position + k
         row = length - 1 - at if REVERSE else at
-        mask = (at < limit) & (channel < channels)
-        rows = rows + (tl.load(pointer + row * stride + channel, mask=mask, other=0.0),)
+        mask = (at < (length if limit is None else limit)) & valid
+        rows = rows + (tl.load(pointer + row * stride + offset, mask=mask, other=OTHER),)
     return rows
 
 
 @triton.jit
 def _load_sequence(sequence_of, at, length, REVERSE: tl.constexpr):
-    """The packed sequence of the step `at` of the scan, -1 for steps outside."""
-    row = length - 1 - at if REVERSE else at
-    return tl.load(sequence_of + row, mask=(at >= 0) & (at < length), other=-1)
+    """The packed sequence of the step `at` of the scan, -1 for steps outside; without packing 0 for all."""
+    if sequence_of is None:
+        sequence = at * 0
+    else:
+        row = length - 1 - at if REVERSE else at
+        sequence = tl.load(sequence_of + row, mask=(at >= 0) & (at < length), other=-1)
+    return sequence
 
 
 @triton.jit
@@ -198,30 +200,26 @@ def forward(
 
     x += batch * stride_batch
     position = first * (ROWS * SPANS) + span * ROWS
-    following = _load_tile(x, stride_time, position, limit, length, channel, channels, ROWS, REVERSE)
+    following = _load_tile(x, stride_time, channel, valid, position, length, 0.0, ROWS, REVERSE, limit)
     for tile in range(first, last):
         rows = following
         position = tile * (ROWS * SPANS) + span * ROWS
         end = zero
         inputs = ()
         starts = ()
-        if sequence_of is not None:
-            sequence = _load_sequence(sequence_of, position - 1, length, REVERSE)
-            sequence_before = sequence
+        sequence = _load_sequence(sequence_of, position - 1, length, REVERSE)
+        sequence_before = sequence
         for k in tl.static_range(ROWS):
             value = a * rows[k].to(d.dtype)
-            if sequence_of is None:
-                end = tl.fma(d, end, value)
-            else:
-                previous = sequence
-                sequence = _load_sequence(sequence_of, position + k, length, REVERSE)
-                begins = sequence != previous
-                if initial_state is not None:
-                    entering = initial_state + sequence.to(tl.int64) * channels + channel
-                    mask = begins & (sequence >= 0) & valid
-                    value = tl.fma(d, tl.load(entering, mask=mask, other=0.0), value)
-                end = tl.where(begins, value, tl.fma(d, end, value))
-                starts = starts + (begins,)
+            previous = sequence
+            sequence = _load_sequence(sequence_of, position + k, length, REVERSE)
+            begins = sequence != previous
+            if initial_state is not None and sequence_of is not None:
+                entering = initial_state + sequence.to(tl.int64) * channels + channel
+                mask = begins & (sequence >= 0) & valid
+                value = tl.fma(d, tl.load(entering, mask=mask, other=0.0), value)
+            end = tl.where(begins, value, tl.fma(d, end, value))
+            starts = starts + (begins,)
             inputs = inputs + (value,)
 
         # Gathers want a channel's spans in one warp, loads want a span's channels in one thread. This gather
@@ -229,9 +227,8 @@ def forward(
         end = _gather_span(end, span)
         for j in tl.static_range(SPANS_LOG):
             joins = span >= (1 << j)
-            if sequence_of is not None:
-                far = position - (1 << j) * ROWS + (ROWS - 1)
-                joins &= _load_sequence(sequence_of, far, length, REVERSE) == sequence
+            far = position - (1 << j) * ROWS + (ROWS - 1)
+            joins &= _load_sequence(sequence_of, far, length, REVERSE) == sequence
             earlier = _gather_span(end, tl.maximum(span - (1 << j), 0))
             end = tl.where(joins, tl.fma(powers[j], earlier, end), end)
         total = _gather_span(end, span * 0 + (SPANS - 1))
@@ -239,7 +236,7 @@ def forward(
 
         # Load the next tile while the outputs of this one are computed.
         following = _load_tile(
-            x, stride_time, position + ROWS * SPANS, limit, length, channel, channels, ROWS, REVERSE
+            x, stride_time, channel, valid, position + ROWS * SPANS, length, 0.0, ROWS, REVERSE, limit
         )
 
         carry = (batch * tiles + tile) * channels + channel
@@ -249,16 +246,15 @@ def forward(
             if carries is not None:
                 state = tl.load(carries + carry + span * 0, mask=valid, other=0.0)
             reached = tl.fma(reaching[0], state, earlier)
-            if sequence_of is not None:
-                outside = _load_sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
-                reached = tl.where(sequence_before == outside, reached, earlier)
+            outside = _load_sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
+            reached = tl.where(sequence_before == outside, reached, earlier)
             h = tl.where(span == 0, state, reached)
             closes = _tile_ends_sequence(sequence_of, tile, ROWS * SPANS, length, REVERSE)
             for k in tl.static_range(ROWS):
                 at = position + k
                 row = length - 1 - at if REVERSE else at
                 advanced = tl.fma(d, h, inputs[k])
-                h = advanced if sequence_of is None else tl.where(starts[k], inputs[k], advanced)
+                h = tl.where(starts[k], inputs[k], advanced)
                 result = h
                 if skip is not None:
                     result = tl.fma(weight, rows[k].to(d.dtype), h)
@@ -269,12 +265,9 @@ def forward(
                     tl.store(final_state + out * channels + channel, h, mask=ends & valid)
             if carries is None:
                 passed = _advance(state, whole, total)
-                if sequence_of is not None:
-                    joins = _load_sequence(
-                        sequence_of, position - span * ROWS + (ROWS * SPANS - 1), length, REVERSE
-                    )
-                    passed = tl.where(joins == outside, passed, total)
-                state = passed
+                last_step = position - span * ROWS + (ROWS * SPANS - 1)
+                joins = _load_sequence(sequence_of, last_step, length, REVERSE) == outside
+                state = tl.where(joins, passed, total)
 
 
 @triton.jit
@@ -343,9 +336,9 @@ def backward(
     programs = tl.num_programs(0) // blocks
     plane = (programs // tl.cdiv(tiles, tiles_per_program)).to(tl.int64) * tiles * channels
     position = first * (ROWS * SPANS) + span * ROWS
-    next_dy = _load_tile(dy, stride_time_dy, position, limit, length, channel, channels, ROWS, REVERSE)
+    next_dy = _load_tile(dy, stride_time_dy, channel, valid, position, length, 0.0, ROWS, REVERSE, limit)
     if dx is not None:
-        next_x = _load_tile(x, stride_time, position, limit, length, channel, channels, ROWS, REVERSE)
+        next_x = _load_tile(x, stride_time, channel, valid, position, length, 0.0, ROWS, REVERSE, limit)
     for tile in range(first, last):
         position = tile * (ROWS * SPANS) + span * ROWS
         rows_dy = next_dy
@@ -356,24 +349,20 @@ def backward(
         r_end = zero
         inputs = ()
         starts = ()
-        if sequence_of is not None:
-            sequence = _load_sequence(sequence_of, position - 1, length, REVERSE)
-            sequence_before = sequence
+        sequence = _load_sequence(sequence_of, position - 1, length, REVERSE)
+        sequence_before = sequence
         for k in tl.static_range(ROWS):
             value = rows_dy[k].to(d.dtype)
-            if sequence_of is None:
-                g = tl.fma(d, g, value)
-                r_end = tl.fma(d, r_end, g)
-            else:
-                previous = sequence
-                sequence = _load_sequence(sequence_of, position + k, length, REVERSE)
-                begins = sequence != previous
+            previous = sequence
+            sequence = _load_sequence(sequence_of, position + k, length, REVERSE)
+            begins = sequence != previous
+            if sequence_of is not None:
                 entering = dfinal + sequence.to(tl.int64) * channels + channel
                 mask = begins & (sequence >= 0) & valid
                 value += tl.load(entering, mask=mask, other=0.0)
-                g = tl.where(begins, value, tl.fma(d, g, value))
-                r_end = tl.where(begins, g, tl.fma(d, r_end, g))
-                starts = starts + (begins,)
+            g = tl.where(begins, value, tl.fma(d, g, value))
+            r_end = tl.where(begins, g, tl.fma(d, r_end, g))
+            starts = starts + (begins,)
             inputs = inputs + (value,)
         p_end = d * g
 
@@ -382,9 +371,8 @@ def backward(
         r_end = _gather_span(r_end, span)
         for j in tl.static_range(SPANS_LOG):
             joins = span >= (1 << j)
-            if sequence_of is not None:
-                far = position - (1 << j) * ROWS + (ROWS - 1)
-                joins &= _load_sequence(sequence_of, far, length, REVERSE) == sequence
+            far = position - (1 << j) * ROWS + (ROWS - 1)
+            joins &= _load_sequence(sequence_of, far, length, REVERSE) == sequence
             earlier = tl.maximum(span - (1 << j), 0)
             p_far = _gather_span(p_end, earlier)
             r_far = _gather_span(r_end, earlier)
@@ -396,9 +384,9 @@ def backward(
         r_earlier = _gather_span(r_end, tl.maximum(span - 1, 0))
 
         ahead = position + ROWS * SPANS
-        next_dy = _load_tile(dy, stride_time_dy, ahead, limit, length, channel, channels, ROWS, REVERSE)
+        next_dy = _load_tile(dy, stride_time_dy, channel, valid, ahead, length, 0.0, ROWS, REVERSE, limit)
         if dx is not None:
-            next_x = _load_tile(x, stride_time, ahead, limit, length, channel, channels, ROWS, REVERSE)
+            next_x = _load_tile(x, stride_time, channel, valid, ahead, length, 0.0, ROWS, REVERSE, limit)
 
         carry = (batch * tiles + tile) * channels + channel + span * 0
         if dx is None:
@@ -410,10 +398,9 @@ def backward(
                 r_state = tl.load(carries + plane + carry, mask=valid, other=0.0)
             p = tl.fma(reaching[0], p_state, p_earlier)
             r = tl.fma(reaching[0], r_state, tl.fma(reaching[1], p_state, r_earlier))
-            if sequence_of is not None:
-                outside = _load_sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
-                p = tl.where(sequence_before == outside, p, p_earlier)
-                r = tl.where(sequence_before == outside, r, r_earlier)
+            outside = _load_sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
+            p = tl.where(sequence_before == outside, p, p_earlier)
+            r = tl.where(sequence_before == outside, r, r_earlier)
             p = tl.where(span == 0, p_state, p)
             r = tl.where(span == 0, r_state, r)
             closes = _tile_ends_sequence(sequence_of, tile, ROWS * SPANS, length, REVERSE)
@@ -421,9 +408,8 @@ def backward(
                 at = position + k
                 row = length - 1 - at if REVERSE else at
                 g = inputs[k] + p if k == 0 else tl.fma(d, g, inputs[k])
-                if sequence_of is not None:
-                    g = tl.where(starts[k], inputs[k], g)
-                    r = tl.where(starts[k], zero, r)
+                g = tl.where(starts[k], inputs[k], g)
+                r = tl.where(starts[k], zero, r)
                 value = rows_x[k].to(d.dtype)
                 sum_alpha = tl.fma(g, value, sum_alpha)
                 sum_decay = tl.fma(r, value, sum_decay)
@@ -445,14 +431,10 @@ def backward(
             if carries is None:
                 p_passed = _advance(p_state, whole, p_total)
                 r_passed = _advance(r_state, whole, tl.fma(whole[1], p_state, r_total))
-                if sequence_of is not None:
-                    joins = _load_sequence(
-                        sequence_of, position - span * ROWS + (ROWS * SPANS - 1), length, REVERSE
-                    )
-                    p_passed = tl.where(joins == outside, p_passed, p_total)
-                    r_passed = tl.where(joins == outside, r_passed, r_total)
-                p_state = p_passed
-                r_state = r_passed
+                last_step = position - span * ROWS + (ROWS * SPANS - 1)
+                joins = _load_sequence(sequence_of, last_step, length, REVERSE) == outside
+                p_state = tl.where(joins, p_passed, p_total)
+                r_state = tl.where(joins, r_passed, r_total)
 
     if dx is not None:
         partial = partials + group.to(tl.int64) * channels + channel
@@ -521,16 +503,12 @@ def chain(
             if PAIR:
                 tl.store(entering + plane, second, mask=mask)
                 second_passed = _advance(second, whole, tl.fma(whole[1], state, second_ends[k]))
-            if sequence_of is not None:
-                at = (tile + k) * TILE
-                outside = _load_sequence(sequence_of, at - 1, length, REVERSE)
-                joins = outside == _load_sequence(sequence_of, at + TILE - 1, length, REVERSE)
-                passed = tl.where(joins, passed, ends[k])
-                if PAIR:
-                    second_passed = tl.where(joins, second_passed, second_ends[k])
-            state = passed
+            at = (tile + k) * TILE
+            outside = _load_sequence(sequence_of, at - 1, length, REVERSE)
+            joins = outside == _load_sequence(sequence_of, at + TILE - 1, length, REVERSE)
+            state = tl.where(joins, passed, ends[k])
             if PAIR:
-                second = second_passed
+                second = tl.where(joins, second_passed, second_ends[k])
         carries = ahead
 
 

@@ -11,7 +11,8 @@ import triton
 from torch import Tensor
 
 from mhesa.errors import InputError
-from mhesa.ops.registration import Gradients, Inputs
+from mhesa.ops.backends import Inputs
+from mhesa.ops.registration import Gradients
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Tiles whose end states the chain kernel loads at once.
@@ -29,6 +30,11 @@ class Plan(NamedTuple):
     # Whether one program walks through a whole sequence; otherwise three kernels run.
     whole: bool
     constants: dict[str, int | bool]
+
+    @property
+    def grid(self) -> tuple[int]:
+        """The programs of all blocks."""
+        return (self.programs * self.blocks,)
 
 
 def plan(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
-from mhesa.ops.registration import Gradients, Inputs
+from mhesa.ops.backends import Inputs
+from mhesa.ops.registration import Gradients
 from mhesa.ops.triton import launching
 from mhesa.ops.triton import rates_kernels as kernels
 
@@ -56,30 +55,14 @@ def _scan(inputs: Inputs, y: Tensor | None) -> tuple[Tensor, Tensor]:
     channels = heads * head_dim
     sequence_of = launching.sequence_of(cu_seqlens, x)
     states = alpha.new_empty(batch, plan.tiles, channels)
+    parameters = alpha, decay, skip, initial_state, sequence_of
+    strides = *x.stride()[:2], *alpha.stride(), *decay.stride()
+    sizes = length, heads, head_dim, plan.tiles, plan.tiles_per_program
+    constants = plan.constants | {"WHOLE": plan.whole}
 
     def launch(y: Tensor | None, ends: Tensor | None) -> None:
-        kernels.forward[(plan.programs * plan.blocks,)](
-            x,
-            y,
-            final_state,
-            states,
-            ends,
-            alpha,
-            decay,
-            skip,
-            initial_state,
-            sequence_of,
-            x.stride(0),
-            x.stride(1),
-            *alpha.stride(),
-            *decay.stride(),
-            length,
-            heads,
-            head_dim,
-            plan.tiles,
-            plan.tiles_per_program,
-            WHOLE=plan.whole,
-            **plan.constants,
+        kernels.forward[plan.grid](
+            x, y, final_state, states, ends, *parameters, *strides, *sizes, **constants
         )
 
     with launching.on_device(x.device):
@@ -109,37 +92,15 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None) 
     parts = triton.cdiv(head_dim, plan.constants["DIMS"])
     dalpha, ddecay = (alpha.new_empty(parts, batch, length, heads) for _ in range(2))
     partials = None if skip is None else alpha.new_empty(plan.programs, channels)
+    gradients = dx, dalpha, ddecay, partials, dinitial
+    parameters = alpha, decay, skip, initial_state, sequence_of
+    strides = *dy.stride()[:2], *x.stride()[:2], *alpha.stride(), *decay.stride()
+    sizes = length, heads, head_dim, plan.tiles, plan.tiles_per_program
 
     def launch(ends: Tensor | None, carries: Tensor | None) -> None:
-        kernels.backward[(plan.programs * plan.blocks,)](
-            dy,
-            x,
-            dx,
-            dalpha,
-            ddecay,
-            partials,
-            dinitial,
-            states,
-            ends,
-            carries,
-            dfinal,
-            alpha,
-            decay,
-            skip,
-            initial_state,
-            sequence_of,
-            dy.stride(0),
-            dy.stride(1),
-            x.stride(0),
-            x.stride(1),
-            *alpha.stride(),
-            *decay.stride(),
-            length,
-            heads,
-            head_dim,
-            plan.tiles,
-            plan.tiles_per_program,
-            **plan.constants,
+        entering = states, ends, carries, dfinal
+        kernels.backward[plan.grid](
+            dy, x, *gradients, *entering, *parameters, *strides, *sizes, **plan.constants
         )
 
     carries = None
@@ -174,19 +135,14 @@ def _launch_chain(
     backward: bool,
 ) -> None:
     batch, tiles, channels = entering.shape
-    constants: dict[str, Any] = {name: plan.constants[name] for name in ("REVERSE", "enable_fp_fusion")}
+    arguments = ends, entering, initial, sequence_of, length, channels, tiles
     kernels.chain[(batch * triton.cdiv(channels, CHAIN_BLOCK),)](
-        ends,
-        entering,
-        initial,
-        sequence_of,
-        length,
-        channels,
-        tiles,
+        *arguments,
         BLOCK=CHAIN_BLOCK,
         TILE=1 << (plan.constants["ROWS_LOG"] + plan.constants["SPANS_LOG"]),
         AHEAD=launching.AHEAD,
         BACKWARD=backward,
+        REVERSE=plan.constants["REVERSE"],
+        enable_fp_fusion=plan.constants["enable_fp_fusion"],
         num_warps=1,
-        **constants,
     )

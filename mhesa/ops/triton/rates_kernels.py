@@ -31,30 +31,10 @@ from mhesa.ops.triton.kernels import (
     _gather_span,
     _load_ends,
     _load_sequence,
+    _load_tile,
     _program,
     _tile_ends_sequence,
 )
-
-
-@triton.jit
-def _load_rows(
-    pointer,
-    stride,
-    offset,
-    valid,
-    position,
-    length,
-    OTHER: tl.constexpr,
-    ROWS: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """The rows of a tile: `ROWS` tensors `(SPANS, BLOCK)`, `OTHER` for invalid channels and steps."""
-    rows = ()
-    for k in tl.static_range(ROWS):
-        at = position + k
-        row = length - 1 - at if REVERSE else at
-        rows = rows + (tl.load(pointer + row * stride + offset, mask=(at < length) & valid, other=OTHER),)
-    return rows
 
 
 @triton.jit
@@ -86,8 +66,7 @@ def _combine(
             joins = span >= (1 << j)
             other = tl.maximum(span - (1 << j), 0)
             far = position - (1 << j) * ROWS + (ROWS - 1)
-        if sequence_of is not None:
-            joins &= _load_sequence(sequence_of, far, length, REVERSE) == sequence
+        joins &= _load_sequence(sequence_of, far, length, REVERSE) == sequence
         far_end = _gather_span(end, other)
         far_product = _gather_span(product, other)
         end = tl.where(joins, tl.fma(product, far_end, end), end)
@@ -120,23 +99,18 @@ def _scan_spans(
     product = end + 1
     inputs = ()
     firsts = ()
-    sequence = position
-    if sequence_of is not None:
-        sequence = _load_sequence(sequence_of, position - 1, length, REVERSE)
+    sequence = _load_sequence(sequence_of, position - 1, length, REVERSE)
     for k in tl.static_range(ROWS):
         value = a[k] * rows[k].to(d[k].dtype)
-        if sequence_of is None:
-            end = tl.fma(d[k], end, value)
-        else:
-            previous = sequence
-            sequence = _load_sequence(sequence_of, position + k, length, REVERSE)
-            first = sequence != previous
-            if initial_state is not None:
-                entering = initial_state + sequence.to(tl.int64) * channels + channel
-                mask = first & (sequence >= 0) & valid
-                value = tl.fma(d[k], tl.load(entering, mask=mask, other=0.0), value)
-            end = tl.where(first, value, tl.fma(d[k], end, value))
-            firsts = firsts + (first,)
+        previous = sequence
+        sequence = _load_sequence(sequence_of, position + k, length, REVERSE)
+        first = sequence != previous
+        if initial_state is not None and sequence_of is not None:
+            entering = initial_state + sequence.to(tl.int64) * channels + channel
+            mask = first & (sequence >= 0) & valid
+            value = tl.fma(d[k], tl.load(entering, mask=mask, other=0.0), value)
+        end = tl.where(first, value, tl.fma(d[k], end, value))
+        firsts = firsts + (first,)
         product = product * d[k]
         inputs = inputs + (value,)
     end, product = _combine(
@@ -151,10 +125,9 @@ def _span_starts(end, product, state, sequence_of, position, span, length, ROWS,
     earlier = tl.maximum(span - 1, 0)
     far_end = _gather_span(end, earlier)
     reached = tl.fma(_gather_span(product, earlier), state, far_end)
-    if sequence_of is not None:
-        outside = _load_sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
-        before = _load_sequence(sequence_of, position - 1, length, REVERSE)
-        reached = tl.where(before == outside, reached, far_end)
+    outside = _load_sequence(sequence_of, position - span * ROWS - 1, length, REVERSE)
+    before = _load_sequence(sequence_of, position - 1, length, REVERSE)
+    reached = tl.where(before == outside, reached, far_end)
     return tl.where(span == 0, state, reached)
 
 
@@ -224,9 +197,9 @@ def forward(
 
     for tile in range(first_tile, last_tile):
         position = tile * (ROWS * SPANS) + span * ROWS
-        rows = _load_rows(x, stride_time, channel, valid, position, length, 0.0, ROWS, REVERSE)
-        a = _load_rows(alpha, alpha_time, head * alpha_head, valid, position, length, 0.0, ROWS, REVERSE)
-        d = _load_rows(decay, decay_time, head * decay_head, valid, position, length, 1.0, ROWS, REVERSE)
+        rows = _load_tile(x, stride_time, channel, valid, position, length, 0.0, ROWS, REVERSE)
+        a = _load_tile(alpha, alpha_time, head * alpha_head, valid, position, length, 0.0, ROWS, REVERSE)
+        d = _load_tile(decay, decay_time, head * decay_head, valid, position, length, 1.0, ROWS, REVERSE)
         inputs, firsts, end, product = _scan_spans(
             rows, a, d, initial_state, sequence_of, channel, channels, valid, position, length,
             SPANS_LOG, ROWS, REVERSE,
@@ -248,7 +221,7 @@ def forward(
                 at = position + k
                 row = length - 1 - at if REVERSE else at
                 advanced = tl.fma(d[k], h, inputs[k])
-                h = advanced if sequence_of is None else tl.where(firsts[k], inputs[k], advanced)
+                h = tl.where(firsts[k], inputs[k], advanced)
                 if y is not None:
                     result = h
                     if skip is not None:
@@ -260,12 +233,10 @@ def forward(
                     tl.store(final_state + sequence * channels + channel, h, mask=last & valid)
             if WHOLE:
                 passed = tl.fma(whole, state, total)
-                if sequence_of is not None:
-                    start = position - span * ROWS
-                    outside = _load_sequence(sequence_of, start - 1, length, REVERSE)
-                    inside = _load_sequence(sequence_of, start + (ROWS * SPANS - 1), length, REVERSE)
-                    passed = tl.where(inside == outside, passed, total)
-                state = passed
+                start = position - span * ROWS
+                outside = _load_sequence(sequence_of, start - 1, length, REVERSE)
+                inside = _load_sequence(sequence_of, start + (ROWS * SPANS - 1), length, REVERSE)
+                state = tl.where(inside == outside, passed, total)
 
 
 @triton.jit
@@ -344,13 +315,11 @@ def backward(
     for countdown in range(last_tile - first_tile):
         tile = last_tile - 1 - countdown
         position = tile * (ROWS * SPANS) + span * ROWS
-        rows_dy = _load_rows(dy, stride_time_dy, channel, valid, position, length, 0.0, ROWS, REVERSE)
-        d = _load_rows(decay, decay_time, head * decay_head, valid, position, length, 1.0, ROWS, REVERSE)
+        rows_dy = _load_tile(dy, stride_time_dy, channel, valid, position, length, 0.0, ROWS, REVERSE)
+        d = _load_tile(decay, decay_time, head * decay_head, valid, position, length, 1.0, ROWS, REVERSE)
 
         # From last to first: the gradients that outputs and final states add to `p`.
-        sequence = position
-        if sequence_of is not None:
-            sequence = _load_sequence(sequence_of, position + ROWS, length, REVERSE)
+        sequence = _load_sequence(sequence_of, position + ROWS, length, REVERSE)
         g = zero
         product = zero + 1
         inputs = ()
@@ -358,14 +327,14 @@ def backward(
         for k in tl.static_range(ROWS - 1, -1, -1):
             value = rows_dy[k].to(zero.dtype)
             g = value if k == ROWS - 1 else tl.fma(d[k + 1], g, value)
+            following = sequence
+            sequence = _load_sequence(sequence_of, position + k, length, REVERSE)
+            last = sequence != following
             if sequence_of is not None:
-                following = sequence
-                sequence = _load_sequence(sequence_of, position + k, length, REVERSE)
-                last = sequence != following
                 entering = dfinal + sequence.to(tl.int64) * channels + channel
                 value += tl.load(entering, mask=last & (sequence >= 0) & valid, other=0.0)
-                g = tl.where(last, value, g)
-                lasts = (last,) + lasts
+            g = tl.where(last, value, g)
+            lasts = (last,) + lasts
             product = product * d[k]
             inputs = (value,) + inputs
         end, product = _combine(
@@ -384,16 +353,14 @@ def backward(
             later = tl.minimum(span + 1, SPANS - 1)
             far_end = _gather_span(end, later)
             p = tl.fma(_gather_span(product, later), p_state, far_end)
-            if sequence_of is not None:
-                after = _load_sequence(sequence_of, position - span * ROWS + ROWS * SPANS, length, REVERSE)
-                p = tl.where(
-                    _load_sequence(sequence_of, position + ROWS, length, REVERSE) == after, p, far_end
-                )
+            after = _load_sequence(sequence_of, position - span * ROWS + ROWS * SPANS, length, REVERSE)
+            joins = _load_sequence(sequence_of, position + ROWS, length, REVERSE) == after
+            p = tl.where(joins, p, far_end)
             p = tl.where(span == SPANS - 1, p_state, p)
 
             # From first to last: the state before each step.
-            rows = _load_rows(x, stride_time, channel, valid, position, length, 0.0, ROWS, REVERSE)
-            a = _load_rows(alpha, alpha_time, head * alpha_head, valid, position, length, 0.0, ROWS, REVERSE)
+            rows = _load_tile(x, stride_time, channel, valid, position, length, 0.0, ROWS, REVERSE)
+            a = _load_tile(alpha, alpha_time, head * alpha_head, valid, position, length, 0.0, ROWS, REVERSE)
             values, firsts, h_end, h_product = _scan_spans(
                 rows, a, d, initial_state, sequence_of, channel, channels, valid, position, length,
                 SPANS_LOG, ROWS, REVERSE,
@@ -402,25 +369,20 @@ def backward(
             h = _span_starts(h_end, h_product, state, sequence_of, position, span, length, ROWS, REVERSE)
             states_before = ()
             for k in tl.static_range(ROWS):
-                if sequence_of is None:
-                    states_before = states_before + (h,)
-                    h = tl.fma(d[k], h, values[k])
-                else:
-                    initial = zero
-                    if initial_state is not None:
-                        index = _load_sequence(sequence_of, position + k, length, REVERSE)
-                        entering = initial_state + index.to(tl.int64) * channels + channel
-                        initial += tl.load(entering, mask=firsts[k] & (index >= 0) & valid, other=0.0)
-                    states_before = states_before + (tl.where(firsts[k], initial, h),)
-                    h = tl.where(firsts[k], values[k], tl.fma(d[k], h, values[k]))
+                initial = zero
+                if initial_state is not None and sequence_of is not None:
+                    index = _load_sequence(sequence_of, position + k, length, REVERSE)
+                    entering = initial_state + index.to(tl.int64) * channels + channel
+                    initial += tl.load(entering, mask=firsts[k] & (index >= 0) & valid, other=0.0)
+                states_before = states_before + (tl.where(firsts[k], initial, h),)
+                h = tl.where(firsts[k], values[k], tl.fma(d[k], h, values[k]))
 
             for k in tl.static_range(ROWS - 1, -1, -1):
                 at = position + k
                 row = length - 1 - at if REVERSE else at
                 inside = at < length
                 g = inputs[k] + p if k == ROWS - 1 else tl.fma(d[k + 1], g, inputs[k])
-                if sequence_of is not None:
-                    g = tl.where(lasts[k], inputs[k], g)
+                g = tl.where(lasts[k], inputs[k], g)
                 value = rows[k].to(zero.dtype)
                 result = a[k] * g
                 if skip is not None:
@@ -442,12 +404,10 @@ def backward(
                 tl.store(dinitial + index * channels + channel, d[k] * g, mask=starts & valid)
             if carries is None:
                 passed = tl.fma(whole, p_state, total)
-                if sequence_of is not None:
-                    start = position - span * ROWS
-                    first = _load_sequence(sequence_of, start, length, REVERSE)
-                    after = _load_sequence(sequence_of, start + ROWS * SPANS, length, REVERSE)
-                    passed = tl.where(first == after, passed, total)
-                p_state = passed
+                start = position - span * ROWS
+                first = _load_sequence(sequence_of, start, length, REVERSE)
+                after = _load_sequence(sequence_of, start + ROWS * SPANS, length, REVERSE)
+                p_state = tl.where(first == after, passed, total)
 
     if ends is None and skip is not None:
         partial = dskip + group.to(tl.int64) * channels + channel
@@ -499,14 +459,12 @@ def chain(
         for k in tl.static_range(AHEAD):
             tl.store(entering + k * step, state, mask=channel < tl.where(left > k, channels, 0))
             passed = tl.fma(products[k], state, totals[k])
-            if sequence_of is not None:
-                start = (tiles - 1 - tile - k if BACKWARD else tile + k) * TILE
-                if BACKWARD:
-                    outside = _load_sequence(sequence_of, start + TILE, length, REVERSE)
-                    inside = _load_sequence(sequence_of, start, length, REVERSE)
-                else:
-                    outside = _load_sequence(sequence_of, start - 1, length, REVERSE)
-                    inside = _load_sequence(sequence_of, start + TILE - 1, length, REVERSE)
-                passed = tl.where(inside == outside, passed, totals[k])
-            state = passed
+            start = (tiles - 1 - tile - k if BACKWARD else tile + k) * TILE
+            if BACKWARD:
+                outside = _load_sequence(sequence_of, start + TILE, length, REVERSE)
+                inside = _load_sequence(sequence_of, start, length, REVERSE)
+            else:
+                outside = _load_sequence(sequence_of, start - 1, length, REVERSE)
+                inside = _load_sequence(sequence_of, start + TILE - 1, length, REVERSE)
+            state = tl.where(inside == outside, passed, totals[k])
         entering += AHEAD * step

@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mhesa.ops.registration import Gradients, Inputs
+from mhesa.ops.backends import Inputs
+from mhesa.ops.registration import Gradients
 from mhesa.ops.triton import kernels, launching
 
 # Channels per program: 64 bytes of bf16, the smallest access to DRAM.
@@ -50,33 +51,17 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     plan = _plan(x, FORWARD_ROWS_LOG, cu_seqlens is not None, reverse)
     sequence_of = launching.sequence_of(cu_seqlens, x)
     carries = None if plan.whole else alpha.new_empty(batch, plan.tiles, channels)
+    parameters = alpha, decay, skip, initial_state, sequence_of
+    sizes = *x.stride()[:2], length, channels, head_dim, plan.tiles, plan.tiles_per_program
 
-    def launch(y: Tensor | None) -> None:
-        kernels.forward[(plan.programs * plan.blocks,)](
-            x,
-            y,
-            None if y is None else final_state,
-            carries,
-            alpha,
-            decay,
-            skip,
-            initial_state,
-            sequence_of,
-            x.stride(0),
-            x.stride(1),
-            length,
-            channels,
-            head_dim,
-            plan.tiles,
-            plan.tiles_per_program,
-            **plan.constants,
-        )
+    def launch(*outputs: Tensor | None) -> None:
+        kernels.forward[plan.grid](x, *outputs, carries, *parameters, *sizes, **plan.constants)
 
     with launching.on_device(x.device):
         if carries is not None:
-            launch(None)
+            launch(None, None)
             _launch_chain(plan, carries, initial_state, decay, sequence_of, x)
-        launch(y)
+        launch(y, final_state)
     return y, final_state
 
 
@@ -94,38 +79,20 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
     dinitial = torch.empty_like(dfinal) if cu_seqlens is None else dfinal.clone()
     carries = None if plan.whole else alpha.new_empty(2, batch, plan.tiles, channels)
     partials = alpha.new_empty(2 if skip is None else 3, plan.programs, channels)
+    parameters = alpha, decay, skip, initial_state, sequence_of
+    strides = *dy.stride()[:2], *x.stride()[:2]
+    sizes = length, channels, head_dim, plan.tiles, plan.tiles_per_program
 
-    def launch(dx: Tensor | None) -> None:
-        kernels.backward[(plan.programs * plan.blocks,)](
-            dy,
-            None if dx is None else x,
-            dx,
-            None if dx is None else dinitial,
-            None if dx is None else partials,
-            carries,
-            dfinal,
-            alpha,
-            decay,
-            skip,
-            initial_state,
-            sequence_of,
-            dy.stride(0),
-            dy.stride(1),
-            x.stride(0),
-            x.stride(1),
-            length,
-            channels,
-            head_dim,
-            plan.tiles,
-            plan.tiles_per_program,
-            **plan.constants,
+    def launch(*tensors: Tensor | None) -> None:
+        kernels.backward[plan.grid](
+            dy, *tensors, carries, dfinal, *parameters, *strides, *sizes, **plan.constants
         )
 
     with launching.on_device(x.device):
         if carries is not None:
-            launch(None)
+            launch(None, None, None, None)
             _launch_chain(plan, carries, dfinal, decay, sequence_of, x)
-        launch(dx)
+        launch(x, dx, dinitial, partials)
     sums = partials.sum(1, dtype=torch.float64).unflatten(1, (heads, head_dim))
     dalpha, ddecay = sums[:2].sum(2).to(alpha.dtype)
     dskip = alpha.new_zeros(heads, head_dim) if skip is None else sums[2].to(alpha.dtype)
@@ -142,16 +109,6 @@ def _launch_chain(
     x: Tensor,
 ) -> None:
     batch, length, heads, head_dim = x.shape
-    kernels.chain[(batch * plan.blocks,)](
-        carries,
-        initial,
-        decay,
-        sequence_of,
-        length,
-        heads * head_dim,
-        head_dim,
-        plan.tiles,
-        AHEAD=launching.AHEAD,
-        PAIR=carries.ndim == 4,
-        **{**plan.constants, "num_warps": 1},
-    )
+    sizes = length, heads * head_dim, head_dim, plan.tiles
+    constants = plan.constants | {"AHEAD": launching.AHEAD, "PAIR": carries.ndim == 4, "num_warps": 1}
+    kernels.chain[(batch * plan.blocks,)](carries, initial, decay, sequence_of, *sizes, **constants)
