@@ -15,8 +15,9 @@ from mhesa.errors import NOT_NUMBERS, InputError
 if TYPE_CHECKING:
     from mhesa.inference.decoder import Decoder
 
-# Rows whose log-probabilities are computed at once on a CPU: few enough to stay in a core's cache.
-ROWS = 256
+# Log-probabilities that are computed at once on a CPU: so few that torch uses one thread. Its other threads
+# would keep cores from those of the decoder for milliseconds.
+LOGPROBS = 1 << 15
 
 # Maps log-probabilities `(rows, num_tokens)` in nats and targets `(rows,)` to one value per row.
 Statistic = Callable[[Tensor, Tensor], Tensor]
@@ -88,10 +89,13 @@ def token_statistics(
         return dict.fromkeys(statistics, check_numbers(surprisal(logits, targets)))
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     found = {name: np.empty(len(targets)) for name in statistics}
-    size = ROWS if logits.device.type == "cpu" else max(len(targets), 1)
+    rows_at_once = LOGPROBS // logits.shape[1] if logits.device.type == "cpu" else len(targets)
+    size = max(rows_at_once, 1)
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
-        logprobs = logits[rows].float().log_softmax(1)
+        scores = logits[rows].float()
+        # `log_softmax` uses all threads for any size.
+        logprobs = scores - scores.logsumexp(1, keepdim=True)
         wanted = targets[rows].to(logprobs.device)
         for name, statistic in statistics.items():
             found[name][rows] = check_numbers(statistic(logprobs, wanted).cpu().numpy())

@@ -131,7 +131,8 @@ class Decoder:
         batch = ids.shape[0]
         self._check(state, batch)
         with self._lock:
-            return self._engine.run(ids, self._step_offsets[: batch + 1], state, False).clone()
+            logits = self._engine.run(ids, self._step_offsets[: batch + 1], state, False)
+            return _copy(logits, torch.empty(logits.shape, dtype=logits.dtype, device=self.device))
 
     def prefill(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
         """Read many tokens of each sequence, in memory that does not grow with their number.
@@ -152,7 +153,7 @@ class Decoder:
         out = torch.empty(len(sequences), self.num_tokens, dtype=self._state_type, device=self.device)
         with self._lock:
             for first, last, pieces in split_into_calls(sequences, self._engine.long_rows):
-                out[first:last] = self._engine.run(*_joined(pieces), state[:, first:last], False)
+                _copy(self._engine.run(*_joined(pieces), state[:, first:last], False), out[first:last])
         return out
 
     def predict(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ class Decoder:
         sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
         tokens = sum(len(sequence) for sequence in sequences)
         out = torch.empty(tokens, self.num_tokens, dtype=self._state_type, device=self.device)
-        self.read(sequences, state, lambda logits, start: out[start : start + len(logits)].copy_(logits))
+        self.read(sequences, state, lambda logits, start: _copy(logits, out[start : start + len(logits)]))
         return out
 
     def read(
@@ -252,6 +253,14 @@ def _engine(
     from mhesa.inference.decoder.layers import GraphEngine, LayersEngine
 
     return (GraphEngine if weight.device.type == "cuda" else LayersEngine)(model)
+
+
+def _copy(logits: Tensor, out: Tensor) -> Tensor:
+    """Copy logits to `out`, on a CPU with this thread alone: torch's would keep cores from the next call."""
+    if out.is_cpu:
+        out.numpy()[...] = logits.numpy()
+        return out
+    return out.copy_(logits)
 
 
 def _joined(pieces: list[Tensor]) -> tuple[Tensor, Tensor]:

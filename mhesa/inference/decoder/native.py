@@ -34,7 +34,7 @@ from mhesa.ops.cpu.arguments import Struct
 from mhesa.ops.cpu.atomics import LINE
 from mhesa.ops.cpu.compiling import STORED_TYPES, compiled
 from mhesa.ops.cpu.memory import empty_hugepages
-from mhesa.ops.cpu.threads import available, parallel
+from mhesa.ops.cpu.threads import available
 from mhesa.ops.cpu.workers import parallel_short
 
 # Rows that go through the model together: few enough for their activations to stay in cache.
@@ -164,7 +164,7 @@ class NativeEngine:
         args.ids, args.offsets, args.state = ids.data_ptr(), offsets.data_ptr(), state.data_ptr()
         args.layer_stride, args.sequence_stride = state.stride(0), state.stride(1)
         self.counters.fill(0)
-        (parallel if args.share_rows else parallel_short)(self.function, args.address, threads)
+        parallel_short(self.function, args.address, threads)
         if args.refused:
             raise IndexError(f"token ids must be 0 to {self.num_tokens - 1}")
 

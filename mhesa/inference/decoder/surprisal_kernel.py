@@ -20,7 +20,8 @@ from mhesa.ops.cpu.atomics import fence, fetch_add
 from mhesa.ops.cpu.compiling import compiled, intrinsic, jit, literals, member, offset, stack_array, types
 from mhesa.ops.cpu.scan_tiles import fill
 from mhesa.ops.cpu.simd import FLOAT, I32, I64, Emitter, exp2, shuffle, splat
-from mhesa.ops.cpu.threads import available, parallel
+from mhesa.ops.cpu.threads import available
+from mhesa.ops.cpu.workers import parallel_short
 
 Arguments = struct(
     "Arguments",
@@ -74,7 +75,7 @@ def surprisal(logits: Tensor, targets: Tensor) -> np.ndarray:
         out=found.ctypes.data,
     )
     threads = 1 if logits.numel() < MIN_PARALLEL else min(available(), -(-rows // rows_per_task))
-    parallel(compiled(_kernel, torch.float32, Arguments), args.address, threads)
+    parallel_short(compiled(_kernel, torch.float32, Arguments), args.address, threads)
     return found
 
 
