@@ -62,13 +62,13 @@ class Plan:
 
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
     """Answer a request for completions."""
-    plan = await service.run_sized(request.state.body_bytes, _plan_completions, service, body)
+    plan = await service.run_sized(len(request.state.body), _plan_completions, service, body)
     return await _write(service, request, body, plan)
 
 
 async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
     """Answer a request for the next turn of a conversation."""
-    plan = await service.run_sized(request.state.body_bytes, _plan_chat, service, body)
+    plan = await service.run_sized(len(request.state.body), _plan_chat, service, body)
     return await _write(service, request, body, plan)
 
 
@@ -129,7 +129,7 @@ async def _write(service: Service, request: Request, body: GenerationRequest, pl
     try:
         if lease is not None:
             await lease.load()
-        size = request.state.body_bytes * plan.texts
+        size = len(request.state.body) * plan.texts
         jobs = await service.run_sized(size, _jobs, service, request, body, plan, lease)
         submission = Submission(service, request, jobs)
     except BaseException:

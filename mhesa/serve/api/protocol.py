@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from mhesa.inference.continuation import FinishReason
+from mhesa.serve.sessions import SessionInfo
 from mhesa.tokenizers.chat import Role
 
 SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -473,18 +474,6 @@ class TokenizerInfo(BaseModel):
     eos_token: str
     pad_token: str
     chat_template: str | None
-
-
-class SessionInfo(BaseModel):
-    """A stored session; times are seconds since 1970."""
-
-    object: Literal["session"]
-    name: str
-    position: int
-    bytes: int
-    created: float
-    used: float
-    expires: float
 
 
 class SessionList(BaseModel):
