@@ -6,7 +6,8 @@ import codecs
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from mhesa.inference.continuation import FinishReason, TextCursor
 from mhesa.inference.logprobs import TokenLogprob
+from mhesa.inference.sampling import Sampling
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import APIError, ClientGone, session_error
 from mhesa.serve.api.lease import SessionLease
@@ -26,18 +28,51 @@ from mhesa.serve.engine.jobs import Job
 from mhesa.serve.sessions import SessionError
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a request asks for, checked.
+
+    Args:
+        prompts: the tokens of each prompt as the client sent them, `(tokens,)`.
+        texts: number of texts to write for each prompt.
+        limit: the largest number of tokens of a text.
+        top: number of the likeliest tokens to give beside each; `None` gives no log-probabilities.
+        sampling, stops: how to draw tokens, and what ends a text.
+        options: what a stream sends beside the text.
+        answer: makes the answer.
+        echoed: the bytes of each prompt, to put before its texts; `None` puts nothing there.
+    """
+
+    prompts: list[np.ndarray]
+    texts: int
+    limit: int
+    top: int | None
+    sampling: Sampling
+    stops: list[bytes]
+    options: protocol.StreamOptions
+    answer: type[Answer]
+    echoed: list[bytes] | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new in the text of this index: characters, scores of tokens, and why it ends, if it does."""
+
+    index: int
+    text: str
+    scores: list[TokenLogprob]
+    finish: FinishReason | None
+
+
 class Answer(ABC):
     """Turns the texts of a request into a response, or into the events of a stream.
 
     `close` must be called in any case.
 
     Args:
-        submission: the jobs that write the texts.
-        prompts: tokens of each job as the client sent them, `(tokens,)`.
+        submission: the jobs that write the texts, one for each prompt.
+        plan: what the request asks for.
         lease: session that they continue.
-        top: number of the likeliest tokens to give beside each; `None` gives no log-probabilities.
-        options: what a stream sends beside the text.
-        echoed: the bytes of each job's prompt, to put before its texts; `None` puts nothing there.
 
     Attributes:
         prefix: beginning of the answer's id.
@@ -51,18 +86,8 @@ class Answer(ABC):
     chunk: type[BaseModel]
     chunk_object: str
 
-    def __init__(
-        self,
-        submission: Submission,
-        prompts: Sequence[np.ndarray],
-        lease: SessionLease | None,
-        *,
-        top: int | None,
-        options: protocol.StreamOptions,
-        echoed: Sequence[bytes] | None = None,
-    ) -> None:
-        self.submission, self.prompts, self.lease = submission, prompts, lease
-        self.top, self.options = top, options
+    def __init__(self, submission: Submission, plan: Plan, lease: SessionLease | None) -> None:
+        self.submission, self.plan, self.lease = submission, plan, lease
         self.service = submission.service
         self.log_fields: dict[str, Any] = submission.request.state.log_fields
         self.head: dict[str, Any] = {
@@ -73,20 +98,16 @@ class Answer(ABC):
         # The texts in the order of the answer.
         self.cursors = [
             TextCursor(text, before)
-            for job, before in zip(submission.jobs, echoed or repeat(b""), strict=False)
+            for job, before in zip(submission.jobs, plan.echoed or repeat(b""), strict=False)
             for text in job.texts
         ]
 
     @abstractmethod
-    def _choice(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> BaseModel:
+    def _choice(self, whole: Piece) -> BaseModel:
         """A whole text in the form of the response."""
 
     @abstractmethod
-    def _events(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> Iterator[BaseModel]:
+    def _events(self, piece: Piece) -> Iterator[BaseModel]:
         """Events for a piece of a text."""
 
     def _opening(self, index: int) -> Iterator[BaseModel]:
@@ -96,7 +117,7 @@ class Answer(ABC):
     def size(self) -> int:
         """The number of items that an answer is made of: tokens, log-probabilities and echoed prompts."""
         tokens = sum(self._echoed(index) + cursor.text.count for index, cursor in enumerate(self.cursors))
-        return tokens * (1 if self.top is None else 2 + self.top)
+        return tokens * (1 if self.plan.top is None else 2 + self.plan.top)
 
     def _echoed(self, index: int) -> int:
         """Prompt tokens that are still to be put before a text; none by default."""
@@ -109,7 +130,7 @@ class Answer(ABC):
 
     def _choices(self) -> Iterator[str]:
         for index, cursor in enumerate(self.cursors):
-            choice = self._choice(index, *cursor.read(), cursor.finish)
+            choice = self._choice(Piece(index, *cursor.read(), cursor.finish))
             yield "," * (index > 0) + choice.model_dump_json()
 
     async def save_session(self) -> None:
@@ -126,7 +147,7 @@ class Answer(ABC):
 
     def usage(self) -> protocol.Usage:
         """Numbers of tokens so far."""
-        read = sum(map(len, self.prompts))
+        read = sum(map(len, self.plan.prompts))
         written = sum(text.count for job in self.submission.jobs for text in job.texts)
         return protocol.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
@@ -139,31 +160,28 @@ class Answer(ABC):
         while unfinished:
             await self.submission.progress()
             for index, cursor in list(unfinished.items()):
-                text, scores = cursor.read()
-                if text or cursor.finish:
-                    size = self._echoed(index) + len(text) + len(scores) * (2 + (self.top or 0))
-                    for data in await self.service.run_sized(
-                        size, self._encoded, index, text, scores, cursor.finish
-                    ):
+                piece = Piece(index, *cursor.read(), cursor.finish)
+                if piece.text or piece.finish:
+                    entries = len(piece.scores) * (2 + (self.plan.top or 0))
+                    size = self._echoed(index) + len(piece.text) + entries
+                    for data in await self.service.run_sized(size, self._encoded, piece):
                         yield data
-                if cursor.finish:
+                if piece.finish:
                     del unfinished[index]
         await self.submission.finish()
         await self.save_session()
-        if self.options.include_usage:
+        if self.plan.options.include_usage:
             yield _json(self._chunk().model_copy(update={"usage": self.usage()}))
 
-    def _encoded(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> list[str]:
-        return [_json(event) for event in self._events(index, text, scores, finish)]
+    def _encoded(self, piece: Piece) -> list[str]:
+        return [_json(event) for event in self._events(piece)]
 
     def _chunk(self, *choices: BaseModel) -> BaseModel:
         """An event with these choices."""
         fields = dict(self.head)
-        if self.options.continuous_usage_stats:
+        if self.plan.options.continuous_usage_stats:
             fields["usage"] = self.usage()
-        elif self.options.include_usage:
+        elif self.plan.options.include_usage:
             fields["usage"] = None
         return self.chunk(**fields, object=self.chunk_object, choices=list(choices))
 
@@ -175,37 +193,37 @@ class CompletionAnswer(Answer):
     response, response_object = protocol.Completion, "text_completion"
     chunk, chunk_object = protocol.CompletionChunk, "text_completion"
 
-    def __init__(self, *args: Any, echoed: Sequence[bytes] | None, **kwargs: Any) -> None:
-        super().__init__(*args, echoed=echoed, **kwargs)
-        jobs = zip(self.submission.jobs, self.prompts, strict=True)
+    def __init__(self, submission: Submission, plan: Plan, lease: SessionLease | None) -> None:
+        super().__init__(submission, plan, lease)
+        jobs = zip(submission.jobs, plan.prompts, strict=True)
         sources = enumerate(pair for pair in jobs for _ in pair[0].texts)
         # The prompts whose tokens are still to be put before those of their texts.
-        self.echoes: dict[int, tuple[Job, np.ndarray]] = {} if echoed is None else dict(sources)
+        self.echoes: dict[int, tuple[Job, np.ndarray]] = {} if plan.echoed is None else dict(sources)
         self.characters = [CharacterCounter() for _ in self.cursors]
 
     def _echoed(self, index: int) -> int:
         return len(self.echoes[index][1]) if index in self.echoes else 0
 
-    def _events(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> Iterator[BaseModel]:
-        yield self._chunk(self._choice(index, text, scores, finish))
+    def _events(self, piece: Piece) -> Iterator[BaseModel]:
+        yield self._chunk(self._choice(piece))
 
-    def _choice(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> protocol.CompletionChoice:
+    def _choice(self, piece: Piece) -> protocol.CompletionChoice:
+        index, scores, logprobs = piece.index, piece.scores, None
         echoed = self.echoes.pop(index, None)
-        if echoed and self.top is not None:
-            scores = _prompt_scores(*echoed) + scores
-        logprobs = None if self.top is None else self._logprobs(index, scores)
-        return protocol.CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
+        if self.plan.top is not None:
+            if echoed:
+                scores = _prompt_scores(*echoed) + scores
+            logprobs = self._logprobs(index, scores)
+        return protocol.CompletionChoice(
+            index=index, text=piece.text, logprobs=logprobs, finish_reason=piece.finish
+        )
 
     def _logprobs(self, index: int, scores: list[TokenLogprob]) -> protocol.CompletionLogprobs:
         characters, token_bytes = self.characters[index], self.service.token_bytes
         return protocol.CompletionLogprobs(
             tokens=[self.service.token_name(score.token) for score in scores],
             token_logprobs=[score.logprob for score in scores],
-            top_logprobs=[self._likeliest(score) for score in scores] if self.top else None,
+            top_logprobs=[self._likeliest(score) for score in scores] if self.plan.top else None,
             text_offset=[characters.add(token_bytes[score.token]) for score in scores],
         )
 
@@ -223,37 +241,29 @@ class ChatAnswer(Answer):
     response, response_object = protocol.ChatCompletion, "chat.completion"
     chunk, chunk_object = protocol.ChatCompletionChunk, "chat.completion.chunk"
 
-    def _choice(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> protocol.ChatChoice:
-        message = protocol.ChatMessage(role="assistant", content=text, refusal=None)
+    def _choice(self, whole: Piece) -> protocol.ChatChoice:
+        message = protocol.ChatMessage(role="assistant", content=whole.text, refusal=None)
+        logprobs = self._logprobs(whole.scores)
         return protocol.ChatChoice(
-            index=index, message=message, logprobs=self._logprobs(scores), finish_reason=finish
+            index=whole.index, message=message, logprobs=logprobs, finish_reason=whole.finish
         )
 
     def _opening(self, index: int) -> Iterator[BaseModel]:
         yield self._event(index, protocol.ChatDelta(role="assistant", content=""))
 
-    def _events(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> Iterator[BaseModel]:
-        if text or scores:
-            yield self._event(index, protocol.ChatDelta(content=text), self._logprobs(scores))
-        if finish:
-            yield self._event(index, protocol.ChatDelta(), None, finish)
+    def _events(self, piece: Piece) -> Iterator[BaseModel]:
+        if piece.text or piece.scores:
+            delta = protocol.ChatDelta(content=piece.text)
+            yield self._event(piece.index, delta, logprobs=self._logprobs(piece.scores))
+        if piece.finish:
+            yield self._event(piece.index, protocol.ChatDelta(), finish_reason=piece.finish)
 
-    def _event(
-        self,
-        index: int,
-        delta: protocol.ChatDelta,
-        logprobs: protocol.ChatLogprobs | None = None,
-        finish: FinishReason | None = None,
-    ) -> BaseModel:
-        choice = protocol.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
-        return self._chunk(choice)
+    def _event(self, index: int, delta: protocol.ChatDelta, **more: Any) -> BaseModel:
+        fields = {"logprobs": None, "finish_reason": None, **more}
+        return self._chunk(protocol.ChatChunkChoice(index=index, delta=delta, **fields))
 
     def _logprobs(self, scores: list[TokenLogprob]) -> protocol.ChatLogprobs | None:
-        if self.top is None:
+        if self.plan.top is None:
             return None
         content = [
             protocol.ChatScoredToken(

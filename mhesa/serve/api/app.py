@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse, Response
 import mhesa
 from mhesa.serve.api import metrics, protocol
 from mhesa.serve.api.body import Body, read_body
-from mhesa.serve.api.completions import chat, complete
+from mhesa.serve.api.completions import plan_chat, plan_completions, write
 from mhesa.serve.api.errors import APIError, ClientGone, session_error, validation_error
 from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.protocol import (
@@ -200,12 +200,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @_post(app, "/v1/completions", CompletionRequest, protocol.Completion, protocol.CompletionChunk)
     async def completions(request: Request) -> Response:
         """Write texts that continue prompts."""
-        return await complete(service, request, await read_body(service, request, CompletionRequest))
+        body = await read_body(service, request, CompletionRequest)
+        return await write(service, request, body, plan_completions)
 
     @_post(app, "/v1/chat/completions", ChatRequest, protocol.ChatCompletion, protocol.ChatCompletionChunk)
     async def chat_completions(request: Request) -> Response:
         """Write the next turn of a conversation, in the form of the model's chat template."""
-        return await chat(service, request, await read_body(service, request, ChatRequest))
+        return await write(service, request, await read_body(service, request, ChatRequest), plan_chat)
 
     @_post(app, "/v1/score", ScoreRequest, protocol.Score)
     async def scores(request: Request) -> Response:
