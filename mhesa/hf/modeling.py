@@ -49,18 +49,11 @@ class MhesaPreTrainedModel(NoSourceCopies, PreTrainedModel):
     config: MhesaConfig
     config_class = MhesaConfig
     base_model_prefix = "model"
+    _input_embed_layer = "token_emb"
     supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["MhesaBlock"]  # noqa: RUF012 not a ClassVar there
     _keep_in_fp32_modules_strict = set(KEPT_IN_FP32)  # noqa: RUF012
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return cast(MhesaModel, self.base_model).token_emb
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.base_model.token_emb = value
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
