@@ -184,15 +184,16 @@ def open_corpus(source: Source, tokenizer: Tokenizer, on_read: OnRead = lambda s
 
 
 def _tokenize(source: Source, tokenizer: Tokenizer, folder: Path, on_read: OnRead) -> None:
-    writer = TokenWriter(folder, tokenizer, source.is_measured)
+    writer = TokenWriter(folder, tokenizer, source.is_measured, source.sha256)
     writer.write(source.pieces(on_read))
     while not source.is_settled:
-        writer = TokenWriter(folder, tokenizer, source.is_measured)
+        writer = TokenWriter(folder, tokenizer, source.is_measured, source.sha256)
         writer.write(source.pieces())
     source.check_unchanged()
-    if not writer.documents:
+    facts = writer.facts
+    if not facts.documents:
         raise InputError(no_text_in(source.names or ["the standard library"]))
-    if not writer.training_bytes or not writer.held_out_bytes:
-        size = writer.training_bytes + writer.held_out_bytes
+    if not facts.training_bytes or not facts.held_out_bytes:
+        size = facts.training_bytes + facts.held_out_bytes
         raise InputError(f"the corpus of {size:,} bytes is too small to hold text out; give more text")
-    writer.finish(source.sha256)
+    writer.finish()
