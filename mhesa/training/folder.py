@@ -94,7 +94,7 @@ def checkpoint_to_resume(
         on_damage(f"{damage}; going on from {path.name} instead")
     progress = checkpoint.load_progress(path, settings.patience)
     budget = Budget(settings.steps, settings.minutes)
-    budget.set(progress.seconds)
+    budget.seconds = progress.seconds
     if progress.is_finished(budget, settings.patience) and _is_complete(folder):
         more = "--steps or --minutes" if progress.is_finished(budget, None) else "--patience"
         raise InputError(f"the run in {folder} is complete at step {progress.step}; give it more with {more}")

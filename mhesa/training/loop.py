@@ -162,7 +162,7 @@ def train_model(
             # 6. Clock and signals: the slowest process counts, and a signal that any of them received.
             progress.step += 1
             progress.seconds, signal = maximum([budget.now(), float(signals.received or 0)])
-            budget.set(progress.seconds)
+            budget.seconds = progress.seconds
             done = budget.spent(progress.step) >= 1
 
             # 7. A row of metrics

@@ -19,7 +19,6 @@ class ProgressDisplay:
     def __init__(self, console: Console, budget: Budget) -> None:
         self.console = console
         self.budget = budget
-        self.figures = ""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

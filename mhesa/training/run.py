@@ -159,8 +159,9 @@ def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Co
         prepare(folder, settings, asdict(corpus.facts), done)
         tokenizer.save_pretrained(folder)
     barrier()
-    _announce(console, settings, corpus, config.parameters, windows, start)
-    return Run(settings, config, folder, tokenizer, corpus, windows, start, display)
+    run = Run(settings, config, folder, tokenizer, corpus, windows, start, display)
+    run.announce(console)
+    return run
 
 
 @dataclass
@@ -175,6 +176,32 @@ class Run:
     windows: Windows
     start: Path | None
     display: ProgressDisplay
+
+    def announce(self, console: Console) -> None:
+        """Tell what is going to be trained on what."""
+        settings, facts = self.settings, self.corpus.facts
+        documents = _count(facts.documents, "document")
+        budget = _count(settings.steps, "step") if settings.steps else _count(settings.minutes or 0, "minute")
+        shared = "" if processes() == 1 else f", {processes()} processes"
+        if settings.context_parallel > 1:
+            shared += f", {settings.context_parallel} to a window"
+        often = ""
+        if settings.steps is not None:
+            often = f", the text {self.windows.epochs(settings.steps):,.1f} times"
+        console.print(
+            f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
+            f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"
+            f"[bold]{facts.training_tokens:,}[/] tokens ({settings.tokenizer}), "
+            f"{self.corpus.bytes_per_token:.2f} bytes each\n"
+            f"[bold]{self.config.parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
+            f"{settings.heads} heads over {settings.dim_mhesa}\n"
+            f"[bold]{budget}[/] on {settings.device} in {settings.precision}, "
+            f"{settings.batch_size} x {settings.context} tokens a step{shared}{often}",
+            highlight=False,
+        )
+        if self.start is not None:
+            step = int(self.start.name.removeprefix(PREFIX))
+            console.print(f"goes on from [bold]step {step:,}[/]", highlight=False)
 
     def train(self, signals: StopOnSignal, report: Report, phase: Phase) -> Summary:
         """Train, save the model and, unless a signal came, measure it."""
@@ -319,37 +346,6 @@ def make_tokenizer(settings: TrainingSettings, source: Source) -> Bytes | TextTo
     return open_tokenizer(
         cached_folder(name, lambda folder: train_bpe(source.training_text(), size).save_pretrained(folder))
     )
-
-
-def _announce(
-    console: Console,
-    settings: TrainingSettings,
-    corpus: Corpus,
-    parameters: int,
-    windows: Windows,
-    start: Path | None,
-) -> None:
-    facts = corpus.facts
-    documents = _count(facts.documents, "document")
-    budget = _count(settings.steps, "step") if settings.steps else _count(settings.minutes or 0, "minute")
-    shared = "" if processes() == 1 else f", {processes()} processes"
-    if settings.context_parallel > 1:
-        shared += f", {settings.context_parallel} to a window"
-    often = "" if settings.steps is None else f", the text {windows.epochs(settings.steps):,.1f} times"
-    console.print(
-        f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
-        f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"
-        f"[bold]{facts.training_tokens:,}[/] tokens ({settings.tokenizer}), "
-        f"{corpus.bytes_per_token:.2f} bytes each\n"
-        f"[bold]{parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
-        f"{settings.heads} heads over {settings.dim_mhesa}\n"
-        f"[bold]{budget}[/] on {settings.device} in {settings.precision}, "
-        f"{settings.batch_size} x {settings.context} tokens a step{shared}{often}",
-        highlight=False,
-    )
-    if start is not None:
-        step = int(start.name.removeprefix(PREFIX))
-        console.print(f"goes on from [bold]step {step:,}[/]", highlight=False)
 
 
 def _count(number: float, noun: str) -> str:
