@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from mhesa.atomic_io import write_folder
-from mhesa.data.parallel import map_ordered, thread_pool
+from mhesa.data.parallel import map_ordered
 from mhesa.errors import InputError, reason
 
 CHECKSUMS = "checksums.json"
@@ -107,12 +107,11 @@ def _is_whole(folder: Path) -> bool:
 def _checksums(folder: Path) -> dict[str, Any]:
     """The size, and the CRC-32 of every block, of each file in a folder."""
     found = {}
-    with thread_pool() as pool:
-        for path in sorted(folder.iterdir()):
-            if path.name != CHECKSUMS:
-                size = path.stat().st_size
-                blocks = ((path, start) for start in range(0, size, BLOCK_BYTES))
-                found[path.name] = [size, *map_ordered(pool, _crc32, blocks)]
+    for path in sorted(folder.iterdir()):
+        if path.name != CHECKSUMS:
+            size = path.stat().st_size
+            blocks = ((path, start) for start in range(0, size, BLOCK_BYTES))
+            found[path.name] = [size, *map_ordered(_crc32, blocks)]
     return found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from mhesa.data.cache import cached_folder, digest
 from mhesa.data.files import TEXT_FIELD, Document, File, OnRead
 from mhesa.data.holdout import Holdout, Piece, PieceCounter, Selection
-from mhesa.data.parallel import map_ordered, thread_pool
+from mhesa.data.parallel import map_ordered
 from mhesa.data.sources import find_files, no_text_in
 from mhesa.data.token_files import FACTS, HELD_OUT, MEASURED_BYTES, Facts, Tokens, TokenWriter
 from mhesa.errors import InputError
@@ -155,10 +155,9 @@ def _changed(file: File) -> InputError:
 
 def _digests(files: Sequence[File]) -> list[list[str]]:
     """The digests of each file's blocks, computed on all cores."""
-    with thread_pool() as pool:
-        blocks = [[(file, start) for start in file.hash_blocks()] for file in files]
-        digests = map_ordered(pool, lambda block: block[0].sha256(block[1]), chain.from_iterable(blocks))
-        return [list(islice(digests, len(one))) for one in blocks]
+    blocks = [[(file, start) for start in file.hash_blocks()] for file in files]
+    digests = map_ordered(lambda block: block[0].sha256(block[1]), chain.from_iterable(blocks))
+    return [list(islice(digests, len(one))) for one in blocks]
 
 
 def open_corpus(source: Source, tokenizer: Tokenizer, on_read: OnRead = lambda size: None) -> Corpus:

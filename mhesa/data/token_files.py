@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 
 from mhesa.data.holdout import Piece
-from mhesa.data.parallel import batch_by_size, map_ordered, thread_pool
+from mhesa.data.parallel import batch_by_size, map_ordered
 from mhesa.tokenizers.base import Tokenizer
 
 TOKENS = "tokens.bin"
@@ -118,14 +118,13 @@ class TokenWriter:
     def write(self, pieces: Iterable[Piece]) -> None:
         """Write the tokens of the training pieces, and keep some of the others to measure on."""
         training = (piece for piece in pieces if self._count(piece))
+        batches = batch_by_size(training, lambda piece: len(piece.data), BATCH_BYTES)
+        encoded = map_ordered(self._encode, batches)
         with (
             (self.folder / TOKENS).open("wb", buffering=0) as tokens,
             (self.folder / STARTS).open("wb") as starts,
-            thread_pool() as pool,
         ):
-            batches = batch_by_size(training, lambda piece: len(piece.data), BATCH_BYTES)
-            encoded = map_ordered(pool, self._encode, batches)
-            for _ in map_ordered(pool, _write_at, self._places(tokens, starts, encoded)):
+            for _ in map_ordered(_write_at, self._places(tokens, starts, encoded)):
                 pass
 
     def finish(self) -> None:
