@@ -23,21 +23,11 @@ from torch.optim import Optimizer
 from mhesa.atomic_io import sync
 from mhesa.file_names import CHECKPOINTS, METRICS
 from mhesa.model.lm import GatedExponentialSmoothingLM
-from mhesa.model.loading import plain_name, saved_name
 from mhesa.processes import maximum, rank
 from mhesa.training import checkpoint
 from mhesa.training.batches import Batches, CarriedStates
 from mhesa.training.checkpoint import Progress
-from mhesa.training.distributed import (
-    StateDict,
-    distribute,
-    full,
-    load_model_state,
-    load_optimizer_state,
-    model_state,
-    optimizer_state,
-    sync_gradients,
-)
+from mhesa.training.distributed import distribute, full, gather_state, load_state, sync_gradients
 from mhesa.training.metrics import Evaluation, Metrics, Row
 from mhesa.training.optimizers import make_optimizers
 from mhesa.training.schedule import Budget, StopOnSignal, choose_dropout, learning_rate
@@ -210,14 +200,7 @@ def _save(
     states: CarriedStates | None,
 ) -> None:
     """Write a checkpoint. All processes gather its tensors, and the first one writes them."""
-    parts = {
-        "model": {saved_name(name): weight for name, weight in model_state(model).items()},
-        "optimizer": {
-            f"{saved_name(name)}:{key}": value
-            for name, values in optimizer_state(model, optimizers).items()
-            for key, value in values.items()
-        },
-    }
+    parts = gather_state(model, optimizers)
     if states is not None:
         parts["states"] = {"states": states.gathered()}
     if rank() == 0:
@@ -235,12 +218,7 @@ def _restore(
     accumulate: int,
 ) -> None:
     """Read a checkpoint's tensors in every process."""
-    state: StateDict = {}
-    for place, value in checkpoint.load_part(path, "optimizer").items():
-        name, _, key = place.rpartition(":")
-        state.setdefault(plain_name(name), {})[key] = value
-    load_optimizer_state(model, optimizers, state)
-    weights = checkpoint.load_part(path, "model")
-    load_model_state(model, {plain_name(name): weight for name, weight in weights.items()})
+    parts = {name: checkpoint.load_part(path, name) for name in ("model", "optimizer")}
+    load_state(model, optimizers, parts)
     if states is not None:
         states.load(checkpoint.load_part(path, "states")["states"], accumulate)
