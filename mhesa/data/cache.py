@@ -17,11 +17,12 @@ from filelock import FileLock
 
 from mhesa.atomic_io import write_folder
 from mhesa.data.parallel import map_ordered
-from mhesa.errors import InputError, reason
+from mhesa.errors import InputError, os_errors, reason
 
 CHECKSUMS = "checksums.json"
 BLOCK_BYTES = 1 << 26
 CHUNK_BYTES = 1 << 20
+NAME_ANOTHER = "; name another with MHESA_CACHE"
 
 
 def cache_folder() -> Path:
@@ -32,10 +33,8 @@ def cache_folder() -> Path:
     """
     named, base = os.environ.get("MHESA_CACHE"), os.environ.get("XDG_CACHE_HOME")
     folder = Path(named) if named else Path(base or _home() / ".cache") / "mhesa"
-    try:
+    with os_errors(f"cannot make {folder}", NAME_ANOTHER):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror}; name another with MHESA_CACHE") from error
     return folder
 
 
@@ -83,16 +82,11 @@ def cached_folder(name: str, make: Callable[[Path], object]) -> Path:
         InputError: the folder cannot be written.
     """
     folder = cache_folder() / name
-    with lock(folder.name):
+    with lock(folder.name), os_errors(f"cannot write to {folder}", NAME_ANOTHER):
         if not _is_whole(folder):
-            try:
-                with write_folder(folder) as partial:
-                    make(partial)
-                    (partial / CHECKSUMS).write_text(json.dumps(_checksums(partial)))
-            except OSError as error:
-                raise InputError(
-                    f"cannot write to {folder}: {error.strerror}; name another with MHESA_CACHE"
-                ) from error
+            with write_folder(folder) as partial:
+                make(partial)
+                (partial / CHECKSUMS).write_text(json.dumps(_checksums(partial)))
     return folder
 
 
@@ -133,10 +127,10 @@ def save_chunks(chunks: Iterable[bytes]) -> Path:
         InputError: the file cannot be written.
     """
     folder = cache_folder()
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="stdin-", delete=False) as file:
-            atexit.register(Path(file.name).unlink, missing_ok=True)
-            file.writelines(chunks)
-    except OSError as error:
-        raise InputError(f"cannot keep standard input in {folder}: {error.strerror}") from error
+    with (
+        os_errors(f"cannot keep standard input in {folder}"),
+        tempfile.NamedTemporaryFile(dir=folder, prefix="stdin-", delete=False) as file,
+    ):
+        atexit.register(Path(file.name).unlink, missing_ok=True)
+        file.writelines(chunks)
     return Path(file.name)

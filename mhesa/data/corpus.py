@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
-
 from mhesa.data.cache import cached_folder, digest
 from mhesa.data.files import TEXT_FIELD, Document, File, OnRead
 from mhesa.data.holdout import Holdout, Piece, PieceCounter, Selection
@@ -175,10 +173,8 @@ def open_corpus(source: Source, tokenizer: Tokenizer, on_read: OnRead = lambda s
     name = digest(FORMAT, source.sha256, tokenizer.fingerprint())[:32]
     folder = cached_folder(f"tokens/{name}", lambda folder: _tokenize(source, tokenizer, folder, on_read))
     saved = json.loads((folder / FACTS).read_text())
-    data = (folder / HELD_OUT).read_bytes()
-    ends = np.cumsum(saved["held_out_lengths"]).tolist()
-    starts = [0, *ends[:-1]]
-    held_out = [Document("held out", data[start:end]) for start, end in zip(starts, ends, strict=True)]
+    with (folder / HELD_OUT).open("rb") as file:
+        held_out = [Document("held out", file.read(length)) for length in saved["held_out_lengths"]]
     return Corpus(Facts(**saved["facts"]), Tokens(folder, saved["dtype"], tokenizer.eos_token_id), held_out)
 
 

@@ -14,7 +14,7 @@ import torch
 
 import mhesa
 from mhesa.atomic_io import check_outputs, read_json, remove, write_file
-from mhesa.errors import InputError
+from mhesa.errors import InputError, os_errors
 from mhesa.file_names import CHECKPOINTS, METRICS, RUN_FILES, SETTINGS, WEIGHTS
 from mhesa.locks import only_writer_of_folder
 from mhesa.processes import broadcast, rank
@@ -117,7 +117,7 @@ def check_same_corpus(folder: Path, sha256: str) -> None:
 
 def prepare(folder: Path, settings: TrainingSettings, facts: dict[str, Any], done: int | None) -> None:
     """Clear the folder for a new run, or drop a resumed run's metrics after step `done`."""
-    try:
+    with os_errors(f"cannot write to {folder}"):
         if done is None:
             kept = []
             for name in RUN_FILES:
@@ -133,8 +133,6 @@ def prepare(folder: Path, settings: TrainingSettings, facts: dict[str, Any], don
         settings.save(folder / SETTINGS, corpus=facts, versions=versions)
         with write_file(folder / METRICS) as file:
             file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
