@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 import mhesa
 from mhesa.atomic_io import check_outputs, read_json, remove, write_file
@@ -67,14 +68,8 @@ def check_free(folder: Path) -> None:
         )
 
 
-def checkpoint_to_resume(
-    settings: TrainingSettings, on_damage: Callable[[str], object] = lambda damage: None
-) -> Path:
-    """The newest whole checkpoint of the run in `settings.out`.
-
-    Args:
-        settings: settings of the resumed run.
-        on_damage: called with what is wrong with each checkpoint that is not used.
+def checkpoint_to_resume(settings: TrainingSettings, console: Console) -> Path:
+    """The newest whole checkpoint of the run in `settings.out`; the console is told of damaged ones.
 
     Raises:
         InputError: there is no run, it has other settings, it is complete, or no checkpoint is whole.
@@ -91,7 +86,8 @@ def checkpoint_to_resume(
         what = f"; {passed_over[0]}" if passed_over else ""
         raise InputError(f"{folder} holds no whole checkpoint to resume; start over with --overwrite{what}")
     for damage in passed_over:
-        on_damage(f"{damage}; going on from {path.name} instead")
+        message = f"{damage}; going on from {path.name} instead"
+        console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
     progress = checkpoint.load_progress(path, settings.patience)
     budget = Budget(settings.steps, settings.minutes)
     budget.seconds = progress.seconds

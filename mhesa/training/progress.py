@@ -65,13 +65,12 @@ class ProgressDisplay:
             f"step {row['step']:,}  loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte  "
             f"{row['tokens_per_second']:,.0f} tokens/s{dropout}"
         )
+        done = min(self.budget.spent(row["step"]), 1.0)
         if self.console.is_terminal:
             if self._task is not None:
-                done = min(self.budget.spent(row["step"]), 1.0)
                 self._progress.update(self._task, figures=figures, completed=done)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            done = min(self.budget.spent(int(row["step"])), 1.0)
             left = self.budget.seconds * (1 - done) / max(done, 1e-9)
             self.console.print(f"{done:4.0%}  {figures}  {left:,.0f} s left", highlight=False)
 

@@ -123,11 +123,7 @@ def _train(run: Run, phase: Phase) -> Summary:
 def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Console) -> Run:
     """Check everything that can be wrong, tokenise the text, and only then touch the folder."""
     folder = Path(settings.out)
-
-    def warn(damage: str) -> None:
-        console.print(damage, style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-    start = checkpoint_to_resume(settings, warn) if resume else None
+    start = checkpoint_to_resume(settings, console) if resume else None
     if not resume and not overwrite and rank() == 0:
         check_free(folder)
     if "-" in settings.sources and processes() > 1:
