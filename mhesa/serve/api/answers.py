@@ -7,7 +7,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mhesa.inference.continuation import FinishReason, TextCursor
+from mhesa.inference.continuation import TextCursor
 from mhesa.inference.logprobs import TokenLogprob
 from mhesa.inference.sampling import Sampling
 from mhesa.serve.api import protocol
@@ -54,14 +54,48 @@ class Plan:
     echoed: list[bytes] | None
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What is new in the text of this index: characters, scores of tokens, and why it ends, if it does."""
+class CharacterCounter:
+    r"""Counts the characters of a text that grows token by token.
+
+    A byte that is no part of a character counts as one, U+FFFD, as `bytes.decode` with "replace" makes it.
+
+    >>> counter = CharacterCounter()
+    >>> [counter.add(piece) for piece in (b"n", b"\xc3", b"\xa9", b"\xff", b"!")]
+    [0, 1, 1, 2, 3]
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, piece: bytes) -> int:
+        """Add a token's bytes; returns the index of the character in which they begin."""
+        self._count += len(self._decoder.decode(piece[:1]))
+        is_complete = piece and not self._decoder.getstate()[0]
+        start = self._count - 1 if is_complete else self._count
+        self._count += len(self._decoder.decode(piece[1:]))
+        return start
+
+
+@dataclass
+class Text:
+    """A text of an answer.
+
+    Args:
+        index: index of the text in the answer.
+        cursor: reads the text.
+        echo: its job and its prompt, if the prompt's tokens are still to be put before those of the text.
+    """
 
     index: int
-    text: str
-    scores: list[TokenLogprob]
-    finish: FinishReason | None
+    cursor: TextCursor
+    echo: tuple[Job, np.ndarray] | None
+    characters: CharacterCounter = field(default_factory=CharacterCounter)
+
+    @property
+    def echoed(self) -> int:
+        """Prompt tokens that are still to be put before the text."""
+        return 0 if self.echo is None else len(self.echo[1])
 
 
 class Answer(ABC):
@@ -95,20 +129,21 @@ class Answer(ABC):
             "created": int(time.time()),
             "model": self.service.settings.name,
         }
-        # The texts in the order of the answer.
-        self.cursors = [
-            TextCursor(text, before)
-            for job, before in zip(submission.jobs, plan.echoed or repeat(b""), strict=False)
-            for text in job.texts
-        ]
+        self.texts: list[Text] = []
+        for job, prompt, echoed in zip(
+            submission.jobs, plan.prompts, plan.echoed or repeat(None), strict=False
+        ):
+            echo = None if echoed is None else (job, prompt)
+            for text in job.texts:
+                self.texts.append(Text(len(self.texts), TextCursor(text, echoed or b""), echo))
 
     @abstractmethod
-    def _choice(self, whole: Piece) -> BaseModel:
-        """A whole text in the form of the response."""
+    def _choice(self, text: Text, new: str, scores: list[TokenLogprob]) -> BaseModel:
+        """What is new in a text and the scores of its tokens, in the form of a response to the whole text."""
 
     @abstractmethod
-    def _events(self, piece: Piece) -> Iterator[BaseModel]:
-        """Events for a piece of a text."""
+    def _events(self, text: Text, new: str, scores: list[TokenLogprob]) -> Iterator[BaseModel]:
+        """Events for what is new in a text."""
 
     def _opening(self, index: int) -> Iterator[BaseModel]:
         """Events before a text; none by default."""
@@ -116,12 +151,8 @@ class Answer(ABC):
 
     def size(self) -> int:
         """The number of items that an answer is made of: tokens, log-probabilities and echoed prompts."""
-        tokens = sum(self._echoed(index) + cursor.text.count for index, cursor in enumerate(self.cursors))
+        tokens = sum(text.echoed + text.cursor.text.count for text in self.texts)
         return tokens * (1 if self.plan.top is None else 2 + self.plan.top)
-
-    def _echoed(self, index: int) -> int:
-        """Prompt tokens that are still to be put before a text; none by default."""
-        return 0
 
     def whole(self) -> bytes:
         """The response of a request that is not streamed, once all texts are written; JSON."""
@@ -129,9 +160,8 @@ class Answer(ABC):
         return "".join(with_items(whole, "choices", self._choices())).encode()
 
     def _choices(self) -> Iterator[str]:
-        for index, cursor in enumerate(self.cursors):
-            choice = self._choice(Piece(index, *cursor.read(), cursor.finish))
-            yield "," * (index > 0) + choice.model_dump_json()
+        for text in self.texts:
+            yield "," * (text.index > 0) + self._choice(text, *text.cursor.read()).model_dump_json()
 
     async def save_session(self) -> None:
         """Store the session, if the request continues one."""
@@ -153,28 +183,26 @@ class Answer(ABC):
 
     async def stream(self) -> AsyncIterator[str]:
         """The events of a stream, in JSON."""
-        for index in range(len(self.cursors)):
+        for index in range(len(self.texts)):
             for event in self._opening(index):
                 yield _json(event)
-        unfinished = dict(enumerate(self.cursors))
+        unfinished = self.texts
         while unfinished:
             await self.submission.progress()
-            for index, cursor in list(unfinished.items()):
-                piece = Piece(index, *cursor.read(), cursor.finish)
-                if piece.text or piece.finish:
-                    entries = len(piece.scores) * (2 + (self.plan.top or 0))
-                    size = self._echoed(index) + len(piece.text) + entries
-                    for data in await self.service.run_sized(size, self._encoded, piece):
+            for text in unfinished:
+                new, scores = text.cursor.read()
+                if new or text.cursor.finish:
+                    size = text.echoed + len(new) + len(scores) * (2 + (self.plan.top or 0))
+                    for data in await self.service.run_sized(size, self._encoded, text, new, scores):
                         yield data
-                if piece.finish:
-                    del unfinished[index]
+            unfinished = [text for text in unfinished if not text.cursor.finish]
         await self.submission.finish()
         await self.save_session()
         if self.plan.options.include_usage:
             yield _json(self._chunk().model_copy(update={"usage": self.usage()}))
 
-    def _encoded(self, piece: Piece) -> list[str]:
-        return [_json(event) for event in self._events(piece)]
+    def _encoded(self, text: Text, new: str, scores: list[TokenLogprob]) -> list[str]:
+        return [_json(event) for event in self._events(text, new, scores)]
 
     def _chunk(self, *choices: BaseModel) -> BaseModel:
         """An event with these choices."""
@@ -193,38 +221,25 @@ class CompletionAnswer(Answer):
     response, response_object = protocol.Completion, "text_completion"
     chunk, chunk_object = protocol.CompletionChunk, "text_completion"
 
-    def __init__(self, submission: Submission, plan: Plan, lease: SessionLease | None) -> None:
-        super().__init__(submission, plan, lease)
-        jobs = zip(submission.jobs, plan.prompts, strict=True)
-        sources = enumerate(pair for pair in jobs for _ in pair[0].texts)
-        # The prompts whose tokens are still to be put before those of their texts.
-        self.echoes: dict[int, tuple[Job, np.ndarray]] = {} if plan.echoed is None else dict(sources)
-        self.characters = [CharacterCounter() for _ in self.cursors]
+    def _events(self, text: Text, new: str, scores: list[TokenLogprob]) -> Iterator[BaseModel]:
+        yield self._chunk(self._choice(text, new, scores))
 
-    def _echoed(self, index: int) -> int:
-        return len(self.echoes[index][1]) if index in self.echoes else 0
+    def _choice(self, text: Text, new: str, scores: list[TokenLogprob]) -> protocol.CompletionChoice:
+        logprobs, finish = self._logprobs(text, scores), text.cursor.finish
+        text.echo = None
+        return protocol.CompletionChoice(index=text.index, text=new, logprobs=logprobs, finish_reason=finish)
 
-    def _events(self, piece: Piece) -> Iterator[BaseModel]:
-        yield self._chunk(self._choice(piece))
-
-    def _choice(self, piece: Piece) -> protocol.CompletionChoice:
-        index, scores, logprobs = piece.index, piece.scores, None
-        echoed = self.echoes.pop(index, None)
-        if self.plan.top is not None:
-            if echoed:
-                scores = _prompt_scores(*echoed) + scores
-            logprobs = self._logprobs(index, scores)
-        return protocol.CompletionChoice(
-            index=index, text=piece.text, logprobs=logprobs, finish_reason=piece.finish
-        )
-
-    def _logprobs(self, index: int, scores: list[TokenLogprob]) -> protocol.CompletionLogprobs:
-        characters, token_bytes = self.characters[index], self.service.token_bytes
+    def _logprobs(self, text: Text, scores: list[TokenLogprob]) -> protocol.CompletionLogprobs | None:
+        if self.plan.top is None:
+            return None
+        if text.echo is not None:
+            scores = _prompt_scores(*text.echo) + scores
+        token_bytes = self.service.token_bytes
         return protocol.CompletionLogprobs(
             tokens=[self.service.token_name(score.token) for score in scores],
             token_logprobs=[score.logprob for score in scores],
             top_logprobs=[self._likeliest(score) for score in scores] if self.plan.top else None,
-            text_offset=[characters.add(token_bytes[score.token]) for score in scores],
+            text_offset=[text.characters.add(token_bytes[score.token]) for score in scores],
         )
 
     def _likeliest(self, score: TokenLogprob) -> dict[str, float] | None:
@@ -241,22 +256,20 @@ class ChatAnswer(Answer):
     response, response_object = protocol.ChatCompletion, "chat.completion"
     chunk, chunk_object = protocol.ChatCompletionChunk, "chat.completion.chunk"
 
-    def _choice(self, whole: Piece) -> protocol.ChatChoice:
-        message = protocol.ChatMessage(role="assistant", content=whole.text, refusal=None)
-        logprobs = self._logprobs(whole.scores)
-        return protocol.ChatChoice(
-            index=whole.index, message=message, logprobs=logprobs, finish_reason=whole.finish
-        )
+    def _choice(self, text: Text, new: str, scores: list[TokenLogprob]) -> protocol.ChatChoice:
+        message = protocol.ChatMessage(role="assistant", content=new, refusal=None)
+        logprobs, finish = self._logprobs(scores), text.cursor.finish
+        return protocol.ChatChoice(index=text.index, message=message, logprobs=logprobs, finish_reason=finish)
 
     def _opening(self, index: int) -> Iterator[BaseModel]:
         yield self._event(index, protocol.ChatDelta(role="assistant", content=""))
 
-    def _events(self, piece: Piece) -> Iterator[BaseModel]:
-        if piece.text or piece.scores:
-            delta = protocol.ChatDelta(content=piece.text)
-            yield self._event(piece.index, delta, logprobs=self._logprobs(piece.scores))
-        if piece.finish:
-            yield self._event(piece.index, protocol.ChatDelta(), finish_reason=piece.finish)
+    def _events(self, text: Text, new: str, scores: list[TokenLogprob]) -> Iterator[BaseModel]:
+        if new or scores:
+            delta = protocol.ChatDelta(content=new)
+            yield self._event(text.index, delta, logprobs=self._logprobs(scores))
+        if finish := text.cursor.finish:
+            yield self._event(text.index, protocol.ChatDelta(), finish_reason=finish)
 
     def _event(self, index: int, delta: protocol.ChatDelta, **more: Any) -> BaseModel:
         fields = {"logprobs": None, "finish_reason": None, **more}
@@ -312,29 +325,6 @@ class EventStream(Response):
 def _json(event: BaseModel) -> str:
     # ASCII, because some clients end a line at U+2028 and similar characters.
     return event.model_dump_json(exclude_unset=True, ensure_ascii=True)
-
-
-class CharacterCounter:
-    r"""Counts the characters of a text that grows token by token.
-
-    A byte that is no part of a character counts as one, U+FFFD, as `bytes.decode` with "replace" makes it.
-
-    >>> counter = CharacterCounter()
-    >>> [counter.add(piece) for piece in (b"n", b"\xc3", b"\xa9", b"\xff", b"!")]
-    [0, 1, 1, 2, 3]
-    """
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, piece: bytes) -> int:
-        """Add a token's bytes; returns the index of the character in which they begin."""
-        self._count += len(self._decoder.decode(piece[:1]))
-        is_complete = piece and not self._decoder.getstate()[0]
-        start = self._count - 1 if is_complete else self._count
-        self._count += len(self._decoder.decode(piece[1:]))
-        return start
 
 
 def _prompt_scores(job: Job, prompt: np.ndarray) -> list[TokenLogprob]:
