@@ -309,23 +309,17 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         if shift_labels is not None and (real := real_tokens(attention_mask, shift_labels)) is not None:
             # Padding predicts nothing.
             shift_labels = shift_labels.masked_fill(~real, ignored)
-        if loss_only and shift_labels is not None and self.config.vocab_size >= LARGE_VOCABULARY:
-            return CausalLMOutputWithPast(
-                loss=next_token_loss(outputs.last_hidden_state, self.to_logits, shift_labels),
-                hidden_states=outputs.hidden_states,
-                **{CACHE: outputs.get(CACHE)},
-            )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.to_logits(outputs.last_hidden_state[:, kept])
-        loss = None
-        if shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=None,
-                shift_labels=shift_labels,
-                vocab_size=self.config.vocab_size,
-                **for_loss,
-            )
+        hidden, tokens = outputs.last_hidden_state, self.config.vocab_size
+        loss = logits = None
+        if loss_only and shift_labels is not None and tokens >= LARGE_VOCABULARY:
+            loss = next_token_loss(hidden, self.to_logits, shift_labels)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.to_logits(hidden[:, kept])
+            if shift_labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=None, shift_labels=shift_labels, vocab_size=tokens, **for_loss
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if loss_only else logits,
