@@ -168,9 +168,8 @@ class Sessions:
             Path(copy).unlink(missing_ok=True)
             with closing(connect(copy, timeout=BUSY_SECONDS)) as target:
                 database.backup(target)
-        else:
-            if not _is_ours(self._path):
-                raise SessionError(503, "sessions cannot be used now: another file is in the place of theirs")
+        elif not _is_ours(self._path):
+            raise SessionError(503, "sessions cannot be used now: another file is in the place of theirs")
         if wal is not None and wal == before[1]:
             # It belongs to the file that was here before: SQLite would write it into the new one.
             for suffix in (WAL, SHARED_MEMORY):
