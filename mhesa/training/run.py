@@ -6,7 +6,8 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -172,6 +173,7 @@ class Run:
     windows: Windows
     start: Path | None
     display: ProgressDisplay
+    drawn_at: float = field(default_factory=time.monotonic)
 
     def announce(self, console: Console) -> None:
         """Tell what is going to be trained on what."""
@@ -226,7 +228,7 @@ class Run:
             budget=self.display.budget,
             signals=signals,
             evaluate=self._evaluate,
-            on_row=_row_writer(self.folder, self.display, report),
+            on_row=partial(self._write_row, report),
             phase=phase,
         )
         if settings.patience is not None and progress.best_step is not None and not stopped_by:
@@ -241,6 +243,15 @@ class Run:
         self.display.open("measuring", sum(len(document.data) for document in held_out))
         score = self._score(model, whole, held_out, self.display.advance)
         return broadcast(self._summary(whole, progress, score) if score is not None else None)
+
+    def _write_row(self, report: Report, row: Row) -> None:
+        """Save a row of metrics, show and report it, and now and then draw the curve."""
+        append_metrics(self.folder, row)
+        self.display.show(row)
+        report(row["step"], {name: value for name, value in row.items() if isinstance(value, float)})
+        if time.monotonic() - self.drawn_at >= SECONDS_BETWEEN_CURVES:
+            self.drawn_at = time.monotonic()
+            draw_curve(read_metrics(self.folder), {}, self.folder / CURVE)
 
     def _whole(self, model: GatedExponentialSmoothingLM) -> GatedExponentialSmoothingLM:
         """The whole model, in the first process. All processes must call this, as each may hold a shard."""
@@ -309,22 +320,6 @@ class Run:
             # Reported as a result, so that all processes see that the last step broke the weights.
             return Evaluation(math.inf, "")
         return Evaluation(score.bits_per_byte, sample.decode("utf-8", "replace"))
-
-
-def _row_writer(folder: Path, display: ProgressDisplay, report: Report) -> Callable[[Row], None]:
-    """A function that saves a row of metrics, shows and reports it, and now and then draws the curve."""
-    drawn = time.monotonic()
-
-    def write(row: Row) -> None:
-        nonlocal drawn
-        append_metrics(folder, row)
-        display.show(row)
-        report(row["step"], {name: value for name, value in row.items() if isinstance(value, float)})
-        if time.monotonic() - drawn >= SECONDS_BETWEEN_CURVES:
-            drawn = time.monotonic()
-            draw_curve(read_metrics(folder), {}, folder / CURVE)
-
-    return write
 
 
 def make_tokenizer(settings: TrainingSettings, source: Source) -> Bytes | TextTokenizer:
