@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,13 @@ def train_model(
     states = None
     if settings.carry_state:
         states = CarriedStates(settings.depth, model.state_size, settings.device, batches.grid)
+    progress = Progress()
     if start is not None:
-        _restore(start, model, optimizers, states, settings.accumulate)
-    progress = Progress() if start is None else checkpoint.load_progress(start, settings.patience)
+        load = partial(checkpoint.load_part, start)
+        load_state(model, optimizers, load("model"), load("optimizer"))
+        if states is not None:
+            states.load(load("states")["states"], settings.accumulate)
+        progress = checkpoint.load_progress(start, settings.patience)
     metrics = Metrics(settings, progress, bytes_per_token, on_row)
     if settings.steps is not None:
         progress.dropout = choose_dropout(batches.windows.epochs(settings.steps))
@@ -208,17 +213,3 @@ def _save(
         # So that the rows before a checkpoint are on the disk when it is.
         sync(folder / METRICS)
         checkpoint.save(folder / CHECKPOINTS, progress, parts, settings.keep)
-
-
-def _restore(
-    path: Path,
-    model: GatedExponentialSmoothingLM,
-    optimizers: Sequence[Optimizer],
-    states: CarriedStates | None,
-    accumulate: int,
-) -> None:
-    """Read a checkpoint's tensors in every process."""
-    parts = {name: checkpoint.load_part(path, name) for name in ("model", "optimizer")}
-    load_state(model, optimizers, parts)
-    if states is not None:
-        states.load(checkpoint.load_part(path, "states")["states"], accumulate)
