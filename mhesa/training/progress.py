@@ -30,7 +30,7 @@ class ProgressDisplay:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task: TaskID | None = None
+        self._task = TaskID(-1)
         self._last_line = time.monotonic()
 
     def __enter__(self) -> ProgressDisplay:
@@ -46,14 +46,11 @@ class ProgressDisplay:
 
     def close(self) -> None:
         """Remove the current bar."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
+        self._progress.remove_task(self._task)
 
     def advance(self, amount: float) -> None:
         """Advance the current bar."""
-        if self._task is not None:
-            self._progress.advance(self._task, amount)
+        self._progress.advance(self._task, amount)
 
     def show(self, row: Row) -> None:
         """Show a row of metrics, in the bar or as a line, or an evaluation with its sample."""
@@ -67,8 +64,7 @@ class ProgressDisplay:
         )
         done = min(self.budget.spent(row["step"]), 1.0)
         if self.console.is_terminal:
-            if self._task is not None:
-                self._progress.update(self._task, figures=figures, completed=done)
+            self._progress.update(self._task, figures=figures, completed=done)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             left = self.budget.seconds * (1 - done) / max(done, 1e-9)
