@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from mhesa.hf.auto_class import NoSourceCopies
-from mhesa.hf.cache import CACHE, MhesaCache, MhesaCacheLayer, only_cache
+from mhesa.hf.cache import CACHE, MhesaCache, only_cache
 from mhesa.hf.configuration import CACHE_NAMES, MhesaConfig
 from mhesa.hf.packing import Padding, next_tokens, offsets, real_tokens
 from mhesa.model.config import ModelConfig
@@ -29,8 +29,6 @@ from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
 from mhesa.model.loading import KEPT_IN_FP32, saved_name
 from mhesa.model.loss import IGNORED_LABEL, LARGE_VOCABULARY, next_token_loss
 from mhesa.tokenizers.bytes import END_OF_TEXT_ID
-
-__all__ = ["MhesaCache", "MhesaCacheLayer", "MhesaForCausalLM", "MhesaModel", "MhesaPreTrainedModel"]
 
 # Arguments that collators pass with packed sequences. The offsets are found from one of them; the others are
 # for attention kernels.
