@@ -15,13 +15,12 @@ from typing import Any
 
 from filelock import FileLock
 
-from mhesa.atomic_io import write_folder
+from mhesa.atomic_io import read_chunks, write_folder
 from mhesa.data.parallel import map_ordered
 from mhesa.errors import InputError, os_errors, reason
 
 CHECKSUMS = "checksums.json"
 BLOCK_BYTES = 1 << 26
-CHUNK_BYTES = 1 << 20
 NAME_ANOTHER = "; name another with MHESA_CACHE"
 
 
@@ -111,12 +110,9 @@ def _checksums(folder: Path) -> dict[str, Any]:
 
 def _crc32(block: tuple[Path, int]) -> int:
     path, start = block
-    checksum, left = 0, BLOCK_BYTES
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
-            checksum = zlib.crc32(chunk, checksum)
-            left -= len(chunk)
+    checksum = 0
+    for chunk in read_chunks(path, start, BLOCK_BYTES):
+        checksum = zlib.crc32(chunk, checksum)
     return checksum
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from mhesa.atomic_io import read_chunks
 from mhesa.data.compression import SUFFIXES, decompressed
 from mhesa.errors import InputError, os_errors
 
@@ -83,13 +84,9 @@ class File:
         """
         how = f"{self.path.suffix.lower()} {self.form}" if start == 0 else f"{start}"
         digest = hashlib.sha256(f"{how}\n".encode())
-        buffer = memoryview(bytearray(CHUNK_BYTES))
-        with os_errors(f"cannot read {self.name}"), self.path.open("rb", buffering=0) as file:
-            file.seek(start)
-            left = HASH_BLOCK_BYTES
-            while size := file.readinto(buffer[:left]):
-                digest.update(buffer[:size])
-                left -= size
+        with os_errors(f"cannot read {self.name}"):
+            for chunk in read_chunks(self.path, start, HASH_BLOCK_BYTES):
+                digest.update(chunk)
         return digest.hexdigest()
 
     def documents(
