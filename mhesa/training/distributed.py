@@ -127,20 +127,17 @@ def gather_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> Parts:
 
 
 def load_state(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    weights: dict[str, Tensor],
-    optimizer_state: dict[str, Tensor],
+    model: nn.Module, optimizers: Sequence[Optimizer], saved: StateDict, saved_optimizers: StateDict
 ) -> None:
-    """Put what `gather_state` gave, the same in every process, into a model that may be sharded.
+    """Put the files that `gather_state` gave, the same in every process, into a model that may be sharded.
 
     The settings of the optimizers stay as they are.
     """
     kept: StateDict = {}
-    for place, value in optimizer_state.items():
+    for place, value in saved_optimizers.items():
         name, _, key = place.rpartition(":")
         kept.setdefault(plain_name(name), {})[key] = value
     groups = get_optimizer_state_dict(model, optimizers)["param_groups"]
     set_optimizer_state_dict(model, optimizers, {"state": kept, "param_groups": groups}, options=_WHOLE)
-    plain: StateDict = {plain_name(name): weight for name, weight in weights.items()}
-    set_model_state_dict(model, plain, options=_WHOLE)
+    weights = {plain_name(name): weight for name, weight in saved.items()}
+    set_model_state_dict(model, weights, options=_WHOLE)
