@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,10 +162,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal, read in chunks."""
-    digest = hashlib.sha256()
+def read_chunks(path: Path, start: int = 0, size: int = sys.maxsize) -> Iterator[memoryview]:
+    """The bytes of a file from `start` on, at most `size`; the next chunk overwrites the one before it."""
+    buffer = memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+        file.seek(start)
+        while count := file.readinto(buffer[:size]):
+            yield buffer[:count]
+            size -= count
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    for chunk in read_chunks(path):
+        digest.update(chunk)
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mhesa.atomic_io import check_file
-from mhesa.errors import InputError
+from mhesa.errors import InputError, os_errors
 
 if sys.platform == "win32":
     import msvcrt
@@ -97,10 +97,8 @@ def _wait_until_made(marker: int) -> None:
 
 @contextmanager
 def _locked(lock: Path, what: Path) -> Iterator[None]:
-    try:
+    with os_errors(f"cannot write to {what}", f" ({lock})"):
         descriptor = _open_locked(lock, what)
-    except OSError as error:
-        raise InputError(f"cannot write to {what}: {error.strerror} ({lock})") from error
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())

@@ -38,7 +38,7 @@ def test_the_schedule_has_no_jumps():
 def test_minutes_become_steps():
     assert Budget(steps=300, minutes=None).expected_steps(20, 1.0) == 300
     budget = Budget(steps=None, minutes=2)
-    budget.set(60.0)
+    budget.seconds = 60.0
     assert budget.expected_steps(20, 0.5) == 20 + 120
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from mhesa.atomic_io import write_folder
-from mhesa.data.parallel import map_ordered, thread_pool
-from mhesa.errors import InputError, reason
+from mhesa.atomic_io import read_chunks, write_folder
+from mhesa.data.parallel import map_ordered
+from mhesa.errors import InputError, os_errors, reason
 
 CHECKSUMS = "checksums.json"
 BLOCK_BYTES = 1 << 26
-CHUNK_BYTES = 1 << 20
+NAME_ANOTHER = "; name another with MHESA_CACHE"
 
 
 def cache_folder() -> Path:
@@ -32,10 +32,8 @@ def cache_folder() -> Path:
     """
     named, base = os.environ.get("MHESA_CACHE"), os.environ.get("XDG_CACHE_HOME")
     folder = Path(named) if named else Path(base or _home() / ".cache") / "mhesa"
-    try:
+    with os_errors(f"cannot make {folder}", NAME_ANOTHER):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror}; name another with MHESA_CACHE") from error
     return folder
 
 
@@ -83,16 +81,11 @@ def cached_folder(name: str, make: Callable[[Path], object]) -> Path:
         InputError: the folder cannot be written.
     """
     folder = cache_folder() / name
-    with lock(folder.name):
+    with lock(folder.name), os_errors(f"cannot write to {folder}", NAME_ANOTHER):
         if not _is_whole(folder):
-            try:
-                with write_folder(folder) as partial:
-                    make(partial)
-                    (partial / CHECKSUMS).write_text(json.dumps(_checksums(partial)))
-            except OSError as error:
-                raise InputError(
-                    f"cannot write to {folder}: {error.strerror}; name another with MHESA_CACHE"
-                ) from error
+            with write_folder(folder) as partial:
+                make(partial)
+                (partial / CHECKSUMS).write_text(json.dumps(_checksums(partial)))
     return folder
 
 
@@ -107,23 +100,19 @@ def _is_whole(folder: Path) -> bool:
 def _checksums(folder: Path) -> dict[str, Any]:
     """The size, and the CRC-32 of every block, of each file in a folder."""
     found = {}
-    with thread_pool() as pool:
-        for path in sorted(folder.iterdir()):
-            if path.name != CHECKSUMS:
-                size = path.stat().st_size
-                blocks = ((path, start) for start in range(0, size, BLOCK_BYTES))
-                found[path.name] = [size, *map_ordered(pool, _crc32, blocks)]
+    for path in sorted(folder.iterdir()):
+        if path.name != CHECKSUMS:
+            size = path.stat().st_size
+            blocks = ((path, start) for start in range(0, size, BLOCK_BYTES))
+            found[path.name] = [size, *map_ordered(_crc32, blocks)]
     return found
 
 
 def _crc32(block: tuple[Path, int]) -> int:
     path, start = block
-    checksum, left = 0, BLOCK_BYTES
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
-            checksum = zlib.crc32(chunk, checksum)
-            left -= len(chunk)
+    checksum = 0
+    for chunk in read_chunks(path, start, BLOCK_BYTES):
+        checksum = zlib.crc32(chunk, checksum)
     return checksum
 
 
@@ -134,10 +123,10 @@ def save_chunks(chunks: Iterable[bytes]) -> Path:
         InputError: the file cannot be written.
     """
     folder = cache_folder()
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="stdin-", delete=False) as file:
-            atexit.register(Path(file.name).unlink, missing_ok=True)
-            file.writelines(chunks)
-    except OSError as error:
-        raise InputError(f"cannot keep standard input in {folder}: {error.strerror}") from error
+    with (
+        os_errors(f"cannot keep standard input in {folder}"),
+        tempfile.NamedTemporaryFile(dir=folder, prefix="stdin-", delete=False) as file,
+    ):
+        atexit.register(Path(file.name).unlink, missing_ok=True)
+        file.writelines(chunks)
     return Path(file.name)

@@ -6,7 +6,7 @@ import bz2
 import io
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
@@ -70,55 +70,48 @@ def decompressed(raw: IO[bytes], suffix: str, name: str) -> IO[bytes]:
         format_ = _FORMATS[suffix]()
     except ImportError as error:
         raise InputError(f"{name} needs zstandard: pip install 'mhesa[data]'") from error
-    return cast(IO[bytes], io.BufferedReader(_Streams(raw, format_)))
+    return cast(IO[bytes], io.BufferedReader(_Chunks(_decompress(raw, format_))))
 
 
-class _Streams(io.RawIOBase):
-    """Decompresses all streams of a file. The libraries' own readers ignore damage after the first one."""
+def _decompress(raw: IO[bytes], format_: _Format) -> Iterator[bytes]:
+    """The output of all streams of a file. The libraries' own readers ignore damage after the first one."""
+    stream: Any = None
+    unused, streams_read = b"", 0
+    while packed := unused or raw.read(INPUT_BYTES):
+        unused = b""
+        if stream is None:
+            if streams_read:
+                packed = packed.lstrip(format_.padding)
+            if not packed:
+                continue
+            stream = format_.new()
+        try:
+            output = stream.decompress(packed)
+        except format_.errors as error:
+            raise OSError(f"its compressed data is damaged or not supported: {error}") from error
+        if stream.eof:
+            unused, stream = stream.unused_data, None
+            streams_read += 1
+        if output:
+            yield output
+    if stream is not None:
+        raise OSError("its compressed data is cut off")
 
-    def __init__(self, raw: IO[bytes], format_: _Format) -> None:
-        self._raw = raw
-        self._format = format_
-        self._stream: Any = None
-        self._streams_read = 0
-        self._unused = b""
-        self._output = memoryview(b"")
+
+class _Chunks(io.RawIOBase):
+    """Chunks of bytes, none of them empty, as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._chunk = chunks, memoryview(b"")
 
     def readable(self) -> bool:
         """Always."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as there is output; 0 at the end."""
-        if not self._output:
-            self._output = memoryview(self._decompress())
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
+        """Fill a buffer from one chunk; 0 at the end."""
+        self._chunk = self._chunk or memoryview(next(self._chunks, b""))
+        size = min(len(buffer), len(self._chunk))
+        buffer[:size] = self._chunk[:size]
+        self._chunk = self._chunk[size:]
         return size
-
-    def _decompress(self) -> bytes:
-        """The next output, empty at the end."""
-        output = b""
-        while not output:
-            packed = self._unused or self._raw.read(INPUT_BYTES)
-            if not packed:
-                break
-            self._unused = b""
-            if self._stream is None:
-                if self._streams_read:
-                    packed = packed.lstrip(self._format.padding)
-                if not packed:
-                    continue
-                self._stream = self._format.new()
-            try:
-                output = self._stream.decompress(packed)
-            except self._format.errors as error:
-                raise OSError(f"its compressed data is damaged or not supported: {error}") from error
-            if self._stream.eof:
-                self._unused = self._stream.unused_data
-                self._stream = None
-                self._streams_read += 1
-        if not output and self._stream is not None:
-            raise OSError("its compressed data is cut off")
-        return output

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
-
 from mhesa.data.cache import cached_folder, digest
 from mhesa.data.files import TEXT_FIELD, Document, File, OnRead
 from mhesa.data.holdout import Holdout, Piece, PieceCounter, Selection
-from mhesa.data.parallel import map_ordered, thread_pool
+from mhesa.data.parallel import map_ordered
 from mhesa.data.sources import find_files, no_text_in
 from mhesa.data.token_files import FACTS, HELD_OUT, MEASURED_BYTES, Facts, Tokens, TokenWriter
 from mhesa.errors import InputError
@@ -155,10 +153,9 @@ def _changed(file: File) -> InputError:
 
 def _digests(files: Sequence[File]) -> list[list[str]]:
     """The digests of each file's blocks, computed on all cores."""
-    with thread_pool() as pool:
-        blocks = [[(file, start) for start in file.hash_blocks()] for file in files]
-        digests = map_ordered(pool, lambda block: block[0].sha256(block[1]), chain.from_iterable(blocks))
-        return [list(islice(digests, len(one))) for one in blocks]
+    blocks = [[(file, start) for start in file.hash_blocks()] for file in files]
+    digests = map_ordered(lambda block: block[0].sha256(block[1]), chain.from_iterable(blocks))
+    return [list(islice(digests, len(one))) for one in blocks]
 
 
 def open_corpus(source: Source, tokenizer: Tokenizer, on_read: OnRead = lambda size: None) -> Corpus:
@@ -176,23 +173,22 @@ def open_corpus(source: Source, tokenizer: Tokenizer, on_read: OnRead = lambda s
     name = digest(FORMAT, source.sha256, tokenizer.fingerprint())[:32]
     folder = cached_folder(f"tokens/{name}", lambda folder: _tokenize(source, tokenizer, folder, on_read))
     saved = json.loads((folder / FACTS).read_text())
-    data = (folder / HELD_OUT).read_bytes()
-    ends = np.cumsum(saved["held_out_lengths"]).tolist()
-    starts = [0, *ends[:-1]]
-    held_out = [Document("held out", data[start:end]) for start, end in zip(starts, ends, strict=True)]
+    with (folder / HELD_OUT).open("rb") as file:
+        held_out = [Document("held out", file.read(length)) for length in saved["held_out_lengths"]]
     return Corpus(Facts(**saved["facts"]), Tokens(folder, saved["dtype"], tokenizer.eos_token_id), held_out)
 
 
 def _tokenize(source: Source, tokenizer: Tokenizer, folder: Path, on_read: OnRead) -> None:
-    writer = TokenWriter(folder, tokenizer, source.is_measured)
+    writer = TokenWriter(folder, tokenizer, source.is_measured, source.sha256)
     writer.write(source.pieces(on_read))
     while not source.is_settled:
-        writer = TokenWriter(folder, tokenizer, source.is_measured)
+        writer = TokenWriter(folder, tokenizer, source.is_measured, source.sha256)
         writer.write(source.pieces())
     source.check_unchanged()
-    if not writer.documents:
+    facts = writer.facts
+    if not facts.documents:
         raise InputError(no_text_in(source.names or ["the standard library"]))
-    if not writer.training_bytes or not writer.held_out_bytes:
-        size = writer.training_bytes + writer.held_out_bytes
+    if not facts.training_bytes or not facts.held_out_bytes:
+        size = facts.training_bytes + facts.held_out_bytes
         raise InputError(f"the corpus of {size:,} bytes is too small to hold text out; give more text")
-    writer.finish(source.sha256)
+    writer.finish()

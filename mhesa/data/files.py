@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from mhesa.atomic_io import read_chunks
 from mhesa.data.compression import SUFFIXES, decompressed
-from mhesa.errors import InputError, reason
+from mhesa.errors import InputError, os_errors
 
 CHUNK_BYTES = 1 << 20
 # A file is hashed in blocks of this many bytes, in parallel.
@@ -67,7 +68,7 @@ class File:
 
         A change within a tick of the system's clock, a few milliseconds, can leave them as they were.
         """
-        with _named_errors(self):
+        with os_errors(f"cannot read {self.name}"):
             stat = self.path.stat()
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -83,13 +84,9 @@ class File:
         """
         how = f"{self.path.suffix.lower()} {self.form}" if start == 0 else f"{start}"
         digest = hashlib.sha256(f"{how}\n".encode())
-        buffer = memoryview(bytearray(CHUNK_BYTES))
-        with _named_errors(self), self.path.open("rb", buffering=0) as file:
-            file.seek(start)
-            left = HASH_BLOCK_BYTES
-            while size := file.readinto(buffer[:left]):
-                digest.update(buffer[:size])
-                left -= size
+        with os_errors(f"cannot read {self.name}"):
+            for chunk in read_chunks(self.path, start, HASH_BLOCK_BYTES):
+                digest.update(chunk)
         return digest.hexdigest()
 
     def documents(
@@ -105,17 +102,8 @@ class File:
             InputError: the file cannot be read, or does not hold what its suffix says.
         """
         read = _parquet if self.form in PARQUET else _json_lines if self.form in JSON_LINES else _whole
-        with _named_errors(self):
+        with os_errors(f"cannot read {self.name}"):
             yield from read(self, text_field, on_read)
-
-
-@contextmanager
-def _named_errors(file: File) -> Iterator[None]:
-    """Turn the system's errors into one that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot read {file.name}: {reason(error)}") from error
 
 
 @contextmanager
@@ -135,7 +123,7 @@ def _whole(file: File, text_field: str, on_read: OnRead) -> Iterator[tuple[str, 
 
 def _chunks(file: File, text: IO[bytes], raw: IO[bytes], on_read: OnRead) -> Iterator[bytes]:
     position = 0
-    with _named_errors(file):
+    with os_errors(f"cannot read {file.name}"):
         while chunk := text.read(CHUNK_BYTES):
             on_read(raw.tell() - position)
             position = raw.tell()

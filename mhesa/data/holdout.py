@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from mhesa.data.parallel import batch_by_size, map_ordered, thread_pool
+from mhesa.data.parallel import batch_by_size, map_ordered
 from mhesa.errors import InputError
 from mhesa.tokenizers.stream import character_start
 
@@ -210,10 +210,9 @@ def _with_ranks(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, byte
     def rank(batch: list[tuple[int, bytes]]) -> list[tuple[int, bytes, float]]:
         return [(index, data, content_rank(data)) for index, data in batch]
 
-    with thread_pool() as pool:
-        batches = batch_by_size(pieces, lambda piece: len(piece[1]), HASH_BATCH_BYTES)
-        for batch in map_ordered(pool, rank, batches):
-            yield from batch
+    batches = batch_by_size(pieces, lambda piece: len(piece[1]), HASH_BATCH_BYTES)
+    for batch in map_ordered(rank, batches):
+        yield from batch
 
 
 def cut(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:

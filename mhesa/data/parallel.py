@@ -13,22 +13,16 @@ Result = TypeVar("Result")
 THREADS = os.cpu_count() or 1
 
 
-def thread_pool() -> ThreadPoolExecutor:
-    """A pool of one thread for each core."""
-    return ThreadPoolExecutor(THREADS)
-
-
-def map_ordered(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Result]:
-    """Like `map`, on a pool's threads; each thread works at most one item ahead of what was taken."""
+def map_ordered(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Like `map`, on a thread for each core; each works at most one item ahead of what was taken."""
     waiting: deque[Future[Result]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > THREADS:
+    with ThreadPoolExecutor(THREADS) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > THREADS:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def batch_by_size(items: Iterable[Item], size_of: Callable[[Item], int], size: int) -> Iterator[list[Item]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import stat
 import sysconfig
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mhesa.atomic_io import read_json
 from mhesa.data.cache import save_chunks
 from mhesa.data.files import TEXT_FIELD, Document, File
 from mhesa.data.hub import HUB, hub_file
@@ -138,8 +138,8 @@ def _files_below(folder: Path) -> list[Path]:
 def _holds_run(folder: Path) -> bool:
     """Whether `mhesa train` wrote to a folder."""
     try:
-        saved = json.loads((folder / SETTINGS).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        saved = read_json(folder / SETTINGS)
+    except InputError:
         return False
     return isinstance(saved, dict) and {"settings", "corpus"} <= saved.keys()
 

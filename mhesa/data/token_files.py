@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 
 from mhesa.data.holdout import Piece
-from mhesa.data.parallel import batch_by_size, map_ordered, thread_pool
+from mhesa.data.parallel import batch_by_size, map_ordered
 from mhesa.tokenizers.base import Tokenizer
 
 TOKENS = "tokens.bin"
@@ -27,7 +27,7 @@ BATCH_BYTES = 1 << 22
 READS_BETWEEN_RELEASES = 256
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Facts:
     """Counts of a corpus, saved with its tokens.
 
@@ -39,10 +39,10 @@ class Facts:
         sha256: digest of the source, see `Source`.
     """
 
-    documents: int
-    training_bytes: int
-    training_tokens: int
-    held_out_bytes: int
+    documents: int = 0
+    training_bytes: int = 0
+    training_tokens: int = 0
+    held_out_bytes: int = 0
     sha256: str
 
 
@@ -99,14 +99,17 @@ class TokenWriter:
         folder: folder to write the files to.
         tokenizer: makes ids of text.
         is_measured: decides by a held-out piece's rank whether it is kept to measure on.
+        sha256: digest of the source.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, is_measured: Callable[[float], bool]) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, is_measured: Callable[[float], bool], sha256: str
+    ) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
         self.is_measured = is_measured
         self.dtype = _smallest_type(tokenizer)
-        self.documents = self.training_bytes = self.training_tokens = self.held_out_bytes = 0
+        self.facts = Facts(sha256=sha256)
         self._last_document = -1
         self._lowest_rank = 1.0
         self._measured: list[bytearray] = []
@@ -115,28 +118,20 @@ class TokenWriter:
     def write(self, pieces: Iterable[Piece]) -> None:
         """Write the tokens of the training pieces, and keep some of the others to measure on."""
         training = (piece for piece in pieces if self._count(piece))
+        batches = batch_by_size(training, lambda piece: len(piece.data), BATCH_BYTES)
+        encoded = map_ordered(self._encode, batches)
         with (
             (self.folder / TOKENS).open("wb", buffering=0) as tokens,
             (self.folder / STARTS).open("wb") as starts,
-            thread_pool() as pool,
         ):
-            batches = batch_by_size(training, lambda piece: len(piece.data), BATCH_BYTES)
-            encoded = map_ordered(pool, self._encode, batches)
-            for _ in map_ordered(pool, _write_at, self._places(tokens, starts, encoded)):
+            for _ in map_ordered(_write_at, self._places(tokens, starts, encoded)):
                 pass
 
-    def finish(self, sha256: str) -> None:
+    def finish(self) -> None:
         """Write the text to measure on, and the counts."""
         (self.folder / HELD_OUT).write_bytes(b"".join(self._measured))
-        facts = Facts(
-            documents=self.documents,
-            training_bytes=self.training_bytes,
-            training_tokens=self.training_tokens,
-            held_out_bytes=self.held_out_bytes,
-            sha256=sha256,
-        )
         lengths = [len(document) for document in self._measured]
-        saved = {"facts": asdict(facts), "dtype": self.dtype, "held_out_lengths": lengths}
+        saved = {"facts": asdict(self.facts), "dtype": self.dtype, "held_out_lengths": lengths}
         (self.folder / FACTS).write_text(json.dumps(saved))
 
     def _places(
@@ -144,19 +139,20 @@ class TokenWriter:
     ) -> Iterator[tuple[int, int, np.ndarray]]:
         """Each batch's ids and where in the file they go, so that several threads can write."""
         for ids, first in encoded:
-            starts.write((self.training_tokens + first).tobytes())
-            yield tokens.fileno(), self.training_tokens * ids.itemsize, ids
-            self.training_tokens += len(ids)
+            place = self.facts.training_tokens
+            starts.write((place + first).tobytes())
+            yield tokens.fileno(), place * ids.itemsize, ids
+            self.facts.training_tokens += len(ids)
 
     def _count(self, piece: Piece) -> bool:
         """Count a piece; whether it is trained on."""
-        self.documents += piece.document != self._last_document
+        self.facts.documents += piece.document != self._last_document
         self._last_document = piece.document
         self._lowest_rank = min(self._lowest_rank, piece.rank)
         if not piece.held_out:
-            self.training_bytes += len(piece.data)
+            self.facts.training_bytes += len(piece.data)
             return True
-        self.held_out_bytes += len(piece.data)
+        self.facts.held_out_bytes += len(piece.data)
         if self._is_measured(piece.rank):
             if piece.starts or not self._measured:
                 self._measured.append(bytearray())

@@ -66,9 +66,8 @@ class MhesaCacheLayer(CacheLayerMixin):
         """-1: any length fits."""
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """`get_max_length`, by its name in transformers 5.6."""
-        return self.get_max_length()
+    # Its name in transformers 5.6.
+    get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
         """Remove the state."""

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from mhesa.hf.auto_class import NoSourceCopies
-from mhesa.hf.cache import CACHE, MhesaCache, MhesaCacheLayer, only_cache
+from mhesa.hf.cache import CACHE, MhesaCache, only_cache
 from mhesa.hf.configuration import CACHE_NAMES, MhesaConfig
 from mhesa.hf.packing import Padding, next_tokens, offsets, real_tokens
 from mhesa.model.config import ModelConfig
@@ -29,8 +29,6 @@ from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
 from mhesa.model.loading import KEPT_IN_FP32, saved_name
 from mhesa.model.loss import IGNORED_LABEL, LARGE_VOCABULARY, next_token_loss
 from mhesa.tokenizers.bytes import END_OF_TEXT_ID
-
-__all__ = ["MhesaCache", "MhesaCacheLayer", "MhesaForCausalLM", "MhesaModel", "MhesaPreTrainedModel"]
 
 # Arguments that collators pass with packed sequences. The offsets are found from one of them; the others are
 # for attention kernels.
@@ -49,18 +47,11 @@ class MhesaPreTrainedModel(NoSourceCopies, PreTrainedModel):
     config: MhesaConfig
     config_class = MhesaConfig
     base_model_prefix = "model"
+    _input_embed_layer = "token_emb"
     supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["MhesaBlock"]  # noqa: RUF012 not a ClassVar there
     _keep_in_fp32_modules_strict = set(KEPT_IN_FP32)  # noqa: RUF012
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return cast(MhesaModel, self.base_model).token_emb
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.base_model.token_emb = value
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
@@ -316,23 +307,17 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         if shift_labels is not None and (real := real_tokens(attention_mask, shift_labels)) is not None:
             # Padding predicts nothing.
             shift_labels = shift_labels.masked_fill(~real, ignored)
-        if loss_only and shift_labels is not None and self.config.vocab_size >= LARGE_VOCABULARY:
-            return CausalLMOutputWithPast(
-                loss=next_token_loss(outputs.last_hidden_state, self.to_logits, shift_labels),
-                hidden_states=outputs.hidden_states,
-                **{CACHE: outputs.get(CACHE)},
-            )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.to_logits(outputs.last_hidden_state[:, kept])
-        loss = None
-        if shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=None,
-                shift_labels=shift_labels,
-                vocab_size=self.config.vocab_size,
-                **for_loss,
-            )
+        hidden, tokens = outputs.last_hidden_state, self.config.vocab_size
+        loss = logits = None
+        if loss_only and shift_labels is not None and tokens >= LARGE_VOCABULARY:
+            loss = next_token_loss(hidden, self.to_logits, shift_labels)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.to_logits(hidden[:, kept])
+            if shift_labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=None, shift_labels=shift_labels, vocab_size=tokens, **for_loss
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if loss_only else logits,

@@ -162,9 +162,11 @@ class ModelConfig(ModelSizes):
 
     def empty(self) -> "GatedExponentialSmoothingLM":
         """A model of these sizes on the meta device, for weights to be assigned to."""
-        from mhesa.model.meta import meta_device
+        import torch
 
-        with meta_device():
+        from mhesa.model.meta import NoInitialValues
+
+        with torch.device("meta"), NoInitialValues():
             return self.build()
 
 

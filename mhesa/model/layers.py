@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,24 +152,9 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(identity_taps(size, dim))
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        initial_state: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        backend: str | None = None,
-        context_parallel: ContextParallel | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`x` of `(batch, length, dim)` to output and state; see `mhesa.ops.convolution`."""
-        return causal_convolution(
-            x,
-            self.weight,
-            initial_state=initial_state,
-            cu_seqlens=cu_seqlens,
-            backend=backend,
-            context_parallel=context_parallel,
-        )
+    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """`x` of `(batch, length, dim)` to output and state; options are those of `causal_convolution`."""
+        return causal_convolution(x, self.weight, **options)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: `x` of `(batch, dim)` and `state` of `(batch, size - 1, dim)` to output and new state."""
@@ -255,27 +241,18 @@ class GatedMHESA(nn.Module):
         context_parallel: ContextParallel | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the block over `x` of `(batch, length, dim)`; states are `(batch, state_size)`."""
+        backend = self.mhesa.backend
+        sequences = {"cu_seqlens": cu_seqlens, "context_parallel": context_parallel}
         smoothing, tail = self._split(initial_state)
         z = self.norm(x)
         if self.conv is not None:
-            z, tail = self.conv(
-                z,
-                initial_state=tail,
-                cu_seqlens=cu_seqlens,
-                backend=self.mhesa.backend,
-                context_parallel=context_parallel,
-            )
-        v = gelu(self.to_v(z), backend=self.mhesa.backend)
+            z, tail = self.conv(z, initial_state=tail, backend=backend, **sequences)
+        v = gelu(self.to_v(z), backend=backend)
         shift = None if self.to_alpha is None else self.to_alpha(z)
         smoothed, smoothing = self.mhesa(
-            v,
-            initial_state=smoothing,
-            return_state=True,
-            cu_seqlens=cu_seqlens,
-            shift=shift,
-            context_parallel=context_parallel,
+            v, initial_state=smoothing, return_state=True, shift=shift, **sequences
         )
-        gated = self.dropout(gelu(self.to_u(z), self.to_gate(smoothed), backend=self.mhesa.backend))
+        gated = self.dropout(gelu(self.to_u(z), self.to_gate(smoothed), backend=backend))
         out = self.dropout(self.to_out(gated)) + x
         return (out, self._join(smoothing, tail)) if return_state else out
 

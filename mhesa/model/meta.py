@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 
-@contextmanager
-def meta_device() -> Iterator[None]:
-    """Create tensors on the meta device, and skip their initial values."""
-    with torch.device("meta"), _NoInitialValues():
-        yield
-
-
-class _NoInitialValues(TorchFunctionMode):
+class NoInitialValues(TorchFunctionMode):
     """Skips random initial values: to draw them for the meta device, torch would import its compiler."""
 
     def __torch_function__(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mhesa.errors import InputError, reason
 from mhesa.inference.session import SessionState
@@ -45,9 +46,10 @@ class SessionError(Exception):
 
 
 @dataclass(frozen=True)
-class SessionRecord:
-    """What a list shows of a session; times are seconds since 1970."""
+class SessionInfo:
+    """A stored session; times are seconds since 1970."""
 
+    object: Literal["session"]
     name: str
     position: int
     bytes: int
@@ -166,9 +168,8 @@ class Sessions:
             Path(copy).unlink(missing_ok=True)
             with closing(connect(copy, timeout=BUSY_SECONDS)) as target:
                 database.backup(target)
-        else:
-            if not _is_ours(self._path):
-                raise SessionError(503, "sessions cannot be used now: another file is in the place of theirs")
+        elif not _is_ours(self._path):
+            raise SessionError(503, "sessions cannot be used now: another file is in the place of theirs")
         if wal is not None and wal == before[1]:
             # It belongs to the file that was here before: SQLite would write it into the new one.
             for suffix in (WAL, SHARED_MEMORY):
@@ -219,8 +220,8 @@ class Sessions:
                 (client, name, self.model, stored.position, stored.token, data, now, now),
             )
 
-    def fork(self, client: str, name: str, new: str) -> SessionRecord:
-        """Copy a session under a new name; returns the copy's record.
+    def fork(self, client: str, name: str, new: str) -> SessionInfo:
+        """Copy a session under a new name; returns what is known of it.
 
         Raises:
             SessionError: there is no such session, or the new one exists, or there are too many.
@@ -248,12 +249,12 @@ class Sessions:
         with self._use() as database:
             return database.execute(query, (client, name)).rowcount > 0
 
-    def page(self, client: str, after: str = "", limit: int = 100) -> list[SessionRecord]:
+    def page(self, client: str, after: str = "", limit: int = 100) -> list[SessionInfo]:
         """A client's sessions whose names come after `after`, in the order of their names."""
         return self._listed("client = ? AND name > ? AND used > ?", (client, after, self._oldest()), limit)
 
-    def get(self, client: str, name: str) -> SessionRecord | None:
-        """The record of one session."""
+    def get(self, client: str, name: str) -> SessionInfo | None:
+        """What is known of one session; `None` if there is none of that name."""
         rows = self._listed("client = ? AND name = ? AND used > ?", (client, name, self._oldest()), 1)
         return rows[0] if rows else None
 
@@ -273,13 +274,13 @@ class Sessions:
         with self._use() as database:
             return database.execute(query, values).fetchone()
 
-    def _listed(self, where: str, values: tuple[object, ...], limit: int) -> list[SessionRecord]:
+    def _listed(self, where: str, values: tuple[object, ...], limit: int) -> list[SessionInfo]:
         columns = "name, position, length(state), created, used"
         query = f"SELECT {columns} FROM sessions WHERE {where} ORDER BY name LIMIT ?"
         with self._use() as database:
             rows = database.execute(query, (*values, limit)).fetchall()
         return [
-            SessionRecord(name, position, size, created, used, used + self.limits.idle_seconds)
+            SessionInfo("session", name, position, size, created, used, used + self.limits.idle_seconds)
             for name, position, size, created, used in rows
         ]
 

@@ -90,19 +90,10 @@ class Tokenizer(ABC):
 
         Raises:
             jinja2.TemplateError: the template is wrong, or refuses the conversation.
-            InputError: a message that cannot be encoded.
+            InputError: a message that cannot be encoded, or holds a code point of marks.
         """
         assert self.chat_template is not None, "the tokenizer has no chat template"
-        return self._encode_marked(
-            render_chat(
-                self.chat_template,
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                eos_token_id=self.eos_token_id,
-                pad_token_id=self.pad_token_id,
-                special_tokens=self.special_tokens(),
-            )
-        )
+        return self._encode_marked(render_chat(self, messages, add_generation_prompt))
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
         """The ids of a text in which the texts of special tokens become these tokens.

@@ -82,10 +82,9 @@ class Bytes(Tokenizer):
             }
             for index, token in sorted(self.added_tokens.items())
         }
-        write_config(
-            *(Path(folder), BYTE_TOKENIZER, self), added_tokens_decoder=tokens, auto_map=remote_code.BYTES
-        )
-        remote_code.write_module(Path(folder))
+        folder = Path(folder)
+        write_config(folder, BYTE_TOKENIZER, self, added_tokens_decoder=tokens, auto_map=remote_code.BYTES)
+        remote_code.write_module(folder)
 
     def _added_tokens(self) -> Mapping[int, AddedToken]:
         return self.added_tokens

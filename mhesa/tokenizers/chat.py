@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -20,6 +20,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mhesa.errors import InputError
+
+if TYPE_CHECKING:
+    from mhesa.tokenizers.base import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
 Role = Literal["system", "developer", "user", "assistant"]
@@ -42,50 +45,35 @@ def mark_special_tokens(text: str, special_tokens: Mapping[int, str]) -> str:
     return _Marks(special_tokens).replace(text)
 
 
-def render_chat(
-    template: str,
-    messages: Messages,
-    *,
-    add_generation_prompt: bool,
-    eos_token_id: int,
-    pad_token_id: int,
-    special_tokens: Mapping[int, str],
-) -> str:
-    r"""The text of a conversation, in which a mark stands for each special token of the template.
+def render_chat(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
+    """The text of a conversation, in which a mark stands for each special token of the template.
 
-    The template runs in Jinja's sandbox: it comes from a model's folder and is not trusted.
+    The template runs in Jinja's sandbox: it comes from a model's folder and is not trusted. It sees the
+    end-of-text token as `bos_token` and as `eos_token`.
 
     Args:
-        template: a Jinja template, which sees `messages` and `add_generation_prompt` as variables.
-        messages: a `role` and a `content` each.
-        add_generation_prompt: end with the words that begin an answer.
-        eos_token_id: the token that begins and ends texts; templates see it as `bos_token` and `eos_token`.
-        pad_token_id: the token that fills rows; templates see it as `pad_token`.
-        special_tokens: the texts of the special tokens by their ids.
+        tokenizer: has the template and the special tokens.
+        messages, add_generation_prompt: see `Tokenizer.apply_chat_template`; also for what it raises.
 
-    Raises:
-        jinja2.TemplateError: the template is wrong, or refuses the conversation.
-        InputError: a message holds a code point of marks.
-
-    >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
-    >>> messages = [{"role": "user", "content": "What is <end>?"}]
-    >>> special = {"eos_token_id": 9, "pad_token_id": 9, "special_tokens": {9: "<end>"}}
-    >>> text = render_chat(template, messages, add_generation_prompt=False, **special)
-    >>> text == "user: What is <end>?" + mark(9)
+    >>> from mhesa.tokenizers import Bytes
+    >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"
+    >>> messages = [{"role": "user", "content": "What is <|endoftext|>?"}]
+    >>> text = render_chat(Bytes(chat_template=template), messages, add_generation_prompt=False)
+    >>> text == "user: What is <|endoftext|>?" + mark(256)
     True
     """
     _check(messages)
-    end = mark(eos_token_id)
-    text = _compile(template, tuple(special_tokens.items())).render(
+    special, end = tokenizer.special_tokens(), mark(tokenizer.eos_token_id)
+    text = _compile(tokenizer.chat_template, tuple(special.items())).render(
         messages=messages,
         add_generation_prompt=add_generation_prompt,
         tools=None,
         documents=None,
         bos_token=end,
         eos_token=end,
-        pad_token=mark(pad_token_id),
+        pad_token=mark(tokenizer.pad_token_id),
     )
-    return _Marks(special_tokens).join_parts(text)
+    return _Marks(special).join_parts(text)
 
 
 def _check(value: Any) -> None:

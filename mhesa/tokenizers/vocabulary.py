@@ -24,7 +24,8 @@ from mhesa.tokenizers.config import write_config
 PADDING = "<|padding|>"
 # transformers' name for a tokenizer that a tokenizer.json describes.
 FAST_TOKENIZER = "PreTrainedTokenizerFast"
-NOT_UTF8 = re.compile("[\udc80-\udcff]+")
+# A byte that is not UTF-8, as "surrogateescape" decodes it.
+NOT_UTF8 = re.compile("([\udc80-\udcff])")
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -126,25 +127,21 @@ class TextTokenizer(base.Tokenizer):
         text = data.decode("utf-8", "surrogateescape")
         ids: list[int] = []
         place = 0
-        for match in NOT_UTF8.finditer(text):
-            ids += self._encode_text(text[place : match.start()])
-            for character in match[0]:
-                byte = ord(character) - 0xDC00
+        for part in NOT_UTF8.split(text):
+            if NOT_UTF8.fullmatch(part):
+                byte = ord(part) - 0xDC00
                 token = self.tokenizer.token_to_id(byte_alphabet()[byte]) if self._is_byte_level else None
                 if token is None:
-                    offset = len(text[: match.start()].encode("utf-8", "surrogateescape"))
+                    offset = len(text[:place].encode("utf-8", "surrogateescape"))
                     raise InputError(
                         f"byte {byte:#04x} at offset {offset:,} of {data[:20]!r}... is not UTF-8, and this "
                         "tokenizer reads text alone; use --tokenizer bytes"
                     )
                 ids.append(token)
-            place = match.end()
-        ids += self._encode_text(text[place:])
+            elif part:
+                ids += self.tokenizer.encode(part, add_special_tokens=False).ids
+            place += len(part)
         return np.array(ids, dtype=np.uint32)
-
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
 
     @cached_property
     def _is_byte_level(self) -> bool:

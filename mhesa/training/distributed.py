@@ -24,7 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from mhesa.model.lm import GatedExponentialSmoothingLM
+from mhesa.model.loading import plain_name, saved_name
 from mhesa.processes import processes, rank
+from mhesa.training.checkpoint import Parts
 
 # Parameters, or what an optimizer keeps of them, by the parameters' names.
 StateDict = dict[str, Any]
@@ -109,18 +111,33 @@ def model_state(model: nn.Module) -> StateDict:
     return get_model_state_dict(model, options=_GATHERED)
 
 
-def optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> StateDict:
-    """What the optimizers keep of each parameter, by its name; otherwise as `model_state`."""
-    state: Any = get_optimizer_state_dict(model, optimizers, options=_GATHERED)
-    return dict(state.get("state", {}))
+def gather_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> Parts:
+    """Parameters, and what the optimizers keep of each, as files of a checkpoint; see `model_state`."""
+    # The parameters first: reading them shards again those that a forward pass has left whole.
+    weights = model_state(model)
+    kept: Any = get_optimizer_state_dict(model, optimizers, options=_GATHERED)
+    return {
+        "model": {saved_name(name): weight for name, weight in weights.items()},
+        "optimizer": {
+            f"{saved_name(name)}:{key}": value
+            for name, values in kept.get("state", {}).items()
+            for key, value in values.items()
+        },
+    }
 
 
-def load_model_state(model: nn.Module, state: StateDict) -> None:
-    """Put whole parameters, the same in every process, into a model that may be sharded."""
-    set_model_state_dict(model, state, options=_WHOLE)
+def load_state(
+    model: nn.Module, optimizers: Sequence[Optimizer], saved: StateDict, saved_optimizers: StateDict
+) -> None:
+    """Put the files that `gather_state` gave, the same in every process, into a model that may be sharded.
 
-
-def load_optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer], state: StateDict) -> None:
-    """Put whole tensors, the same in every process, into optimizers; their settings stay as they are."""
+    The settings of the optimizers stay as they are.
+    """
+    kept: StateDict = {}
+    for place, value in saved_optimizers.items():
+        name, _, key = place.rpartition(":")
+        kept.setdefault(plain_name(name), {})[key] = value
     groups = get_optimizer_state_dict(model, optimizers)["param_groups"]
-    set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=_WHOLE)
+    set_optimizer_state_dict(model, optimizers, {"state": kept, "param_groups": groups}, options=_WHOLE)
+    weights = {plain_name(name): weight for name, weight in saved.items()}
+    set_model_state_dict(model, weights, options=_WHOLE)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 import mhesa
 from mhesa.atomic_io import check_outputs, read_json, remove, write_file
-from mhesa.errors import InputError
+from mhesa.errors import InputError, os_errors
 from mhesa.file_names import CHECKPOINTS, METRICS, RUN_FILES, SETTINGS, WEIGHTS
 from mhesa.locks import only_writer_of_folder
 from mhesa.processes import broadcast, rank
@@ -67,14 +68,8 @@ def check_free(folder: Path) -> None:
         )
 
 
-def checkpoint_to_resume(
-    settings: TrainingSettings, on_damage: Callable[[str], object] = lambda damage: None
-) -> Path:
-    """The newest whole checkpoint of the run in `settings.out`.
-
-    Args:
-        settings: settings of the resumed run.
-        on_damage: called with what is wrong with each checkpoint that is not used.
+def checkpoint_to_resume(settings: TrainingSettings, console: Console) -> Path:
+    """The newest whole checkpoint of the run in `settings.out`; the console is told of damaged ones.
 
     Raises:
         InputError: there is no run, it has other settings, it is complete, or no checkpoint is whole.
@@ -91,10 +86,11 @@ def checkpoint_to_resume(
         what = f"; {passed_over[0]}" if passed_over else ""
         raise InputError(f"{folder} holds no whole checkpoint to resume; start over with --overwrite{what}")
     for damage in passed_over:
-        on_damage(f"{damage}; going on from {path.name} instead")
+        message = f"{damage}; going on from {path.name} instead"
+        console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
     progress = checkpoint.load_progress(path, settings.patience)
     budget = Budget(settings.steps, settings.minutes)
-    budget.set(progress.seconds)
+    budget.seconds = progress.seconds
     if progress.is_finished(budget, settings.patience) and _is_complete(folder):
         more = "--steps or --minutes" if progress.is_finished(budget, None) else "--patience"
         raise InputError(f"the run in {folder} is complete at step {progress.step}; give it more with {more}")
@@ -117,7 +113,7 @@ def check_same_corpus(folder: Path, sha256: str) -> None:
 
 def prepare(folder: Path, settings: TrainingSettings, facts: dict[str, Any], done: int | None) -> None:
     """Clear the folder for a new run, or drop a resumed run's metrics after step `done`."""
-    try:
+    with os_errors(f"cannot write to {folder}"):
         if done is None:
             kept = []
             for name in RUN_FILES:
@@ -133,8 +129,6 @@ def prepare(folder: Path, settings: TrainingSettings, facts: dict[str, Any], don
         settings.save(folder / SETTINGS, corpus=facts, versions=versions)
         with write_file(folder / METRICS) as file:
             file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

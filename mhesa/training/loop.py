@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,11 @@ from torch.optim import Optimizer
 from mhesa.atomic_io import sync
 from mhesa.file_names import CHECKPOINTS, METRICS
 from mhesa.model.lm import GatedExponentialSmoothingLM
-from mhesa.model.loading import plain_name, saved_name
 from mhesa.processes import maximum, rank
 from mhesa.training import checkpoint
 from mhesa.training.batches import Batches, CarriedStates
 from mhesa.training.checkpoint import Progress
-from mhesa.training.distributed import (
-    StateDict,
-    distribute,
-    full,
-    load_model_state,
-    load_optimizer_state,
-    model_state,
-    optimizer_state,
-    sync_gradients,
-)
+from mhesa.training.distributed import distribute, full, gather_state, load_state, sync_gradients
 from mhesa.training.metrics import Evaluation, Metrics, Row
 from mhesa.training.optimizers import make_optimizers
 from mhesa.training.schedule import Budget, StopOnSignal, choose_dropout, learning_rate
@@ -93,9 +84,13 @@ def train_model(
     states = None
     if settings.carry_state:
         states = CarriedStates(settings.depth, model.state_size, settings.device, batches.grid)
+    progress = Progress()
     if start is not None:
-        _restore(start, model, optimizers, states, settings.accumulate)
-    progress = Progress() if start is None else checkpoint.load_progress(start, settings.patience)
+        load = partial(checkpoint.load_part, start)
+        load_state(model, optimizers, load("model"), load("optimizer"))
+        if states is not None:
+            states.load(load("states")["states"], settings.accumulate)
+        progress = checkpoint.load_progress(start, settings.patience)
     metrics = Metrics(settings, progress, bytes_per_token, on_row)
     if settings.steps is not None:
         progress.dropout = choose_dropout(batches.windows.epochs(settings.steps))
@@ -162,7 +157,7 @@ def train_model(
             # 6. Clock and signals: the slowest process counts, and a signal that any of them received.
             progress.step += 1
             progress.seconds, signal = maximum([budget.now(), float(signals.received or 0)])
-            budget.set(progress.seconds)
+            budget.seconds = progress.seconds
             done = budget.spent(progress.step) >= 1
 
             # 7. A row of metrics
@@ -210,14 +205,7 @@ def _save(
     states: CarriedStates | None,
 ) -> None:
     """Write a checkpoint. All processes gather its tensors, and the first one writes them."""
-    parts = {
-        "model": {saved_name(name): weight for name, weight in model_state(model).items()},
-        "optimizer": {
-            f"{saved_name(name)}:{key}": value
-            for name, values in optimizer_state(model, optimizers).items()
-            for key, value in values.items()
-        },
-    }
+    parts = gather_state(model, optimizers)
     if states is not None:
         parts["states"] = {"states": states.gathered()}
     if rank() == 0:
@@ -225,22 +213,3 @@ def _save(
         # So that the rows before a checkpoint are on the disk when it is.
         sync(folder / METRICS)
         checkpoint.save(folder / CHECKPOINTS, progress, parts, settings.keep)
-
-
-def _restore(
-    path: Path,
-    model: GatedExponentialSmoothingLM,
-    optimizers: Sequence[Optimizer],
-    states: CarriedStates | None,
-    accumulate: int,
-) -> None:
-    """Read a checkpoint's tensors in every process."""
-    state: StateDict = {}
-    for place, value in checkpoint.load_part(path, "optimizer").items():
-        name, _, key = place.rpartition(":")
-        state.setdefault(plain_name(name), {})[key] = value
-    load_optimizer_state(model, optimizers, state)
-    weights = checkpoint.load_part(path, "model")
-    load_model_state(model, {plain_name(name): weight for name, weight in weights.items()})
-    if states is not None:
-        states.load(checkpoint.load_part(path, "states")["states"], accumulate)

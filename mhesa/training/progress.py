@@ -19,7 +19,6 @@ class ProgressDisplay:
     def __init__(self, console: Console, budget: Budget) -> None:
         self.console = console
         self.budget = budget
-        self.figures = ""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -31,7 +30,7 @@ class ProgressDisplay:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task: TaskID | None = None
+        self._task = TaskID(-1)
         self._last_line = time.monotonic()
 
     def __enter__(self) -> ProgressDisplay:
@@ -47,14 +46,11 @@ class ProgressDisplay:
 
     def close(self) -> None:
         """Remove the current bar."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
+        self._progress.remove_task(self._task)
 
     def advance(self, amount: float) -> None:
         """Advance the current bar."""
-        if self._task is not None:
-            self._progress.advance(self._task, amount)
+        self._progress.advance(self._task, amount)
 
     def show(self, row: Row) -> None:
         """Show a row of metrics, in the bar or as a line, or an evaluation with its sample."""
@@ -66,13 +62,11 @@ class ProgressDisplay:
             f"step {row['step']:,}  loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte  "
             f"{row['tokens_per_second']:,.0f} tokens/s{dropout}"
         )
+        done = min(self.budget.spent(row["step"]), 1.0)
         if self.console.is_terminal:
-            if self._task is not None:
-                done = min(self.budget.spent(row["step"]), 1.0)
-                self._progress.update(self._task, figures=figures, completed=done)
+            self._progress.update(self._task, figures=figures, completed=done)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            done = min(self.budget.spent(int(row["step"])), 1.0)
             left = self.budget.seconds * (1 - done) / max(done, 1e-9)
             self.console.print(f"{done:4.0%}  {figures}  {left:,.0f} s left", highlight=False)
 

@@ -6,7 +6,8 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -123,11 +124,7 @@ def _train(run: Run, phase: Phase) -> Summary:
 def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Console) -> Run:
     """Check everything that can be wrong, tokenise the text, and only then touch the folder."""
     folder = Path(settings.out)
-
-    def warn(damage: str) -> None:
-        console.print(damage, style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-    start = checkpoint_to_resume(settings, warn) if resume else None
+    start = checkpoint_to_resume(settings, console) if resume else None
     if not resume and not overwrite and rank() == 0:
         check_free(folder)
     if "-" in settings.sources and processes() > 1:
@@ -159,8 +156,9 @@ def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Co
         prepare(folder, settings, asdict(corpus.facts), done)
         tokenizer.save_pretrained(folder)
     barrier()
-    _announce(console, settings, corpus, config.parameters, windows, start)
-    return Run(settings, config, folder, tokenizer, corpus, windows, start, display)
+    run = Run(settings, config, folder, tokenizer, corpus, windows, start, display)
+    run.announce(console)
+    return run
 
 
 @dataclass
@@ -175,6 +173,33 @@ class Run:
     windows: Windows
     start: Path | None
     display: ProgressDisplay
+    drawn_at: float = field(default_factory=time.monotonic)
+
+    def announce(self, console: Console) -> None:
+        """Tell what is going to be trained on what."""
+        settings, facts = self.settings, self.corpus.facts
+        documents = _count(facts.documents, "document")
+        budget = _count(settings.steps, "step") if settings.steps else _count(settings.minutes or 0, "minute")
+        shared = "" if processes() == 1 else f", {processes()} processes"
+        if settings.context_parallel > 1:
+            shared += f", {settings.context_parallel} to a window"
+        often = ""
+        if settings.steps is not None:
+            often = f", the text {self.windows.epochs(settings.steps):,.1f} times"
+        console.print(
+            f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
+            f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"
+            f"[bold]{facts.training_tokens:,}[/] tokens ({settings.tokenizer}), "
+            f"{self.corpus.bytes_per_token:.2f} bytes each\n"
+            f"[bold]{self.config.parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
+            f"{settings.heads} heads over {settings.dim_mhesa}\n"
+            f"[bold]{budget}[/] on {settings.device} in {settings.precision}, "
+            f"{settings.batch_size} x {settings.context} tokens a step{shared}{often}",
+            highlight=False,
+        )
+        if self.start is not None:
+            step = int(self.start.name.removeprefix(PREFIX))
+            console.print(f"goes on from [bold]step {step:,}[/]", highlight=False)
 
     def train(self, signals: StopOnSignal, report: Report, phase: Phase) -> Summary:
         """Train, save the model and, unless a signal came, measure it."""
@@ -203,7 +228,7 @@ class Run:
             budget=self.display.budget,
             signals=signals,
             evaluate=self._evaluate,
-            on_row=_row_writer(self.folder, self.display, report),
+            on_row=partial(self._write_row, report),
             phase=phase,
         )
         if settings.patience is not None and progress.best_step is not None and not stopped_by:
@@ -218,6 +243,15 @@ class Run:
         self.display.open("measuring", sum(len(document.data) for document in held_out))
         score = self._score(model, whole, held_out, self.display.advance)
         return broadcast(self._summary(whole, progress, score) if score is not None else None)
+
+    def _write_row(self, report: Report, row: Row) -> None:
+        """Save a row of metrics, show and report it, and now and then draw the curve."""
+        append_metrics(self.folder, row)
+        self.display.show(row)
+        report(row["step"], {name: value for name, value in row.items() if isinstance(value, float)})
+        if time.monotonic() - self.drawn_at >= SECONDS_BETWEEN_CURVES:
+            self.drawn_at = time.monotonic()
+            draw_curve(read_metrics(self.folder), {}, self.folder / CURVE)
 
     def _whole(self, model: GatedExponentialSmoothingLM) -> GatedExponentialSmoothingLM:
         """The whole model, in the first process. All processes must call this, as each may hold a shard."""
@@ -288,22 +322,6 @@ class Run:
         return Evaluation(score.bits_per_byte, sample.decode("utf-8", "replace"))
 
 
-def _row_writer(folder: Path, display: ProgressDisplay, report: Report) -> Callable[[Row], None]:
-    """A function that saves a row of metrics, shows and reports it, and now and then draws the curve."""
-    drawn = time.monotonic()
-
-    def write(row: Row) -> None:
-        nonlocal drawn
-        append_metrics(folder, row)
-        display.show(row)
-        report(row["step"], {name: value for name, value in row.items() if isinstance(value, float)})
-        if time.monotonic() - drawn >= SECONDS_BETWEEN_CURVES:
-            drawn = time.monotonic()
-            draw_curve(read_metrics(folder), {}, folder / CURVE)
-
-    return write
-
-
 def make_tokenizer(settings: TrainingSettings, source: Source) -> Bytes | TextTokenizer:
     """The tokenizer that settings name; one made of the corpus is made once, and cached.
 
@@ -319,37 +337,6 @@ def make_tokenizer(settings: TrainingSettings, source: Source) -> Bytes | TextTo
     return open_tokenizer(
         cached_folder(name, lambda folder: train_bpe(source.training_text(), size).save_pretrained(folder))
     )
-
-
-def _announce(
-    console: Console,
-    settings: TrainingSettings,
-    corpus: Corpus,
-    parameters: int,
-    windows: Windows,
-    start: Path | None,
-) -> None:
-    facts = corpus.facts
-    documents = _count(facts.documents, "document")
-    budget = _count(settings.steps, "step") if settings.steps else _count(settings.minutes or 0, "minute")
-    shared = "" if processes() == 1 else f", {processes()} processes"
-    if settings.context_parallel > 1:
-        shared += f", {settings.context_parallel} to a window"
-    often = "" if settings.steps is None else f", the text {windows.epochs(settings.steps):,.1f} times"
-    console.print(
-        f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
-        f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"
-        f"[bold]{facts.training_tokens:,}[/] tokens ({settings.tokenizer}), "
-        f"{corpus.bytes_per_token:.2f} bytes each\n"
-        f"[bold]{parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
-        f"{settings.heads} heads over {settings.dim_mhesa}\n"
-        f"[bold]{budget}[/] on {settings.device} in {settings.precision}, "
-        f"{settings.batch_size} x {settings.context} tokens a step{shared}{often}",
-        highlight=False,
-    )
-    if start is not None:
-        step = int(start.name.removeprefix(PREFIX))
-        console.print(f"goes on from [bold]step {step:,}[/]", highlight=False)
 
 
 def _count(number: float, noun: str) -> str:

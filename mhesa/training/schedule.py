@@ -51,8 +51,7 @@ def choose_dropout(epochs: float) -> float:
 class Budget:
     """A number of steps or minutes, counted over all parts of a run that was stopped and resumed.
 
-    `seconds` changes only with `set`, so that all decisions within a step, in every process, use the same
-    time.
+    `seconds` is set once a step, to the same time in every process: all decisions within a step use it.
     """
 
     def __init__(self, steps: int | None, minutes: float | None) -> None:
@@ -69,10 +68,6 @@ class Budget:
     def now(self) -> float:
         """Seconds of training until now."""
         return time.monotonic() - self._started
-
-    def set(self, seconds: float) -> None:
-        """Set the time that decisions use."""
-        self.seconds = seconds
 
     def expected_steps(self, step: int, seconds_per_step: float) -> float:
         """The steps of the whole budget: those before `step`, and of the time that is left at this speed."""

@@ -6,7 +6,8 @@ import codecs
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
@@ -15,8 +16,9 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mhesa.inference.continuation import FinishReason, TextCursor
+from mhesa.inference.continuation import TextCursor
 from mhesa.inference.logprobs import TokenLogprob
+from mhesa.inference.sampling import Sampling
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import APIError, ClientGone, session_error
 from mhesa.serve.api.lease import SessionLease
@@ -26,18 +28,85 @@ from mhesa.serve.engine.jobs import Job
 from mhesa.serve.sessions import SessionError
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a request asks for, checked.
+
+    Args:
+        prompts: the tokens of each prompt as the client sent them, `(tokens,)`.
+        texts: number of texts to write for each prompt.
+        limit: the largest number of tokens of a text.
+        top: number of the likeliest tokens to give beside each; `None` gives no log-probabilities.
+        sampling, stops: how to draw tokens, and what ends a text.
+        options: what a stream sends beside the text.
+        answer: makes the answer.
+        echoed: the bytes of each prompt, to put before its texts; `None` puts nothing there.
+    """
+
+    prompts: list[np.ndarray]
+    texts: int
+    limit: int
+    top: int | None
+    sampling: Sampling
+    stops: list[bytes]
+    options: protocol.StreamOptions
+    answer: type[Answer]
+    echoed: list[bytes] | None
+
+
+class CharacterCounter:
+    r"""Counts the characters of a text that grows token by token.
+
+    A byte that is no part of a character counts as one, U+FFFD, as `bytes.decode` with "replace" makes it.
+
+    >>> counter = CharacterCounter()
+    >>> [counter.add(piece) for piece in (b"n", b"\xc3", b"\xa9", b"\xff", b"!")]
+    [0, 1, 1, 2, 3]
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, piece: bytes) -> int:
+        """Add a token's bytes; returns the index of the character in which they begin."""
+        self._count += len(self._decoder.decode(piece[:1]))
+        is_complete = piece and not self._decoder.getstate()[0]
+        start = self._count - 1 if is_complete else self._count
+        self._count += len(self._decoder.decode(piece[1:]))
+        return start
+
+
+@dataclass
+class Text:
+    """A text of an answer.
+
+    Args:
+        index: index of the text in the answer.
+        cursor: reads the text.
+        echo: its job and its prompt, if the prompt's tokens are still to be put before those of the text.
+    """
+
+    index: int
+    cursor: TextCursor
+    echo: tuple[Job, np.ndarray] | None
+    characters: CharacterCounter = field(default_factory=CharacterCounter)
+
+    @property
+    def echoed(self) -> int:
+        """Prompt tokens that are still to be put before the text."""
+        return 0 if self.echo is None else len(self.echo[1])
+
+
 class Answer(ABC):
     """Turns the texts of a request into a response, or into the events of a stream.
 
     `close` must be called in any case.
 
     Args:
-        submission: the jobs that write the texts.
-        prompts: tokens of each job as the client sent them, `(tokens,)`.
+        submission: the jobs that write the texts, one for each prompt.
+        plan: what the request asks for.
         lease: session that they continue.
-        top: number of the likeliest tokens to give beside each; `None` gives no log-probabilities.
-        options: what a stream sends beside the text.
-        echoed: the bytes of each job's prompt, to put before its texts; `None` puts nothing there.
 
     Attributes:
         prefix: beginning of the answer's id.
@@ -51,18 +120,8 @@ class Answer(ABC):
     chunk: type[BaseModel]
     chunk_object: str
 
-    def __init__(
-        self,
-        submission: Submission,
-        prompts: Sequence[np.ndarray],
-        lease: SessionLease | None,
-        *,
-        top: int | None,
-        options: protocol.StreamOptions,
-        echoed: Sequence[bytes] | None = None,
-    ) -> None:
-        self.submission, self.prompts, self.lease = submission, prompts, lease
-        self.top, self.options = top, options
+    def __init__(self, submission: Submission, plan: Plan, lease: SessionLease | None) -> None:
+        self.submission, self.plan, self.lease = submission, plan, lease
         self.service = submission.service
         self.log_fields: dict[str, Any] = submission.request.state.log_fields
         self.head: dict[str, Any] = {
@@ -70,24 +129,21 @@ class Answer(ABC):
             "created": int(time.time()),
             "model": self.service.settings.name,
         }
-        # The texts in the order of the answer.
-        self.cursors = [
-            TextCursor(text, before)
-            for job, before in zip(submission.jobs, echoed or repeat(b""), strict=False)
-            for text in job.texts
-        ]
+        self.texts: list[Text] = []
+        for job, prompt, echoed in zip(
+            submission.jobs, plan.prompts, plan.echoed or repeat(None), strict=False
+        ):
+            echo = None if echoed is None else (job, prompt)
+            for text in job.texts:
+                self.texts.append(Text(len(self.texts), TextCursor(text, echoed or b""), echo))
 
     @abstractmethod
-    def _choice(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> BaseModel:
-        """A whole text in the form of the response."""
+    def _choice(self, text: Text, new: str, scores: list[TokenLogprob]) -> BaseModel:
+        """What is new in a text and the scores of its tokens, in the form of a response to the whole text."""
 
     @abstractmethod
-    def _events(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> Iterator[BaseModel]:
-        """Events for a piece of a text."""
+    def _events(self, text: Text, new: str, scores: list[TokenLogprob]) -> Iterator[BaseModel]:
+        """Events for what is new in a text."""
 
     def _opening(self, index: int) -> Iterator[BaseModel]:
         """Events before a text; none by default."""
@@ -95,12 +151,8 @@ class Answer(ABC):
 
     def size(self) -> int:
         """The number of items that an answer is made of: tokens, log-probabilities and echoed prompts."""
-        tokens = sum(self._echoed(index) + cursor.text.count for index, cursor in enumerate(self.cursors))
-        return tokens * (1 if self.top is None else 2 + self.top)
-
-    def _echoed(self, index: int) -> int:
-        """Prompt tokens that are still to be put before a text; none by default."""
-        return 0
+        tokens = sum(text.echoed + text.cursor.text.count for text in self.texts)
+        return tokens * (1 if self.plan.top is None else 2 + self.plan.top)
 
     def whole(self) -> bytes:
         """The response of a request that is not streamed, once all texts are written; JSON."""
@@ -108,9 +160,8 @@ class Answer(ABC):
         return "".join(with_items(whole, "choices", self._choices())).encode()
 
     def _choices(self) -> Iterator[str]:
-        for index, cursor in enumerate(self.cursors):
-            choice = self._choice(index, *cursor.read(), cursor.finish)
-            yield "," * (index > 0) + choice.model_dump_json()
+        for text in self.texts:
+            yield "," * (text.index > 0) + self._choice(text, *text.cursor.read()).model_dump_json()
 
     async def save_session(self) -> None:
         """Store the session, if the request continues one."""
@@ -126,44 +177,39 @@ class Answer(ABC):
 
     def usage(self) -> protocol.Usage:
         """Numbers of tokens so far."""
-        read = sum(map(len, self.prompts))
+        read = sum(map(len, self.plan.prompts))
         written = sum(text.count for job in self.submission.jobs for text in job.texts)
         return protocol.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
     async def stream(self) -> AsyncIterator[str]:
         """The events of a stream, in JSON."""
-        for index in range(len(self.cursors)):
+        for index in range(len(self.texts)):
             for event in self._opening(index):
                 yield _json(event)
-        unfinished = dict(enumerate(self.cursors))
+        unfinished = self.texts
         while unfinished:
             await self.submission.progress()
-            for index, cursor in list(unfinished.items()):
-                text, scores = cursor.read()
-                if text or cursor.finish:
-                    size = self._echoed(index) + len(text) + len(scores) * (2 + (self.top or 0))
-                    for data in await self.service.run_sized(
-                        size, self._encoded, index, text, scores, cursor.finish
-                    ):
+            for text in unfinished:
+                new, scores = text.cursor.read()
+                if new or text.cursor.finish:
+                    size = text.echoed + len(new) + len(scores) * (2 + (self.plan.top or 0))
+                    for data in await self.service.run_sized(size, self._encoded, text, new, scores):
                         yield data
-                if cursor.finish:
-                    del unfinished[index]
+            unfinished = [text for text in unfinished if not text.cursor.finish]
         await self.submission.finish()
         await self.save_session()
-        if self.options.include_usage:
+        if self.plan.options.include_usage:
             yield _json(self._chunk().model_copy(update={"usage": self.usage()}))
 
-    def _encoded(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> list[str]:
-        return [_json(event) for event in self._events(index, text, scores, finish)]
+    def _encoded(self, text: Text, new: str, scores: list[TokenLogprob]) -> list[str]:
+        return [_json(event) for event in self._events(text, new, scores)]
 
     def _chunk(self, *choices: BaseModel) -> BaseModel:
         """An event with these choices."""
         fields = dict(self.head)
-        if self.options.continuous_usage_stats:
+        if self.plan.options.continuous_usage_stats:
             fields["usage"] = self.usage()
-        elif self.options.include_usage:
+        elif self.plan.options.include_usage:
             fields["usage"] = None
         return self.chunk(**fields, object=self.chunk_object, choices=list(choices))
 
@@ -175,38 +221,25 @@ class CompletionAnswer(Answer):
     response, response_object = protocol.Completion, "text_completion"
     chunk, chunk_object = protocol.CompletionChunk, "text_completion"
 
-    def __init__(self, *args: Any, echoed: Sequence[bytes] | None, **kwargs: Any) -> None:
-        super().__init__(*args, echoed=echoed, **kwargs)
-        jobs = zip(self.submission.jobs, self.prompts, strict=True)
-        sources = enumerate(pair for pair in jobs for _ in pair[0].texts)
-        # The prompts whose tokens are still to be put before those of their texts.
-        self.echoes: dict[int, tuple[Job, np.ndarray]] = {} if echoed is None else dict(sources)
-        self.characters = [CharacterCounter() for _ in self.cursors]
+    def _events(self, text: Text, new: str, scores: list[TokenLogprob]) -> Iterator[BaseModel]:
+        yield self._chunk(self._choice(text, new, scores))
 
-    def _echoed(self, index: int) -> int:
-        return len(self.echoes[index][1]) if index in self.echoes else 0
+    def _choice(self, text: Text, new: str, scores: list[TokenLogprob]) -> protocol.CompletionChoice:
+        logprobs, finish = self._logprobs(text, scores), text.cursor.finish
+        text.echo = None
+        return protocol.CompletionChoice(index=text.index, text=new, logprobs=logprobs, finish_reason=finish)
 
-    def _events(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> Iterator[BaseModel]:
-        yield self._chunk(self._choice(index, text, scores, finish))
-
-    def _choice(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> protocol.CompletionChoice:
-        echoed = self.echoes.pop(index, None)
-        if echoed and self.top is not None:
-            scores = _prompt_scores(*echoed) + scores
-        logprobs = None if self.top is None else self._logprobs(index, scores)
-        return protocol.CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
-
-    def _logprobs(self, index: int, scores: list[TokenLogprob]) -> protocol.CompletionLogprobs:
-        characters, token_bytes = self.characters[index], self.service.token_bytes
+    def _logprobs(self, text: Text, scores: list[TokenLogprob]) -> protocol.CompletionLogprobs | None:
+        if self.plan.top is None:
+            return None
+        if text.echo is not None:
+            scores = _prompt_scores(*text.echo) + scores
+        token_bytes = self.service.token_bytes
         return protocol.CompletionLogprobs(
             tokens=[self.service.token_name(score.token) for score in scores],
             token_logprobs=[score.logprob for score in scores],
-            top_logprobs=[self._likeliest(score) for score in scores] if self.top else None,
-            text_offset=[characters.add(token_bytes[score.token]) for score in scores],
+            top_logprobs=[self._likeliest(score) for score in scores] if self.plan.top else None,
+            text_offset=[text.characters.add(token_bytes[score.token]) for score in scores],
         )
 
     def _likeliest(self, score: TokenLogprob) -> dict[str, float] | None:
@@ -223,37 +256,27 @@ class ChatAnswer(Answer):
     response, response_object = protocol.ChatCompletion, "chat.completion"
     chunk, chunk_object = protocol.ChatCompletionChunk, "chat.completion.chunk"
 
-    def _choice(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> protocol.ChatChoice:
-        message = protocol.ChatMessage(role="assistant", content=text, refusal=None)
-        return protocol.ChatChoice(
-            index=index, message=message, logprobs=self._logprobs(scores), finish_reason=finish
-        )
+    def _choice(self, text: Text, new: str, scores: list[TokenLogprob]) -> protocol.ChatChoice:
+        message = protocol.ChatMessage(role="assistant", content=new, refusal=None)
+        logprobs, finish = self._logprobs(scores), text.cursor.finish
+        return protocol.ChatChoice(index=text.index, message=message, logprobs=logprobs, finish_reason=finish)
 
     def _opening(self, index: int) -> Iterator[BaseModel]:
         yield self._event(index, protocol.ChatDelta(role="assistant", content=""))
 
-    def _events(
-        self, index: int, text: str, scores: list[TokenLogprob], finish: FinishReason | None
-    ) -> Iterator[BaseModel]:
-        if text or scores:
-            yield self._event(index, protocol.ChatDelta(content=text), self._logprobs(scores))
-        if finish:
-            yield self._event(index, protocol.ChatDelta(), None, finish)
+    def _events(self, text: Text, new: str, scores: list[TokenLogprob]) -> Iterator[BaseModel]:
+        if new or scores:
+            delta = protocol.ChatDelta(content=new)
+            yield self._event(text.index, delta, logprobs=self._logprobs(scores))
+        if finish := text.cursor.finish:
+            yield self._event(text.index, protocol.ChatDelta(), finish_reason=finish)
 
-    def _event(
-        self,
-        index: int,
-        delta: protocol.ChatDelta,
-        logprobs: protocol.ChatLogprobs | None = None,
-        finish: FinishReason | None = None,
-    ) -> BaseModel:
-        choice = protocol.ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
-        return self._chunk(choice)
+    def _event(self, index: int, delta: protocol.ChatDelta, **more: Any) -> BaseModel:
+        fields = {"logprobs": None, "finish_reason": None, **more}
+        return self._chunk(protocol.ChatChunkChoice(index=index, delta=delta, **fields))
 
     def _logprobs(self, scores: list[TokenLogprob]) -> protocol.ChatLogprobs | None:
-        if self.top is None:
+        if self.plan.top is None:
             return None
         content = [
             protocol.ChatScoredToken(
@@ -302,29 +325,6 @@ class EventStream(Response):
 def _json(event: BaseModel) -> str:
     # ASCII, because some clients end a line at U+2028 and similar characters.
     return event.model_dump_json(exclude_unset=True, ensure_ascii=True)
-
-
-class CharacterCounter:
-    r"""Counts the characters of a text that grows token by token.
-
-    A byte that is no part of a character counts as one, U+FFFD, as `bytes.decode` with "replace" makes it.
-
-    >>> counter = CharacterCounter()
-    >>> [counter.add(piece) for piece in (b"n", b"\xc3", b"\xa9", b"\xff", b"!")]
-    [0, 1, 1, 2, 3]
-    """
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, piece: bytes) -> int:
-        """Add a token's bytes; returns the index of the character in which they begin."""
-        self._count += len(self._decoder.decode(piece[:1]))
-        is_complete = piece and not self._decoder.getstate()[0]
-        start = self._count - 1 if is_complete else self._count
-        self._count += len(self._decoder.decode(piece[1:]))
-        return start
 
 
 def _prompt_scores(job: Job, prompt: np.ndarray) -> list[TokenLogprob]:

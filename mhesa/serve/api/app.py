@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.types import DecoratedCallable
 from pydantic import BaseModel
-from pydantic.json_schema import JsonSchemaMode
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 import mhesa
 from mhesa.serve.api import metrics, protocol
 from mhesa.serve.api.body import Body, read_body
-from mhesa.serve.api.completions import chat, complete
+from mhesa.serve.api.completions import plan_chat, plan_completions, write
 from mhesa.serve.api.errors import APIError, ClientGone, session_error, validation_error
 from mhesa.serve.api.lease import SessionLease
-from mhesa.serve.api.page import page
+from mhesa.serve.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ForkRequest,
+    ScoreRequest,
+    TokenizeRequest,
+)
 from mhesa.serve.api.scores import score
 from mhesa.serve.api.service import Service
 from mhesa.serve.api.tokens import detokenize, tokenize, tokenizer_info
-from mhesa.serve.sessions import SessionError, SessionRecord
+from mhesa.serve.sessions import SessionError, SessionInfo
+from mhesa.web_pages import policy, read_page
 
 STATUSES = {
     400: "The request is wrong.",
@@ -89,8 +97,15 @@ def _api_error(error: Exception) -> APIError:
             return APIError(500, "the server has a fault", code="internal_error")
 
 
+def _page(name: str) -> HTMLResponse:
+    """A page of this package, with a policy that allows only its own script and style."""
+    text = read_page(__package__, name)
+    allowed = policy(text, connect="'self'") + "; frame-ancestors 'none'"
+    return HTMLResponse(text, headers={"Content-Security-Policy": allowed})
+
+
 def _add_pages(app: FastAPI, service: Service) -> None:
-    playground, reference = page("playground.html"), page("docs.html")
+    playground, reference = _page("playground.html"), _page("docs.html")
 
     @app.get("/", include_in_schema=False)
     async def show_playground() -> Response:
@@ -137,91 +152,88 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return served
 
 
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": SCHEMAS.format(model=model.__name__)}
+
+
 def _events(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The description of a stream: of one event, whose data is a chunk or an error as JSON, or the end."""
-    contents = [{"$ref": SCHEMAS.format(model=model.__name__)} for model in (chunk, protocol.ErrorBody)]
+    contents = [_reference(chunk), _reference(protocol.ErrorBody)]
     json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": contents}}
     data = {"anyOf": [json, {"const": "[DONE]"}]}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {200: {"content": {"text/event-stream": {"itemSchema": event}}}}
 
 
-def _request_body(body: type[BaseModel]) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": SCHEMAS.format(model=body.__name__)}}}
-    return {"requestBody": {"required": True, "content": content}}
+def _post(
+    app: FastAPI, path: str, body: type[BaseModel], answer: type[Any], chunk: type[BaseModel] | None = None
+) -> Callable[[DecoratedCallable], DecoratedCallable]:
+    """Decorates a route, and describes the body that it reads and the events that it can stream."""
+    content = {"application/json": {"schema": _reference(body)}}
+    return app.post(
+        path,
+        response_model=answer,
+        responses=None if chunk is None else _events(chunk),
+        openapi_extra={"requestBody": {"required": True, "content": content}},
+    )
 
 
 def _describe_bodies(app: FastAPI) -> None:
     """Describe the bodies of requests and the events of streams, which FastAPI does not see."""
-    schemas = app.openapi()["components"]["schemas"]
-    for body in (
-        protocol.CompletionRequest,
-        protocol.ChatRequest,
-        protocol.ScoreRequest,
-        protocol.TokenizeRequest,
-        protocol.DetokenizeRequest,
-        protocol.ForkRequest,
-    ):
-        _describe(schemas, body, "validation")
-    for chunk in (protocol.CompletionChunk, protocol.ChatCompletionChunk):
-        _describe(schemas, chunk, "serialization")
-
-
-def _describe(schemas: dict[str, Any], body: type[BaseModel], mode: JsonSchemaMode) -> None:
-    schema = body.model_json_schema(ref_template=SCHEMAS, mode=mode)
-    schemas |= {**schema.pop("$defs", {}), body.__name__: schema}
+    _, schemas = models_json_schema(
+        [
+            (CompletionRequest, "validation"),
+            (ChatRequest, "validation"),
+            (ScoreRequest, "validation"),
+            (TokenizeRequest, "validation"),
+            (DetokenizeRequest, "validation"),
+            (ForkRequest, "validation"),
+            (protocol.CompletionChunk, "serialization"),
+            (protocol.ChatCompletionChunk, "serialization"),
+        ],
+        ref_template=SCHEMAS,
+    )
+    app.openapi()["components"]["schemas"] |= schemas["$defs"]
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post(
-        "/v1/completions",
-        response_model=protocol.Completion,
-        responses=_events(protocol.CompletionChunk),
-        openapi_extra=_request_body(protocol.CompletionRequest),
-    )
+    @_post(app, "/v1/completions", CompletionRequest, protocol.Completion, protocol.CompletionChunk)
     async def completions(request: Request) -> Response:
         """Write texts that continue prompts."""
-        return await complete(service, request, await read_body(service, request, protocol.CompletionRequest))
+        body = await read_body(service, request, CompletionRequest)
+        return await write(service, request, body, plan_completions)
 
-    @app.post(
-        "/v1/chat/completions",
-        response_model=protocol.ChatCompletion,
-        responses=_events(protocol.ChatCompletionChunk),
-        openapi_extra=_request_body(protocol.ChatRequest),
-    )
+    @_post(app, "/v1/chat/completions", ChatRequest, protocol.ChatCompletion, protocol.ChatCompletionChunk)
     async def chat_completions(request: Request) -> Response:
         """Write the next turn of a conversation, in the form of the model's chat template."""
-        return await chat(service, request, await read_body(service, request, protocol.ChatRequest))
+        return await write(service, request, await read_body(service, request, ChatRequest), plan_chat)
 
-    @app.post("/v1/score", response_model=protocol.Score, openapi_extra=_request_body(protocol.ScoreRequest))
+    @_post(app, "/v1/score", ScoreRequest, protocol.Score)
     async def scores(request: Request) -> Response:
         """Measure the surprisal of each token or line of a text, in bits."""
-        return await score(service, request, await read_body(service, request, protocol.ScoreRequest))
+        return await score(service, request, await read_body(service, request, ScoreRequest))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
     tokenizer = tokenizer_info(service)
 
-    async def answer(request: Request, kind: type[Body], make: Callable[[Service, Body], bytes]) -> Response:
+    async def answer(
+        request: Request, kind: type[Body], make: Callable[[Service, Body], BaseModel]
+    ) -> Response:
         body = await read_body(service, request, kind)
-        content = await service.run_sized(request.state.body_bytes, make, service, body)
+        size = len(request.state.body)
+        content = await service.run_sized(size, lambda: make(service, body).model_dump_json())
         return Response(content, media_type="application/json")
 
-    @app.post(
-        "/tokenize", response_model=protocol.Tokens, openapi_extra=_request_body(protocol.TokenizeRequest)
-    )
+    @_post(app, "/tokenize", TokenizeRequest, protocol.Tokens)
     async def make_tokens(request: Request) -> Response:
         """Make tokens of a text or a conversation."""
-        return await answer(request, protocol.TokenizeRequest, tokenize)
+        return await answer(request, TokenizeRequest, tokenize)
 
-    @app.post(
-        "/detokenize",
-        response_model=protocol.Detokenized,
-        openapi_extra=_request_body(protocol.DetokenizeRequest),
-    )
+    @_post(app, "/detokenize", DetokenizeRequest, protocol.Detokenized)
     async def make_text(request: Request) -> Response:
         """Make a text of tokens."""
-        return await answer(request, protocol.DetokenizeRequest, detokenize)
+        return await answer(request, DetokenizeRequest, detokenize)
 
     @app.get("/tokenizer_info")
     async def show_tokenizer() -> protocol.TokenizerInfo:
@@ -240,40 +252,28 @@ def _add_sessions(app: FastAPI, service: Service) -> None:
     ) -> protocol.SessionList:
         """Your sessions, by name."""
         found = await run_in_disk_thread(sessions.page, request.state.client, after, limit + 1)
-        data = [_session_info(session) for session in found[:limit]]
-        return protocol.SessionList(object="list", data=data, has_more=len(found) > limit)
+        return protocol.SessionList(object="list", data=found[:limit], has_more=len(found) > limit)
 
     @app.get("/v1/sessions/{name}")
-    async def get_session(request: Request, name: SessionPath) -> protocol.SessionInfo:
+    async def get_session(request: Request, name: SessionPath) -> SessionInfo:
         """What is known of a session."""
         found = await run_in_disk_thread(sessions.get, request.state.client, name)
         if found is None:
             raise SessionError(404, f"there is no session {name}")
-        return _session_info(found)
+        return found
 
-    @app.post("/v1/sessions/{name}/fork", openapi_extra=_request_body(protocol.ForkRequest))
-    async def fork_session(request: Request, name: SessionPath) -> protocol.SessionInfo:
+    @_post(app, "/v1/sessions/{name}/fork", ForkRequest, SessionInfo)
+    async def fork_session(request: Request, name: SessionPath) -> SessionInfo:
         """Copy a session under a new name."""
-        body = await read_body(service, request, protocol.ForkRequest)
+        body = await read_body(service, request, ForkRequest)
         # No request may be creating the copy's name.
-        lease = SessionLease(service, request.state.client, body.to)
-        try:
-            copy = await run_in_disk_thread(sessions.fork, request.state.client, name, body.to)
-        finally:
-            lease.release()
-        return _session_info(copy)
+        with SessionLease(service, request.state.client, body.to):
+            return await run_in_disk_thread(sessions.fork, request.state.client, name, body.to)
 
     @app.delete("/v1/sessions/{name}")
     async def delete_session(request: Request, name: SessionPath) -> protocol.Deleted:
         """Delete a session."""
-        lease = SessionLease(service, request.state.client, name)
-        try:
+        with SessionLease(service, request.state.client, name):
             if not await run_in_disk_thread(sessions.delete, request.state.client, name):
                 raise SessionError(404, f"there is no session {name}")
-        finally:
-            lease.release()
         return protocol.Deleted(object="session", name=name, deleted=True)
-
-
-def _session_info(record: SessionRecord) -> protocol.SessionInfo:
-    return protocol.SessionInfo(object="session", **asdict(record))

@@ -32,7 +32,7 @@ async def read_body(service: Service, request: Request, kind: type[Body]) -> Bod
     Raises:
         APIError: it is not JSON, too long somewhere, or not what `kind` describes.
     """
-    content = await request.body()
+    content: bytes = request.state.body
     if not _is_json(request.headers.get("content-type", "")):
         raise _not_an_object()
     return await service.run_sized(len(content), parse, content, kind, service.settings.limits)

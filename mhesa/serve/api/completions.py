@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import jinja2
 import numpy as np
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from mhesa.errors import InputError
 from mhesa.inference.continuation import Continuation
 from mhesa.inference.sampling import Sampling, TokenSampler
-from mhesa.serve.api.answers import Answer, ChatAnswer, CompletionAnswer, EventStream
+from mhesa.serve.api.answers import Answer, ChatAnswer, CompletionAnswer, EventStream, Plan
 from mhesa.serve.api.errors import check_limit, invalid
 from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.protocol import (
@@ -28,51 +29,12 @@ from mhesa.serve.api.service import Service, prepend, queue_of, utf8
 from mhesa.serve.api.submission import Submission
 from mhesa.serve.engine.jobs import Job
 
+Body = TypeVar("Body", bound=GenerationRequest)
 DEFAULT_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a request asks for, checked.
-
-    Args:
-        prompts: the tokens of each prompt, `(tokens,)`.
-        texts: number of texts to write for each prompt.
-        limit: the largest number of tokens of a text.
-        top: number of the likeliest tokens to give beside each; `None` gives no log-probabilities.
-        sampling, stops: how to draw tokens, and what ends a text.
-        answer: makes the answer.
-        echoed: the bytes of each prompt, if they are part of the answer.
-    """
-
-    prompts: list[np.ndarray]
-    texts: int
-    limit: int
-    top: int | None
-    sampling: Sampling
-    stops: list[bytes]
-    answer: type[Answer]
-    echoed: list[bytes] | None = None
-
-    @property
-    def score(self) -> bool:
-        """Whether the tokens of the prompts get log-probabilities."""
-        return self.echoed is not None and self.top is not None
-
-
-async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
-    """Answer a request for completions."""
-    plan = await service.run_sized(request.state.body_bytes, _plan_completions, service, body)
-    return await _write(service, request, body, plan)
-
-
-async def chat(service: Service, request: Request, body: ChatRequest) -> Response:
-    """Answer a request for the next turn of a conversation."""
-    plan = await service.run_sized(request.state.body_bytes, _plan_chat, service, body)
-    return await _write(service, request, body, plan)
-
-
-def _plan_completions(service: Service, body: CompletionRequest) -> Plan:
+def plan_completions(service: Service, body: CompletionRequest) -> Plan:
+    """What a request for completions asks for."""
     limits = service.settings.limits
     service.check_model(body.model)
     prompts = [service.encode(prompt, "prompt") for prompt in _prompts(body.prompt)]
@@ -82,7 +44,8 @@ def _plan_completions(service: Service, body: CompletionRequest) -> Plan:
     return _plan(service, body, prompts, limit, body.logprobs, CompletionAnswer, bool(body.echo))
 
 
-def _plan_chat(service: Service, body: ChatRequest) -> Plan:
+def plan_chat(service: Service, body: ChatRequest) -> Plan:
+    """What a request for the next turn of a conversation asks for."""
     limits = service.settings.limits
     service.check_model(body.model)
     prompt = render(service, body.messages)
@@ -120,24 +83,27 @@ def _plan(
     if body.session and texts != 1:
         raise invalid("a session takes one prompt and n=1", "session")
     sampling, stops = _sampling(service, body), _stops(service, body)
+    options = body.stream_options or StreamOptions()
     echoed = [service.decode(prompt) for prompt in prompts] if echo else None
-    return Plan(prompts, n, limit, top, sampling, stops, answer, echoed)
+    return Plan(prompts, n, limit, top, sampling, stops, options, answer, echoed)
 
 
-async def _write(service: Service, request: Request, body: GenerationRequest, plan: Plan) -> Response:
-    lease = SessionLease(service, request.state.client, body.session) if body.session else None
-    try:
-        if lease is not None:
+async def write(
+    service: Service, request: Request, body: Body, make_plan: Callable[[Service, Body], Plan]
+) -> Response:
+    """Answer a request for texts."""
+    plan = await service.run_sized(len(request.state.body), make_plan, service, body)
+    with ExitStack() as stack:
+        lease = None
+        if body.session:
+            lease = stack.enter_context(SessionLease(service, request.state.client, body.session))
             await lease.load()
-        size = request.state.body_bytes * plan.texts
+        size = len(request.state.body) * plan.texts
         jobs = await service.run_sized(size, _jobs, service, request, body, plan, lease)
         submission = Submission(service, request, jobs)
-    except BaseException:
-        if lease is not None:
-            lease.release()
-        raise
-    options = body.stream_options or StreamOptions()
-    answer = plan.answer(submission, plan.prompts, lease, top=plan.top, options=options, echoed=plan.echoed)
+        answer = plan.answer(submission, plan, lease)
+        # From now on the answer holds the session, until it is closed.
+        stack.pop_all()
     if body.stream:
         return EventStream(answer)
     try:
@@ -153,6 +119,7 @@ def _jobs(
     service: Service, request: Request, body: GenerationRequest, plan: Plan, lease: SessionLease | None
 ) -> list[Job]:
     stored = None if lease is None else lease.stored
+    is_scored = plan.echoed is not None and plan.top is not None
     last, state = (None, None) if stored is None else (stored.token, stored.state)
     jobs = []
     for prompt in plan.prompts:
@@ -183,7 +150,7 @@ def _jobs(
                 texts,
                 client=queue_of(request),
                 state=state,
-                score=plan.score,
+                score=is_scored,
                 top=plan.top or 0,
                 stream=bool(body.stream),
                 keep_state=lease is not None,

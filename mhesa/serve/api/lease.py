@@ -9,7 +9,7 @@ from mhesa.serve.engine.jobs import Job
 
 
 class SessionLease:
-    """Reserves a client's session for one request, until it is released.
+    """Reserves a client's session for one request, until it is released or the context ends.
 
     Raises:
         APIError: another request has it.
@@ -22,6 +22,12 @@ class SessionLease:
             message = f"session {name} is being continued by another request"
             raise APIError(409, message, param="session", code="session_in_use")
         service.sessions_in_use.add((client, name))
+
+    def __enter__(self) -> SessionLease:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     async def load(self) -> None:
         """Read the session, if there is one, into `stored`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,14 +16,17 @@ from pydantic import (
 )
 
 from mhesa.inference.continuation import FinishReason
+from mhesa.serve.sessions import SessionInfo
 from mhesa.tokenizers.chat import Role
 
 SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SessionName = Annotated[str, StringConstraints(pattern=SESSION_NAME)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), AfterValidator(lambda seed: seed % (1 << 64))]
+Item = TypeVar("Item")
 # Lists stop at their first wrong item: an error for each of a million items would take a gigabyte.
-TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
+Items = Annotated[list[Item], Field(fail_fast=True)]
+TokenIds = Items[Annotated[StrictInt, Field(ge=0, lt=1 << 31)]]
+Texts = Items[str]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 ScoreUnit = Literal["token", "character", "word", "sentence", "line", "text"]
@@ -127,7 +130,7 @@ class GenerationRequest(RequestBody):
 class CompletionRequest(GenerationRequest):
     """Texts that continue prompts."""
 
-    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
+    prompt: str | TokenIds | Texts | Items[TokenIds] = Field(
         "", description="A text, a list of texts, token ids, or a list of these; empty begins a new text."
     )
     max_tokens: int | None = Field(None, ge=0, le=1 << 31, description="16 if omitted.")
@@ -163,9 +166,7 @@ class Message(RequestBody):
     """A turn of a conversation."""
 
     role: Role
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
-        "", description="Only an assistant's may be null or missing."
-    )
+    content: str | Items[TextPart] = Field("", description="Only an assistant's may be null or missing.")
     name: str | None = None
 
     @model_validator(mode="after")
@@ -189,7 +190,7 @@ class TextFormat(RequestBody):
 class ChatRequest(GenerationRequest):
     """The next turn of a conversation."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     max_tokens: int | None = Field(
         None, ge=1, le=1 << 31, description="As many as the server allows if omitted."
     )
@@ -199,7 +200,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1 << 31)
     response_format: TextFormat | None = None
-    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    modalities: Items[Literal["text"]] | None = None
     store: Literal[False] | None = Field(None, description="Nothing is stored.")
     service_tier: Literal["auto", "default"] | None = None
     metadata: dict[str, str] | None = Field(None, description="Ignored.")
@@ -223,7 +224,7 @@ class TokenizeRequest(RequestBody):
     model: str | None = None
     prompt: str = Field("", description="A text.")
     content: str = Field("", description="A text, as llama.cpp's clients call it.")
-    messages: Annotated[list[Message], Field(fail_fast=True)] | None = Field(
+    messages: Items[Message] | None = Field(
         None, min_length=1, description="A conversation, in the form of the model's chat template."
     )
     add_generation_prompt: bool = Field(
@@ -473,18 +474,6 @@ class TokenizerInfo(BaseModel):
     eos_token: str
     pad_token: str
     chat_template: str | None
-
-
-class SessionInfo(BaseModel):
-    """A stored session; times are seconds since 1970."""
-
-    object: Literal["session"]
-    name: str
-    position: int
-    bytes: int
-    created: float
-    used: float
-    expires: float
 
 
 class SessionList(BaseModel):

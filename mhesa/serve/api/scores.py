@@ -31,7 +31,7 @@ STATISTICS = {"entropy": entropy, "rank": rank}
 async def score(service: Service, request: Request, body: protocol.ScoreRequest) -> Response:
     """Answer a request for scores."""
     service.check_model(body.model)
-    prompts = await service.run_sized(request.state.body_bytes, _encode, service, body)
+    prompts = await service.run_sized(len(request.state.body), _encode, service, body)
     end = service.tokenizer.eos_token_id
     statistics = {} if body.by in protocol.PLAIN_UNITS else STATISTICS
     jobs = [

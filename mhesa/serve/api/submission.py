@@ -27,13 +27,15 @@ class Submission:
     def __init__(self, service: Service, request: Request, jobs: Sequence[Job]) -> None:
         self.service, self.request, self.jobs = service, request, jobs
         self._event = asyncio.Event()
-        self._gone = self._late = False
+        # What ends the request before its jobs are done.
+        self._end: Exception | None = None
         for job in jobs:
             job.wake = self._event.set
         service.submit(jobs)
         loop = asyncio.get_running_loop()
         self._watch = loop.create_task(self._watch_client())
-        self._timer = loop.call_later(service.settings.limits.request_seconds, self._expire)
+        late = APIError(504, "this took too long; ask for less", code="timeout")
+        self._timer = loop.call_later(service.settings.limits.request_seconds, self._end_with, late)
 
     async def progress(self) -> None:
         """Wait until a job has progress to report.
@@ -68,10 +70,8 @@ class Submission:
                 self.service.metrics.per_token.observe((now - job.first_token) / (longest - 1))
 
     def _check(self) -> None:
-        if self._gone:
-            raise ClientGone
-        if self._late:
-            raise APIError(504, "this took too long; ask for less", code="timeout")
+        if self._end is not None:
+            raise self._end
         for job in self.jobs:
             if isinstance(job.error, Stopped):
                 raise stopping(str(job.error))
@@ -82,9 +82,8 @@ class Submission:
     async def _watch_client(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        self._gone = True
-        self._event.set()
+        self._end_with(ClientGone())
 
-    def _expire(self) -> None:
-        self._late = True
+    def _end_with(self, error: Exception) -> None:
+        self._end = error
         self._event.set()

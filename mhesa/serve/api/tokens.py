@@ -11,31 +11,23 @@ from mhesa.serve.api.errors import invalid
 from mhesa.serve.api.service import Service, utf8
 
 
-def tokenize(service: Service, body: protocol.TokenizeRequest) -> bytes:
-    """The tokens of a text or a conversation; JSON."""
+def tokenize(service: Service, body: protocol.TokenizeRequest) -> protocol.Tokens:
+    """The tokens of a text or a conversation."""
     service.check_model(body.model)
     ids = _tokens(service, body)
     names = [service.token_name(token) for token in ids.tolist()] if body.return_token_strs else None
-    return (
-        protocol.Tokens(
-            tokens=ids.tolist(),
-            count=len(ids),
-            max_model_len=service.settings.limits.prompt_tokens,
-            token_strs=names,
-        )
-        .model_dump_json()
-        .encode()
-    )
+    most = service.settings.limits.prompt_tokens
+    return protocol.Tokens(tokens=ids.tolist(), count=len(ids), max_model_len=most, token_strs=names)
 
 
-def detokenize(service: Service, body: protocol.DetokenizeRequest) -> bytes:
-    """The text of tokens; JSON."""
+def detokenize(service: Service, body: protocol.DetokenizeRequest) -> protocol.Detokenized:
+    """The text of tokens."""
     service.check_model(body.model)
     service.check_token(max(body.tokens, default=0), "tokens")
     special = {token: text.encode() for token, text in service.special_tokens.items()}
     pieces = (special.get(token, service.token_bytes[token]) for token in body.tokens)
     text = b"".join(pieces).decode("utf-8", "replace")
-    return protocol.Detokenized(prompt=text, content=text).model_dump_json().encode()
+    return protocol.Detokenized(prompt=text, content=text)
 
 
 def tokenizer_info(service: Service) -> protocol.TokenizerInfo:

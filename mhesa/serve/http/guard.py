@@ -66,13 +66,14 @@ class Guard:
             return
         started = time.perf_counter()
         request_id = uuid.uuid4().hex
-        # What routes see as `request.state`: the client's name, and what they add to the line in the log.
+        # What routes see as `request.state`: the client's name, the body, and what they add to the line in
+        # the log.
         fields: dict[str, Any] = {}
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["log_fields"] = fields
         method, status = scope["method"], 0
         if method == "HEAD":
-            # Routes know GET; of their answers only the head is sent.
+            # Routes know GET; of their answers uvicorn sends only the head.
             scope = {**scope, "method": "GET"}
 
         async def answer(message: Message) -> None:
@@ -81,16 +82,13 @@ class Guard:
                 status = message["status"]
                 own = [(b"x-request-id", request_id.encode()), *HEADERS]
                 message = {**message, "headers": [*message["headers"], *own]}
-            elif method == "HEAD":
-                message = {**message, "body": b""}
             await send(message)
 
         try:
             headers = dict(scope["headers"])
             state["client"] = self._admit(scope, headers)
-            body = await self._body(headers, receive)
-            state["body_bytes"] = len(body)
-            await self.app(scope, _replay(body, receive), answer)
+            state["body"] = await self._body(headers, receive)
+            await self.app(scope, receive, answer)
         except APIError as error:
             most = DRAINED_BODIES * self.service.settings.limits.body_bytes
             sender = _drain_before_end(receive, answer, most) if error.status == 413 else answer
@@ -187,20 +185,6 @@ def _too_large(limit: int) -> APIError:
         code="body_too_large",
         headers={"Connection": "close"},
     )
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body read before, and then what follows."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
 
 
 def _check_origin(headers: dict[bytes, bytes], allowed: Sequence[str]) -> None:
