@@ -12,7 +12,7 @@ from scipy import special, stats
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.decoder.surprisal_kernel import LANES, MIN_PARALLEL, surprisal
+from mhesa.inference.decoder.statistics_kernel import LANES, MIN_PARALLEL, measure, surprisal
 from mhesa.inference.logprobs import token_logprobs
 from mhesa.inference.statistics import BITS, bits, entropy, rank, read_tokens, token_statistics
 
@@ -41,6 +41,12 @@ def test_surprisal_is_that_of_fp64(rows, num_tokens, spread, shift, padding, col
     targets = torch.randint(num_tokens, (rows,), generator=generator)
     expected = -log_softmax(logits)[np.arange(rows), targets.numpy()] / math.log(2)
     np.testing.assert_allclose(surprisal(logits, targets), expected, rtol=2e-7, atol=4e-7)
+    found, entropies, ranks = measure(logits, targets)
+    np.testing.assert_array_equal(found, surprisal(logits, targets))
+    expected = stats.entropy(np.exp(log_softmax(logits)), base=2, axis=1)
+    np.testing.assert_allclose(entropies, expected, rtol=1e-6, atol=1e-6)
+    own = logits.gather(1, targets[:, None])
+    np.testing.assert_array_equal(ranks, 1 + (logits > own).sum(1))
 
 
 def test_surprisal_of_logits_that_are_not_finite():

@@ -1,7 +1,7 @@
 """Surprisal of text of any length as it arrives: by token, line or document.
 
 Surprisal itself is computed in `mhesa.inference.statistics`, on CPU by
-`mhesa.inference.decoder.surprisal_kernel`.
+`mhesa.inference.decoder.statistics_kernel`.
 """
 
 from __future__ import annotations

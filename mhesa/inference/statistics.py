@@ -15,9 +15,8 @@ from mhesa.errors import NOT_NUMBERS, InputError
 if TYPE_CHECKING:
     from mhesa.inference.decoder import Decoder
 
-# Log-probabilities that are computed at once on a CPU: so few that torch uses one thread. Its other threads
-# would keep cores from those of the decoder for milliseconds.
-LOGPROBS = 1 << 15
+# Rows whose log-probabilities are computed at once on a CPU: few enough to stay in a core's cache.
+ROWS = 256
 
 # Maps log-probabilities `(rows, num_tokens)` in nats and targets `(rows,)` to one value per row.
 Statistic = Callable[[Tensor, Tensor], Tensor]
@@ -83,19 +82,19 @@ def token_statistics(
     Raises:
         FloatingPointError: logits are not numbers.
     """
-    if set(statistics.values()) == {bits} and logits.device.type == "cpu" and logits.dtype == torch.float32:
-        from mhesa.inference.decoder.surprisal_kernel import surprisal
+    natively = {bits, entropy, rank} if logits.is_cpu and logits.dtype == torch.float32 else set()
+    if natively.issuperset(statistics.values()):
+        from mhesa.inference.decoder.statistics_kernel import measure
 
-        return dict.fromkeys(statistics, check_numbers(surprisal(logits, targets)))
+        values = measure(logits, targets, bits_only={bits}.issuperset(statistics.values()))
+        measured: dict[Statistic, np.ndarray] = dict(zip((bits, entropy, rank), values, strict=False))
+        return {name: check_numbers(measured[statistic]) for name, statistic in statistics.items()}
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     found = {name: np.empty(len(targets)) for name in statistics}
-    rows_at_once = LOGPROBS // logits.shape[1] if logits.device.type == "cpu" else len(targets)
-    size = max(rows_at_once, 1)
+    size = ROWS if logits.is_cpu else max(len(targets), 1)
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
-        scores = logits[rows].float()
-        # `log_softmax` uses all threads for any size.
-        logprobs = scores - scores.logsumexp(1, keepdim=True)
+        logprobs = logits[rows].float().log_softmax(1)
         wanted = targets[rows].to(logprobs.device)
         for name, statistic in statistics.items():
             found[name][rows] = check_numbers(statistic(logprobs, wanted).cpu().numpy())

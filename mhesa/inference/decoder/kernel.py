@@ -51,8 +51,7 @@ from mhesa.inference.decoder.matmul import (
     tile_rows,
     write_sums,
 )
-from mhesa.inference.decoder.surprisal_kernel import LANES as SURPRISAL_LANES
-from mhesa.inference.decoder.surprisal_kernel import row_bits
+from mhesa.inference.decoder.statistics_kernel import SUMS, row_bits
 from mhesa.inference.decoder.tiles import begin_tiles, end_tiles
 from mhesa.ops.cpu.arguments import FLOAT32, FLOAT64, INT64, OPERAND, STORED, Pointer, struct
 from mhesa.ops.cpu.atomics import LINE, clock, fetch_add, signal, wait
@@ -454,10 +453,10 @@ def _take_rows(args, stage, turns, shift, low, high):
 @inlined
 def _find_bits(args, stage, logits_at, first, end):
     """Compute the surprisal of some rows from their logits, the first of which lies at `logits_at`."""
-    values = stack_array(args.uv, SURPRISAL_LANES)
+    sums = stack_array(args.uv, SUMS)
     for row in range(first, end):
         logits = offset(stage.out, (logits_at + row - first) * stage.out_stride)
-        args.bits[row] = row_bits(logits, args.num_tokens, args.targets[row], values)
+        args.bits[row] = row_bits(logits, args.num_tokens, args.targets[row], sums)
 
 
 @inlined

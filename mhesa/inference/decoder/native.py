@@ -27,7 +27,7 @@ from mhesa.inference.decoder.matmul import (
     padded_columns,
     quantize,
 )
-from mhesa.inference.decoder.surprisal_kernel import surprisal
+from mhesa.inference.decoder.statistics_kernel import surprisal
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.cpu.arguments import Struct

@@ -1,6 +1,9 @@
-"""Surprisal in native code: one pass over a row of logits for the largest, one for the sum of exponentials.
+"""Statistics of predictions in native code: one pass over a row of logits for the largest, one for the sums.
 
-bits = log2(sum over i of 2 ** power[i]) - power[target],  power[i] = (logits[i] - largest) / ln 2
+power[i] = (logits[i] - largest) / ln 2,  sum = sum over i of 2 ** power[i]
+bits     = log2(sum) - power[target]
+entropy  = log2(sum) - (sum over i of 2 ** power[i] * power[i]) / sum
+rank     = 1 + how many logits are larger than that of the target
 """
 
 # Numba finds the types of kernels when it compiles them.
@@ -30,9 +33,12 @@ Arguments = struct(
     rows_per_task="int64",
     num_tokens="int64",
     row_stride="int64",
+    bits_only="int64",
     logits=FLOAT32,
     targets=INT64,
-    out=FLOAT64,
+    bits=FLOAT64,
+    entropy=FLOAT64,
+    rank=FLOAT64,
 )
 # Logits that a thread takes at once, in whole rows.
 LOGITS_PER_TASK = 1 << 12
@@ -40,39 +46,56 @@ LOGITS_PER_TASK = 1 << 12
 MIN_PARALLEL = 1 << 17
 # Logits that are taken together: four vector registers where they hold sixteen each.
 LANES = 64
+# Numbers that sums of a row are kept in: one of powers for each lane, one of powers times exponents.
+SUMS = 2 * LANES
+# No power of two times minus infinity.
+SMALLEST_EXPONENT = -1e4
 BITS_PER_NAT = 1 / math.log(2)
 
 
 def surprisal(logits: Tensor, targets: Tensor) -> np.ndarray:
-    """Surprisal in bits of the tokens that came, fp64 `(rows,)`.
+    """Surprisal in bits of the tokens that came, fp64 `(rows,)`; see `measure`.
 
-    It is NaN where a row of logits holds NaN or plus infinity, or minus infinity alone.
+    >>> surprisal(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])).round(6).tolist()
+    [2.0]
+    """
+    (found,) = measure(logits, targets, bits_only=True)
+    return found
+
+
+def measure(logits: Tensor, targets: Tensor, *, bits_only: bool = False) -> np.ndarray:
+    """Surprisal, entropy and rank of the tokens that came, fp64 `(3, rows)`, or surprisal alone `(1, rows)`.
+
+    They are those of `mhesa.inference.statistics`. Bits and entropy are NaN where a row of logits holds NaN
+    or plus infinity, or minus infinity alone.
 
     Args:
         logits: fp32 on CPU, `(rows, num_tokens)`.
         targets: the token that came, `(rows,)`.
+        bits_only: leave out entropy and rank.
 
     Raises:
         InputError: not as many tokens as rows.
         IndexError: a token that there is no logit for.
 
-    >>> surprisal(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])).round(6).tolist()
-    [2.0]
+    >>> measure(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])).round(4).tolist()
+    [[2.0], [0.8113], [2.0]]
     """
     rows, num_tokens = logits.shape
     targets = check_targets(targets, rows, num_tokens)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    found = np.empty(rows)
+    found = np.empty((1 if bits_only else 3, rows))
     rows_per_task = max(1, LOGITS_PER_TASK // max(num_tokens, 1))
     args = Arguments(
         rows=rows,
         rows_per_task=rows_per_task,
         num_tokens=num_tokens,
         row_stride=logits.stride(0),
+        bits_only=bits_only,
         logits=logits.data_ptr(),
         targets=targets.data_ptr(),
-        out=found.ctypes.data,
+        **{name: row.ctypes.data for name, row in zip(("bits", "entropy", "rank"), found, strict=False)},
     )
     threads = 1 if logits.numel() < MIN_PARALLEL else min(available(), -(-rows // rows_per_task))
     parallel_short(compiled(_kernel, torch.float32, Arguments), args.address, threads)
@@ -99,21 +122,29 @@ def _raise_maxima(context, logits, maxima, lanes):
 
 
 @intrinsic
-def _add_powers(context, logits, largest, sums, lanes):
-    """Add the powers of two of `lanes` logits, less the largest in the row, to as many sums."""
-    if not literals(lanes):
+def _add_powers(context, logits, largest, sums, lanes, with_entropy):
+    """Add the powers of two of `lanes` logits, less the largest in the row, to as many sums.
+
+    For the entropy, add them times their exponents to those that lie `LANES` further.
+    """
+    if not literals(lanes, with_entropy):
         return None
 
     def codegen(context, builder, signature, args):
         emit, start = Emitter(builder, types.float32, lanes.literal_value), I64(0)
-        value, before = emit.load(args[0], start), emit.load(args[2], start)
-        power = builder.fmul(builder.fsub(value, splat(emit, args[1])), emit.constant(FLOAT, BITS_PER_NAT))
+        exponent = builder.fsub(emit.load(args[0], start), splat(emit, args[1]))
+        exponent = builder.fmul(exponent, emit.constant(FLOAT, BITS_PER_NAT))
         # `exp2` makes zero of NaN.
-        missing = builder.fcmp_unordered("uno", power, power)
-        emit.store(builder.fadd(before, builder.select(missing, power, exp2(emit, power))), args[2], start)
+        missing = builder.fcmp_unordered("uno", exponent, exponent)
+        power = builder.select(missing, exponent, exp2(emit, exponent))
+        emit.store(builder.fadd(emit.load(args[2], start), power), args[2], start)
+        if with_entropy.literal_value:
+            exponent = _maximum(builder, emit.constant(FLOAT, SMALLEST_EXPONENT), exponent)
+            product, place = builder.fmul(power, exponent), I64(LANES)
+            emit.store(builder.fadd(emit.load(args[2], place), product), args[2], place)
         return context.get_dummy_value()
 
-    return types.void(logits, types.float32, sums, lanes), codegen
+    return types.void(logits, types.float32, sums, lanes, with_entropy), codegen
 
 
 def _reduction(combine):
@@ -140,30 +171,55 @@ _largest, _sum = _reduction(_maximum), _reduction(lambda builder, a, b: builder.
 
 
 @jit
-def row_bits(logits, n, target, values):
-    """The surprisal of one token; `values` is memory for `LANES` values."""
-    whole = n - n % LANES
+def _row_maximum(logits, n, values):
     fill(values, -np.inf, LANES)
+    whole = n - n % LANES
     for i in range(0, whole, LANES):
         _raise_maxima(offset(logits, i), values, LANES)
     for i in range(whole, n):
         _raise_maxima(offset(logits, i), values, 1)
-    largest = _largest(values)
-    fill(values, 0, LANES)
+    return _largest(values)
+
+
+@jit
+def row_bits(logits, n, target, sums):
+    """The surprisal of one token; `sums` is memory for `SUMS` values."""
+    largest, whole = _row_maximum(logits, n, sums), n - n % LANES
+    fill(sums, 0, LANES)
     for i in range(0, whole, LANES):
-        _add_powers(offset(logits, i), largest, values, LANES)
+        _add_powers(offset(logits, i), largest, sums, LANES, False)
     for i in range(whole, n):
-        _add_powers(offset(logits, i), largest, values, 1)
-    return math.log2(_sum(values)) + (largest - logits[target]) * BITS_PER_NAT
+        _add_powers(offset(logits, i), largest, sums, 1, False)
+    return math.log2(_sum(sums)) + (largest - logits[target]) * BITS_PER_NAT
+
+
+@jit
+def _measure_row(args, logits, row, sums):
+    n, target = args.num_tokens, logits[args.targets[row]]
+    largest, whole, rank = _row_maximum(logits, n, sums), n - n % LANES, 1
+    fill(sums, 0, SUMS)
+    for i in range(0, whole, LANES):
+        _add_powers(offset(logits, i), largest, sums, LANES, True)
+    for i in range(whole, n):
+        _add_powers(offset(logits, i), largest, sums, 1, True)
+    for i in range(n):
+        rank += logits[i] > target
+    total = _sum(sums)
+    args.bits[row] = math.log2(total) + (largest - target) * BITS_PER_NAT
+    args.entropy[row] = math.log2(total) - _sum(offset(sums, LANES)) / total
+    args.rank[row] = rank
 
 
 def _kernel(args):
-    values = stack_array(args.logits, LANES)
+    sums = stack_array(args.logits, SUMS)
     while True:
         first = fetch_add(member(args, "next_task"), 1) * args.rows_per_task
         if first >= args.rows:
             break
         for row in range(first, min(first + args.rows_per_task, args.rows)):
             logits = offset(args.logits, row * args.row_stride)
-            args.out[row] = row_bits(logits, args.num_tokens, args.targets[row], values)
+            if args.bits_only:
+                args.bits[row] = row_bits(logits, args.num_tokens, args.targets[row], sums)
+            else:
+                _measure_row(args, logits, row, sums)
     fence()
