@@ -33,12 +33,7 @@ pre { overflow-wrap: anywhere; }
 
 
 class Heatmap:
-    """Writes the page to a file.
-
-    Args:
-        file: an open text file.
-        segmenter: splits the text into coloured units; words if omitted.
-    """
+    """Writes the page to an open text file; `segmenter` finds the units to colour, words if omitted."""
 
     # Statistics that are measured of each token and shown.
     statistics: Mapping[str, Statistic] = {"bits": bits, "entropy": entropy, "rank": rank}

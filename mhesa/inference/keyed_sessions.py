@@ -128,10 +128,7 @@ class KeyedSessions:
         return min(self.reader.decoder.max_batch, len(self._states))
 
     def score(self, lines: Sequence[tuple[str, bytes]]) -> list[np.ndarray]:
-        """Read some lines, each in the session of its key, and measure the surprisal of every token.
-
-        Args:
-            lines: the key and the text of each. Those of one key are read in their order.
+        """Read lines, given by key and text, in their keys' sessions; measure the surprisal of every token.
 
         Returns:
             Bits for each token of each line, fp64 `(tokens,)`.

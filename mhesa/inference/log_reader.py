@@ -65,12 +65,9 @@ class LogReader:
                 kept.load_json(note)
 
     def read(self, source: str, chunks: Iterable[bytes], name: str | None = None) -> Iterator[LineSurprisal]:
-        """Read the lines of a log as they come.
+        """Read the lines of the log `source` as they come; its text may be cut anywhere.
 
-        Args:
-            source: name of the log.
-            chunks: text of the log, cut anywhere.
-            name: identifies the file in later runs; omitted for a stream, which cannot be read again.
+        `name` identifies the file in later runs; omitted for a stream, which cannot be read again.
 
         Raises:
             InputError: the sessions' file cannot be written, or a pattern takes too long.

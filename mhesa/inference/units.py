@@ -153,9 +153,6 @@ def _spans(pattern: str, text: str) -> list[tuple[int, int]]:
 class GivenWords:
     """Finds the words of a given segmentation, which with whitespace between them must make up the text.
 
-    Args:
-        words: words of the text in their order.
-
     >>> GivenWords(["do", "n't"])("don't", True)
     [(0, 2), (2, 5)]
     """
@@ -363,11 +360,7 @@ def surprisal_table(
 
 
 def data_frame(rows: Sequence[UnitSurprisal], unit: str = "bits") -> pandas.DataFrame:
-    """A table as pandas has it.
-
-    Args:
-        rows: rows of `surprisal_table`.
-        unit: unit of their surprisal, `bits` or `nats`.
+    """The rows of `surprisal_table` as pandas has a table; `unit` is that of their surprisal.
 
     Raises:
         InputError: pandas is not there.
