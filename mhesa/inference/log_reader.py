@@ -40,13 +40,7 @@ class LogReader:
 
     A file's lines become part of the sessions' file after they have been given out: a run that is killed
     gives its last lines out again, and misses none. A file that has been read before goes on where it ended,
-    unless its first bytes have changed.
-
-    Args:
-        sessions: where lines are read.
-        find_key: finds the key of a line; all lines have one session if omitted.
-        scores: scores lines.
-        alarms: finds the threshold of scores.
+    unless its first bytes have changed. All lines have one session if there is no `find_key`.
     """
 
     def __init__(

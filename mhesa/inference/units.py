@@ -249,13 +249,7 @@ class _Rows:
 
 
 class UnitReader:
-    """Finds the units of a text as it arrives, in memory that does not grow with its length.
-
-    Args:
-        source: name of the text.
-        segmenter: finds the units.
-        columns: columns of the table.
-    """
+    """Finds the units of the text `source` as it arrives, in memory that does not grow with its length."""
 
     def __init__(self, source: str, segmenter: Segmenter, columns: Columns | None = None) -> None:
         self._segmenter, self._rows = segmenter, _Rows(source, columns or Columns())
@@ -291,11 +285,9 @@ class UnitReader:
 def read_units(
     source: str, batches: Iterable[Batch], segmenter: Segmenter, columns: Columns | None = None
 ) -> Iterator[UnitSurprisal]:
-    """The units of a text as it arrives.
+    """The units of the text `source` as it arrives.
 
-    Args:
-        source, segmenter, columns: see `UnitReader`.
-        batches: what `score` yields, with the statistics of `Columns.statistics`, and with its end.
+    `batches` are what `score` yields, with the statistics of `Columns.statistics`, and with its end.
     """
     units = UnitReader(source, segmenter, columns)
     for batch in batches:
