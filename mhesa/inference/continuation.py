@@ -95,13 +95,9 @@ class Continuation:
 
 
 class TextCursor:
-    """Reads a continuation as it grows, in whole characters.
+    """Reads a continuation as it grows, in whole characters; the bytes `before` come first.
 
     What it has read is not kept: a continuation can have one cursor only.
-
-    Args:
-        text: text to read.
-        before: bytes to read first, together with the text's own first ones.
     """
 
     def __init__(self, text: Continuation, before: bytes = b"") -> None:

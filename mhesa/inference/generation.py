@@ -118,11 +118,10 @@ def write(
     """Continue prompts; yields each token with its text, including a token that ends the text.
 
     Args:
-        decoder: the model.
+        decoder, num_tokens: see `Slots`.
         prompts: one for each text, `(length,)`.
         texts: texts to write; all have the same limit.
         states: `(depth, texts, state_size)`; see `stream`.
-        num_tokens: see `Slots`.
     """
     if texts[0].finish is not None:
         return

@@ -11,7 +11,7 @@ import numpy as np
 
 from mhesa.inference.scoring import Batch
 from mhesa.inference.statistics import Statistic, bits, entropy, rank
-from mhesa.inference.units import Segmenter, UnitReader, UnitSurprisal, find_words
+from mhesa.inference.units import Segmenter, UnitReader, find_words
 
 # Bits per byte from which a word has the strongest colour.
 STRONGEST = 8
@@ -33,12 +33,7 @@ pre { overflow-wrap: anywhere; }
 
 
 class Heatmap:
-    """Writes the page to a file.
-
-    Args:
-        file: an open text file.
-        segmenter: splits the text into coloured units; words if omitted.
-    """
+    """Writes the page to an open text file; `segmenter` finds the units to colour, words if omitted."""
 
     # Statistics that are measured of each token and shown.
     statistics: Mapping[str, Statistic] = {"bits": bits, "entropy": entropy, "rank": rank}
@@ -62,7 +57,8 @@ class Heatmap:
                 start, end = unit.offset - place, unit.offset - place + unit.size
                 self._write(self._held[:start])
                 shade = min(int(unit.surprisal / max(unit.size, 1)), STRONGEST)
-                self.file.write(f'<span class="s{shade}" title="{_described(unit)}">')
+                rest = f", rank {unit.rank}, entropy {unit.entropy:.2f} bits" if unit.rank else ""
+                self.file.write(f'<span class="s{shade}" title="{unit.surprisal:.2f} bits{rest}">')
                 self._write(self._held[start:end])
                 self.file.write("</span>")
                 self._held, place = self._held[end:], place + end
@@ -82,8 +78,3 @@ class Heatmap:
         text = data.decode("utf-8", "replace")
         marked = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
         self.file.write(html.escape(marked, quote=False))
-
-
-def _described(unit: UnitSurprisal) -> str:
-    rest = f", rank {unit.rank}, entropy {unit.entropy:.2f} bits" if unit.rank else ""
-    return f"{unit.surprisal:.2f} bits{rest}"

@@ -128,10 +128,7 @@ class KeyedSessions:
         return min(self.reader.decoder.max_batch, len(self._states))
 
     def score(self, lines: Sequence[tuple[str, bytes]]) -> list[np.ndarray]:
-        """Read some lines, each in the session of its key, and measure the surprisal of every token.
-
-        Args:
-            lines: the key and the text of each. Those of one key are read in their order.
+        """Read lines, given by key and text, in their keys' sessions; measure the surprisal of every token.
 
         Returns:
             Bits for each token of each line, fp64 `(tokens,)`.
@@ -143,12 +140,7 @@ class KeyedSessions:
     def score_ids(
         self, keys: Sequence[str], ids: Sequence[np.ndarray], statistics: Mapping[str, Statistic]
     ) -> list[dict[str, np.ndarray]]:
-        """Read the tokens of some lines, each in the session of its key.
-
-        Args:
-            keys: key of each line.
-            ids: tokens of each line, `(tokens,)`.
-            statistics: what to compute of each token's prediction.
+        """Read the tokens of some lines, `(tokens,)` each, in the sessions of their keys.
 
         Returns:
             For each line the statistics of its tokens by name, fp64 `(tokens,)` each.
@@ -233,10 +225,9 @@ class KeyedSessions:
         self._changed.difference_update(digests)
 
     def commit(self, notes: Mapping[str, str] | None = None) -> None:
-        """Make what was read since the last commit part of the file, with some notes, all or nothing.
+        """Make what was read since the last commit part of the file, all or nothing.
 
-        Args:
-            notes: texts by name, such as how far a file has been read.
+        `notes` are texts by name to keep with it, such as how far a file has been read.
 
         Raises:
             InputError: the file cannot be written; it stays as it was after the last commit.

@@ -115,9 +115,7 @@ class LineScores:
     def score(self, text: bytes, bits: np.ndarray) -> float:
         """The score of a line, which then becomes one of the earlier ones.
 
-        Args:
-            text: the bytes of the line that count.
-            bits: surprisal of each of these bytes, `(bytes,)`.
+        `text` is the bytes of the line that count, `bits` the surprisal of each, `(bytes,)`.
         """
         kind = text.translate(None, DIGITS)[:BEGINNING].decode("latin-1")
         highest = float(np.where(_no_digits(text), bits, 0.0).max(initial=0.0))
@@ -128,11 +126,7 @@ class LineScores:
         return highest - total / count
 
     def read(self, source: str, pieces: Iterable[ScoredPiece]) -> Iterator[LineSurprisal]:
-        """The lines of some pieces, scored.
-
-        Args:
-            source: name of the lines' file.
-            pieces: pieces of lines, in order.
+        """The lines of some pieces, which come in order, scored; `source` is the name of their file.
 
         Raises:
             InputError: a mask takes too long.
@@ -196,10 +190,7 @@ class _Line:
 
 
 def most_surprising_span(bits: np.ndarray) -> tuple[int, int]:
-    """The bytes in a row that have the most surprisal above twice the mean: where they begin and end.
-
-    Args:
-        bits: surprisal of each byte of a line, `(bytes,)`.
+    """Where the bytes begin and end whose `bits`, `(bytes,)`, have the largest sum above twice the mean.
 
     >>> most_surprising_span(np.array([1.0, 1, 1, 9, 8, 1, 1, 2]))
     (3, 5)
@@ -212,15 +203,12 @@ def most_surprising_span(bits: np.ndarray) -> tuple[int, int]:
 
 
 class FalseAlarms:
-    """Finds the threshold that a share of all scores so far is above, in constant memory.
+    """Finds the threshold that a share of all scores so far, `rate`, is above, in constant memory.
 
     Scores are counted in buckets whose bounds grow by 1 %, so a threshold is right to 1 %.
 
-    Args:
-        rate: the share, between 0 and 1.
-
     Raises:
-        InputError: it is not between 0 and 1.
+        InputError: the share is not between 0 and 1.
 
     >>> alarms = FalseAlarms(0.1)
     >>> sum(alarms.add(score) for score in [1.0] * 50 + [5.0])

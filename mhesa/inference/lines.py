@@ -94,14 +94,10 @@ def split_lines(chunks: Iterable[bytes], *, offset: int = 0, number: int = 1) ->
 
 
 class Pattern:
-    """A regular expression to be looked for in lines, each for a limited time.
-
-    Args:
-        text: the expression, as the package `regex` reads it.
-        name: name of the expression in an error, such as the option that gives it.
+    """A regular expression to be looked for in lines, each for a limited time; errors call it `name`.
 
     Raises:
-        InputError: it does not compile.
+        InputError: the package `regex` does not compile it.
     """
 
     def __init__(self, text: str, name: str) -> None:
@@ -177,11 +173,7 @@ class KeyField:
 
 
 class Masks:
-    """What in a line is meant to vary: it is read but not counted.
-
-    Args:
-        patterns: regular expressions.
-        presets: names of `PRESETS`.
+    """What in a line is meant to vary, by regular expressions and names of `PRESETS`: read but not counted.
 
     Raises:
         InputError: an expression does not compile, or there is no such preset.

@@ -40,13 +40,7 @@ class LogReader:
 
     A file's lines become part of the sessions' file after they have been given out: a run that is killed
     gives its last lines out again, and misses none. A file that has been read before goes on where it ended,
-    unless its first bytes have changed.
-
-    Args:
-        sessions: where lines are read.
-        find_key: finds the key of a line; all lines have one session if omitted.
-        scores: scores lines.
-        alarms: finds the threshold of scores.
+    unless its first bytes have changed. All lines have one session if there is no `find_key`.
     """
 
     def __init__(
@@ -65,12 +59,9 @@ class LogReader:
                 kept.load_json(note)
 
     def read(self, source: str, chunks: Iterable[bytes], name: str | None = None) -> Iterator[LineSurprisal]:
-        """Read the lines of a log as they come.
+        """Read the lines of the log `source` as they come; its text may be cut anywhere.
 
-        Args:
-            source: name of the log.
-            chunks: text of the log, cut anywhere.
-            name: identifies the file in later runs; omitted for a stream, which cannot be read again.
+        `name` identifies the file in later runs; omitted for a stream, which cannot be read again.
 
         Raises:
             InputError: the sessions' file cannot be written, or a pattern takes too long.

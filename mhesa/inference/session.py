@@ -256,10 +256,6 @@ class Session:
 
         Nobody else can open or save the file in the meantime.
 
-        Args:
-            path: the file.
-            reader: the model that the session is with.
-
         Raises:
             InputError: as `load` and `save` do.
         """
@@ -282,11 +278,7 @@ class Session:
 
     @classmethod
     def load(cls, path: str | Path, reader: Reader) -> Session:
-        """Continue a saved session.
-
-        Args:
-            path: the file that `save` wrote.
-            reader: the model that the session was saved with.
+        """Continue a session that `save` wrote, with the model that it was saved with.
 
         Raises:
             InputError: the file is missing, damaged, no session, or another model's.

@@ -26,13 +26,12 @@ def open_database(
     """Open a database that survives a crash, or make a new one.
 
     Args:
-        path: the file, see `connect`.
+        path, timeout: see `connect`.
         application: SQLite's application_id of files of this kind.
         version: user_version of the files that can be read.
         schema: the statements that make its tables.
         what: the kind of file, for the error message.
         cache_bytes: size of SQLite's page cache.
-        timeout: seconds to wait for another program, see `connect`.
 
     Raises:
         sqlite3.Error: the file is another one, damaged, locked, or cannot be written.

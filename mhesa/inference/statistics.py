@@ -58,10 +58,9 @@ BITS: Mapping[str, Statistic] = {"bits": bits}
 
 
 def boundary_bits(starts: Tensor) -> Statistic:
-    """The statistic of the surprisal of a word boundary, in bits: see `mhesa.inference.units`.
+    """The surprisal of a word boundary in bits, by the ids of tokens that begin a word, `(starts,)`.
 
-    Args:
-        starts: ids of tokens that begin a word, `(starts,)`.
+    `mhesa.inference.units` says what it is for.
     """
     return lambda logprobs, targets: logprobs[:, starts].logsumexp(1) / -math.log(2)
 
@@ -69,15 +68,12 @@ def boundary_bits(starts: Tensor) -> Statistic:
 def token_statistics(
     logits: Tensor, targets: Tensor, statistics: Mapping[str, Statistic]
 ) -> dict[str, np.ndarray]:
-    """Statistics of predictions.
+    """Statistics of predictions: by name fp64 `(tokens,)`.
 
     Args:
         logits: `(tokens, num_tokens)`.
         targets: the tokens that came, `(tokens,)`.
         statistics: functions by name.
-
-    Returns:
-        By name fp64 `(tokens,)`.
 
     Raises:
         FloatingPointError: logits are not numbers.

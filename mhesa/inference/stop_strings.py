@@ -11,13 +11,10 @@ from mhesa.errors import InputError
 
 
 class StopMatcher:
-    r"""Passes a text on as it grows, up to the first of its stop strings.
+    r"""Passes a text on as it grows, up to the first of its stop strings, none of which may be empty.
 
     Bytes at the end that may begin a stop string are held back until that is clear. Where stop strings
     overlap, the one that is complete first ends the text; of two that end at the same byte, the longer one.
-
-    Args:
-        stops: the stop strings, none of them empty.
 
     >>> matcher = StopMatcher([b"\n\n", b"four"])
     >>> [matcher.feed(piece) for piece in (b"one\n", b"two\n", b"\nthree")], matcher.stopped
@@ -52,14 +49,9 @@ class StopMatcher:
 
 
 def match_length(stop: bytes, length: int, piece: bytes) -> int:
-    """Length of the longest prefix of a stop string that ends a text.
+    """The length of the longest prefix of a stop string that ends a text, from that `length` before `piece`.
 
     Knuth-Morris-Pratt: amortised constant time per byte.
-
-    Args:
-        stop: the stop string.
-        length: that length before `piece`.
-        piece: bytes that are new at the end of the text.
 
     >>> match_length(b"two", match_length(b"two", 0, b"one, t"), b"tw")
     2

@@ -153,9 +153,6 @@ def _spans(pattern: str, text: str) -> list[tuple[int, int]]:
 class GivenWords:
     """Finds the words of a given segmentation, which with whitespace between them must make up the text.
 
-    Args:
-        words: words of the text in their order.
-
     >>> GivenWords(["do", "n't"])("don't", True)
     [(0, 2), (2, 5)]
     """
@@ -252,13 +249,7 @@ class _Rows:
 
 
 class UnitReader:
-    """Finds the units of a text as it arrives, in memory that does not grow with its length.
-
-    Args:
-        source: name of the text.
-        segmenter: finds the units.
-        columns: columns of the table.
-    """
+    """Finds the units of the text `source` as it arrives, in memory that does not grow with its length."""
 
     def __init__(self, source: str, segmenter: Segmenter, columns: Columns | None = None) -> None:
         self._segmenter, self._rows = segmenter, _Rows(source, columns or Columns())
@@ -294,11 +285,9 @@ class UnitReader:
 def read_units(
     source: str, batches: Iterable[Batch], segmenter: Segmenter, columns: Columns | None = None
 ) -> Iterator[UnitSurprisal]:
-    """The units of a text as it arrives.
+    """The units of the text `source` as it arrives.
 
-    Args:
-        source, segmenter, columns: see `UnitReader`.
-        batches: what `score` yields, with the statistics of `Columns.statistics`, and with its end.
+    `batches` are what `score` yields, with the statistics of `Columns.statistics`, and with its end.
     """
     units = UnitReader(source, segmenter, columns)
     for batch in batches:
@@ -363,11 +352,7 @@ def surprisal_table(
 
 
 def data_frame(rows: Sequence[UnitSurprisal], unit: str = "bits") -> pandas.DataFrame:
-    """A table as pandas has it.
-
-    Args:
-        rows: rows of `surprisal_table`.
-        unit: unit of their surprisal, `bits` or `nats`.
+    """The rows of `surprisal_table` as pandas has a table; `unit` is that of their surprisal.
 
     Raises:
         InputError: pandas is not there.

@@ -87,11 +87,7 @@ def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True)
     """The scan function of the named backend, or of the best one if `name` is `None`.
 
     In an exported graph the best one is `chunked`: the graph then runs where this package is not installed.
-
-    Args:
-        name: a backend, or `None`.
-        device: device of the tensors.
-        fixed_rates: whether both rates are `(heads,)`.
+    `fixed_rates` says whether both rates are `(heads,)`.
 
     Raises:
         InputError: the named backend is unknown or cannot serve; the message names those that can.

@@ -63,12 +63,6 @@ def check_devices(tensors: Iterable[Tensor | None], cu_seqlens: Tensor | None, d
             raise InputError(f"a tensor is on {tensor.device}; move it to {device}, where x is")
 
 
-def check_real(name: str, tensor: Tensor) -> None:
-    """Raise `InputError` unless a tensor of any shape can be converted to real numbers as it is."""
-    if tensor.is_complex() or tensor.is_quantized:
-        raise InputError(f"{name} must be real numbers, not {tensor.dtype}")
-
-
 def check_scan(
     x: Tensor,
     alpha: Tensor,

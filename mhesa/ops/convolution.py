@@ -161,9 +161,7 @@ class _Convolution(Function):
         from mhesa.ops.cpu import convolution_kernels
 
         ctx.save_for_backward(x, weight, state, cu_seqlens)
-        return convolution_kernels.forward(
-            x.contiguous(), weight.contiguous(), state.contiguous(), cu_seqlens
-        )
+        return convolution_kernels.forward(x, weight, state, cu_seqlens)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,8 +176,6 @@ class _Convolution(Function):
             return *(next(found) if tensor.requires_grad else None for tensor in inputs), None
         from mhesa.ops.cpu import convolution_kernels
 
-        dx, dweight = convolution_kernels.backward(
-            dy.contiguous(), x.contiguous(), weight.contiguous(), state.contiguous(), cu_seqlens
-        )
+        dx, dweight = convolution_kernels.backward(dy, x, weight, state, cu_seqlens)
         dstate = _state_gradient(dy, weight, cu_seqlens) if ctx.needs_input_grad[2] else None
         return dx, dweight, dstate, None

@@ -70,12 +70,10 @@ class _Gelu(Function):
             return dx, None if gate is None else dy * F.gelu(x)
         from mhesa.ops.cpu import gelu_kernels
 
-        return gelu_kernels.backward(
-            dy.contiguous(), x.contiguous(), gate if gate is None else gate.contiguous()
-        )
+        return gelu_kernels.backward(dy, x, gate)
 
 
 def _forward(x: Tensor, gate: Tensor | None) -> Tensor:
     from mhesa.ops.cpu import gelu_kernels
 
-    return gelu_kernels.forward(x.contiguous(), gate if gate is None else gate.contiguous())
+    return gelu_kernels.forward(x, gate)

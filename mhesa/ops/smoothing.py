@@ -7,8 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mhesa.errors import InputError
 from mhesa.ops.backends import Inputs, resolve
-from mhesa.ops.checks import check_real, check_scan, check_step
+from mhesa.ops.checks import check_scan, check_step
 from mhesa.ops.context_parallel import ContextParallel, scan_stretches
 
 
@@ -171,5 +172,6 @@ def cast(dtype: torch.dtype, name: str, tensor: Tensor) -> Tensor:
     """
     if tensor.dtype == dtype:
         return tensor
-    check_real(name, tensor)
+    if tensor.is_complex() or tensor.is_quantized:
+        raise InputError(f"{name} must be real numbers, not {tensor.dtype}")
     return tensor.to(dtype)

@@ -276,11 +276,10 @@ def _offsets(*lengths: int) -> Tensor:
 
 
 def split_into_calls(sequences: list[Tensor], rows: int) -> list[tuple[int, int, list[Tensor]]]:
-    """Split sequences into calls of at most `rows` rows: `(first sequence, last + 1, their pieces)`.
+    """Split sequences, int64 `(length,)` each and none empty, into calls of at most `rows` tokens.
 
-    Args:
-        sequences: int64, `(length,)` each, none empty.
-        rows: tokens of a call at most.
+    Returns:
+        For each call the first sequence, the one after the last, and their pieces.
 
     >>> parts = split_into_calls([torch.zeros(20)] * 2, 30)
     >>> [(first, last, [len(piece) for piece in pieces]) for first, last, pieces in parts]

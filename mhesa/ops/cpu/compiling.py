@@ -70,9 +70,7 @@ def operand(weights: Any) -> Any:
 class StructPointer(types.Type):  # type: ignore[misc]
     """A pointer to structs: `pointer.name` reads or writes a field of the first, `offset` finds the others.
 
-    Args:
-        struct: the declaration.
-        stored: numba's type of the tensors' values.
+    `stored` is numba's type of the tensors' values.
     """
 
     def __init__(self, struct: type[Struct], stored: Any) -> None:

@@ -45,12 +45,12 @@ Arguments = struct(
 
 
 def forward(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """`y` of `x` `(batch, length, dim)`; tensors are contiguous and of one type, fp32 or fp64.
+    """`y` of `x` `(batch, length, dim)`; tensors are of one type, fp32 or fp64.
 
     For the shapes of the others see `mhesa.ops.convolution.causal_convolution`.
     """
     y = empty_hugepages(x.shape, x.dtype)
-    _run(_forward, x, weight, cu_seqlens, x=x, weight=weight, state=state, out=y)
+    _run(_forward, cu_seqlens, x=x, weight=weight, state=state, out=y)
     return y
 
 
@@ -60,19 +60,19 @@ def backward(
     """`(dx, dweight)`, shaped as `x` and `weight` `(taps, dim)`."""
     dx = empty_hugepages(x.shape, x.dtype)
     dweights = x.new_empty(len(_pieces(x, cu_seqlens)), *weight.shape)
-    tensors = {"x": x, "weight": weight, "state": state, "dy": dy, "out": dx, "dweights": dweights}
-    _run(_backward, x, weight, cu_seqlens, **tensors)
+    _run(_backward, cu_seqlens, x=x, weight=weight, state=state, dy=dy, out=dx, dweights=dweights)
     return dx, dweights.sum(0, dtype=torch.float64).to(weight.dtype)
 
 
-def _run(kernel: Any, like: Tensor, weights: Tensor, cu_seqlens: Tensor | None, **tensors: Tensor) -> None:
-    pieces = _pieces(like, cu_seqlens)
+def _run(kernel: Any, cu_seqlens: Tensor | None, **given: Tensor) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in given.items()}
+    x, (taps, dim) = tensors["x"], tensors["weight"].shape
+    pieces = _pieces(x, cu_seqlens)
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    taps, dim = weights.shape
-    sizes = {"count": len(pieces), "length": like.shape[1], "dim": dim, "taps": taps}
+    sizes = {"count": len(pieces), "length": x.shape[1], "dim": dim, "taps": taps}
     arguments = Arguments(pieces=pieces.ctypes.data, **sizes, **addresses)
-    threads = 1 if like.numel() < MIN_PARALLEL else available()
-    parallel(compiled(kernel, like.dtype, Arguments), arguments.address, threads)
+    threads = 1 if x.numel() < MIN_PARALLEL else available()
+    parallel(compiled(kernel, x.dtype, Arguments), arguments.address, threads)
 
 
 def _pieces(x: Tensor, cu_seqlens: Tensor | None) -> Structs:

@@ -49,7 +49,7 @@ ERF_END = 5.5
 
 
 def forward(x: Tensor, gate: Tensor | None) -> Tensor:
-    """`gate * GELU(x)`, for contiguous tensors of any shape and type up to fp32, the same for both."""
+    """`gate * GELU(x)`, for tensors of any shape and type up to fp32, the same for both."""
     y = empty_hugepages(x.shape, x.dtype)
     _run(x=x, gate=gate, out=y)
     return y
@@ -63,8 +63,9 @@ def backward(dy: Tensor, x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor
     return dx, dgate
 
 
-def _run(x: Tensor, **others: Tensor | None) -> None:
-    tensors = {"x": x} | {name: tensor for name, tensor in others.items() if tensor is not None}
+def _run(**given: Tensor | None) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
+    x = tensors["x"]
     args = Arguments(
         count=x.numel(),
         nontemporal=len(tensors) * x.nbytes > NONTEMPORAL_BYTES,

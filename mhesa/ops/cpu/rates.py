@@ -54,8 +54,6 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def _scan(call: _Call, initial_state: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Write the outputs to `y`, if there is one; returns the final state and those at the chunks' starts."""
     states, final, args = call.new(len(call.cut.chunks), call.channels), call.new(*call.states), call.args
-    if call.empty:
-        return final.zero_() if initial_state is None else initial_state.clone(), states
     args.initial, args.final, args.states = call.parameter(initial_state), final.data_ptr(), states.data_ptr()
     args.out = 0 if y is None else y.data_ptr()
     call.run(kernels.forward, call.channels, tensors=2)
@@ -69,10 +67,7 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None) 
         _, states = _scan(call, inputs.initial_state, None)
     dx = empty_hugepages(x.shape, x.dtype)
     dskip = torch.zeros(x.shape[2:], dtype=call.dtype, device=CPU)
-    new = torch.zeros if call.empty else torch.empty
-    dalpha, ddecay = (new(x.shape[:3], dtype=call.dtype, device=CPU) for _ in range(2))
-    if call.empty:
-        return dx, dalpha, ddecay, dskip, dfinal.clone()
+    dalpha, ddecay = call.new(*x.shape[:3]), call.new(*x.shape[:3])
     dinitial, args = call.new(*call.states), call.args
     args.dy, args.dy_batch, args.dy_row, args.dy_head = call.rows(dy, min_head_dim=0)
     args.out, args.dfinal, args.dinitial = dx.data_ptr(), call.parameter(dfinal), dinitial.data_ptr()
@@ -91,7 +86,6 @@ class _Call(Call):
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(kernels.Arguments, inputs, inputs.reverse)
-        self.empty = inputs.x.numel() == 0
         self.chunk_rows = min(max(CHUNK_VALUES // max(self.channels, 1), MIN_ROWS), MAX_ROWS)
         self.cut: _Cut = self.sequences.cut(_cut, self.chunk_rows, inputs.reverse)
         args = self.args

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mhesa.errors import InputError
 from mhesa.ops.backends import Inputs
+from mhesa.ops.checks import count_sequences
 from mhesa.ops.registration import Gradients
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -74,18 +75,17 @@ def kernel_inputs(inputs: Inputs) -> Inputs:
         raise InputError(f"backend 'triton' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
     if alpha.ndim == 1:
         alpha, decay = alpha.contiguous(), decay.contiguous()
-    return Inputs(
-        contiguous_steps(x), alpha, decay, contiguous(skip), contiguous(initial_state), cu_seqlens, reverse
-    )
+    skip, initial_state = (one if one is None else one.contiguous() for one in (skip, initial_state))
+    return Inputs(contiguous_steps(x), alpha, decay, skip, initial_state, cu_seqlens, reverse)
 
 
 def new_final_state(inputs: Inputs) -> Tensor:
     """The final state, `(sequences, heads, head_dim)`; set for sequences of no steps, which kernels skip."""
     x, alpha, _, _, initial_state, cu_seqlens, _ = inputs
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    shape = count_sequences(x, cu_seqlens), *x.shape[2:]
     if x.numel() > 0 and cu_seqlens is None:
-        return alpha.new_empty(sequences, *x.shape[2:])
-    return alpha.new_zeros(sequences, *x.shape[2:]) if initial_state is None else initial_state.clone()
+        return alpha.new_empty(shape)
+    return alpha.new_zeros(shape) if initial_state is None else initial_state.clone()
 
 
 def gradients_of_nothing(dfinal: Tensor, inputs: Inputs) -> Gradients:
@@ -120,11 +120,6 @@ def contiguous_steps(x: Tensor) -> Tensor:
     _, _, heads, head_dim = x.shape
     readable = (head_dim == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == head_dim)
     return x if readable else x.contiguous()
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor of any shape, copied unless it is contiguous."""
-    return None if tensor is None else tensor.contiguous()
 
 
 def sequence_of(cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
