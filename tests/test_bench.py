@@ -239,7 +239,7 @@ def test_a_run_is_timed_part_by_part(tmp_path):
 
 def test_scoring_is_timed_where_its_bits_are_right(tmp_path, monkeypatch):
     model, text = score.make_model(tmp_path / "model"), tmp_path / "some.log"
-    score.write_text(text, 4000, keys=3)
+    score.write_text(text, 1000, keys=3)
     keyed = ["--key", score.KEY, "--key-memory", "8MB"]
     score.check(model, text, "fp32", keyed)
     held = b"x" * (2 << 30)
