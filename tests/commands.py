@@ -34,6 +34,11 @@ FORKED.set_forkserver_preload(
         # What torch's optimizers and numba import when they are first used.
         "torch._dynamo",
         "scipy.linalg",
+        # What the modules import in which the processes find their functions.
+        "httpx",
+        "pytest",
+        # Found from the repository's root, where tests are started.
+        "tests.loaded_kernels",
     ]
 )
 SECONDS = 500
@@ -66,15 +71,18 @@ def run_code(code, environment=None):
 
 
 class StartedCommand:
-    """`mhesa` in a forked process and the ends of its pipes, with some methods of `subprocess.Popen`."""
+    """`mhesa`, or a program, in a forked process and the ends of its pipes.
 
-    def __init__(self, *arguments):
+    It has some methods of `subprocess.Popen`.
+    """
+
+    def __init__(self, *arguments, code=None):
         with tempfile.TemporaryDirectory() as name:
             streams = [Path(name) / stream for stream in "012"]
             for stream in streams:
                 os.mkfifo(stream)
             given = streams, list(map(str, arguments)), dict(os.environ), os.getcwd()
-            self.process = FORKED.Process(target=_main, args=given, daemon=True)
+            self.process = FORKED.Process(target=_main, args=given, kwargs={"code": code}, daemon=True)
             self.process.start()
             # Each waits for the process to open its end, in the same order.
             self.stdin, self.stdout, self.stderr = map(open, streams, ("wb", "rb", "rb"))

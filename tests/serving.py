@@ -17,9 +17,7 @@ from pathlib import Path
 import httpx
 import torch
 from commands import FORKED
-from starlette.testclient import TestClient
 
-from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM
 from mhesa.model.loading import load
 from mhesa.serve.api.app import create_app
 from mhesa.serve.api.service import Service
@@ -41,6 +39,9 @@ TEMPLATE = (
 
 def save_model(folder: Path, tokenizer=None, template: str | None = TEMPLATE) -> Path:
     """A model of random weights that are large enough for its predictions to be clear."""
+    # Not above: every server that is forked imports this module, and transformers takes a second and a half.
+    from mhesa.hf import ByteTokenizer, MhesaConfig, MhesaForCausalLM
+
     torch.manual_seed(0)
     tokenizer = tokenizer or ByteTokenizer()
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "heads": 4}
@@ -136,6 +137,8 @@ def running_alone(folder: Path, log: Path, *options):
 @contextmanager
 def in_process(folder: Path, key: str | None = KEYS["alice"], limits=None, **settings):
     """A client of a server in this process, without sockets."""
+    from starlette.testclient import TestClient
+
     limits = Limits(**limits or {})
     service = Service(*load(folder), Settings("tiny", limits=limits, **{"keys": KEYS} | settings))
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}

@@ -239,16 +239,18 @@ def test_a_run_is_timed_part_by_part(tmp_path):
 
 def test_scoring_is_timed_where_its_bits_are_right(tmp_path, monkeypatch):
     model, text = score.make_model(tmp_path / "model"), tmp_path / "some.log"
-    score.write_text(text, 4000, keys=3)
-    keyed = ["--key", score.KEY, "--key-memory", "8MB"]
+    score.write_text(text, 1000, keys=3)
+    keyed, output, printed = ["--key", score.KEY, "--key-memory", "8MB"], score._output, []
+    monkeypatch.setattr(score, "_output", lambda words: printed.append(output(words)) or printed[-1])
     score.check(model, text, "fp32", keyed)
     held = b"x" * (2 << 30)
     # Python and torch, and nothing of this process.
     assert 100 < score.run(model, text, "fp32", []).peak < 2000
     del held
+    monkeypatch.setattr(score, "_output", lambda words: printed[0])
     monkeypatch.setitem(score.TOLERANCE, "fp32", 1e-9)
     with pytest.raises(RuntimeError, match="bits, not"):
-        score.check(model, text, "fp32", [])
+        score.check(model, text, "fp32", keyed)
 
 
 def test_the_start_of_a_command_is_taken_off(tmp_path):

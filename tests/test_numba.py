@@ -16,12 +16,14 @@ import numba
 import pytest
 import torch
 from commands import FORKED, run_code
+from scans import Case, error, same
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mhesa.ops import exponential_smoothing
 from mhesa.ops.cpu import compiling
 from mhesa.ops.cpu import threads as threading
+from mhesa.ops.gelu import gelu
 
 CALL = """
 import sys, torch
@@ -30,7 +32,16 @@ x = torch.ones(2, 4, 1, 1)
 y = exponential_smoothing(x, torch.tensor([0.5]), torch.tensor([0.5]), backend="numba")
 sys.stderr.write(str(y[0].flatten().tolist()))
 """
+# The same of a kernel that compiles in a quarter of the time.
+SMALL_CALL = """
+import sys, torch
+from mhesa.ops.gelu import gelu
+sys.stderr.write(f"{gelu(torch.ones(1)).item():.4f}")
+"""
 ROOT = Path(__file__).parents[1]
+REVERSE = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+# The shape of rates for one sequence of 20,000 steps and one head.
+RATES = pytest.mark.parametrize("shape", [(1,), (1, 20000, 1)], ids=["fixed", "varying"])
 
 
 def smooth(x: Tensor) -> list[Tensor]:
@@ -55,16 +66,37 @@ def threads() -> int:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("shape", [(1, 2000, 4, 64), (3, 300, 2, 80), (40, 70, 2, 33), (2, 9001, 3, 7)])
+@REVERSE
+@pytest.mark.parametrize(
+    ("rates", "shape", "offsets"),
+    [
+        *itertools.product(
+            ["fixed"], [(1, 2000, 4, 64), (3, 300, 2, 80), (40, 70, 2, 33), (2, 9001, 3, 7)], [None]
+        ),
+        *itertools.product(
+            ["both", "alpha", "decay"],
+            [(1, 3000, 8, 16), (3, 300, 2, 80), (40, 70, 2, 33), (2, 3001, 1, 7)],
+            [None],
+        ),
+        *itertools.product(["both", "alpha", "decay"], [(1, 900, 32, 8)], [[0, 20, 20, 600, 900]]),
+    ],
+)
 @pytest.mark.usefixtures("threads")
-def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
-    several = smooth(x)
-    torch.set_num_threads(1)
-    assert equal(smooth(x), several)
+def test_the_number_of_threads_changes_no_bit(
+    rates: str, shape: tuple[int, ...], offsets: list[int] | None, reverse: bool
+) -> None:
+    case = Case(*shape, rates=rates, dtype=torch.float32, offsets=offsets, reverse=reverse)
+    results = []
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        results.append(case.results("numba"))
+    for several in results[1:]:
+        same(several, results[0])
+    for result, truth in zip(results[0], case.results("chunked"), strict=True):
+        assert error(result, truth) <= 1e-5
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@REVERSE
 @pytest.mark.parametrize("lengths", [(5000,), (0, 700, 2900, 1, 1399)])
 @pytest.mark.usefixtures("threads")
 def test_a_relay_changes_no_bit(lengths: tuple[int, ...], reverse: bool) -> None:
@@ -138,18 +170,18 @@ def test_in_data_workers() -> None:
         assert torch.equal(batch[0], _Smoothed()[index])
 
 
-def run_fresh(cache: Path, code: str = CALL) -> tuple[str, str]:
+def run_fresh(cache: Path, code: str) -> tuple[str, str]:
     """Run code in a process that has called no kernel; what it writes to standard output and error."""
     return run_code(f"import numba\nnumba.config.CACHE_DIR = {str(cache)!r}\n{code}")
 
 
 def test_the_first_call_is_silent_and_the_next_finds_the_cache(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first = run_fresh(cache)
+    first = run_fresh(cache, CALL)
     assert first == ("", "[0.5, 0.75, 0.875, 0.9375]")
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.nbc")}
     assert kept
-    assert run_fresh(cache) == first
+    assert run_fresh(cache, CALL) == first
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.nbc")} == kept
 
 
@@ -167,7 +199,7 @@ def test_the_name_of_a_kernel_follows_the_sources(tmp_path: Path) -> None:
 def compile_at_once(cache, barrier, found):
     numba.config.CACHE_DIR = cache
     barrier.wait(60)
-    exponential_smoothing(torch.ones(1, 8, 1, 4), torch.ones(1), torch.ones(1), backend="numba")
+    gelu(torch.ones(1))
     found.put([function.cache_hits for function in compiling._COMPILED])
 
 
@@ -186,7 +218,7 @@ def test_of_processes_that_start_at_once_one_compiles(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     # A file in place of the folder: permissions would not stop root.
     (tmp_path / "cache").write_text("")
-    assert run_fresh(tmp_path / "cache") == ("", "[0.5, 0.75, 0.875, 0.9375]")
+    assert run_fresh(tmp_path / "cache", SMALL_CALL) == ("", "0.8413")
 
 
 def test_a_cache_that_fails_while_it_is_written(tmp_path: Path) -> None:
@@ -196,7 +228,7 @@ def full(self, *args):
     raise OSError(28, "No space left on device")
 caching.IndexDataCacheFile.save = full
 """
-    assert run_fresh(tmp_path / "cache", full + CALL) == ("", "[0.5, 0.75, 0.875, 0.9375]")
+    assert run_fresh(tmp_path / "cache", full + SMALL_CALL) == ("", "0.8413")
 
 
 def test_import_loads_no_numba() -> None:
@@ -216,11 +248,12 @@ def test_offsets_beyond_two_to_the_31(dim: int) -> None:
     assert equal(smooth(x), smooth(x.contiguous()))
 
 
+@RATES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_decayed_carry_ends_at_zero(dtype: torch.dtype) -> None:
+def test_a_decayed_carry_ends_at_zero(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.zeros(1, 20000, 1, 32, dtype=dtype)
     x[:, 0] = 1
-    rate = torch.tensor([0.9], dtype=dtype)
+    rate = torch.full(shape, 0.9, dtype=dtype)
     y, final = exponential_smoothing(x, 1 - rate, rate, return_final_state=True, backend="numba")
     assert not final.any()
     tiny = torch.finfo(dtype).smallest_normal
@@ -262,20 +295,36 @@ class Long:
         return [y.detach(), final.detach(), *gradients]
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@REVERSE
 def test_spans_of_long_sequences(reverse: bool) -> None:
     long = Long(torch.float64)
     for result, truth in zip(long.run("numba", reverse), long.run("chunked", reverse), strict=True):
         assert (result - truth).norm() <= 1e-11 * truth.norm()
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@REVERSE
 def test_long_sequences_do_not_depend_on_their_batch(reverse: bool) -> None:
     long = Long()
     y, final, dx, dstate = long.run("numba", reverse)
     for sequence, (begin, end) in enumerate(itertools.pairwise(long.offsets)):
         here = [y[:, begin:end], final[sequence][None], dx[:, begin:end], dstate[sequence][None]]
         assert equal(long.run("numba", reverse, sequence), here)
+
+
+def test_a_long_sequence_whose_decays_hardly_decay() -> None:
+    case = Case(1, 1 << 16, 2, 2, rates="both", dtype=torch.float32)
+    case.decay = 1 - 1e-4 * torch.rand(case.decay.shape)
+    truths = case.results("chunked", torch.float64)
+    for result, truth in zip(case.results("numba"), truths, strict=True):
+        assert error(result, truth) <= 1e-5
+
+
+@REVERSE
+def test_states_of_varying_rates_are_kept_or_computed_anew(reverse: bool) -> None:
+    case = Case(2, 500, 3, 16, rates="both", dtype=torch.float32, reverse=reverse)
+    kept = case.results("numba")
+    inputs = [tensor.detach() for tensor in case.tensors()]
+    same(torch.ops.mhesa.numba_backward(case.dy, case.dfinal, *inputs, None, reverse), kept[2:])
 
 
 def test_infinity_and_nan_cross_spans() -> None:
@@ -353,7 +402,8 @@ def test_gradients_need_little_memory_beyond_their_outputs() -> None:
     assert 0.5 * needed < grown < 1.01 * needed
 
 
-def test_unsupported_types_are_refused() -> None:
-    x = torch.zeros(1, 2, 1, 1, dtype=torch.float8_e4m3fn)
+@RATES
+def test_unsupported_types_are_refused(shape: tuple[int, ...]) -> None:
+    x = torch.zeros(1, 20000, 1, 1, dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="'numba' takes float32, float64, bfloat16, float16, not float8"):
-        exponential_smoothing(x, torch.zeros(1), torch.zeros(1), backend="numba")
+        exponential_smoothing(x, torch.zeros(shape), torch.zeros(shape), backend="numba")

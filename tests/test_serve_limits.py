@@ -434,7 +434,7 @@ def test_a_second_signal_ends_requests_in_order(folder, tmp_path):
 
 
 def test_sigterm_lets_streams_finish_and_tells_the_rest(folder, tmp_path):
-    limits = {"max_tokens": ENDLESS, "drain_seconds": 2}
+    limits = {"max_tokens": ENDLESS, "drain_seconds": 1}
     with running(folder, tmp_path / "log", limits=limits, slots=128) as server:
         ends = {}
 
@@ -447,7 +447,7 @@ def test_sigterm_lets_streams_finish_and_tells_the_rest(folder, tmp_path):
         for thread in threads:
             thread.start()
         server.wait_for("mhesa_texts_active", 20)
-        finishing = threading.Thread(target=read, args=(99, 500))
+        finishing = threading.Thread(target=read, args=(99, 200))
         finishing.start()
         server.wait_for("mhesa_texts_active", 21)
         with server.client() as http:

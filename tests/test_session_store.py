@@ -1,6 +1,7 @@
 """The store of sessions: nothing is lost, and nobody sees another's."""
 
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import FORKED
 from serving import locked
 
 from mhesa.errors import InputError
@@ -54,15 +56,18 @@ def test_saved_states_are_loaded_bit_for_bit(store, path):
     assert sessions.load("me", "b") is sessions.load("you", "a") is None
 
 
+def save_fifty_and_die(path):
+    sessions = Sessions(path, model="model", shape=SHAPE, limits=Limits())
+    for index in range(50):
+        sessions.save("me", str(index), SessionState(torch.full(SHAPE, float(index)), index, index))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_sessions_survive_a_killed_process(store, tmp_path):
-    path = tmp_path / "sessions.sqlite"
-    code = (
-        "import os, sys, torch; from pathlib import Path; from mhesa.serve.sessions import *\n"
-        f"s = Sessions(Path(sys.argv[1]), model='model', shape={SHAPE}, limits=Limits())\n"
-        f"for i in range(50): s.save('me', str(i), SessionState(torch.full({SHAPE}, float(i)), i, i))\n"
-        "os.kill(os.getpid(), 9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=120).returncode == -9
+    process = FORKED.Process(target=save_fifty_and_die, args=(tmp_path / "sessions.sqlite",))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     sessions = store()
     assert sessions.size() == (50, 50 * 60)
     assert all((sessions.load("me", str(index)).state == index).all() for index in range(50))

@@ -1,4 +1,7 @@
-"""The Triton backend against the reference: on a GPU, or anywhere under Triton's interpreter."""
+"""The Triton backend against the reference: on a GPU, or anywhere under Triton's interpreter.
+
+Rates are fixed, or those of every step, which other kernels scan.
+"""
 
 import itertools
 import mmap
@@ -7,6 +10,7 @@ import pytest
 import torch
 from combinations import covering
 from triton_scans import (
+    BOTH,
     DEVICE,
     INTERPRETED,
     PACKING,
@@ -22,10 +26,11 @@ from triton_scans import (
 )
 
 from mhesa.ops import exponential_smoothing
-from mhesa.ops.triton import launching
-from mhesa.ops.triton import scan as backend
+from mhesa.ops.triton import launching, rates, scan
 
 pytestmark = on_device
+FIXED = ()
+STEPWISE = pytest.mark.parametrize("stepwise", [FIXED, BOTH], ids=["fixed", "varying"])
 
 # Shapes and options of `make_inputs`.
 CASES = {
@@ -36,6 +41,11 @@ CASES = {
     "packed": ((1, 170, 2, 20), {"offsets": PACKING}),
     "packed and plain": ((1, 170, 1, 32), {"offsets": PACKING, "initial": False, "skip": False}),
 }
+
+
+def unsummed(stepwise):
+    """The results that are sums over neither sequences nor steps."""
+    return "y", "final", "dx", "dinitial_state", *("d" + name for name in stepwise)
 
 
 @pytest.mark.parametrize(
@@ -49,9 +59,35 @@ def test_agrees_with_the_reference(case, reverse, regime):
     assert_close(run(inputs, reverse=reverse), reference(inputs, reverse), torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("shape", "reverse", "options"),
+    [
+        pytest.param((2, 1, 3, 5), False, {"stepwise": BOTH}, id="one-step"),
+        pytest.param((2, 65, 1, 32), True, {"skip": False, "initial": False, "stepwise": BOTH}, id="plain"),
+        pytest.param((1, 150, 5, 16), False, {"stepwise": BOTH}, id="narrow-heads"),
+        pytest.param((1, 150, 3, 13), True, {"stepwise": BOTH}, id="heads-not-of-a-power-of-two"),
+        pytest.param((1, 140, 2, 40), False, {"stepwise": BOTH}, id="heads-across-blocks"),
+        pytest.param((1, 140, 2, 8), True, {"stepwise": ("alpha",)}, id="fixed-decay"),
+        pytest.param((2, 70, 2, 8), False, {"stepwise": ("decay",)}, id="fixed-alpha"),
+        pytest.param((1, 170, 2, 8), False, {"offsets": PACKING, "stepwise": BOTH}, id="packed"),
+        pytest.param((1, 170, 2, 20), True, {"offsets": PACKING, "stepwise": BOTH}, id="packed-reverse"),
+        pytest.param(
+            (1, 170, 1, 32),
+            False,
+            {"offsets": PACKING, "initial": False, "skip": False, "stepwise": BOTH},
+            id="packed-plain",
+        ),
+    ],
+)
+def test_varying_rates_agree_with_the_reference(shape, reverse, options, regime):
+    inputs = make_inputs(shape, **options)
+    assert_close(run(inputs, reverse=reverse), reference(inputs, reverse), torch.float32)
+
+
+@STEPWISE
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_types(dtype, regime):
-    inputs = make_inputs((1, 270, 2, 8), dtype)
+def test_types(dtype, stepwise, regime):
+    inputs = make_inputs((1, 270, 2, 8), dtype, stepwise=stepwise)
     actual = run(inputs)
     assert actual["y"].dtype == actual["dx"].dtype == dtype
     assert_close(actual, reference(inputs), dtype)
@@ -67,33 +103,42 @@ def test_extreme_decays(decay, regime):
         assert torch.equal(actual["final"], exact)
 
 
-def test_many_tiles(monkeypatch):
+@STEPWISE
+def test_many_tiles(stepwise, monkeypatch):
     """More tiles than the chain of tiles fetches at once."""
     set_regime(monkeypatch, "tiles")
-    monkeypatch.setattr(backend, "SPANS_LOG", 3)
-    for rows_logs in (backend.FORWARD_ROWS_LOG, backend.BACKWARD_ROWS_LOG):
+    monkeypatch.setattr(rates if stepwise else scan, "SPANS_LOG", 3)
+    for rows_logs in (scan.FORWARD_ROWS_LOG, scan.BACKWARD_ROWS_LOG, rates.ROWS_LOG):
         monkeypatch.setitem(rows_logs, 4, 0)
     for offsets in (None, [0, 7, 8, 64, 150]):
-        inputs = make_inputs((1, 150, 1, 4), offsets=offsets)
+        inputs = make_inputs((1, 150, 1, 4), offsets=offsets, stepwise=stepwise)
         assert_close(run(inputs), reference(inputs), torch.float32)
 
 
 @pytest.mark.parametrize("offsets", [None, PACKING], ids=["dense", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_regimes_agree_bit_for_bit(offsets, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "dtype", "stepwise"),
+    [
+        pytest.param((1, 32), torch.float32, FIXED, id="fp32"),
+        pytest.param((1, 32), torch.bfloat16, FIXED, id="bf16"),
+        pytest.param((2, 16), torch.float32, BOTH, id="varying"),
+    ],
+)
+def test_regimes_agree_bit_for_bit(offsets, heads, dtype, stepwise, monkeypatch):
     """The batch decides between them, and must not be seen in the results."""
-    inputs = make_inputs((1, 170 if offsets else 300, 1, 32), dtype, offsets=offsets)
+    inputs = make_inputs((1, 170 if offsets else 300, *heads), dtype, offsets=offsets, stepwise=stepwise)
     results = []
     for regime in ("whole", "tiles"):
         set_regime(monkeypatch, regime)
         actual = run(inputs)
-        results.append({key: actual[key] for key in ("y", "final", "dx", "dinitial_state")})
+        results.append({key: actual[key] for key in unsummed(stepwise)})
     assert_same(*results)
 
 
+@STEPWISE
 @pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 2, 0), (2, 3, 0, 4)], ids=str)
-def test_empty_dimensions(shape):
-    inputs = make_inputs(shape)
+def test_empty_dimensions(shape, stepwise):
+    inputs = make_inputs(shape, stepwise=stepwise)
     actual = run(inputs)
     assert actual.pop("y").shape == shape
     assert torch.equal(actual.pop("final"), inputs["initial_state"])
@@ -131,6 +176,14 @@ def test_layouts_equal_contiguous(operand, layout):
         value = value.transpose(2, 3).contiguous().transpose(2, 3)
     assert layout == "expanded" or not value.is_contiguous()
     assert_same(run(inputs | {operand: value}), run(dense))
+
+
+def test_layouts_of_rates_equal_contiguous():
+    inputs = make_inputs((2, 40, 3, 8), stepwise=BOTH)
+    expected = run(inputs)
+    for operand in ("x", "dy", "alpha", "decay"):
+        value = inputs[operand].transpose(1, 2).contiguous().transpose(1, 2)
+        assert_same(run(inputs | {operand: value}), expected)
 
 
 def test_offsets_beyond_two_to_the_31(regime):
@@ -171,34 +224,61 @@ def test_nan_stays_where_it_belongs(operand, reverse, regime):
         assert actual[name][0] == expected[name][0], name
 
 
-@pytest.mark.parametrize("neighbour", [torch.nan, torch.inf, 1e30])
-def test_packed_neighbours_are_not_felt(neighbour, regime):
+@pytest.mark.parametrize("operand", ["x", "dy", "alpha", "decay"])
+def test_nan_stays_where_it_belongs_at_varying_rates(operand, regime):
+    """Not to another sequence, another head, or back in time, not even within a tile."""
+    step = 150
+    clean = make_inputs((2, 160, 2, 16), stepwise=BOTH)
+    dirty = clean | {operand: clean[operand].clone()}
+    dirty[operand][1, step, 1] = torch.nan
+    expected, actual = run_once(clean, regime), run(dirty)
+    later, earlier = torch.zeros(2, 2, 160, 2, dtype=torch.bool)
+    later[1, step:, 1] = operand != "dy"
+    # The step of a rate takes the gradient of its own input, not of its state.
+    earlier[1, : step + (operand in ("dy", "alpha")), 1] = operand in ("dy", "decay")
+    earlier[1, step, 1] |= operand == "alpha"
+    for name, mask in (("y", later), ("dx", earlier)):
+        assert actual[name].isnan().any(-1).cpu().equal(mask), name
+        keep = ~mask.to(DEVICE)
+        assert torch.equal(actual[name][keep], expected[name][keep]), name
+    for name in ("dalpha", "ddecay"):
+        others = torch.ones(2, 160, 2, dtype=torch.bool)
+        others[1, :, 1] = False
+        assert torch.equal(actual[name].cpu()[others], expected[name].cpu()[others]), name
+
+
+@pytest.mark.parametrize(
+    ("neighbour", "heads", "stepwise"),
+    [
+        *((value, (1, 32), FIXED) for value in (torch.nan, torch.inf, 1e30)),
+        *((value, (2, 16), BOTH) for value in (torch.nan, torch.inf)),
+    ],
+    ids=["nan", "inf", "large", "nan-varying", "inf-varying"],
+)
+def test_packed_neighbours_are_not_felt(neighbour, heads, stepwise, regime):
     start, stop = 70, 140
-    clean = make_inputs((1, 170, 1, 32), offsets=PACKING)
+    clean = make_inputs((1, 170, *heads), offsets=PACKING, stepwise=stepwise)
     dirty = {key: None if value is None else value.clone() for key, value in clean.items()}
-    for name in ("x", "dy"):
+    for name in ("x", "dy", *stepwise):
         dirty[name][:, :start] = dirty[name][:, stop:] = neighbour
     sequence = PACKING.index(start)
     for name in ("initial_state", "dfinal"):
         dirty[name][:sequence] = dirty[name][sequence + 1 :] = neighbour
     expected, actual = run_once(clean, regime), run(dirty)
-    for name in ("y", "dx"):
-        assert torch.equal(actual[name][:, start:stop], expected[name][:, start:stop]), name
-    for name in ("final", "dinitial_state"):
-        assert torch.equal(actual[name][sequence], expected[name][sequence]), name
+    for name in unsummed(stepwise):
+        here = sequence if name in ("final", "dinitial_state") else (slice(None), slice(start, stop))
+        assert torch.equal(actual[name][here], expected[name][here]), name
 
 
-def test_batch_is_not_felt(monkeypatch):
+@pytest.mark.parametrize(("heads", "stepwise"), [((1, 4), FIXED), ((2, 8), BOTH)], ids=["fixed", "varying"])
+def test_batch_is_not_felt(heads, stepwise, monkeypatch):
     monkeypatch.setattr(launching, "processors", lambda device: 4)
-    inputs = make_inputs((5, 140, 1, 4))
+    inputs = make_inputs((5, 140, *heads), stepwise=stepwise)
     together = run(inputs)
     row = 3
-    alone = {
-        key: value[row : row + 1] if key in ("x", "dy", "initial_state", "dfinal") else value
-        for key, value in inputs.items()
-    }
-    alone = run(alone)
-    for name in ("y", "final", "dx", "dinitial_state"):
+    rows = ("x", "dy", *stepwise, "initial_state", "dfinal")
+    alone = run({key: value[row : row + 1] if key in rows else value for key, value in inputs.items()})
+    for name in unsummed(stepwise):
         assert torch.equal(alone[name][0], together[name][row]), name
 
 
@@ -220,9 +300,23 @@ def test_a_million_steps(batch, decay):
 
 
 @on_gpu_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_run_gives_the_same_bits(dtype, regime):
-    inputs = make_inputs((4, 3000, 8, 64), dtype)
+def test_a_million_steps_of_varying_rates():
+    inputs = make_inputs((1, 2**20, 2, 16), stepwise=BOTH)
+    expected = run({k: None if v is None else v.double() for k, v in inputs.items()}, "chunked")
+    assert_close(run(inputs), {key: value.cpu() for key, value in expected.items()}, torch.float32)
+
+
+@on_gpu_only
+@pytest.mark.parametrize(
+    ("heads", "dtype", "stepwise"),
+    [
+        pytest.param((8, 64), torch.float32, FIXED, id="fp32"),
+        pytest.param((8, 64), torch.bfloat16, FIXED, id="bf16"),
+        pytest.param((32, 16), torch.bfloat16, BOTH, id="varying"),
+    ],
+)
+def test_every_run_gives_the_same_bits(heads, dtype, stepwise, regime):
+    inputs = make_inputs((4, 3000, *heads), dtype, stepwise=stepwise)
     first = run(inputs)
     for _ in range(5):
         assert_same(run(inputs), first)
@@ -256,8 +350,9 @@ def test_cuda_graph(offsets, regime):
 
 
 @on_gpu_only
-def test_launches_do_not_wait_for_the_device():
-    inputs = make_inputs((1, 3000, 8, 64), offsets=[0, 700, 700, 3000])
+@STEPWISE
+def test_launches_do_not_wait_for_the_device(stepwise):
+    inputs = make_inputs((1, 3000, 8, 64), offsets=[0, 700, 700, 3000], stepwise=stepwise)
     run(inputs)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
