@@ -18,6 +18,9 @@ from mhesa.ops.checks import check_ids, check_sequences, check_state, check_weig
 from mhesa.ops.cpu.threads import new_lock
 from mhesa.settings import check_sizes
 
+# Values from which torch copies on all its threads (at::internal::GRAIN_SIZE).
+TORCH_PARALLEL = 1 << 15
+
 
 class Engine(Protocol):
     """Runs the model over some rows: at most `rows` at a time if all logits are wanted, else `long_rows`."""
@@ -256,11 +259,11 @@ def _engine(
 
 
 def _copy(logits: Tensor, out: Tensor) -> Tensor:
-    """Copy logits to `out`, on a CPU with this thread alone: torch's would keep cores from the next call."""
-    if out.is_cpu:
-        out.numpy()[...] = logits.numpy()
-        return out
-    return out.copy_(logits)
+    """Copy logits to `out`. On CPU one thread does it: torch's others would keep cores from the next call."""
+    if not out.is_cpu or out.numel() < TORCH_PARALLEL:
+        return out.copy_(logits)
+    out.numpy()[...] = logits.numpy()
+    return out
 
 
 def _joined(pieces: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """How threads of our own share a native call; `mhesa.ops.cpu.workers` starts them."""
 
 # Numba finds the types of these functions when it compiles them.
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from llvmlite import ir
 
 from mhesa.ops.cpu.arguments import INT64, struct
 from mhesa.ops.cpu.atomics import SPINS, clock, fence, fetch_add, load, signal, wait, yield_core
-from mhesa.ops.cpu.compiling import intrinsic, types
+from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
 
 # Nanoseconds without a call after which a worker sleeps: more than Python needs between two steps.
 IDLE = 1_000_000
 # `function` and `data` are addresses. `calls` counts beginnings and ends of calls: it is odd during a call.
 # `seats` counts the workers that may still take part. `entered` and `left` count the workers that looked at a
-# call and that are done with it.
+# call and that are done with it. `sleepers` counts those that wait for the semaphore `bell`.
 Arguments = struct(
     "Arguments",
     function="int64",
@@ -25,6 +25,8 @@ Arguments = struct(
     seats=INT64,
     entered=INT64,
     left=INT64,
+    sleepers=INT64,
+    bell=INT64,
 )
 
 
@@ -41,19 +43,43 @@ def _call(context, function, data):
     return types.void(types.int64, types.int64), codegen
 
 
+def _semaphore_function(name):
+    """An intrinsic that calls a function of C for a semaphore, `sem_wait` or `sem_post`."""
+
+    @intrinsic
+    def call(context, semaphore):
+        def codegen(context, builder, signature, args):
+            kind = ir.FunctionType(ir.IntType(32), [args[0].type])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+            return context.get_dummy_value()
+
+        return types.void(semaphore), codegen
+
+    return call
+
+
+_sleep, _wake_one = _semaphore_function("sem_wait"), _semaphore_function("sem_post")
+
+
 def share(args):
     """Call the function, and return when all workers that take part have returned, too."""
     args.seats[0] = args.workers
     signal(args.calls, 1)
+    # A worker that is not counted as asleep yet sees the call before it sleeps.
+    fence()
+    sleepers = load(args.sleepers)
+    fetch_add(args.sleepers, -sleepers)
+    for _ in range(sleepers):
+        _wake_one(args.bell)
     _call(args.function, args.data)
     signal(args.calls, 1)
-    # A worker that is not counted yet sees that the call is over.
+    # A worker that has not entered yet sees that the call is over.
     fence()
     wait(args.left, load(args.entered))
 
 
 def work(args):
-    """Take part in calls, until there was none for a while."""
+    """Take part in calls, for ever."""
     seen, spins, start = 0, 0, clock()
     while True:
         number = load(args.calls)
@@ -69,4 +95,8 @@ def work(args):
         if spins % SPINS == 0:
             yield_core()
             if clock() - start > IDLE:
-                return
+                fetch_add(args.sleepers, 1)
+                fence()
+                if load(args.calls) % 2 == 0:
+                    _sleep(args.bell)
+                start = clock()

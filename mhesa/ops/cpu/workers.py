@@ -4,20 +4,22 @@ OpenMP's threads end a call together. Where another program has a core, a call t
 that lost it is back: 20 ms, which is a hundred steps. Workers take part if they are there: a call ends as
 soon as its work is done and nobody works on it any more.
 
-After a call, workers look for the next one for a millisecond, then they sleep. Calls between which torch's
-operators use all cores are better off with `mhesa.ops.cpu.threads.parallel`, on the threads of those.
+After a call, workers look for the next one for a millisecond, then they sleep. They never need Python's lock,
+so they are back within microseconds. Calls between which torch's operators use all cores are better off with
+`mhesa.ops.cpu.threads.parallel`, on the threads of those.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
-from collections import deque
 from functools import cache
 
 import numpy as np
 import torch
 
-from mhesa.ops.cpu.threads import native_function, new_lock
+from mhesa.ops.cpu.threads import native_function, new_lock, parallel
 
 
 def parallel_short(function: int, data: int, threads: int) -> None:
@@ -29,7 +31,10 @@ def parallel_short(function: int, data: int, threads: int) -> None:
         function, data: as `mhesa.ops.cpu.threads.parallel` takes them.
         threads: the largest number of threads, with this one.
     """
-    if threads == 1 or not _workers().run(function, data, threads - 1):
+    if sys.platform != "linux":
+        # Elsewhere a process has no semaphores of its own.
+        parallel(function, data, threads)
+    elif threads == 1 or not _workers().run(function, data, threads - 1):
         native_function(function)(data)
 
 
@@ -40,9 +45,10 @@ class _Workers:
         from mhesa.ops.cpu.atomics import LINE
         from mhesa.ops.cpu.compiling import compiled
 
-        names = ("calls", "seats", "entered", "left")
+        names = ("calls", "seats", "entered", "left", "sleepers", "bell")
         self._counters = np.zeros((len(names), LINE), dtype=np.int64)
         pointers = {name: row.ctypes.data for name, row in zip(names, self._counters, strict=True)}
+        ctypes.CDLL(None).sem_init(ctypes.c_void_p(pointers["bell"]), 0, 0)
         self._args = worker_kernels.Arguments(**pointers)
         self._address = self._args.address
         self._share, self._work = (
@@ -50,8 +56,6 @@ class _Workers:
             for kernel in (worker_kernels.share, worker_kernels.work)
         )
         self._lock, self._threads = new_lock(), 0
-        # A lock for each worker that sleeps; it goes on when that is released.
-        self._sleeping: deque[threading.Lock] = deque()
 
     def run(self, function: int, data: int, workers: int) -> bool:
         """Call the function here and on up to so many workers; `False` if they are taken."""
@@ -59,24 +63,14 @@ class _Workers:
             return False
         try:
             while self._threads < workers:
-                threading.Thread(target=self._live, name="mhesa worker", daemon=True).start()
+                threading.Thread(target=self._work, args=(self._address,), daemon=True).start()
                 self._threads += 1
-            while self._sleeping:
-                self._sleeping.popleft().release()
             args = self._args
             args.function, args.data, args.workers = function, data, workers
             self._share(self._address)
         finally:
             self._lock.release()
         return True
-
-    def _live(self) -> None:
-        turn = threading.Lock()
-        turn.acquire()
-        while True:
-            self._work(self._address)
-            self._sleeping.append(turn)
-            turn.acquire()
 
 
 @cache
