@@ -135,7 +135,7 @@ class Decoder:
         self._check(state, batch)
         with self._lock:
             logits = self._engine.run(ids, self._step_offsets[: batch + 1], state, False)
-            return _copy(logits, torch.empty(logits.shape, dtype=logits.dtype, device=self.device))
+            return _copy(logits)
 
     def prefill(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
         """Read many tokens of each sequence, in memory that does not grow with their number.
@@ -258,10 +258,12 @@ def _engine(
     return (GraphEngine if weight.device.type == "cuda" else LayersEngine)(model)
 
 
-def _copy(logits: Tensor, out: Tensor) -> Tensor:
+def _copy(logits: Tensor, out: Tensor | None = None) -> Tensor:
     """Copy logits to `out`. On CPU one thread does it: torch's others would keep cores from the next call."""
-    if not out.is_cpu or out.numel() < TORCH_PARALLEL:
-        return out.copy_(logits)
+    if not logits.is_cpu or logits.numel() < TORCH_PARALLEL:
+        return logits.clone() if out is None else out.copy_(logits)
+    if out is None:
+        return torch.from_numpy(logits.numpy().copy())
     out.numpy()[...] = logits.numpy()
     return out
 

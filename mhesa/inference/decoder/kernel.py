@@ -141,6 +141,8 @@ ROWS_PER_TASK = math.lcm(TILE, LARGEST_TILE)
 TILE_SUMS = LARGEST_TILE * PANEL
 # Tasks of a stage for each thread: with more of them, threads wait less for the last.
 TASKS_PER_THREAD = 4
+# A counter of claimed tasks: those from the first on in its lower half, those from the last in its upper one.
+FROM_END = 1 << 32
 # Rows for int8 without a larger value count as zeros: their scale would be infinite.
 SMALLEST_PEAK = np.float32(LARGEST_OPERAND * 2.0**-126)
 EPSILON = np.float32(1e-5)
@@ -511,11 +513,10 @@ def _run_share(args, totals, thread, low, high):
 
 
 @inlined
-def _run_shares(args, totals):
+def _run_shares(args, totals, thread):
     """Take shares of the rows, one after another."""
     taken = offset(args.counters, args.stage_count * 3 * LINE)
     done = offset(taken, LINE)
-    thread = fetch_add(offset(taken, 2 * LINE), 1)
     # There is memory for as many threads as were asked for.
     while thread < args.threads:
         count = rows_for(args, thread)
@@ -529,7 +530,7 @@ def _run_shares(args, totals):
 
 
 @inlined
-def _run_stages(args, totals, first):
+def _run_stages(args, totals, first, thread):
     """Take part in all stages from the first one on."""
     outputs = args.rows if args.all_logits else args.sequences
     for index in range(first, args.stage_count):
@@ -542,8 +543,12 @@ def _run_stages(args, totals, first):
         tasks = (units + units_per_task - 1) // units_per_task
         taken = offset(args.counters, index * 3 * LINE)
         done, turns = offset(taken, LINE), offset(taken, 2 * LINE)
-        task = fetch_add(taken, 1)
-        while task < tasks:
+        # Every second thread takes the last panels first: call after call a core finds its own in its cache.
+        is_last_first = stage.kind == MULTIPLY and thread % 2 == 1
+        step = FROM_END if is_last_first else 1
+        claims = fetch_add(taken, step)
+        while claims % FROM_END + claims // FROM_END < tasks:
+            task = tasks - 1 - claims // FROM_END if is_last_first else claims % FROM_END
             low = task * units_per_task
             high = min(low + units_per_task, units)
             if stage.kind == MULTIPLY:
@@ -551,7 +556,7 @@ def _run_stages(args, totals, first):
             else:
                 _take_rows(args, stage, turns, 0, low, high)
             signal(done, 1)
-            task = fetch_add(taken, 1)
+            claims = fetch_add(taken, step)
         wait(done, tasks)
 
 
@@ -562,8 +567,9 @@ def run(args):
         if args.ids[row] < 0 or args.ids[row] >= args.num_tokens:
             args.refused = 1
             return
+    thread = fetch_add(offset(args.counters, (args.stage_count * 3 + 2) * LINE), 1)
     begin_tiles(args.stages.matrix)
     if args.share_rows:
-        _run_shares(args, totals)
-    _run_stages(args, totals, args.share_stages)
+        _run_shares(args, totals, thread)
+    _run_stages(args, totals, args.share_stages, thread)
     end_tiles(args.stages.matrix)
