@@ -25,6 +25,8 @@ BATCHES = (1, 8, 64, 128)
 CONTEXTS = (1_000, 32_000, 1_000_000)
 # Steps that are timed together; tokens of a prompt; tokens to generate, and those of the slow original.
 STEPS, PROMPT, NEW, ORIGINAL_NEW = 16, 2048, 32, 2
+# Seconds until torch's threads sleep: between the steps of a text there is nothing for them to do.
+SETTLE = 0.02
 # Tokens that were read before the steps whose times are compared.
 NEAR, FAR = 1_000, 1_000_000
 
@@ -142,7 +144,7 @@ def bench_steps(
                 products = f"products {precision}, {batch}"
                 things[products] = _products(model, precision, batch)
                 marks[precision, batch] = [products]
-    seconds = interleave(things, rounds, on_round)
+    seconds = interleave(things, rounds, on_round, settle=SETTLE)
     rows = []
     for (precision, batch), names in marks.items():
         mark, taken = min(names, key=seconds.__getitem__), seconds[f"{precision} {batch}"]
@@ -229,7 +231,7 @@ def _prefill(model: GatedExponentialSmoothingLM, rounds: int, on_round: Callable
     decoders = _decoders(model)
     things = {"forward fp32": forward(False), "forward bf16": forward(True)}
     things |= {precision: prefill(decoder) for precision, (decoder, _) in decoders.items()}
-    seconds = interleave(things, rounds, on_round)
+    seconds = interleave(things, rounds, on_round, settle=SETTLE)
     marks = {"fp32": "forward fp32", "bf16": "forward bf16", "int8": "forward fp32"}
     return [
         Row(
@@ -257,7 +259,7 @@ def _position(model: GatedExponentialSmoothingLM, rounds: int, on_round: Callabl
     def steps(state: Tensor) -> Callable[[], object]:
         return lambda: [decoder.step(token, state) for _ in range(4 * STEPS)]
 
-    seconds = interleave({"near": steps(near), "far": steps(far)}, 5 * rounds)
+    seconds = interleave({"near": steps(near), "far": steps(far)}, 5 * rounds, settle=SETTLE)
     for _ in range(rounds + 1):
         on_round()
     rate, ratio = 4 * STEPS / seconds["far"], seconds["near"] / seconds["far"]
@@ -282,7 +284,7 @@ def _others(model: GatedExponentialSmoothingLM, rounds: int, on_round: Callable[
         for name, other in {"GPT-2": _gpt2(), "Mamba": _mamba()}.items():
             things[name] = generating(other)
             parameters[name], tokens[name] = _parameters(other), NEW
-    seconds = interleave(things, min(rounds, 5))
+    seconds = interleave(things, min(rounds, 5), settle=SETTLE)
     for _ in range(rounds + 1):
         on_round()
     rates = {name: tokens[name] / taken for name, taken in seconds.items()}

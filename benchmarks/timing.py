@@ -22,6 +22,7 @@ def interleave(
     device: str = "cpu",
     enough: float = 1.0,
     warmups: Mapping[str, Callable[[], object]] | None = None,
+    settle: float = 0.0,
 ) -> dict[str, float]:
     """Median seconds of each function, called in turn for `rounds` rounds after one that does not count.
 
@@ -37,6 +38,8 @@ def interleave(
         device: a torch device; its work is waited for.
         enough: seconds after which a function sits out the remaining rounds.
         warmups: by the same names, the same functions on small inputs.
+        settle: seconds to wait before each call that is timed. torch's threads keep their cores for 6 ms
+            after torch has overwritten the caches.
 
     >>> seconds = interleave({"few": lambda: sum(range(10)), "many": lambda: sum(range(100))}, rounds=3)
     >>> list(seconds)
@@ -55,6 +58,7 @@ def interleave(
                     evicting.fill_(0)
                     if warmups is not None:
                         warmups[name]()
+                    time.sleep(settle)
                     seconds[name].append(_time(thing, device))
                     fastest[name] = min(fastest[name], seconds[name][-1])
         on_round()
