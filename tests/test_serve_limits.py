@@ -436,12 +436,15 @@ def test_a_second_signal_ends_requests_in_order(folder, tmp_path):
 def test_sigterm_lets_streams_finish_and_tells_the_rest(folder, tmp_path):
     limits = {"max_tokens": ENDLESS, "drain_seconds": 1}
     with running(folder, tmp_path / "log", limits=limits, slots=128) as server:
-        ends = {}
+        ends, begun = {}, threading.Event()
 
         def read(index, tokens):
-            with server.client() as http:
-                body = {"prompt": "x", "max_tokens": tokens, "stream": True, "seed": index}
-                ends[index] = http.post("/v1/completions", json=body).text.strip().split("\n\n")[-1]
+            body = {"prompt": "x", "max_tokens": tokens, "stream": True, "seed": index}
+            with server.client() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+                for line in filter(None, answer.iter_lines()):
+                    ends[index] = line
+                    if index == 99:
+                        begun.set()
 
         threads = [threading.Thread(target=read, args=(index, ENDLESS)) for index in range(20)]
         for thread in threads:
@@ -449,7 +452,7 @@ def test_sigterm_lets_streams_finish_and_tells_the_rest(folder, tmp_path):
         server.wait_for("mhesa_texts_active", 20)
         finishing = threading.Thread(target=read, args=(99, 200))
         finishing.start()
-        server.wait_for("mhesa_texts_active", 21)
+        assert begun.wait(30)
         with server.client() as http:
             http.get("/health")
             server.process.terminate()

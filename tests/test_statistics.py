@@ -100,6 +100,7 @@ def test_statistics_are_those_of_scipy(dtype):
     np.testing.assert_allclose(found["bits"], -own / math.log(2), rtol=1e-6, atol=2e-6)
     np.testing.assert_allclose(found["entropy"], stats.entropy(np.exp(logprobs), base=2, axis=1), rtol=2e-6)
     np.testing.assert_array_equal(found["rank"], 1 + (logprobs > own[:, None]).sum(1))
+    assert token_statistics(logits, targets, {}) == {}
     alone = token_statistics(logits, targets, BITS)["bits"]
     np.testing.assert_allclose(alone, found["bits"], rtol=1e-6, atol=2e-6)
 

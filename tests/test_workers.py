@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from mhesa.ops.cpu import workers
 from mhesa.ops.cpu.arguments import INT64, struct
 from mhesa.ops.cpu.atomics import fetch_add
 from mhesa.ops.cpu.compiling import compiled, member
 from mhesa.ops.cpu.worker_kernels import IDLE
-from mhesa.ops.cpu.workers import parallel_short
+from mhesa.ops.cpu.workers import Workers, parallel_short
 
 Arguments = struct("Arguments", next_task="int64", tasks="int64", threads="int64", done=INT64)
 
@@ -73,7 +72,7 @@ def test_calls_of_several_python_threads_do_not_wait_for_one_another():
 
 
 def test_a_call_does_not_wait_for_a_worker_that_does_not_come():
-    crew = workers._Workers()
+    crew = Workers()
     # Stands in for a worker that another program keeps from its core.
     crew._threads = 1
     done = np.zeros(100, dtype=np.int64)

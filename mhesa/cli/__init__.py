@@ -6,7 +6,6 @@ import atexit
 import gc
 import io
 import os
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -66,8 +65,6 @@ def main() -> None:
         _fail(str(error), 2)
     except TrainingError as error:
         _fail(str(error), 1)
-    except typer.Abort:
-        sys.exit(128 + signal.SIGINT)
     except OSError as error:
         # Discard what is still buffered: flushing it when Python exits would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -82,7 +79,8 @@ def main() -> None:
 def _fail_usage(error: Any) -> None:
     """End with one line about a command line that cannot be parsed."""
     message = error.format_message()
-    if not message:  # there were no arguments, and the help is printed
+    if not message or "\n" in message:  # without arguments the help, which rich prints itself
+        typer.echo(message, nl=False)
         sys.exit(2)
     end = "" if message[-1] in ".?" else "."
     command = error.ctx.command_path if error.ctx else "mhesa"

@@ -76,10 +76,10 @@ def token_statistics(
         statistics: functions by name.
 
     Raises:
-        FloatingPointError: logits are not numbers.
+        FloatingPointError: a statistic is NaN, as of logits that are not numbers.
     """
     natively = {bits, entropy, rank} if logits.is_cpu and logits.dtype == torch.float32 else set()
-    if natively.issuperset(statistics.values()):
+    if statistics and natively.issuperset(statistics.values()):
         from mhesa.inference.decoder.statistics_kernel import measure
 
         values = measure(logits, targets, bits_only={bits}.issuperset(statistics.values()))

@@ -544,11 +544,11 @@ def _run_stages(args, totals, first, thread):
         taken = offset(args.counters, index * 3 * LINE)
         done, turns = offset(taken, LINE), offset(taken, 2 * LINE)
         # Every second thread takes the last panels first: call after call a core finds its own in its cache.
-        is_last_first = stage.kind == MULTIPLY and thread % 2 == 1
-        step = FROM_END if is_last_first else 1
+        from_end = stage.kind == MULTIPLY and thread % 2 == 1
+        step = FROM_END if from_end else 1
         claims = fetch_add(taken, step)
         while claims % FROM_END + claims // FROM_END < tasks:
-            task = tasks - 1 - claims // FROM_END if is_last_first else claims % FROM_END
+            task = tasks - 1 - claims // FROM_END if from_end else claims % FROM_END
             low = task * units_per_task
             high = min(low + units_per_task, units)
             if stage.kind == MULTIPLY:

@@ -102,6 +102,8 @@ class NativeEngine:
         sizes = [packed_shape(len(matrix), matrix.shape[1], weights).numel() for matrix in matrices]
         self.matrices = self.free = empty_hugepages(torch.Size([sum(sizes)]), weights)
         stages = list(self._stages(model, blocks))
+        assert not len(self.free), "every matrix is packed once"
+        del self.free
         self.stages = (kernel.Stage * len(stages))(*stages)
         self.long_rows = max(self.rows, min(LONG_ROWS, LONG_CALL // self.multiplications_per_row))
         self.counters = np.zeros((len(stages) + 1, 3, LINE), dtype=np.int64)

@@ -1,9 +1,9 @@
 """Statistics of predictions in native code: one pass over a row of logits for the largest, one for the sums.
 
-power[i] = (logits[i] - largest) / ln 2,  sum = sum over i of 2 ** power[i]
-bits     = log2(sum) - power[target]
-entropy  = log2(sum) - (sum over i of 2 ** power[i] * power[i]) / sum
-rank     = 1 + how many logits are larger than that of the target
+exponent[i] = (logits[i] - largest) / ln 2,  sum = sum over i of 2 ** exponent[i]
+bits        = log2(sum) - exponent[target]
+entropy     = log2(sum) - (sum over i of 2 ** exponent[i] * exponent[i]) / sum
+rank        = 1 + how many logits are larger than that of the target
 """
 
 # Numba finds the types of kernels when it compiles them.
@@ -46,7 +46,7 @@ LOGITS_PER_TASK = 1 << 12
 MIN_PARALLEL = 1 << 17
 # Logits that are taken together: four vector registers where they hold sixteen each.
 LANES = 64
-# Numbers that sums of a row are kept in: one of powers for each lane, one of powers times exponents.
+# Partial sums of a row: one of the powers of two for each lane, then one of the powers times their exponents.
 SUMS = 2 * LANES
 # No power of two times minus infinity.
 SMALLEST_EXPONENT = -1e4

@@ -30,7 +30,7 @@ def fetch_add(context, counter, count):
 
 @intrinsic
 def fence(context):
-    """Make everything stored visible to other threads, non-temporal stores too."""
+    """Make everything stored visible to other threads, non-temporal stores too, and read nothing before."""
 
     def codegen(context, builder, signature, args):
         builder.fence("seq_cst")

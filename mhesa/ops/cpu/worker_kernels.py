@@ -14,8 +14,8 @@ from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
 # Nanoseconds without a call after which a worker sleeps: more than Python needs between two steps.
 IDLE = 1_000_000
 # `function` and `data` are addresses. `calls` counts beginnings and ends of calls: it is odd during a call.
-# `seats` counts the workers that may still take part. `entered` and `left` count the workers that looked at a
-# call and that are done with it. `sleepers` counts those that wait for the semaphore `bell`.
+# `seats` counts the workers that may still take part. `inside` is minus the number of workers that look at a
+# call or work on it. `sleepers` counts those that wait for the semaphore `bell`.
 Arguments = struct(
     "Arguments",
     function="int64",
@@ -23,8 +23,7 @@ Arguments = struct(
     workers="int64",
     calls=INT64,
     seats=INT64,
-    entered=INT64,
-    left=INT64,
+    inside=INT64,
     sleepers=INT64,
     bell=INT64,
 )
@@ -61,21 +60,21 @@ def _semaphore_function(name):
 _sleep, _wake_one = _semaphore_function("sem_wait"), _semaphore_function("sem_post")
 
 
-def share(args):
+def lead(args):
     """Call the function, and return when all workers that take part have returned, too."""
     args.seats[0] = args.workers
     signal(args.calls, 1)
     # A worker that is not counted as asleep yet sees the call before it sleeps.
     fence()
-    sleepers = load(args.sleepers)
+    sleepers = min(load(args.sleepers), args.workers)
     fetch_add(args.sleepers, -sleepers)
     for _ in range(sleepers):
         _wake_one(args.bell)
     _call(args.function, args.data)
     signal(args.calls, 1)
-    # A worker that has not entered yet sees that the call is over.
+    # A worker that is not inside yet sees that the call is over.
     fence()
-    wait(args.left, load(args.entered))
+    wait(args.inside, 0)
 
 
 def work(args):
@@ -85,18 +84,19 @@ def work(args):
         number = load(args.calls)
         if number % 2 == 1 and number != seen:
             seen = number
-            fetch_add(args.entered, 1)
+            fetch_add(args.inside, -1)
             fence()
             if load(args.calls) == number and fetch_add(args.seats, -1) > 0:
                 _call(args.function, args.data)
-            signal(args.left, 1)
-            start = clock()
+                start = clock()
+            signal(args.inside, 1)
         spins += 1
         if spins % SPINS == 0:
             yield_core()
             if clock() - start > IDLE:
                 fetch_add(args.sleepers, 1)
                 fence()
-                if load(args.calls) % 2 == 0:
+                number = load(args.calls)
+                if number % 2 == 0 or number == seen:
                     _sleep(args.bell)
                 start = clock()

@@ -14,11 +14,11 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from functools import cache
 
 import numpy as np
 import torch
 
+from mhesa.ops.cpu.arguments import Struct
 from mhesa.ops.cpu.threads import native_function, new_lock, parallel
 
 
@@ -32,47 +32,60 @@ def parallel_short(function: int, data: int, threads: int) -> None:
         threads: the largest number of threads, with this one.
     """
     if sys.platform != "linux":
-        # Elsewhere a process has no semaphores of its own.
+        # macOS and Windows have no sem_init.
         parallel(function, data, threads)
-    elif threads == 1 or not _workers().run(function, data, threads - 1):
+    elif threads == 1 or not WORKERS.run(function, data, threads - 1):
         native_function(function)(data)
 
 
-class _Workers:
-    def __init__(self) -> None:
-        # Numba is imported only when a kernel is needed.
-        from mhesa.ops.cpu import worker_kernels
-        from mhesa.ops.cpu.atomics import LINE
-        from mhesa.ops.cpu.compiling import compiled
+class Workers:
+    """The threads, which are started when they are first needed, and what they share."""
 
-        names = ("calls", "seats", "entered", "left", "sleepers", "bell")
-        self._counters = np.zeros((len(names), LINE), dtype=np.int64)
-        pointers = {name: row.ctypes.data for name, row in zip(names, self._counters, strict=True)}
-        ctypes.CDLL(None).sem_init(ctypes.c_void_p(pointers["bell"]), 0, 0)
-        self._args = worker_kernels.Arguments(**pointers)
-        self._address = self._args.address
-        self._share, self._work = (
-            native_function(compiled(kernel, torch.float32, worker_kernels.Arguments))
-            for kernel in (worker_kernels.share, worker_kernels.work)
-        )
+    def __init__(self) -> None:
         self._lock, self._threads = new_lock(), 0
+        self._args: Struct | None = None
 
     def run(self, function: int, data: int, workers: int) -> bool:
         """Call the function here and on up to so many workers; `False` if they are taken."""
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            while self._threads < workers:
-                threading.Thread(target=self._work, args=(self._address,), daemon=True).start()
-                self._threads += 1
-            args = self._args
+            args = self._args = self._args or self._prepare()
+            self._start(workers)
             args.function, args.data, args.workers = function, data, workers
-            self._share(self._address)
+            self._lead(args.address)
         finally:
             self._lock.release()
         return True
 
+    def _prepare(self) -> Struct:
+        # Numba is imported only when a kernel is needed.
+        from mhesa.ops.cpu import worker_kernels
+        from mhesa.ops.cpu.atomics import LINE
+        from mhesa.ops.cpu.compiling import compiled
 
-@cache
-def _workers() -> _Workers:
-    return _Workers()
+        names = ("calls", "seats", "inside", "sleepers", "bell")
+        self._counters = np.zeros((len(names), LINE), dtype=np.int64)
+        pointers = {name: row.ctypes.data for name, row in zip(names, self._counters, strict=True)}
+        ctypes.CDLL(None).sem_init(ctypes.c_void_p(pointers["bell"]), 0, 0)
+        self._lead, self._work = (
+            native_function(compiled(kernel, torch.float32, worker_kernels.Arguments))
+            for kernel in (worker_kernels.lead, worker_kernels.work)
+        )
+        return worker_kernels.Arguments(**pointers)
+
+    def _start(self, workers: int) -> None:
+        while self._threads < workers:
+            try:
+                threading.Thread(target=self._live, daemon=True).start()
+            except RuntimeError:  # the system allows no more threads: those that are there do the work
+                return
+            self._threads += 1
+
+    def _live(self) -> None:
+        # As long as this frame exists, so does the memory that the thread reads, at the end of a program too.
+        assert self._args is not None
+        self._work(self._args.address)
+
+
+WORKERS = Workers()
