@@ -1,9 +1,11 @@
 """Native functions on the OpenMP threads that torch's own operators use.
 
-Between two operators those threads spin on their cores, so a second pool would compete with them. Numba's own
-threading layers fail too: OpenMP crashes in a forked process, workqueue crashes when two Python threads enter
-it, tbb is a further package. If torch's OpenMP library lacks `GOMP_parallel`, Python threads do the work. A
-forked process has none of its parent's threads and runs the function alone, so that it cannot hang.
+They are for training, where calls alternate with torch's operators: between two of those its threads spin on
+their cores, so others would compete with them. (Decoding has threads of its own, `mhesa.ops.cpu.workers`.)
+
+Numba's own threading layers fail: OpenMP crashes in a forked process, workqueue crashes when two Python
+threads enter it, tbb is a further package. If torch's OpenMP library lacks `GOMP_parallel`, Python threads do
+the work. A forked process has none of its parent's threads and runs the function alone: so it cannot hang.
 """
 
 from __future__ import annotations
