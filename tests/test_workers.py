@@ -37,9 +37,10 @@ def count(tasks, threads):
     return done, args.threads
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_every_task_is_done_once(threads):
-    for tasks in (0, 1, 7, 5000):
+@pytest.mark.parametrize("tasks", [0, 1, 7, 5000])
+def test_every_task_is_done_once(tasks):
+    # Fewer threads than before leave workers without a seat.
+    for threads in (1, 5, 2):
         for _ in range(200):
             done, took_part = count(tasks, threads)
             assert (done == 1).all()
