@@ -134,8 +134,7 @@ class Decoder:
         batch = ids.shape[0]
         self._check(state, batch)
         with self._lock:
-            logits = self._engine.run(ids, self._step_offsets[: batch + 1], state, False)
-            return _copy(logits)
+            return _copy(self._engine.run(ids, self._step_offsets[: batch + 1], state, False))
 
     def prefill(self, ids: Tensor | Sequence[Tensor], state: Tensor) -> Tensor:
         """Read many tokens of each sequence, in memory that does not grow with their number.
@@ -259,7 +258,7 @@ def _engine(
 
 
 def _copy(logits: Tensor, out: Tensor | None = None) -> Tensor:
-    """Copy logits to `out`. On CPU one thread does it: torch's others would keep cores from the next call."""
+    """Copy logits, to `out` if given. On CPU with one thread: torch's others would delay the next call."""
     if not logits.is_cpu or logits.numel() < TORCH_PARALLEL:
         return logits.clone() if out is None else out.copy_(logits)
     if out is None:

@@ -172,6 +172,7 @@ _largest, _sum = _reduction(_maximum), _reduction(lambda builder, a, b: builder.
 
 @jit
 def _row_maximum(logits, n, values):
+    """The largest logit of a row; `values` is memory for `LANES` values."""
     fill(values, -np.inf, LANES)
     whole = n - n % LANES
     for i in range(0, whole, LANES):
@@ -195,6 +196,7 @@ def row_bits(logits, n, target, sums):
 
 @jit
 def _measure_row(args, logits, row, sums):
+    """Write the surprisal, entropy and rank of one token; `sums` is memory for `SUMS` values."""
     n, target = args.num_tokens, logits[args.targets[row]]
     largest, whole, rank = _row_maximum(logits, n, sums), n - n % LANES, 1
     fill(sums, 0, SUMS)

@@ -30,7 +30,7 @@ def fetch_add(context, counter, count):
 
 @intrinsic
 def fence(context):
-    """Make everything stored visible to other threads, non-temporal stores too, and read nothing before."""
+    """Make all that was stored visible to other threads, non-temporal stores too, before more is read."""
 
     def codegen(context, builder, signature, args):
         builder.fence("seq_cst")
