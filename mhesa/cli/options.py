@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -42,12 +42,9 @@ def with_options(*options: inspect.Parameter) -> Callable[[Command], Command]:
     """
 
     def decorate(command: Command) -> Command:
-        hints = get_type_hints(command, include_extras=True)
-        own = [
-            parameter.replace(annotation=hints[parameter.name])
-            for parameter in inspect.signature(command).parameters.values()
-            if parameter.kind is not parameter.VAR_KEYWORD
-        ]
+        # Not `get_type_hints`: in Python 3.10 it wraps the hint of a parameter whose default is None.
+        parameters = inspect.signature(command, eval_str=True).parameters.values()
+        own = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
         positional = [parameter for parameter in own if parameter.kind is not parameter.KEYWORD_ONLY]
         signature = inspect.Signature([*positional, *options, *own[len(positional) :]])
         command.__signature__ = signature  # type: ignore[attr-defined]  # inspect reads it
