@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from mhesa.errors import InputError
+from mhesa.ops.cpu.memory import keep_memory
 from mhesa.training import TrainingSettings, train
 
 # Clipping counts as the optimizer's, but has a row of its own.
@@ -69,6 +70,8 @@ def bench_run(settings: TrainingSettings, *, console: Console | None = None) -> 
         moments.append(time.perf_counter())
         seconds[name] = seconds.get(name, 0.0) + moments[-1] - moments[-2]
 
+    # As the command does.
+    keep_memory()
     summary = train(settings, console=console, phase=timed)
     # The run's own clock ends before its last row, evaluation and checkpoint, so it is not the total.
     total = moments[-1] - moments[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run_code
 from safetensors.torch import load_file
 from torch import nn
 from training_runs import TEXT, assert_same_run, needs_compiler, rows, small_run, weights
@@ -92,6 +93,28 @@ def test_a_run_from_python(settings):
         train(settings)
     more = train(replace(settings, steps=5), resume=True)
     assert more.steps == 5
+
+
+@pytest.mark.parametrize("as_a_command", [False, True], ids=["from Python", "as a command"])
+def test_only_the_command_lets_the_process_keep_freed_memory(settings, as_a_command):
+    if as_a_command:
+        arguments = "train", settings.sources[0], "--out", settings.out, "--steps", "1", "--dim", "8"
+        call = f"sys.argv[1:] = {arguments}; mhesa.cli.main()"
+    else:
+        call = f"mhesa.train(mhesa.{settings})"
+    code = (
+        "import resource, sys, torch, mhesa, mhesa.cli\n"
+        f"try: {call}\n"
+        "except SystemExit: pass\n"
+        "def resident():\n"
+        "    return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() >> 20\n"
+        "tensor = torch.ones(100 << 18)\n"
+        "before = resident()\n"
+        "del tensor\n"
+        "print(before - resident())\n"
+    )
+    returned = int(run_code(code)[0].split()[-1])
+    assert returned < 10 if as_a_command else returned > 90
 
 
 @pytest.mark.parametrize(("steps", "probability"), [(20, 0.0), (40, 0.1)], ids=["4 times", "8 times"])

@@ -52,7 +52,7 @@ def train(
 
         torchrun --nproc-per-node 2 -m mhesa train book.txt --out runs/two
     """
-    from mhesa.ops.cpu.memory import keep_memory
+    from mhesa.ops.cpu.memory import keep_memory, return_large_blocks
     from mhesa.ops.devices import resolve_device
     from mhesa.processes import rank
     from mhesa.training import Stopped
@@ -72,7 +72,8 @@ def train(
     if config is not None:
         check_inputs(Path(chosen.out), [config])
     if resolve_device(chosen.device) == "cpu":
-        keep_memory()
+        # Processes that share a sequence are short of memory.
+        (keep_memory if chosen.context_parallel == 1 else return_large_blocks)()
     resume_garbage_collection()
     try:
         summary = run(chosen, resume=resume, overwrite=overwrite, console=stderr)

@@ -25,7 +25,6 @@ from mhesa.inference.parallel_decoder import ParallelDecoder
 from mhesa.model.config import ModelConfig
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.model.loading import load_tokenizer, plain_name, save
-from mhesa.ops.cpu.memory import keep_memory, return_large_blocks
 from mhesa.ops.devices import resolve_device
 from mhesa.processes import barrier, broadcast, expect_processes, join_processes, processes, rank
 from mhesa.tokenizers import Bytes, TextTokenizer, open_tokenizer, train_bpe
@@ -204,11 +203,6 @@ class Run:
     def train(self, signals: StopOnSignal, report: Report, phase: Phase) -> Summary:
         """Train, save the model and, unless a signal came, measure it."""
         settings = self.settings
-        if settings.context_parallel == 1:
-            keep_memory()
-        else:
-            # Processes that share a sequence are short of memory.
-            return_large_blocks()
         torch.manual_seed(settings.seed)
         model = self.config.build()
         batches = Batches(
