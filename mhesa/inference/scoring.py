@@ -19,7 +19,7 @@ from mhesa.inference.lines import Piece
 from mhesa.inference.parallel_decoder import ParallelDecoder
 from mhesa.inference.session import Reader
 from mhesa.inference.statistics import BITS, Statistic, check_numbers, read_tokens
-from mhesa.tokenizers.stream import NEWLINE, Block, character_start, encode_stream
+from mhesa.tokenizers.stream import Block, character_start, encode_stream
 
 # How much of the beginning of a line or document is kept to be shown.
 SHOWN_BYTES = 1 << 10
@@ -172,30 +172,6 @@ def share_by_byte(values: np.ndarray, sizes: np.ndarray, length: int) -> np.ndar
     token_ends *= length / max(token_ends[-1], 1.0)
     before = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     return np.diff(np.interp(np.arange(length + 1), token_ends, before))
-
-
-def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    r"""Where a text's lines end, and the surprisal of each. A token that spans lines is shared out by bytes.
-
-    Args:
-        text: bytes of some tokens.
-        bits: surprisal of each token, `(tokens,)`.
-        sizes: bytes of each token, `(tokens,)`; see `share_by_byte`.
-
-    Returns:
-        The offset after the end of each line, int64 `(lines,)`, and its bits, fp64 `(lines,)`.
-
-    >>> ends, costs = share_by_line(b"a\n\nb", bits=np.array([1.0, 4.0, 2.0]), sizes=np.array([1, 2, 1]))
-    >>> ends.tolist(), costs.tolist()
-    ([2, 3, 4], [3.0, 2.0, 2.0])
-    """
-    ends = np.flatnonzero(np.frombuffer(text, dtype=np.uint8) == NEWLINE) + 1
-    if text and not text.endswith(b"\n"):
-        ends = np.append(ends, len(text))
-    if not len(ends):
-        return ends, np.zeros(0)
-    starts = np.concatenate([[0], ends[:-1]])
-    return ends, np.add.reduceat(share_by_byte(bits, sizes, len(text)), starts)
 
 
 def line_pieces(batches: Iterable[Batch]) -> Iterator[ScoredPiece]:
