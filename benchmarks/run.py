@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from mhesa.errors import InputError
-from mhesa.training import TrainingSettings, train
+from mhesa.training.run import train
+from mhesa.training.settings import TrainingSettings
 
 # Clipping counts as the optimizer's, but has a row of its own.
 ARITHMETIC = ("forward", "backward", "clipping", "optimizer")

@@ -17,8 +17,9 @@ from training_runs import assert_same_run, figures, needs_compiler, small_run, w
 import mhesa
 from mhesa.errors import InputError
 from mhesa.model.loading import saved_name
-from mhesa.training import Stopped, TrainingSettings, train
 from mhesa.training.checkpoint import Progress, newest, save, steps
+from mhesa.training.run import Stopped, train
+from mhesa.training.settings import TrainingSettings
 
 
 @pytest.fixture
