@@ -22,7 +22,7 @@ import torch
 from commands import FORKED, run_on_a_small_disk
 from safetensors.torch import load_file
 
-from mhesa.data import Source, open_corpus
+from mhesa.data.corpus import Source, open_corpus
 from mhesa.tokenizers import Bytes
 from mhesa.training.checkpoint import find_damage, newest, steps
 from mhesa.training.settings import TrainingSettings

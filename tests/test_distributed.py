@@ -16,7 +16,7 @@ import torch
 from commands import call_in_processes, run_processes
 from safetensors.torch import load_file
 
-from mhesa.data import Windows
+from mhesa.data.windows import Windows
 from mhesa.errors import InputError
 from mhesa.model.config import ModelConfig
 from mhesa.processes import join_processes, rank

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import mhesa
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.data import Document
+from mhesa.data.files import Document
 from mhesa.hf import ByteTokenizer
 from mhesa.inference.evaluation import evaluate
 from mhesa.inference.heatmap import Heatmap

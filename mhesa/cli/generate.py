@@ -67,7 +67,7 @@ def generate(
     """
     import torch
 
-    from mhesa.data import standard_input
+    from mhesa.data.standard_input import standard_input
     from mhesa.inference.sampling import TokenSampler
     from mhesa.inference.session import Session
     from mhesa.tokenizers.stream import encode_stream
