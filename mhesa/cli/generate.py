@@ -12,15 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mhesa.atomic_io import check_output
-from mhesa.cli.common import (
-    Backend,
-    Device,
-    Folder,
-    Precision,
-    Quantize,
-    read_model,
-    write,
-)
+from mhesa.cli.common import Backend, Device, Folder, Precision, Quantize, read_model
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.inference.sampling_settings import Sampling
@@ -92,7 +84,8 @@ def generate(
             for block in blocks:
                 text.feed_ids(torch.from_numpy(block.ids.astype("int64")))
             if echo:
-                write(block.text for block in blocks)
+                shown = b"".join(block.text for block in blocks)
+                print(shown.decode("utf-8", "replace"), end="", flush=True)
         for part in text.stream(max_new_tokens=length, sampling=drawing, seed=seed, stop=stop or ()):
             print(part, end="", flush=True)
     sys.stdout.write("\n")
