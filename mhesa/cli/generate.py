@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mhesa.atomic_io import check_output
+from mhesa.atomic_io import check_outputs
 from mhesa.cli.common import Backend, Device, Folder, Precision, Quantize, read_model
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
@@ -71,9 +71,9 @@ def generate(
     if session is not None and not os.access(session.parent, os.W_OK):
         raise InputError(f"cannot write {session}: its folder is missing or read-only")
     read: list[Path | int] = [0] if prompt == "-" else []
-    check_output(1, read)
+    check_outputs([1], read)
     if session is not None:
-        check_output(session, [*read, *folder.iterdir()])
+        check_outputs([session], [*read, *folder.iterdir()])
     drawing = Sampling(**sampling)
     TokenSampler(drawing, seed)  # refuses a bad seed before anything is written
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)

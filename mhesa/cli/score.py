@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhesa.atomic_io import check_output
+from mhesa.atomic_io import check_outputs
 from mhesa.cli.common import (
     Backend,
     Device,
@@ -198,9 +198,8 @@ def score(
     memory = size_in_bytes(key_memory, "--key-memory")
     files = find_texts(sources or ["-"])
     inputs = [file.path if file else 0 for file in files]
-    check_output(1, inputs)
-    for written in filter(None, (heatmap, state)):
-        check_output(written, [*inputs, *folder.iterdir()])
+    check_outputs([1], inputs)
+    check_outputs(filter(None, (heatmap, state)), [*inputs, *folder.iterdir()])
     given = None if words is None else word_list(words)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     decoder = share(reader, quantize=quantize)
