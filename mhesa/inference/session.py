@@ -127,11 +127,6 @@ class Session:
         """How many tokens the text has so far."""
         return self._memory.position
 
-    @property
-    def state_bytes(self) -> int:
-        """The size of the state in bytes."""
-        return self._memory.state.nbytes
-
     def feed(self, text: str | bytes) -> None:
         """Read some text."""
         self.feed_ids(self._ids(text))
