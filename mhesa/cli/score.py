@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,7 +170,7 @@ def score(
     from mhesa.inference.line_scores import FalseAlarms, LineScores
     from mhesa.inference.lines import Masks
     from mhesa.inference.log_reader import with_context
-    from mhesa.inference.scoring import BY, most_surprising
+    from mhesa.inference.scoring import BY
     from mhesa.inference.units import TOKEN, UNITS, Columns, GivenWords
     from mhesa.processes import rank
 
@@ -225,12 +226,13 @@ def score(
             rows = _span_rows(reader, decoder, texts, by, scores, alarms, page)
         counts = Counts()
         rows = counts.of(rows)
-        chosen = with_context(rows, context) if only else rows
-        shown: Iterable[Any] = chosen if top is None else most_surprising(_until_interrupted(chosen), top)
+        rows = with_context(rows, context) if only else rows
+        if top is not None:
+            rows = iter(nlargest(top, _until_interrupted(rows), key=lambda row: row.bits))
         output = Output(as_json, tsv, columns, with_score=alarms is not None)
         if rank() == 0:
             output.header()
-        for row in shown:
+        for row in rows:
             if rank() == 0 and (page is None or top is not None):
                 output.show(row)
     if rank() == 0:

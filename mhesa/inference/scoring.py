@@ -6,7 +6,6 @@ Surprisal itself is computed in `mhesa.inference.statistics`, on CPU by
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -225,8 +224,3 @@ def by_document(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
 
 
 BY = {"token": by_token, "document": by_document}
-
-
-def most_surprising(scored: Iterable[SpanSurprisal], count: int) -> list[SpanSurprisal]:
-    """The `count` items of the most bits, in falling order."""
-    return heapq.nlargest(count, scored, key=lambda item: item.bits)
