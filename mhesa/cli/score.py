@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from heapq import nlargest
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -228,7 +229,8 @@ def score(
         rows = counts.of(rows)
         rows = with_context(rows, context) if only else rows
         if top is not None:
-            rows = iter(nlargest(top, _until_interrupted(rows), key=lambda row: row.bits))
+            cost = attrgetter("surprisal" if in_units else "bits")
+            rows = iter(nlargest(top, _until_interrupted(rows), key=cost))
         output = Output(as_json, tsv, columns, with_score=alarms is not None)
         if rank() == 0:
             output.header()
