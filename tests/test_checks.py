@@ -350,6 +350,7 @@ def bounds():
     refuses(lambda: samplers.draw(logits), "there are 2 rows to draw for, not 3 from 0 on")
     refuses(lambda: samplers.draw(logits[:2], 1), "there are 2 rows to draw for, not 2 from 1 on")
     refuses(lambda: samplers.draw(logits[:1], -1), "there are 2 rows to draw for, not 1 from -1 on")
+    refuses(lambda: samplers.draw(logits.long()), r"logits must be numbers .*, not torch.int64 of \(3, 20\)")
     refuses(lambda: samplers.append(TokenSampler()), "there is room for 2 rows")
     refuses(lambda: BatchSampler(TOKENS, [TokenSampler()] * 2, max_rows=1), "there is room for 1 rows")
     refuses(lambda: BatchSampler(0, [TokenSampler()]), "num_tokens must be at least 1")
