@@ -124,7 +124,7 @@ def run(
         python -m benchmarks run book.txt --holdout tail:0.1 --minutes 3
     """
     from benchmarks.run import bench_run
-    from mhesa.training import TrainingSettings
+    from mhesa.training.settings import TrainingSettings
 
     with TemporaryDirectory() as folder:
         settings = TrainingSettings(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.contestants import CHOICES, CONTEXT, PROBED, RECIPES, Recipe
 from benchmarks.probes import PROBES, Probe, accuracy
-from mhesa.data import Source, Windows, open_corpus
+from mhesa.data.corpus import Source, open_corpus
+from mhesa.data.windows import Windows
 from mhesa.errors import InputError
 from mhesa.model.loss import IGNORED_LABEL
 from mhesa.ops.devices import computes_in_bf16
@@ -100,7 +101,7 @@ class Text:
     """A corpus of bytes: windows to train on, and text held out.
 
     Args:
-        sources: see `mhesa.data.Source`; none is the Python standard library's source text.
+        sources: see `mhesa.data.corpus.Source`; none is the Python standard library's source text.
         held_out_bytes: largest number of held-out bytes that are read.
 
     Raises:

@@ -20,7 +20,8 @@ from mhesa.inference.lines import PRESETS, Masks
 from mhesa.inference.session import Reader
 from mhesa.inference.statistics import BITS
 from mhesa.model.loading import load
-from mhesa.training import TrainingSettings, train
+from mhesa.training.run import train
+from mhesa.training.settings import TrainingSettings
 
 FALSE_ALARMS = 0.01
 # The last part of the normal lines, which no model is trained on.

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from mhesa.errors import InputError
 from mhesa.ops.cpu.memory import keep_memory
-from mhesa.training import TrainingSettings, train
+from mhesa.training.run import train
+from mhesa.training.settings import TrainingSettings
 
 # Clipping counts as the optimizer's, but has a row of its own.
 ARITHMETIC = ("forward", "backward", "clipping", "optimizer")

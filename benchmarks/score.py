@@ -20,7 +20,7 @@ import mhesa
 from mhesa.errors import InputError
 from mhesa.model.loading import save
 from mhesa.tokenizers import Bytes
-from mhesa.training import TrainingSettings
+from mhesa.training.settings import TrainingSettings
 
 # The shorter run reads one part of so many. What both runs take is the start.
 PARTS = 8

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from mhesa.model.lm import GatedExponentialSmoothingLM
     from mhesa.model.loading import load, save
     from mhesa.ops import conv1d_fft, exponential_smoothing, exponential_smoothing_step
-    from mhesa.training import TrainingSettings, train
+    from mhesa.training.run import train
+    from mhesa.training.settings import TrainingSettings
 
 __version__ = "0.1.0"
 
@@ -51,7 +52,8 @@ _LAZY_EXPORTS = {
     "mhesa.model.lm": ("GatedExponentialSmoothingLM",),
     "mhesa.model.loading": ("load", "save"),
     "mhesa.ops": ("conv1d_fft", "exponential_smoothing", "exponential_smoothing_step"),
-    "mhesa.training": ("TrainingSettings", "train"),
+    "mhesa.training.run": ("train",),
+    "mhesa.training.settings": ("TrainingSettings",),
 }
 
 

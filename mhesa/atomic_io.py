@@ -89,11 +89,6 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def check_output(output: Path | int, inputs: Iterable[Path | int]) -> None:
-    """Make sure that an output is a plain file and no input; see `check_outputs`."""
-    check_outputs([output], inputs)
-
-
 def check_outputs(outputs: Iterable[Path | int], inputs: Iterable[Path | int]) -> None:
     """Make sure that outputs are plain files, and that none of them is an input.
 

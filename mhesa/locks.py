@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mhesa.atomic_io import check_file
+from mhesa.atomic_io import check_file, make_folder
 from mhesa.errors import InputError, os_errors
 
 if sys.platform == "win32":
@@ -45,12 +45,8 @@ def only_writer_of_folder(folder: Path) -> Iterator[None]:
         InputError: somebody else is writing; or the lock cannot be made.
     """
     made = [one for one in (folder, *folder.parents) if not one.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise InputError(f"{folder} is a file; give a folder to save to") from error
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    with os_errors(f"cannot write to {folder}"):
+        make_folder(folder)
     try:
         with _locked(folder / LOCK, folder):
             yield

@@ -23,7 +23,7 @@ from benchmarks.run import bench_run
 from benchmarks.tables import PAGES, with_tables
 from benchmarks.train import Sizes, bench_train
 from mhesa.errors import InputError
-from mhesa.training import TrainingSettings
+from mhesa.training.settings import TrainingSettings
 
 
 @pytest.fixture(autouse=True)

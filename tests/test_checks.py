@@ -350,6 +350,7 @@ def bounds():
     refuses(lambda: samplers.draw(logits), "there are 2 rows to draw for, not 3 from 0 on")
     refuses(lambda: samplers.draw(logits[:2], 1), "there are 2 rows to draw for, not 2 from 1 on")
     refuses(lambda: samplers.draw(logits[:1], -1), "there are 2 rows to draw for, not 1 from -1 on")
+    refuses(lambda: samplers.draw(logits.long()), r"logits must be numbers .*, not torch.int64 of \(3, 20\)")
     refuses(lambda: samplers.append(TokenSampler()), "there is room for 2 rows")
     refuses(lambda: BatchSampler(TOKENS, [TokenSampler()] * 2, max_rows=1), "there is room for 1 rows")
     refuses(lambda: BatchSampler(0, [TokenSampler()]), "num_tokens must be at least 1")
@@ -383,25 +384,15 @@ def odd_weights():
     assert torch.equal(Decoder(odd).step(ids, torch.zeros(2, 1, 24)), expected)
 
 
-def copies_of_samplers():
-    sampling = Sampling(temperature=1.5, repetition_penalty=1.5, presence_penalty=0.5, logit_bias={3: 2.0})
-    logits = torch.randn(1, TOKENS)
-    first = TokenSampler(sampling, seed=1)
-    first.observe(range(12))
-    BatchSampler(TOKENS, [first]).draw(logits)
-    others = [copy.copy(first), copy.deepcopy(first), pickle.loads(pickle.dumps(first))]
-    batches = [BatchSampler(TOKENS, [sampler]) for sampler in (first, *others)]
-    batches += [copy.deepcopy(batches[0]), pickle.loads(pickle.dumps(batches[0]))]
-    del first, others
-    texts = [[batch.draw(logits)[0] for _ in range(40)] for batch in batches]
-    assert all(text == texts[0] for text in texts)
-    assert len(set(texts[0])) > 5
-
-
-def copies_of_decoders():
-    decoder = Decoder(model_of())
-    for make in (copy.copy, copy.deepcopy, pickle.dumps):
-        refuses(lambda make=make: make(decoder), "a decoder cannot be copied or pickled; make another")
+def copies():
+    sampler = TokenSampler(seed=1)
+    for owner, message in (
+        (Decoder(model_of()), "a decoder cannot be copied or pickled; make another"),
+        (sampler, "a sampler cannot be copied or pickled; make another"),
+        (BatchSampler(TOKENS, [sampler]), "samplers cannot be copied or pickled; make another"),
+    ):
+        for make in (copy.copy, copy.deepcopy, pickle.dumps):
+            refuses(lambda make=make, owner=owner: make(owner), message)
 
 
 def other_defaults():
@@ -451,8 +442,8 @@ def threads():
     decoder, logits = Decoder(model_of()), torch.randn(2, TOKENS)
     sampling = Sampling(temperature=0, frequency_penalty=0.1)
     shared = BatchSampler(TOKENS, [TokenSampler(sampling), TokenSampler(sampling)])
-    mine = [BatchSampler(TOKENS, [TokenSampler(sampling), TokenSampler(sampling)]) for _ in range(4)]
-    expected = work(decoder, copy.deepcopy(mine[0]), logits)
+    one, *mine = [BatchSampler(TOKENS, [TokenSampler(sampling), TokenSampler(sampling)]) for _ in range(5)]
+    expected = work(decoder, one, logits)
     found = {}
 
     def run(index):
@@ -491,10 +482,7 @@ def forks():
     assert work(decoder, batch, logits) == expected
 
 
-OTHERS = (
-    *(bounds, models_without_weights, odd_weights, copies_of_samplers, copies_of_decoders),
-    *(other_defaults, threads, forks),
-)
+OTHERS = (bounds, models_without_weights, odd_weights, copies, other_defaults, threads, forks)
 
 
 def run_cases(cases, pipe):

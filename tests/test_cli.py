@@ -96,7 +96,7 @@ def test_garbage_is_collected_while_a_command_works(command, trained, corpus, tm
         seen["while it works"] = gc.isenabled()
         raise InputError("far enough")
 
-    monkeypatch.setattr("mhesa.training.train", work)
+    monkeypatch.setattr("mhesa.training.run.train", work)
     monkeypatch.setattr("mhesa.serve.http.server.serve", work)
     monkeypatch.setattr("mhesa.export.web.export_web", work)
     monkeypatch.setattr("mhesa.inference.session.Session.stream", work)

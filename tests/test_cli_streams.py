@@ -11,7 +11,7 @@ from commands import StartedCommand, run_command
 
 from mhesa import GatedExponentialSmoothingLM, cli
 from mhesa.hf import ByteTokenizer, MhesaForCausalLM
-from mhesa.training import TrainingSettings
+from mhesa.training.settings import TrainingSettings
 
 COMMAND = [sys.executable, "-m", "mhesa"]
 TEXT = b"one line\nsecond line\n\nthird \xff\x00 line\n"

@@ -22,10 +22,10 @@ import torch
 from commands import FORKED, run_on_a_small_disk
 from safetensors.torch import load_file
 
-from mhesa.data import Source, open_corpus
+from mhesa.data.corpus import Source, open_corpus
 from mhesa.tokenizers import Bytes
-from mhesa.training import TrainingSettings
 from mhesa.training.checkpoint import find_damage, newest, steps
+from mhesa.training.settings import TrainingSettings
 
 RANDOM_KILLS = 200
 RANDOM_KILLS_IN_ORDINARY_TESTS = 6
@@ -36,7 +36,7 @@ CALLS = "openat,write,fsync,rename,mkdir,unlink,unlinkat,rmdir,sendfile,copy_fil
 
 def run_in_fork(settings, resume, ready):
     """What a process of its own does: wait until `ready` is there, then train."""
-    from mhesa.training import train
+    from mhesa.training.run import train
 
     while ready is not None and not Path(ready).exists():
         time.sleep(0.002)

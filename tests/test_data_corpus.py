@@ -9,7 +9,7 @@ import pytest
 from commands import run_code
 from texts import lines, tokens_of
 
-from mhesa.data import Source, open_corpus
+from mhesa.data.corpus import Source, open_corpus
 from mhesa.data.files import HASH_BLOCK_BYTES
 from mhesa.data.token_files import Tokens
 from mhesa.errors import InputError

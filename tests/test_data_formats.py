@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from texts import joined, lines, tokens_of
 
-from mhesa.data import find_files, read_sources
+from mhesa.data.sources import find_files, read_sources
 from mhesa.errors import InputError
 
 COMPRESSORS = {

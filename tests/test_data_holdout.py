@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import lines, tokens_of
 
-from mhesa.data import Holdout, Source
-from mhesa.data.holdout import Piece, PieceCounter, Selection, content_rank, cut
+from mhesa.data.corpus import Source
+from mhesa.data.holdout import Holdout, Piece, PieceCounter, Selection, content_rank, cut
 from mhesa.errors import InputError
 
 

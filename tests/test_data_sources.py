@@ -13,8 +13,9 @@ import pytest
 from commands import ordinary_user
 from texts import joined
 
-from mhesa import data
-from mhesa.data import Source, read_sources, standard_library
+from mhesa.data.corpus import Source
+from mhesa.data.sources import read_sources, standard_library
+from mhesa.data.standard_input import standard_input as read_standard_input
 from mhesa.errors import InputError
 
 
@@ -66,7 +67,7 @@ def test_interrupt_stops_a_blocking_read(monkeypatch):
         monkeypatch.setattr(sys, "stdin", stdin)
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
-            next(data.standard_input())
+            next(read_standard_input())
     signal.signal(signal.SIGINT, before)
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhesa.data import Windows, pack
+from mhesa.data.windows import Windows, pack
 from mhesa.errors import InputError
 
 

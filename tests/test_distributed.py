@@ -16,14 +16,15 @@ import torch
 from commands import call_in_processes, run_processes
 from safetensors.torch import load_file
 
-from mhesa.data import Windows
+from mhesa.data.windows import Windows
 from mhesa.errors import InputError
 from mhesa.model.config import ModelConfig
 from mhesa.processes import join_processes, rank
-from mhesa.training import TrainingSettings, train
 from mhesa.training.batches import Batches
 from mhesa.training.checkpoint import newest
 from mhesa.training.distributed import Grid, distribute, is_sharded, model_state
+from mhesa.training.run import train
+from mhesa.training.settings import TrainingSettings
 
 OPTIONS = {
     "steps": 15,

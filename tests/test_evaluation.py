@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.data import Document
+from mhesa.data.files import Document
 from mhesa.hf import ByteTokenizer
 from mhesa.inference import evaluation
 from mhesa.inference.evaluation import PredictionCost, evaluate

@@ -96,7 +96,7 @@ def test_only_one_thread_at_a_time_is_in(tmp_path):
 
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     (tmp_path / "file").write_text("text")
-    assert refusal(tmp_path / "file") == f"{tmp_path / 'file'} is a file; give a folder to save to"
+    assert refusal(tmp_path / "file") == f"{tmp_path / 'file'} is a file; give a folder"
     assert refusal(tmp_path / "file" / "below").startswith(f"cannot write to {tmp_path / 'file' / 'below'}")
     (tmp_path / ".lock").symlink_to("file")
     assert refusal(tmp_path).startswith(f"cannot write to {tmp_path}")

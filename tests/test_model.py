@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from commands import run_code
 from gated_state_spaces_pytorch import GatedExponentialSmoothingLM as OriginalLM
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +62,51 @@ def test_labels_of_minus_100_do_not_count():
     labels = ids.clone()
     labels[:, 3:] = -100
     assert torch.allclose(model(ids, labels=labels), model(ids[:, :3], labels=ids[:, :3]))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_the_loss_of_a_large_vocabulary_is_the_cross_entropy_of_its_logits(autocast):
+    torch.manual_seed(0)
+    model = GatedExponentialSmoothingLM(num_tokens=9000, dim=32, depth=1, heads=2, dim_mhesa=8)
+    ids, labels = torch.randint(9000, (2, 2, 100))
+    labels[:, 90:] = -100
+    found = []
+    for fused in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = (
+                model(ids, labels=labels)
+                if fused
+                else F.cross_entropy(model(ids).flatten(0, 1).float(), labels.flatten())
+            )
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(
+            fused, plain, rtol=2e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-7
+        )
+
+
+def test_the_loss_of_a_large_vocabulary_never_holds_all_logits():
+    """Memory at its peak, against that of the logits alone."""
+    code = (
+        "import torch, mhesa\n"
+        "def train(tokens, length):\n"
+        "    model = mhesa.GatedExponentialSmoothingLM(num_tokens=tokens, dim=64, depth=1, dim_mhesa=8)\n"
+        "    ids = torch.randint(tokens, (1, length))\n"
+        "    model(ids, labels=ids).backward()\n"
+        "def kilobytes(name):\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return int(next(line.split()[1] for line in lines if line.startswith(name)))\n"
+        # What is compiled or loaded when it is first used takes memory too.
+        "train(300, 2048), train(20_000, 64)\n"
+        # proc(5): the peak begins again from what is resident now.
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "before = kilobytes('VmRSS')\n"
+        "train(20_000, 2048)\n"
+        "print(1024 * (kilobytes('VmHWM') - before))\n"
+    )
+    assert 0 < int(run_code(code)[0]) < 2048 * 20_000 * 4 / 2
 
 
 @pytest.fixture(scope="module")

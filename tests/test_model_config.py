@@ -16,7 +16,7 @@ from mhesa import GatedExponentialSmoothingLM, GatedMHESA
 from mhesa.errors import InputError
 from mhesa.hf import MhesaConfig, MhesaForCausalLM
 from mhesa.model.config import JSON_NAMES, ModelConfig, ModelSizes, _expansion_factor
-from mhesa.training import TrainingSettings
+from mhesa.training.settings import TrainingSettings
 
 # No field has its default.
 SIZES = {"dim": 20, "depth": 3, "heads": 2, "dim_mhesa": 12, "dim_expansion_factor": 1.5}

@@ -373,12 +373,24 @@ def test_the_first_backend_that_serves_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(2, 3, 4)}, r"x must be \(batch, length, heads, head_dim\), not \(2, 3, 4\)"),
+        (
+            {"x": torch.zeros(2, 3, 4)},
+            r"x must be \(batch, length, heads, head_dim\), not torch.float32 of \(2, 3, 4\) on cpu",
+        ),
         ({"x": torch.zeros(1, 4, 2, 3, dtype=torch.int64)}, "x must be floating-point"),
-        ({"alpha": torch.zeros(3)}, r"alpha must be \(2,\) or \(1, 4, 2\) for this x, not \(3,\)"),
-        ({"alpha": torch.zeros(1, 3, 2)}, r"alpha must be \(2,\) or \(1, 4, 2\) for this x, not \(1, 3, 2\)"),
+        (
+            {"alpha": torch.zeros(3)},
+            r"alpha must be \(2,\) or \(1, 4, 2\) for this x, not torch.float32 of \(3,\)",
+        ),
+        (
+            {"alpha": torch.zeros(1, 3, 2)},
+            r"alpha must be \(2,\) or \(1, 4, 2\) for this x, not torch.float32 of \(1, 3, 2\)",
+        ),
         ({"decay": torch.zeros(2, 1)}, r"decay must be \(2,\)"),
-        ({"decay": torch.zeros(4, 2)}, r"decay must be \(2,\) or \(1, 4, 2\) for this x, not \(4, 2\)"),
+        (
+            {"decay": torch.zeros(4, 2)},
+            r"decay must be \(2,\) or \(1, 4, 2\) for this x, not torch.float32 of \(4, 2\)",
+        ),
         ({"skip": torch.zeros(2)}, r"skip must be \(2, 3\)"),
         ({"initial_state": torch.zeros(2, 2, 3)}, r"initial_state must be \(1, 2, 3\)"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens must rise from 0 to the length 4"),

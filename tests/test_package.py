@@ -18,9 +18,9 @@ def test_import_loads_torch_and_no_more():
 
 def test_training_is_there_when_asked_for():
     import mhesa
-    import mhesa.training
+    import mhesa.training.run
 
-    assert mhesa.train is mhesa.training.train
-    assert mhesa.TrainingSettings is mhesa.training.TrainingSettings
+    assert mhesa.train is mhesa.training.run.train
+    assert mhesa.TrainingSettings is mhesa.training.settings.TrainingSettings
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mhesa.nothing  # noqa: B018

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mhesa import Reader, Session, load
-from mhesa.data import Document
+from mhesa.data.files import Document
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.evaluation import evaluate
 

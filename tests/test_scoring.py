@@ -18,12 +18,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import mhesa
 from mhesa import GatedExponentialSmoothingLM
-from mhesa.data import Document
+from mhesa.data.files import Document
 from mhesa.hf import ByteTokenizer
 from mhesa.inference.evaluation import evaluate
 from mhesa.inference.heatmap import Heatmap
 from mhesa.inference.line_scores import LineScores
-from mhesa.inference.scoring import BY, by_token, line_pieces, most_surprising, score
+from mhesa.inference.scoring import BY, by_token, line_pieces, score
 from mhesa.inference.session import Reader, Session
 from mhesa.tokenizers import TextTokenizer, train_bpe
 from mhesa.tokenizers.stream import BLOCK_BYTES, encode_stream
@@ -259,12 +259,6 @@ def test_a_line_that_is_too_long_to_hold_is_one_line(reader):
     assert (second.text, second.offset) == (b"next", 3 * BLOCK_BYTES + 6)
     bits = expected_bits(reader, text)
     assert first.bits == pytest.approx(bits[: first.size].sum(), rel=1e-5)
-
-
-def test_the_most_surprising_come_first(reader):
-    lines = list(by_line("t", score(reader, [b"aa\nzzzzz\nb\n\xff\xfe\xfd\xfc\n"])))
-    top = most_surprising(iter(lines), 2)
-    assert [line.bits for line in top] == sorted((line.bits for line in lines), reverse=True)[:2]
 
 
 def test_empty_text_has_no_lines(reader):

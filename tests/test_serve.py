@@ -77,8 +77,10 @@ def test_biases_and_penalties_change_the_text(client):
 
 
 def test_suffix_is_refused(client):
-    with pytest.raises(openai.BadRequestError, match="cannot write towards an end"):
+    with pytest.raises(openai.BadRequestError, match="unsupported request argument: 'suffix'"):
         complete(client, suffix="the end")
+    with pytest.raises(openai.BadRequestError, match="unrecognized request argument: 'ending'"):
+        complete(client, extra_body={"ending": "the end"})
 
 
 def test_logprobs_are_the_models(client, folder):

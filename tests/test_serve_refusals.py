@@ -61,7 +61,7 @@ BAD = [
     ({"prompt": "x", "logit_bias": {"65": 101}}, 400, "invalid_value"),
     ({"prompt": "x", "logit_bias": {f"{token}": 1 for token in range(1025)}}, 400, "limit_exceeded"),
     ({"prompt": "x", "best_of": 2}, 400, "unknown_parameter"),
-    ({"prompt": "x", "suffix": "y"}, 400, "invalid_value"),
+    ({"prompt": "x", "suffix": "y"}, 400, "unknown_parameter"),
     ({"prompt": "x", "temprature": 1}, 400, "unknown_parameter"),
     ({"prompt": "x", "temprature": None}, 400, "unknown_parameter"),
     ({"prompt": "x", "\ud800\r\n": 1}, 400, "invalid_value"),

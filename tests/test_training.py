@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from torch import nn
 from training_runs import TEXT, assert_same_run, needs_compiler, rows, small_run, weights
 
-from mhesa.data import Source, Windows, open_corpus
+from mhesa.data.corpus import Source, open_corpus
+from mhesa.data.windows import Windows
 from mhesa.errors import InputError, TrainingError
 from mhesa.hf import ByteTokenizer, MhesaForCausalLM
-from mhesa.training import TrainingSettings, train
 from mhesa.training.optimizers import decay_groups
+from mhesa.training.run import train
 from mhesa.training.schedule import Budget, learning_rate
+from mhesa.training.settings import TrainingSettings
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ from mhesa.inference.sampling_settings import Sampling
 from mhesa.model.config import ModelConfig
 from mhesa.serve.settings import Limits, Settings
 from mhesa.settings import settings_of
-from mhesa.training import TrainingSettings
 from mhesa.training.config import dump_config, load_config
-from mhesa.training.settings import SETTINGS
+from mhesa.training.settings import SETTINGS, TrainingSettings
 
 
 def test_settings_come_back(tmp_path):

@@ -9,8 +9,8 @@ from rich.console import Console
 from training_runs import rows, small_run
 
 from mhesa.errors import InputError
-from mhesa.training import train
 from mhesa.training.plot import draw_curve
+from mhesa.training.run import train
 
 
 @pytest.fixture

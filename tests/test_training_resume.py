@@ -17,8 +17,9 @@ from training_runs import assert_same_run, figures, needs_compiler, small_run, w
 import mhesa
 from mhesa.errors import InputError
 from mhesa.model.loading import saved_name
-from mhesa.training import Stopped, TrainingSettings, train
-from mhesa.training.checkpoint import Progress, newest, save, steps
+from mhesa.training.checkpoint import Progress, load_part, newest, save, steps
+from mhesa.training.run import Stopped, train
+from mhesa.training.settings import TrainingSettings
 
 
 @pytest.fixture
@@ -137,6 +138,11 @@ def test_no_part_of_a_checkpoint_can_be_damaged_unseen(tmp_path, name, damage):
     assert "is damaged" in passed_over[0]
     # A manifest that was changed blames what it is wrong about.
     assert name in passed_over[0] or (damage is flip and name == "manifest.json")
+
+
+def test_a_part_that_is_missing_is_no_empty_one(tmp_path):
+    with pytest.raises(InputError, match=r"model.safetensors is damaged: No such file"):
+        load_part(tmp_path, "model")
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_touched(settings):

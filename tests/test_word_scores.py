@@ -1,5 +1,7 @@
 """Tables of surprisal: words, tokens, characters, sentences."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -114,6 +116,13 @@ def test_tables_have_a_header_and_exact_offsets(run, folder):
         ("10", "5", "three"),
     ]
     assert [row[-1] for row in rows] == ["", rows[0][5], rows[1][5]]
+
+
+@pytest.mark.parametrize("by", ["word", "character"])
+def test_top_shows_the_units_that_cost_most(run, folder, by):
+    rows = run("score", folder, "--by", by, "--json", data=TEXT.encode())[1].splitlines()
+    top = run("score", folder, "--by", by, "--json", "--top", 3, data=TEXT.encode())[1].splitlines()
+    assert top == sorted(rows, key=lambda row: -json.loads(row)["bits"])[:3]
 
 
 def test_a_table_of_tokens(run, folder):

@@ -1,6 +1,6 @@
 """Texts to read, and how tests read them."""
 
-from mhesa.data import Source, open_corpus
+from mhesa.data.corpus import Source, open_corpus
 from mhesa.hf import ByteTokenizer
 
 

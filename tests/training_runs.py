@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mhesa.training import TrainingSettings
+from mhesa.training.settings import TrainingSettings
 
 TINY = {
     "dim": 16,

@@ -1,11 +1,9 @@
-"""Shared by the commands: types of options, loading, tables, progress bars, printing of text."""
+"""Shared by the commands: types of options, loading, tables, progress bars."""
 
 from __future__ import annotations
 
-import codecs
 import gc
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -98,16 +96,6 @@ def share(reader: Reader, *, quantize: str | None) -> ParallelDecoder | None:
         raise InputError("quantize is for one process; leave it out, or start one process")
     assert dist.group.WORLD is not None
     return ParallelDecoder(reader.model, dist.group.WORLD)
-
-
-def write(pieces: Iterable[bytes]) -> None:
-    """Print UTF-8 text piece by piece, whole characters at a time."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for piece in pieces:
-        sys.stdout.write(decoder.decode(piece))
-        sys.stdout.flush()
-    sys.stdout.write(decoder.decode(b"", final=True))
-    sys.stdout.flush()
 
 
 def new_table(first: str, *others: str) -> Table:

@@ -21,7 +21,7 @@ def config(
 
         mhesa train --config first.yaml --out runs/second --seed 1
     """
-    from mhesa.training import TrainingSettings
     from mhesa.training.config import dump_config
+    from mhesa.training.settings import TrainingSettings
 
     typer.echo(dump_config(TrainingSettings.load(folder / SETTINGS)), nl=False)

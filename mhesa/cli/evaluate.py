@@ -54,7 +54,7 @@ def evaluate(
 
         torchrun --nproc-per-node 4 -m mhesa eval runs/first long.txt
     """
-    from mhesa.data import read_sources
+    from mhesa.data.sources import read_sources
     from mhesa.inference.evaluation import PredictionCost
     from mhesa.inference.evaluation import evaluate as score
     from mhesa.processes import rank

@@ -11,16 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mhesa.atomic_io import check_output
-from mhesa.cli.common import (
-    Backend,
-    Device,
-    Folder,
-    Precision,
-    Quantize,
-    read_model,
-    write,
-)
+from mhesa.atomic_io import check_outputs
+from mhesa.cli.common import Backend, Device, Folder, Precision, Quantize, read_model
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.inference.sampling_settings import Sampling
@@ -67,7 +59,7 @@ def generate(
     """
     import torch
 
-    from mhesa.data import standard_input
+    from mhesa.data.standard_input import standard_input
     from mhesa.inference.sampling import TokenSampler
     from mhesa.inference.session import Session
     from mhesa.tokenizers.stream import encode_stream
@@ -79,9 +71,9 @@ def generate(
     if session is not None and not os.access(session.parent, os.W_OK):
         raise InputError(f"cannot write {session}: its folder is missing or read-only")
     read: list[Path | int] = [0] if prompt == "-" else []
-    check_output(1, read)
+    check_outputs([1], read)
     if session is not None:
-        check_output(session, [*read, *folder.iterdir()])
+        check_outputs([session], [*read, *folder.iterdir()])
     drawing = Sampling(**sampling)
     TokenSampler(drawing, seed)  # refuses a bad seed before anything is written
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
@@ -92,7 +84,8 @@ def generate(
             for block in blocks:
                 text.feed_ids(torch.from_numpy(block.ids.astype("int64")))
             if echo:
-                write(block.text for block in blocks)
+                shown = b"".join(block.text for block in blocks)
+                print(shown.decode("utf-8", "replace"), end="", flush=True)
         for part in text.stream(max_new_tokens=length, sampling=drawing, seed=seed, stop=stop or ()):
             print(part, end="", flush=True)
     sys.stdout.write("\n")

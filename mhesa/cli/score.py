@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from heapq import nlargest
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhesa.atomic_io import check_output
+from mhesa.atomic_io import check_outputs
 from mhesa.cli.common import (
     Backend,
     Device,
@@ -169,7 +171,7 @@ def score(
     from mhesa.inference.line_scores import FalseAlarms, LineScores
     from mhesa.inference.lines import Masks
     from mhesa.inference.log_reader import with_context
-    from mhesa.inference.scoring import BY, most_surprising
+    from mhesa.inference.scoring import BY
     from mhesa.inference.units import TOKEN, UNITS, Columns, GivenWords
     from mhesa.processes import rank
 
@@ -198,9 +200,8 @@ def score(
     memory = size_in_bytes(key_memory, "--key-memory")
     files = find_texts(sources or ["-"])
     inputs = [file.path if file else 0 for file in files]
-    check_output(1, inputs)
-    for written in filter(None, (heatmap, state)):
-        check_output(written, [*inputs, *folder.iterdir()])
+    check_outputs([1], inputs)
+    check_outputs(filter(None, (heatmap, state)), [*inputs, *folder.iterdir()])
     given = None if words is None else word_list(words)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     decoder = share(reader, quantize=quantize)
@@ -226,12 +227,14 @@ def score(
             rows = _span_rows(reader, decoder, texts, by, scores, alarms, page)
         counts = Counts()
         rows = counts.of(rows)
-        chosen = with_context(rows, context) if only else rows
-        shown: Iterable[Any] = chosen if top is None else most_surprising(_until_interrupted(chosen), top)
+        rows = with_context(rows, context) if only else rows
+        if top is not None:
+            cost = attrgetter("surprisal" if in_units else "bits")
+            rows = iter(nlargest(top, _until_interrupted(rows), key=cost))
         output = Output(as_json, tsv, columns, with_score=alarms is not None)
         if rank() == 0:
             output.header()
-        for row in shown:
+        for row in rows:
             if rank() == 0 and (page is None or top is not None):
                 output.show(row)
     if rank() == 0:

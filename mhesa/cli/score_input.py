@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mhesa.errors import InputError, reason
 
 if TYPE_CHECKING:
-    from mhesa.data import File
+    from mhesa.data.files import File
     from mhesa.inference.lines import KeyField, KeyPattern
 
 # Bytes of a file that are scored first, so that its first lines are printed soon.
@@ -29,7 +29,7 @@ class Text(NamedTuple):
 
 def find_texts(sources: list[str]) -> list[File | None]:
     """The files of sources, each once; `None` is standard input, which is scored while it is read."""
-    from mhesa.data import find_files
+    from mhesa.data.sources import find_files
 
     found: dict[object, File | None] = {}
     for source in sources:
@@ -49,8 +49,8 @@ def documents(
         advance: called with the bytes of a file that were read.
         whole: whether files of JSON lines are read as they are.
     """
-    from mhesa.data import standard_input
     from mhesa.data.files import JSON_LINES
+    from mhesa.data.standard_input import standard_input
 
     for file in files:
         if file is None:

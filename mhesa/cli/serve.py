@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mhesa.atomic_io import check_output
+from mhesa.atomic_io import check_outputs
 from mhesa.cli.common import Backend, Device, Folder, Quantize
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
@@ -68,7 +68,7 @@ def serve(
     )
     model, tokenizer = load(folder, device=device, backend=backend)
     if settings.sessions is not None:
-        check_output(settings.sessions, [*folder.iterdir(), *([keys] if keys else [])])
+        check_outputs([settings.sessions], [*folder.iterdir(), *([keys] if keys else [])])
     check_finite(model)
     gc.enable()
     serve(Service(model, tokenizer, settings, quantize))

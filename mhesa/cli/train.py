@@ -55,10 +55,10 @@ def train(
     from mhesa.ops.cpu.memory import keep_memory, return_large_blocks
     from mhesa.ops.devices import resolve_device
     from mhesa.processes import rank
-    from mhesa.training import Stopped
-    from mhesa.training import train as run
     from mhesa.training.config import load_config
     from mhesa.training.folder import check_inputs
+    from mhesa.training.run import Stopped
+    from mhesa.training.run import train as run
 
     given = {} if config is None else load_config(config)
     given |= {name: value for name, value in settings.items() if _was_given(context_, name)}

@@ -27,7 +27,7 @@ from mhesa.model.config import ModelConfig
 from mhesa.model.layers import MHESA, CausalConv, GatedMHESA, identity_taps, spread_rates
 from mhesa.model.lm import GatedExponentialSmoothingLM, run_blocks
 from mhesa.model.loading import KEPT_IN_FP32, saved_name
-from mhesa.model.loss import IGNORED_LABEL, LARGE_VOCABULARY, next_token_loss
+from mhesa.model.loss import IGNORED_LABEL
 from mhesa.tokenizers.bytes import END_OF_TEXT_ID
 
 # Arguments that collators pass with packed sequences. The offsets are found from one of them; the others are
@@ -266,7 +266,6 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        loss_only: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -278,8 +277,6 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             labels: `(batch, length)`, as `input_ids` are: they are shifted here. -100 is ignored, and so
                 is a token that nothing predicts: the first of a packed sequence, or one after padding.
             logits_to_keep: how many logits from the end, all if 0, or which positions.
-            loss_only: return no logits. The loss of `shift_labels` over a large vocabulary is then found
-                chunk by chunk, and all logits are never in memory at once.
             kwargs: `shift_labels`, `(batch, length)`, the tokens to predict at each place, instead of
                 `labels`; `num_items_in_batch` and `ignore_index`, for the loss; and those of
                 `MhesaModel.forward`.
@@ -307,20 +304,16 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         if shift_labels is not None and (real := real_tokens(attention_mask, shift_labels)) is not None:
             # Padding predicts nothing.
             shift_labels = shift_labels.masked_fill(~real, ignored)
-        hidden, tokens = outputs.last_hidden_state, self.config.vocab_size
-        loss = logits = None
-        if loss_only and shift_labels is not None and tokens >= LARGE_VOCABULARY:
-            loss = next_token_loss(hidden, self.to_logits, shift_labels)
-        else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.to_logits(hidden[:, kept])
-            if shift_labels is not None:
-                loss = self.loss_function(
-                    logits=logits, labels=None, shift_labels=shift_labels, vocab_size=tokens, **for_loss
-                )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, tokens = self.to_logits(outputs.last_hidden_state[:, kept]), self.config.vocab_size
+        loss = None
+        if shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=None, shift_labels=shift_labels, vocab_size=tokens, **for_loss
+            )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=None if loss_only else logits,
+            logits=logits,
             hidden_states=outputs.hidden_states,
             **{CACHE: outputs.get(CACHE)},
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mhesa.data import Document
+from mhesa.data.files import Document
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.parallel_decoder import WINDOW, ParallelDecoder
 from mhesa.inference.statistics import check_numbers

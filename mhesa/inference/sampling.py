@@ -7,7 +7,7 @@ import operator
 import secrets
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class TokenSampler:
     """Draws the tokens of one sequence.
 
     It owns the random stream of the sequence: draws depend on the seed and on the logits of this sequence,
-    not on other sequences. A copy has a stream of its own, which goes on from the same place.
+    not on other sequences. It cannot be copied or pickled.
 
     Args:
         sampling: how tokens are drawn.
@@ -99,17 +99,8 @@ class TokenSampler:
         for token, bias in given.logit_bias.items():
             self._note(token).bias = bias
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The struct is copied without the address of the notes.
-        values = {name: getattr(self.struct, name) for name in Sampler.kinds if not name.startswith("note")}
-        notes = [tuple(getattr(note, name) for name in Note.kinds) for note in self._notes]
-        return {**vars(self), "struct": values, "_notes": notes, "_indices": dict(self._indices)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.struct = Sampler(**state["struct"])
-        self._notes = (Note * len(state["_notes"]))(*(Note(*values) for values in state["_notes"]))
-        self._share_notes()
+    def __getstate__(self) -> NoReturn:
+        raise InputError("a sampler cannot be copied or pickled; make another TokenSampler")
 
     def observe(self, ids: Tensor | Iterable[int]) -> None:
         """Note the sequence's earlier tokens, integers `(tokens,)`, for the repetition penalty.
@@ -142,18 +133,15 @@ class TokenSampler:
         if index == len(self._notes):
             self._notes = (Note * (2 * index))(*self._notes)
         self._notes[index].token = token
-        self._share_notes()
-        return self._notes[index]
-
-    def _share_notes(self) -> None:
-        """Tell native code where the notes are."""
+        # Tell native code where the notes are.
         self.struct.notes, self.struct.note_count = ctypes.addressof(self._notes), len(self._indices)
+        return self._notes[index]
 
 
 class BatchSampler:
     """Draws for all rows of a batch at once; rows may be added and removed.
 
-    Python threads may share it: their draws take turns. A deep copy has copies of the samplers.
+    Python threads may share it: their draws take turns. It cannot be copied or pickled.
 
     Args:
         num_tokens: the size of the vocabulary.
@@ -188,13 +176,8 @@ class BatchSampler:
         for sampler in samplers:
             self.append(sampler)
 
-    def __getstate__(self) -> tuple[int, list[TokenSampler], Tensor]:
-        return self.num_tokens, self.rows, self.last
-
-    def __setstate__(self, state: tuple[int, list[TokenSampler], Tensor]) -> None:
-        num_tokens, rows, last = state
-        BatchSampler.__init__(self, num_tokens, rows, len(last))
-        self.last.copy_(last)
+    def __getstate__(self) -> NoReturn:
+        raise InputError("samplers cannot be copied or pickled; make another BatchSampler")
 
     def __len__(self) -> int:
         return len(self.rows)

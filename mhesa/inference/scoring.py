@@ -6,7 +6,6 @@ Surprisal itself is computed in `mhesa.inference.statistics`, on CPU by
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from mhesa.inference.lines import Piece
 from mhesa.inference.parallel_decoder import ParallelDecoder
 from mhesa.inference.session import Reader
 from mhesa.inference.statistics import BITS, Statistic, check_numbers, read_tokens
-from mhesa.tokenizers.stream import NEWLINE, Block, character_start, encode_stream
+from mhesa.tokenizers.stream import Block, character_start, encode_stream
 
 # How much of the beginning of a line or document is kept to be shown.
 SHOWN_BYTES = 1 << 10
@@ -174,30 +173,6 @@ def share_by_byte(values: np.ndarray, sizes: np.ndarray, length: int) -> np.ndar
     return np.diff(np.interp(np.arange(length + 1), token_ends, before))
 
 
-def share_by_line(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    r"""Where a text's lines end, and the surprisal of each. A token that spans lines is shared out by bytes.
-
-    Args:
-        text: bytes of some tokens.
-        bits: surprisal of each token, `(tokens,)`.
-        sizes: bytes of each token, `(tokens,)`; see `share_by_byte`.
-
-    Returns:
-        The offset after the end of each line, int64 `(lines,)`, and its bits, fp64 `(lines,)`.
-
-    >>> ends, costs = share_by_line(b"a\n\nb", bits=np.array([1.0, 4.0, 2.0]), sizes=np.array([1, 2, 1]))
-    >>> ends.tolist(), costs.tolist()
-    ([2, 3, 4], [3.0, 2.0, 2.0])
-    """
-    ends = np.flatnonzero(np.frombuffer(text, dtype=np.uint8) == NEWLINE) + 1
-    if text and not text.endswith(b"\n"):
-        ends = np.append(ends, len(text))
-    if not len(ends):
-        return ends, np.zeros(0)
-    starts = np.concatenate([[0], ends[:-1]])
-    return ends, np.add.reduceat(share_by_byte(bits, sizes, len(text)), starts)
-
-
 def line_pieces(batches: Iterable[Batch]) -> Iterator[ScoredPiece]:
     """The lines of a text, each in one or more pieces, with the surprisal of their bytes."""
     number, offset, is_first = 1, 0, True
@@ -249,8 +224,3 @@ def by_document(name: str, batches: Iterable[Batch]) -> Iterator[SpanSurprisal]:
 
 
 BY = {"token": by_token, "document": by_document}
-
-
-def most_surprising(scored: Iterable[SpanSurprisal], count: int) -> list[SpanSurprisal]:
-    """The `count` items of the most bits, in falling order."""
-    return heapq.nlargest(count, scored, key=lambda item: item.bits)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mhesa.atomic_io import sha256, write_file
-from mhesa.errors import InputError
+from mhesa.atomic_io import check_file, sha256, write_file
+from mhesa.errors import InputError, os_errors
 from mhesa.inference.continuation import Continuation, TextCursor
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.generation import write
@@ -126,11 +126,6 @@ class Session:
     def position(self) -> int:
         """How many tokens the text has so far."""
         return self._memory.position
-
-    @property
-    def state_bytes(self) -> int:
-        """The size of the state in bytes."""
-        return self._memory.state.nbytes
 
     def feed(self, text: str | bytes) -> None:
         """Read some text."""
@@ -242,11 +237,8 @@ class Session:
             "position": str(memory.position),
         }
         data = save({"state": memory.state[:, 0].cpu().contiguous()}, metadata=details)
-        try:
-            with write_file(path) as file:
-                file.write(data)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
+        with os_errors(f"cannot write {path}"), write_file(path) as file:
+            file.write(data)
         self._seen[name] = hashlib.sha256(data).hexdigest()
 
     @classmethod
@@ -334,14 +326,10 @@ def fingerprint(model: GatedExponentialSmoothingLM) -> str:
 
 def _digest(path: Path) -> str | None:
     """The SHA-256 of a saved session, `None` if there is none."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is no file; give the file of a saved session")
-    try:
+    check_file(path)
+    with os_errors(f"cannot read {path}"), suppress(FileNotFoundError):
         return sha256(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    return None
 
 
 def _read(path: Path) -> tuple[Tensor, dict[str, str]]:

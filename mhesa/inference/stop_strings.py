@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import repeat
 
 from mhesa.errors import InputError
 
@@ -24,9 +23,7 @@ class StopMatcher:
     def __init__(self, stops: Sequence[bytes] = ()) -> None:
         if b"" in stops:
             raise InputError("a stop string must not be empty")
-        self.stops, self.held, self.stopped = tuple(stops), b"", False
-        # Per stop string: length of its longest prefix that ends the text.
-        self._lengths = [0] * len(self.stops)
+        self.stops, self.held, self.stopped = sorted(stops), b"", False
         self._first_byte = re.compile(b"|".join(re.escape(stop[:1]) for stop in stops))
 
     def feed(self, piece: bytes) -> bytes:
@@ -37,8 +34,10 @@ class StopMatcher:
         # Where each stop string ends and begins.
         found = [(place + len(stop), place) for stop in self.stops if (place := text.find(stop)) >= 0]
         self.stopped = bool(found)
-        self._lengths = list(map(match_length, self.stops, self._lengths, repeat(piece)))
-        end = min(found)[1] if found else len(text) - max(self._lengths)
+        # Where the text may begin one. A place that does not lets its byte go, and is never tried again.
+        starts = (match.start() for match in self._first_byte.finditer(text))
+        begun = (start for start in starts if self._may_go_on(text[start:]))
+        end = min(found)[1] if found else next(begun, len(text))
         self.held = b"" if found else text[end:]
         return text[:end]
 
@@ -47,30 +46,7 @@ class StopMatcher:
         rest, self.held = self.held, b""
         return rest
 
-
-def match_length(stop: bytes, length: int, piece: bytes) -> int:
-    """The length of the longest prefix of a stop string that ends a text, from that `length` before `piece`.
-
-    Knuth-Morris-Pratt: amortised constant time per byte.
-
-    >>> match_length(b"two", match_length(b"two", 0, b"one, t"), b"tw")
-    2
-    """
-    shorter = _shorter_matches(stop)
-    for byte in piece:
-        while length and (length == len(stop) or stop[length] != byte):
-            length = shorter[length]
-        length += stop[length] == byte
-    return length
-
-
-@lru_cache(maxsize=1024)
-def _shorter_matches(stop: bytes) -> list[int]:
-    """For each length of a matching prefix, that of the next shorter prefix that matches as well."""
-    shorter, length = [0, 0], 0
-    for byte in stop[1:]:
-        while length and stop[length] != byte:
-            length = shorter[length]
-        length += stop[length] == byte
-        shorter.append(length)
-    return shorter
+    def _may_go_on(self, tail: bytes) -> bool:
+        """Whether some stop string begins with `tail`: then the first that does not sort before it does."""
+        place = bisect_left(self.stops, tail)
+        return place < len(self.stops) and self.stops[place].startswith(tail)

@@ -50,9 +50,7 @@ def check_plain(tensors: Iterable[Tensor | None]) -> None:
     """Raise `InputError` unless all tensors, of any shapes, hold real numbers, in memory as they are."""
     for tensor in tensors:
         if tensor is not None and (not is_plain(tensor) or tensor.is_complex() or tensor.is_quantized):
-            raise InputError(
-                f"native code reads real numbers in plain tensors, not {_described_in_full(tensor)}"
-            )
+            raise InputError(f"native code reads real numbers in plain tensors, not {_described(tensor)}")
 
 
 def check_devices(tensors: Iterable[Tensor | None], cu_seqlens: Tensor | None, device: torch.device) -> None:
@@ -185,7 +183,7 @@ def check_ids(ids: Tensor, device: torch.device, num_tokens: int | None = None) 
         or not (ids.is_cpu or ids.device == device)
     ):
         raise InputError(
-            f"ids must be torch.int64 of (tokens,) on {_or_on(device)}, not {_described_in_full(ids)}; "
+            f"ids must be torch.int64 of (tokens,) on {_or_on(device)}, not {_described(ids)}; "
             "convert them with torch.as_tensor(ids, dtype=torch.int64)"
         )
     if num_tokens is not None and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_tokens:
@@ -211,7 +209,7 @@ def distinct_tokens(ids: Tensor | Iterable[int]) -> Iterable[int]:
     if not isinstance(ids, Tensor) and isinstance(ids, Iterable):
         return ids
     if not _is_dense(ids) or ids.dtype not in INTEGERS or ids.is_meta:
-        raise InputError(f"ids must be integers, not {_described_in_full(ids)}")
+        raise InputError(f"ids must be integers, not {_described(ids)}")
     return set(_values(ids.flatten()))
 
 
@@ -232,7 +230,7 @@ def check_state(state: Tensor, shape: tuple[int, int, int], dtype: torch.dtype, 
     ):
         raise InputError(
             f"state must be {dtype} of {shape} on {device}, with state_size innermost, without gradients, "
-            f"and every element in memory of its own, not {_described_in_full(state)}"
+            f"and every element in memory of its own, not {_described(state)}"
         )
 
 
@@ -282,18 +280,13 @@ def _or_on(device: torch.device) -> str:
 
 
 def _described(value: object) -> str:
-    """What a wrong argument is, in a few words."""
+    """What a wrong argument is."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     if value.is_nested:
         return "a nested tensor"
-    layout = "" if value.layout is torch.strided else f" {value.layout}"
-    return f"{tuple(value.shape)}{layout}"
-
-
-def _described_in_full(value: object) -> str:
-    if not isinstance(value, Tensor) or value.is_nested:
-        return _described(value)
-    strides = f" with strides {value.stride()}" if value.layout is torch.strided else ""
+    layout = f" {value.layout}"
+    if value.layout is torch.strided:
+        layout = "" if value.is_contiguous() else f" with strides {value.stride()}"
     kind = "" if type(value) in (Tensor, Parameter) else f" ({type(value).__name__})"
-    return f"{value.dtype} of {_described(value)}{strides} on {value.device}{kind}"
+    return f"{value.dtype} of {tuple(value.shape)}{layout} on {value.device}{kind}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mhesa.data import Windows, pack
+from mhesa.data.windows import Windows, pack
 from mhesa.ops.context_parallel import ContextParallel, stretch
 from mhesa.processes import gather
 from mhesa.training.distributed import ONE_PROCESS, Grid

@@ -153,16 +153,13 @@ def load_progress(path: Path, patience: int | None = None) -> Progress:
 
 
 def load_part(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors, of any shape, of one file of a checkpoint by name; none if there is no such file.
+    """The tensors, of any shape, of one file of a checkpoint by name.
 
     Raises:
-        InputError: the file holds something else.
+        InputError: the file is missing, or holds something else.
     """
     file = path / f"{name}.safetensors"
-    if not file.exists():
-        return {}
     try:
-        tensors: dict[str, Tensor] = load_file(file)
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} is damaged: {error}") from error
-    return tensors

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mhesa.data import Document
+from mhesa.data.files import Document
 from mhesa.file_names import RUN_FILES
 from mhesa.inference.evaluation import PredictionCost
 from mhesa.inference.generation import stream

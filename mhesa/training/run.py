@@ -16,8 +16,10 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch.profiler import record_function
 
-from mhesa.data import Corpus, Document, Source, Windows, open_corpus
 from mhesa.data.cache import cached_folder
+from mhesa.data.corpus import Corpus, Source, open_corpus
+from mhesa.data.files import Document
+from mhesa.data.windows import Windows
 from mhesa.errors import InputError, TrainingError, reason
 from mhesa.file_names import CHECKPOINTS, CURVE
 from mhesa.inference.evaluation import PredictionCost, evaluate

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from mhesa.serve.api.protocol import ErrorBody, ErrorDetail
+from mhesa.serve.api.protocol import IGNORED_VALUES, ErrorBody, ErrorDetail
 from mhesa.serve.sessions import SessionError
 
 TYPES = {
@@ -97,7 +97,8 @@ def validation_error(errors: Sequence[Any]) -> APIError:
     where = [str(part) for part in first["loc"][1:]]
     if first["type"] == "extra_forbidden":
         name = where[-1][:64]
-        return invalid(f"unrecognized request argument: {name!r}", name, "unknown_parameter")
+        what = "unsupported" if name in IGNORED_VALUES else "unrecognized"
+        return invalid(f"{what} request argument: {name!r}", name, "unknown_parameter")
     # For a union, `where` also holds the types that were tried: the parameter is the first lower-case name.
     names = [part for part in where if part.isidentifier() and part.islower()] or where
     name, message = "".join(names[:1]), first["msg"].removeprefix("Value error, ")

@@ -11,7 +11,6 @@ from pydantic import (
     Field,
     StrictInt,
     StringConstraints,
-    field_validator,
     model_validator,
 )
 
@@ -44,9 +43,13 @@ IGNORED_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (*EMPTY, 1),
     "function_call": (*EMPTY, "none", "auto"),
     "include_obfuscation": (*EMPTY, True, False),
+    "modalities": (*EMPTY, ["text"]),
     "parallel_tool_calls": (*EMPTY, True, False),
     "prompt_cache_retention": (*EMPTY, "in_memory", "in-memory"),
     "reasoning_effort": (*EMPTY, "none", "medium"),
+    "response_format": (*EMPTY, {"type": "text"}),
+    "service_tier": (*EMPTY, "auto", "default"),
+    "store": (None, False),
     "tool_choice": (*EMPTY, "none", "auto"),
     "verbosity": (*EMPTY, "medium"),
     # Without members it asks for a search.
@@ -56,7 +59,7 @@ IGNORED_VALUES: dict[str, tuple[Any, ...]] = {
     "with_pieces": (None, False),
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "mm_processor_kwargs"), EMPTY),
     **dict.fromkeys(
-        ("audio", "functions", "moderation", "prediction", "prompt_cache_options", "tools"), EMPTY
+        ("audio", "functions", "moderation", "prediction", "prompt_cache_options", "suffix", "tools"), EMPTY
     ),
     # Fields of a message, which a client may send back as it was received.
     **dict.fromkeys(
@@ -141,18 +144,10 @@ class CompletionRequest(GenerationRequest):
         description="Give log-probabilities, and this many of the likeliest tokens beside each.",
     )
     echo: bool | None = Field(None, description="Give the prompt back before the text.")
-    suffix: str | None = Field(None, description="Must be empty: the model only writes forwards.")
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": "def main(", "max_tokens": 64, "temperature": 0.8}]}
     )
-
-    @field_validator("suffix")
-    @classmethod
-    def _no_suffix(cls, value: str | None) -> str | None:
-        if value:
-            raise ValueError("this model only writes forwards and cannot write towards an end")
-        return value
 
 
 class TextPart(RequestBody):
@@ -181,12 +176,6 @@ class Message(RequestBody):
         return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
 
-class TextFormat(RequestBody):
-    """The only format of answers."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(GenerationRequest):
     """The next turn of a conversation."""
 
@@ -199,10 +188,6 @@ class ChatRequest(GenerationRequest):
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1 << 31)
-    response_format: TextFormat | None = None
-    modalities: Items[Literal["text"]] | None = None
-    store: Literal[False] | None = Field(None, description="Nothing is stored.")
-    service_tier: Literal["auto", "default"] | None = None
     metadata: dict[str, str] | None = Field(None, description="Ignored.")
     safety_identifier: str | None = Field(None, description="Ignored.")
     prompt_cache_key: str | None = Field(None, description="Ignored.")

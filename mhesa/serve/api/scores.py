@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from mhesa.inference.scoring import Batch, share_by_line
+from mhesa.inference.scoring import Batch, line_pieces
 from mhesa.inference.statistics import entropy, rank
 from mhesa.inference.units import TOKEN, UNITS, UnitSurprisal, read_units, token_units
 from mhesa.serve.api import protocol
@@ -88,7 +88,7 @@ def _scored_text(service: Service, index: int, job: Job, by: str) -> Iterator[st
         index=index, bytes=len(text), bits=cost, bits_per_byte=cost / len(text) if text else None, items=[]
     )
     if by in protocol.PLAIN_UNITS:
-        items = _lines(text, bits, sizes) if by == "line" else _whole(text, cost)
+        items = _lines(text, ids, sizes, bits) if by == "line" else _whole(text, cost)
     else:
         items = map(_item, _units(by, text, ids, sizes, {"bits": bits, **job.measured}))
     return with_items(scored, "items", _json_items(items))
@@ -107,14 +107,12 @@ def _whole(text: bytes, cost: float) -> Iterator[protocol.ScoredItem]:
         yield protocol.ScoredItem(text=text.decode("utf-8", "replace"), offset=0, bytes=len(text), bits=cost)
 
 
-def _lines(text: bytes, bits: np.ndarray, sizes: np.ndarray) -> Iterator[protocol.ScoredItem]:
-    ends, costs = share_by_line(text, bits, sizes)
-    start = 0
-    # One number at a time: a list of all of them would take ten times the memory of the arrays.
-    for end, cost in zip(map(int, ends), map(float, costs), strict=True):
-        line = text[start:end].decode("utf-8", "replace")
-        yield protocol.ScoredItem(text=line, offset=start, bytes=end - start, bits=cost)
-        start = end
+def _lines(
+    text: bytes, ids: np.ndarray, sizes: np.ndarray, bits: np.ndarray
+) -> Iterator[protocol.ScoredItem]:
+    for piece, cost in line_pieces([Batch([Block(text, ids)], {"bits": bits}, sizes)]):
+        line = piece.text.decode("utf-8", "replace")
+        yield protocol.ScoredItem(text=line, offset=piece.offset, bytes=len(piece.text), bits=cost.sum())
 
 
 def _item(unit: UnitSurprisal) -> protocol.ScoredItem:
