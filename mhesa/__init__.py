@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mhesa.model.lm import GatedExponentialSmoothingLM
     from mhesa.model.loading import load, save
     from mhesa.ops import conv1d_fft, exponential_smoothing, exponential_smoothing_step
-    from mhesa.training.run import train
+    from mhesa.training.run import Stopped, train
     from mhesa.training.settings import TrainingSettings
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "Reader",
     "Sampling",
     "Session",
+    "Stopped",
     "TrainingSettings",
     "conv1d_fft",
     "exponential_smoothing",
@@ -52,7 +53,7 @@ _LAZY_EXPORTS = {
     "mhesa.model.lm": ("GatedExponentialSmoothingLM",),
     "mhesa.model.loading": ("load", "save"),
     "mhesa.ops": ("conv1d_fft", "exponential_smoothing", "exponential_smoothing_step"),
-    "mhesa.training.run": ("train",),
+    "mhesa.training.run": ("Stopped", "train"),
     "mhesa.training.settings": ("TrainingSettings",),
 }
 

@@ -141,7 +141,7 @@ def test_no_part_of_a_checkpoint_can_be_damaged_unseen(tmp_path, name, damage):
 
 
 def test_a_part_that_is_missing_is_no_empty_one(tmp_path):
-    with pytest.raises(InputError, match=r"model.safetensors is damaged: No such file"):
+    with pytest.raises(InputError, match=r"cannot read .*model.safetensors: No such file"):
         load_part(tmp_path, "model")
 
 

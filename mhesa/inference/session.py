@@ -277,7 +277,10 @@ class Session:
         """
         session = cls(reader)
         # The digest first: if the file changes before it is read, `save` will refuse to replace it.
-        session._seen[os.path.realpath(path)] = _digest(Path(path))
+        digest = _digest(Path(path))
+        if digest is None:
+            raise InputError(f"there is no saved session {path}")
+        session._seen[os.path.realpath(path)] = digest
         state, details = _read(Path(path))
         if details.get("format") != FORMAT:
             raise InputError(f"{path} is no saved session")
@@ -335,10 +338,8 @@ def _digest(path: Path) -> str | None:
 def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
     """The state in a saved session, empty if there is none, and the metadata."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with os_errors(f"cannot read {path}"), safe_open(path, framework="pt") as file:
             state = file.get_tensor("state") if "state" in file.keys() else torch.empty(0)  # noqa: SIM118
             return state, file.metadata() or {}
-    except FileNotFoundError as error:
-        raise InputError(f"there is no saved session {path}") from error
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise InputError(f"{path} is damaged, or no saved session: {error}") from error

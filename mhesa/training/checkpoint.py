@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mhesa.atomic_io import read_json, sha256, write_folder
-from mhesa.errors import InputError, TrainingError, reason
+from mhesa.errors import InputError, TrainingError, os_errors, reason
 from mhesa.training.schedule import Budget
 
 MANIFEST = "manifest.json"
@@ -156,10 +156,11 @@ def load_part(path: Path, name: str) -> dict[str, Tensor]:
     """The tensors, of any shape, of one file of a checkpoint by name.
 
     Raises:
-        InputError: the file is missing, or holds something else.
+        InputError: the file cannot be read, or is damaged.
     """
     file = path / f"{name}.safetensors"
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
+        with os_errors(f"cannot read {file}"):
+            return load_file(file)
+    except SafetensorError as error:
         raise InputError(f"{file} is damaged: {error}") from error
