@@ -225,3 +225,33 @@ def test_a_compiled_model_learns_the_same(settings, tmp_path):
     train(compiled)
     [one], [other] = ([row["loss"] for row in rows(run) if "loss" in row] for run in (plain, compiled))
     assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_a_run_that_waits_for_busy_cores_says_once_what_helps():
+    code = """
+import os, subprocess, sys, time, torch
+from mhesa.training import busy_cores
+
+def compute(seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+busy_cores.INTERVAL = 0.5
+torch.set_num_threads(2)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+cores = busy_cores.BusyCores("cpu")
+found = []
+for what in (time.sleep, compute, compute):
+    what(1)
+    found.append(cores.hint())
+for device, chosen in (("cuda", {}), ("cpu", {"GOMP_SPINCOUNT": "1000"})):
+    os.environ |= chosen
+    cores = busy_cores.BusyCores(device)
+    compute(1)
+    found.append(cores.hint())
+other.kill()
+print([bool(hint) for hint in found])
+"""
+    assert run_code(code)[0] == "[False, True, False, False, False]\n"

@@ -32,6 +32,7 @@ from mhesa.processes import barrier, broadcast, expect_processes, join_processes
 from mhesa.tokenizers import Bytes, TextTokenizer, open_tokenizer, train_bpe
 from mhesa.training import checkpoint
 from mhesa.training.batches import Batches
+from mhesa.training.busy_cores import BusyCores
 from mhesa.training.checkpoint import PREFIX, Progress
 from mhesa.training.distributed import StateDict, arrange, is_sharded, model_state
 from mhesa.training.folder import (
@@ -224,7 +225,7 @@ class Run:
             budget=self.display.budget,
             signals=signals,
             evaluate=self._evaluate,
-            on_row=partial(self._write_row, report),
+            on_row=partial(self._write_row, report, BusyCores(settings.device)),
             phase=phase,
         )
         if settings.patience is not None and progress.best_step is not None and not stopped_by:
@@ -240,10 +241,12 @@ class Run:
         score = self._score(model, whole, held_out, self.display.advance)
         return broadcast(self._summary(whole, progress, score) if score is not None else None)
 
-    def _write_row(self, report: Report, row: Row) -> None:
+    def _write_row(self, report: Report, cores: BusyCores, row: Row) -> None:
         """Save a row of metrics, show and report it, and now and then draw the curve."""
         append_metrics(self.folder, row)
         self.display.show(row)
+        if hint := cores.hint():
+            self.display.console.print(hint, style="yellow", highlight=False, soft_wrap=True)
         report(row["step"], {name: value for name, value in row.items() if isinstance(value, float)})
         if time.monotonic() - self.drawn_at >= SECONDS_BETWEEN_CURVES:
             self.drawn_at = time.monotonic()

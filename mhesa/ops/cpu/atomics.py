@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 
 from llvmlite import ir
 
 from mhesa.ops.cpu.compiling import cgutils, intrinsic, jit, types
 
-# Reads of a counter before a waiting thread lets another have its core.
-SPINS = 4096
+# Reads of a counter before a waiting thread lets another have its core: a few microseconds.
+SPINS = 256
 # A counter has a cache line, eight int64, to itself.
 LINE = 8
 
@@ -55,6 +56,7 @@ def wait(counter, target):
     """Wait until a counter has reached `target`."""
     spins = 0
     while load(counter) < target:
+        pause()
         spins += 1
         if spins % SPINS == 0:
             yield_core()
@@ -68,6 +70,20 @@ def load(context, counter):
         return builder.load_atomic(args[0], "acquire", 8)
 
     return types.int64(counter), codegen
+
+
+@intrinsic
+def pause(context):
+    """Tell the processor that this thread waits, so that the other thread of its core gets more of it."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+
+    def codegen(context, builder, signature, args):
+        if is_x86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic

@@ -8,7 +8,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from mhesa.ops.cpu.arguments import INT64, struct
-from mhesa.ops.cpu.atomics import SPINS, clock, fence, fetch_add, load, signal, wait, yield_core
+from mhesa.ops.cpu.atomics import SPINS, clock, fence, fetch_add, load, pause, signal, wait, yield_core
 from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
 
 # Nanoseconds without a call after which a worker sleeps: more than Python needs between two steps.
@@ -90,6 +90,7 @@ def work(args):
                 _call(args.function, args.data)
                 start = clock()
             signal(args.inside, 1)
+        pause()
         spins += 1
         if spins % SPINS == 0:
             yield_core()
