@@ -21,7 +21,10 @@ from mhesa.hf import MhesaConfig
             {"dim_expansion_factor": 0},
             "dim_expansion_factor * hidden_size must be at least 1 and fit in 64 bits, not 0",
         ),
-        ({"dim_expansion_factor": float("nan")}, "dim_expansion_factor must be a finite number, not nan"),
+        (
+            {"dim_expansion_factor": float("nan")},
+            "dim_expansion_factor must be a number from -1e30 to 1e30, not nan",
+        ),
         ({"dim_expansion_factor": "4"}, "dim_expansion_factor must be a number, not '4'"),
         ({"hidden_size": 64.0}, "hidden_size must be a whole number, not 64.0"),
         ({"dim": "64"}, "hidden_size must be a whole number, not '64'"),

@@ -86,9 +86,9 @@ class Holdout:
             holdout = cls(method, float(fraction))
         except ValueError:
             holdout = cls(method, 0.0)
-        if holdout.method not in ("content", "tail") or not 0 < holdout.fraction < 1:
+        if holdout.method not in ("content", "tail") or not 1e-9 <= holdout.fraction < 1:
             raise InputError(
-                f"holdout must be content:F or tail:F with F between 0 and 1, as in tail:0.1, not {text}"
+                f"holdout must be content:F or tail:F with F between 1e-9 and 1, as in tail:0.1, not {text}"
             )
         return holdout
 

@@ -23,6 +23,8 @@ BEGINNING, KINDS = 24, 1024
 DIGITS = b"0123456789"
 # For `bytes.translate`: 1 for each byte that is no digit.
 NO_DIGIT = bytes(byte not in DIGITS for byte in range(256))
+# The smallest share of false alarms: nobody reads as many lines as a smaller one needs.
+SMALLEST_RATE = 1e-12
 # The relative error of a threshold, and the smallest and the largest score that is told from others.
 PRECISION, SMALLEST, LARGEST = 0.01, 1e-3, 1e9
 
@@ -208,7 +210,7 @@ class FalseAlarms:
     Scores are counted in buckets whose bounds grow by 1 %, so a threshold is right to 1 %.
 
     Raises:
-        InputError: the share is not between 0 and 1.
+        InputError: the share is below 1e-12, or not below 1.
 
     >>> alarms = FalseAlarms(0.1)
     >>> sum(alarms.add(score) for score in [1.0] * 50 + [5.0])
@@ -216,8 +218,10 @@ class FalseAlarms:
     """
 
     def __init__(self, rate: float) -> None:
-        if not 0 < rate < 1:
-            raise InputError(f"--false-alarms must be between 0 and 1, such as 0.001, not {rate:g}")
+        if not SMALLEST_RATE <= rate < 1:
+            raise InputError(
+                f"--false-alarms must be between {SMALLEST_RATE:g} and 1, such as 0.001, not {rate:g}"
+            )
         self.rate = rate
         self.count = 0
         # Scores per bucket; the bucket whose upper bound is the threshold, and the number of scores above it.
