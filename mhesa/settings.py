@@ -50,7 +50,7 @@ class Range:
 
 AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
 AT_LEAST_0 = Range("0 or more", lambda value: 0 <= value < math.inf)
-# Wide enough for every use, and far from where fp32 ends.
+# Far from the largest and the smallest numbers of fp32, so that arithmetic with them does not overflow.
 POSITIVE = Range("a number from 1e-30 to 1e30", lambda value: 1e-30 <= value <= 1e30)
 FRACTION = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
 FINITE = Range("a number from -1e30 to 1e30", lambda value: -1e30 <= value <= 1e30)
