@@ -29,6 +29,7 @@ FORKED.set_forkserver_preload(
         "mhesa.inference.scoring",
         "mhesa.ops.cpu.backend",
         "mhesa.ops.cpu.convolution_kernels",
+        "mhesa.ops.cpu.dropout_kernels",
         "mhesa.ops.cpu.gelu_kernels",
         "mhesa.serve.http.server",
         # What torch's optimizers and numba import when they are first used.

@@ -26,6 +26,7 @@ from mhesa.inference.decoder import Decoder
 from mhesa.inference.sampling import BatchSampler, Sampling, TokenSampler
 from mhesa.ops import exponential_smoothing, exponential_smoothing_step
 from mhesa.ops.convolution import causal_convolution, causal_convolution_step
+from mhesa.ops.dropout import dropout
 from mhesa.ops.gelu import gelu
 
 SECONDS = 300
@@ -179,6 +180,18 @@ def gelu_gradients(dy):
     return torch.autograd.grad(gelu(x, gate), (x, gate), dy)
 
 
+def undropped(x):
+    """What dropout scales, with the values that it dropped: `x`, whatever it drew."""
+    y = dropout(x, 0.5)
+    return torch.where(y == 0, x, y / 2)
+
+
+def undropped_gradient(dy):
+    x = torch.ones(3, 5, requires_grad=True)
+    [dx] = torch.autograd.grad(dropout(x, 0.5), [x], dy)
+    return torch.where(dx == 0, dy, dx / 2)
+
+
 def operator(x, alpha, decay, skip=None, initial_state=None, cu_seqlens=None):
     return torch.ops.mhesa.numba_forward(x, alpha, decay, skip, initial_state, cu_seqlens, False)
 
@@ -244,6 +257,11 @@ def gelus():
     yield "gradient of gelu", gelu_gradients, {"dy": torch.randn(3, 5)}
 
 
+def dropouts():
+    yield "dropout", undropped, {"x": torch.randn(3, 5)}
+    yield "gradient of dropout", undropped_gradient, {"dy": torch.randn(3, 5)}
+
+
 def decoders():
     for dtype in (torch.float32, torch.float64):
         decoder = Decoder(model_of(dtype), max_batch=3)
@@ -260,13 +278,16 @@ def samplers():
     yield "observe", observe, {"ids": torch.tensor([3, 1, 4])}
 
 
-ENTRIES = (scans, operators, scan_steps, convolutions, gelus, decoders, samplers)
+ENTRIES = (scans, operators, scan_steps, convolutions, gelus, dropouts, decoders, samplers)
 
 
 # Errors of the house; an id outside the vocabulary is an `IndexError`.
 HOUSE = (InputError, IndexError)
 # PyTorch checks arguments of these, with errors of its own, as it has for fake tensors among others.
-THROUGH_TORCH = (operator, operator_gradients, scan_gradients, gelu, gelu_gradients)
+THROUGH_TORCH = (
+    *(operator, operator_gradients, scan_gradients),
+    *(gelu, gelu_gradients, undropped, undropped_gradient),
+)
 
 
 def outcome(function, arguments):
@@ -406,7 +427,8 @@ def other_defaults():
         decoder = Decoder(model)
         state = decoder.initial_state(1)
         return [
-            *(y.detach(), torch.autograd.grad(y.sum(), x_)[0], gelu(x), decoder.prefill(ids[None], state)),
+            *(y.detach(), torch.autograd.grad(y.sum(), x_)[0], gelu(x), undropped(x)),
+            decoder.prefill(ids[None], state),
             *(decoder.step(ids, state), decoder.predict(ids, state), state),
             causal_convolution(x.flatten(2), weight)[0],
             torch.tensor(BatchSampler(TOKENS, [TokenSampler(seed=1)]).draw(logits), device="cpu"),

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mhesa.ops.gelu import KERNEL_DTYPES, gelu
+from mhesa.ops.backends import KERNEL_DTYPES
+from mhesa.ops.gelu import gelu
 
 EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 

@@ -14,6 +14,7 @@ from mhesa.ops import exponential_smoothing, exponential_smoothing_step
 from mhesa.ops.backends import check_backend
 from mhesa.ops.context_parallel import ContextParallel
 from mhesa.ops.convolution import causal_convolution, causal_convolution_step
+from mhesa.ops.dropout import dropout
 from mhesa.ops.gelu import gelu
 from mhesa.ops.smoothing import accumulation_dtype
 from mhesa.settings import check_divisible, check_sizes, expanded_size
@@ -252,8 +253,11 @@ class GatedMHESA(nn.Module):
         smoothed, smoothing = self.mhesa(
             v, initial_state=smoothing, return_state=True, shift=shift, **sequences
         )
-        gated = self.dropout(gelu(self.to_u(z), self.to_gate(smoothed), backend=backend))
-        out = self.dropout(self.to_out(gated)) + x
+        probability = self.dropout.p if self.dropout.training else 0.0
+        gated = dropout(
+            gelu(self.to_u(z), self.to_gate(smoothed), backend=backend), probability, backend=backend
+        )
+        out = dropout(self.to_out(gated), probability, backend=backend) + x
         return (out, self._join(smoothing, tail)) if return_state else out
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,6 +272,10 @@ class GatedMHESA(nn.Module):
         smoothed, smoothing = self.mhesa.step(F.gelu(self.to_v(z)), smoothing, shift=shift)
         out = self.to_out(self.to_gate(smoothed) * F.gelu(self.to_u(z))) + x
         return out, self._join(smoothing, tail)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Dropout, in training."""
+        return dropout(x, self.dropout.p, backend=self.mhesa.backend) if self.dropout.training else x
 
     def _split(self, state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """A state as `(batch, dim_mhesa)` of the smoothing and `(batch, taps, dim)` of the convolution."""

@@ -77,6 +77,21 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+# What the CPU kernels between matrix products compute in; they are by the backend "numba".
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cpu_kernels_serve(tensors: list[Tensor], backend: str | None) -> bool:
+    """Whether the CPU kernels for single values serve tensors, where a layer's backend is `backend`."""
+    x = tensors[0]
+    return (
+        backend in (None, "numba")
+        and x.dtype in KERNEL_DTYPES
+        and all(tensor.shape == x.shape and tensor.dtype == x.dtype for tensor in tensors)
+        and all(BACKENDS["numba"].serves(tensor.device) for tensor in tensors)
+    )
+
+
 def check_backend(name: str | None) -> None:
     """Raise `InputError`, listing the valid names, unless `name` is a backend or `None`."""
     if name is not None and name not in BACKENDS:

@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from mhesa.ops.backends import BACKENDS
+from mhesa.ops.backends import cpu_kernels_serve
 from mhesa.ops.registration import apply, is_plain_eager
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gelu(x: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -33,22 +31,12 @@ def gelu(x: Tensor, gate: Tensor | None = None, *, backend: str | None = None) -
     tensor([0.0000, 1.6827])
     """
     tensors = [x] if gate is None else [x, gate]
-    if not (is_plain_eager(*tensors) and _kernel_serves(tensors, backend)):
+    if not (is_plain_eager(*tensors) and cpu_kernels_serve(tensors, backend)):
         return F.gelu(x) if gate is None else gate * F.gelu(x)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         y: Tensor = apply(_Gelu, x, gate)
         return y
     return _forward(x, gate)
-
-
-def _kernel_serves(tensors: list[Tensor], backend: str | None) -> bool:
-    x = tensors[0]
-    return (
-        backend in (None, "numba")
-        and x.dtype in KERNEL_DTYPES
-        and all(tensor.shape == x.shape and tensor.dtype == x.dtype for tensor in tensors)
-        and all(BACKENDS["numba"].serves(tensor.device) for tensor in tensors)
-    )
 
 
 class _Gelu(Function):
