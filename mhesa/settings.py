@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
+from numbers import Integral
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -163,11 +164,13 @@ def documented(cls: type[T]) -> type[T]:
     return cls
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise `InputError` naming the first size below 1."""
+def check_sizes(allowed: Range = AT_LEAST_1, **sizes: Any) -> None:
+    """Raise `InputError` naming the first size that is out of range or no whole number."""
     for name, size in sizes.items():
-        if size < 1:
-            raise InputError(f"{name} must be at least 1, not {size}")
+        if not isinstance(size, Integral):
+            raise InputError(f"{name} must be a whole number, not {size!r}")
+        if not allowed.contains(size):
+            raise InputError(f"{name} must be {allowed.words}, not {size}")
 
 
 def expanded_size(dim: int, dim_expansion_factor: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from mhesa.errors import InputError
 from mhesa.ops.backends import KERNEL_DTYPES
 from mhesa.ops.cpu import dropout_kernels
 from mhesa.ops.dropout import dropout
@@ -129,8 +133,9 @@ def test_any_layout() -> None:
         (torch.randn(80), 1.0, None),
         (torch.randn(80), 0.0, None),
         (torch.randn(80), 0.5, "reference"),
+        (torch.randn(80), torch.tensor(0.0), None),
     ],
-    ids=["fp64", "one", "zero", "backend"],
+    ids=["fp64", "one", "zero", "backend", "zero in a tensor"],
 )
 def test_everything_else_is_left_to_torch(x: Tensor, probability: float, backend: str | None) -> None:
     torch.manual_seed(3)
@@ -147,6 +152,37 @@ def test_transforms_and_compilers_get_the_operator_of_torch() -> None:
     assert torch.equal(mapped, torch.vmap(lambda row: F.dropout(row, 0.5), randomness="different")(x))
     exported = torch.export.export(_Dropout(), (x,))
     assert "aten.dropout.default" in {str(node.target) for node in exported.graph.nodes}
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_dispatch_mode_does_not_change_the_mask(where: str, reentrant: bool) -> None:
+    """A checkpoint runs again outside of a mode that its first run was in, or the other way round."""
+    x = torch.ones(1000, requires_grad=True)
+    torch.manual_seed(5)
+    with FlopCounterMode(display=False) if where == "forward" else nullcontext():
+        y = checkpoint(lambda x: dropout(x * 1, 0.5).pow(2), x, use_reentrant=reentrant)
+    with FlopCounterMode(display=False) if where == "backward" else nullcontext():
+        y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad != 0, y != 0)
+
+
+def test_the_operator_for_dispatch_modes() -> None:
+    key = torch.tensor(12345)
+    operator = torch.ops.mhesa.dropout
+    x = torch.randn(50, requires_grad=True)
+    torch.library.opcheck(operator, (x, 0.5, key))
+    assert torch.equal(operator(x, 0.5, key), dropout_kernels.dropout(x.detach(), 0.5, 12345))
+    for wrong in (x.double(), x.detach().long()):
+        with pytest.raises(InputError, match="no kernel drops"):
+            operator(wrong, 0.5, key)
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.5, math.inf])
+def test_a_wrong_probability_is_refused(probability: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        dropout(torch.ones(3), probability)
 
 
 class _Dropout(torch.nn.Module):

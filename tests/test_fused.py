@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -149,6 +150,20 @@ def test_forward_mode_is_refused() -> None:
         torch.func.jvp(lambda x: run(x, *rest), (x,), (x,))
     with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="jvp"):
         run(forward_ad.make_dual(x, x), *rest)
+
+
+@pytest.mark.parametrize("of", [1, 2], ids=["derivative", "second derivative"])
+def test_forward_mode_has_a_backend_by_default(of: int) -> None:
+    x, alpha, decay, *_ = (tensor.detach() for tensor in arguments())
+
+    def loss(x: Tensor, backend: str | None) -> Tensor:
+        return exponential_smoothing(x, alpha, decay, backend=backend).pow(3).sum()
+
+    def product(backend: str | None) -> Tensor:
+        function = partial(loss, backend=backend)
+        return torch.func.jvp(function if of == 1 else torch.func.grad(function), (x,), (x,))[1]
+
+    torch.testing.assert_close(product(None), product("reference"))
 
 
 def test_direct_calls_reach_dispatch_modes() -> None:

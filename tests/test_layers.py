@@ -1,10 +1,13 @@
 """The layers against the original package: parameters, results and every gradient."""
 
+from functools import partial
+
 import pytest
 import torch
 from gated_state_spaces_pytorch import mhesa as original_package
 
 from mhesa import MHESA, GatedMHESA
+from mhesa.errors import InputError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 LENGTHS = [1, 2, 63, 64, 65, 1000]
@@ -135,12 +138,21 @@ def test_states_of_narrow_layers_are_fp32(dtype):
         (MHESA, {"dim": 8, "heads": -2}, "heads must be at least 1, not -2"),
         (GatedMHESA, {"dim": 8, "dim_mhesa": 20, "heads": 8}, "dim_mhesa must be divisible by heads"),
         (GatedMHESA, {"dim": 8, "dim_expansion_factor": 0}, "dim_expansion_factor"),
+        (GatedMHESA, {"dim": 8, "conv_size": 1.5}, "conv_size must be a whole number, not 1.5"),
         (MHESA, {"dim": 8, "heads": 2, "backend": "cuda"}, "unknown backend 'cuda'; choose from"),
     ],
 )
 def test_invalid_sizes_are_refused(layer, sizes, message):
     with pytest.raises(ValueError, match=message):
         layer(**sizes)
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    block = GatedMHESA(dim=16, heads=2, dim_mhesa=8, conv_size=4)
+    x, state = torch.randn(2, 9, 16), torch.zeros(2, 8)
+    for call in (partial(block, x, initial_state=state), partial(block.step, x[:, 0], state)):
+        with pytest.raises(InputError, match=r"a block's state must be \(batch, 56\), not \(2, 8\)"):
+            call()
 
 
 # Dropout
@@ -155,6 +167,17 @@ def test_dropout_is_off_where_it_should_be():
     before = torch.get_rng_state()
     plain.train()(x)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_dropout_module_is_called_and_can_be_replaced():
+    block = GatedMHESA(dim=16, heads=2, dim_mhesa=8, dropout=0.5)
+    x, seen = torch.randn(2, 9, 16), []
+    block.dropout.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    block(x)
+    assert seen == [(2, 9, 64), (2, 9, 16)]
+    expected = block.eval()(x)
+    block.train().dropout = torch.nn.Identity()
+    assert torch.equal(block(x), expected)
 
 
 def test_dropout_leaves_the_mean_and_the_residual():

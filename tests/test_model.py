@@ -1,6 +1,7 @@
 """The language model against the original package, and its state against one pass."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from test_layers import LENGTHS, TOLERANCE, relative_error
 
 from mhesa import GatedExponentialSmoothingLM
+from mhesa.errors import InputError
 
 SIZES = [
     {"dim": 16, "depth": 2, "heads": 1, "dim_mhesa": 8},
@@ -162,3 +164,16 @@ def test_state_is_one_small_fp32_tensor():
 def test_a_state_of_another_shape_is_refused(model, shape):
     with pytest.raises(ValueError, match="state must be"):
         model(torch.zeros(1, 4, dtype=torch.long), state=torch.zeros(shape))
+
+
+def test_ids_states_and_labels_that_do_not_fit_are_refused(model):
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    for call, message in (
+        (partial(model, ids[0]), r"token ids must be \(batch, length\), not \(4,\)"),
+        (partial(model, ids, labels=ids[:, 1:]), r"labels must be \(2, 4\), as the ids, not \(2, 3\)"),
+        (partial(model, ids, state=model.initial_state(3)), r"state must be \(3, 2, 6\) .*, not \(3, 3, 6\)"),
+        (partial(model.step, ids[:, 0], None), r"state must be \(3, 2, 6\) .*, not NoneType"),
+        (partial(model.initial_state, -1), "batch must be 0 or more, not -1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()

@@ -73,6 +73,12 @@ with torch.no_grad():
 assert "Int8Tensor" in type(model.model.layers[0].to_gate.weight).__name__
 error = ((after - before).norm() / before.norm()).item()
 assert 0 < error < 0.02, error
+import mhesa
+plain, _ = mhesa.load(sys.argv[1])
+quantize_(plain, Int8WeightOnlyConfig())
+with torch.no_grad():
+    logits = mhesa.Decoder(plain).predict(ids[0], plain.initial_state(1))
+    torch.testing.assert_close(logits, plain(ids[:1])[0], rtol=1e-4, atol=1e-4)
 """
 # Without the harness's own tasks, whose 14,000 files take it 15 seconds to read.
 HARNESS = """

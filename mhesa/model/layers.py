@@ -17,7 +17,7 @@ from mhesa.ops.convolution import causal_convolution, causal_convolution_step
 from mhesa.ops.dropout import dropout
 from mhesa.ops.gelu import gelu
 from mhesa.ops.smoothing import accumulation_dtype
-from mhesa.settings import check_divisible, check_sizes, expanded_size
+from mhesa.settings import AT_LEAST_0, check_divisible, check_sizes, expanded_size
 
 # Where the rates of an adaptive block begin: the longest time constant in steps, and the logit of the damping
 # factor (0.9975).
@@ -162,6 +162,18 @@ class CausalConv(nn.Module):
         return causal_convolution_step(x, self.weight, state)
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, by the kernel of this package where there is one."""
+
+    def __init__(self, p: float, *, backend: str | None) -> None:
+        super().__init__(p)
+        self.backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop values of a tensor of any shape, in training."""
+        return dropout(input, self.p, self.training, backend=self.backend)
+
+
 class GatedMHESA(nn.Module):
     """The gated block: smoothing takes the place of attention, a gate that of the feed-forward layer.
 
@@ -212,8 +224,7 @@ class GatedMHESA(nn.Module):
         check_sizes(dim=dim, heads=heads, dim_mhesa=dim_mhesa)
         dim_hidden = expanded_size(dim, dim_expansion_factor)
         check_divisible("dim_mhesa", dim_mhesa, heads)
-        if conv_size < 0:
-            raise InputError(f"conv_size must be 0 or more, not {conv_size}")
+        check_sizes(AT_LEAST_0, conv_size=conv_size)
         self.dim_mhesa = dim_mhesa
         self.state_size = dim_mhesa + max(conv_size - 1, 0) * dim
         self.norm = nn.LayerNorm(dim)
@@ -223,7 +234,7 @@ class GatedMHESA(nn.Module):
         self.mhesa = MHESA(dim=dim_mhesa, heads=heads, backend=backend)
         self.to_gate = nn.Linear(dim_mhesa, dim_hidden, bias=False)
         self.to_out = nn.Linear(dim_hidden, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout, backend=backend)
         self.conv = CausalConv(dim=dim, size=conv_size) if conv_size else None
         self.to_alpha = nn.Linear(dim, heads, bias=False) if adaptive else None
         if adaptive:
@@ -253,11 +264,8 @@ class GatedMHESA(nn.Module):
         smoothed, smoothing = self.mhesa(
             v, initial_state=smoothing, return_state=True, shift=shift, **sequences
         )
-        probability = self.dropout.p if self.dropout.training else 0.0
-        gated = dropout(
-            gelu(self.to_u(z), self.to_gate(smoothed), backend=backend), probability, backend=backend
-        )
-        out = dropout(self.to_out(gated), probability, backend=backend) + x
+        gated = self.dropout(gelu(self.to_u(z), self.to_gate(smoothed), backend=backend))
+        out = self.dropout(self.to_out(gated)) + x
         return (out, self._join(smoothing, tail)) if return_state else out
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,12 +281,10 @@ class GatedMHESA(nn.Module):
         out = self.to_out(self.to_gate(smoothed) * F.gelu(self.to_u(z))) + x
         return out, self._join(smoothing, tail)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        """Dropout, in training."""
-        return dropout(x, self.dropout.p, backend=self.mhesa.backend) if self.dropout.training else x
-
     def _split(self, state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """A state as `(batch, dim_mhesa)` of the smoothing and `(batch, taps, dim)` of the convolution."""
+        if state is not None and (state.ndim != 2 or state.shape[1] != self.state_size):
+            raise InputError(f"a block's state must be (batch, {self.state_size}), not {tuple(state.shape)}")
         if state is None or self.conv is None:
             return state, None
         size, dim = self.conv.weight.shape

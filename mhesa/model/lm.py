@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from mhesa.errors import InputError
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.loss import next_token_loss
+from mhesa.ops.checks import count_sequences
 from mhesa.ops.context_parallel import ContextParallel
 from mhesa.ops.smoothing import accumulation_dtype
-from mhesa.settings import check_sizes
+from mhesa.settings import AT_LEAST_0, check_sizes
 
 
 class GatedExponentialSmoothingLM(nn.Module):
@@ -108,8 +109,10 @@ class GatedExponentialSmoothingLM(nn.Module):
             Logits `(batch, length, num_tokens)`, or the mean cross-entropy in nats; with `return_state`,
             a pair of that and the state.
         """
+        if x.ndim != 2:
+            raise InputError(f"token ids must be (batch, length), not {tuple(x.shape)}")
         if state is not None:
-            self._check_state(state)
+            self._check_state(state, count_sequences(x, cu_seqlens))
         blocks: Iterable[Callable[..., Any]] = self.layers
         if self.recompute and torch.is_grad_enabled():
             blocks = [partial(checkpoint, block, use_reentrant=False) for block in self.layers]
@@ -127,9 +130,9 @@ class GatedExponentialSmoothingLM(nn.Module):
             state: `(depth, batch, state_size)`; it is not changed.
 
         Returns:
-            Logits `(batch, num_tokens)` and the new state.
+            Logits `(batch, num_tokens)` and the new state. There is no dropout, in training either.
         """
-        self._check_state(state)
+        self._check_state(state, x.shape[0])
         hidden = self.token_emb(x)
         states = []
         for layer, layer_state in zip(self.layers, state, strict=True):
@@ -139,6 +142,7 @@ class GatedExponentialSmoothingLM(nn.Module):
 
     def initial_state(self, batch: int) -> Tensor:
         """The state before any token: zeros of `(depth, batch, state_size)`, fp32 (fp64 if the model is)."""
+        check_sizes(AT_LEAST_0, batch=batch)
         weight = self.to_logits.weight
         return torch.zeros(
             len(self.layers),
@@ -148,10 +152,11 @@ class GatedExponentialSmoothingLM(nn.Module):
             device=weight.device,
         )
 
-    def _check_state(self, state: Tensor) -> None:
-        depth, width = len(self.layers), self.state_size
-        if state.ndim != 3 or state.shape[0] != depth or state.shape[2] != width:
-            raise InputError(f"state must be ({depth}, batch, {width}), not {tuple(state.shape)}")
+    def _check_state(self, state: Tensor, sequences: int) -> None:
+        shape = (len(self.layers), sequences, self.state_size)
+        if not isinstance(state, Tensor) or state.shape != shape:
+            found = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise InputError(f"state must be {shape} for these ids, not {found}")
 
 
 def run_blocks(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhesa.errors import InputError
 from mhesa.ops.smoothing import accumulation_dtype
 
 # From this vocabulary on, a batch's logits take more memory than all else.
@@ -27,6 +28,8 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     >>> next_token_loss(hidden, nn.Linear(8, 11, bias=False), labels).shape
     torch.Size([])
     """
+    if labels.shape != hidden.shape[:2]:
+        raise InputError(f"labels must be {tuple(hidden.shape[:2])}, as the ids, not {tuple(labels.shape)}")
     hidden, labels = hidden.flatten(0, 1), labels.flatten()
     if head.out_features >= LARGE_VOCABULARY:
         return _chunked_loss(hidden, head.weight, labels)

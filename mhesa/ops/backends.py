@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mhesa.errors import InputError
 
@@ -82,7 +83,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cpu_kernels_serve(tensors: list[Tensor], backend: str | None) -> bool:
-    """Whether the CPU kernels for single values serve tensors, where a layer's backend is `backend`."""
+    """Whether CPU kernels for single values serve tensors of any shape, for a layer whose backend this is."""
     x = tensors[0]
     return (
         backend in (None, "numba")
@@ -102,13 +103,16 @@ def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True)
     """The scan function of the named backend, or of the best one if `name` is `None`.
 
     In an exported graph the best one is `chunked`: the graph then runs where this package is not installed.
+    So it is for forward-mode derivatives (`torch.func.jvp`), which fused kernels do not have.
     `fixed_rates` says whether both rates are `(heads,)`.
 
     Raises:
         InputError: the named backend is unknown or cannot serve; the message names those that can.
     """
     check_backend(name)
-    best = ("chunked",) if torch.compiler.is_exporting() else BACKENDS
+    compiling = torch.compiler.is_compiling()
+    plain = torch.compiler.is_exporting() if compiling else forward_ad._current_level >= 0
+    best = ("chunked",) if plain else BACKENDS
     for known in best if name is None else (name,):
         if BACKENDS[known].serves(device, fixed_rates=fixed_rates):
             module = BACKENDS[known].module

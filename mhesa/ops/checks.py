@@ -182,10 +182,10 @@ def check_ids(ids: Tensor, device: torch.device, num_tokens: int | None = None) 
         or ids.ndim != 1
         or not (ids.is_cpu or ids.device == device)
     ):
-        raise InputError(
-            f"ids must be torch.int64 of (tokens,) on {_or_on(device)}, not {_described(ids)}; "
-            "convert them with torch.as_tensor(ids, dtype=torch.int64)"
-        )
+        found = _described(ids)
+        if getattr(ids, "dtype", None) is not torch.int64:
+            found += "; convert them with torch.as_tensor(ids, dtype=torch.int64)"
+        raise InputError(f"ids must be torch.int64 of (tokens,) on {_or_on(device)}, not {found}")
     if num_tokens is not None and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_tokens:
         raise IndexError(f"token ids must be 0 to {num_tokens - 1}")
 

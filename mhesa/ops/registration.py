@@ -5,7 +5,7 @@
 - `Smoothing` wraps them in an `autograd.Function`, which `torch.func` needs: with an autograd formula on the
   custom operator alone, `torch.func.grad` raises and `torch.func.jvp` returns zeros.
 - `SmoothingGradient` is the gradient as a second `Function`. Its own backward is written with the scan, so
-  that derivatives of any order exist. Forward-mode differentiation raises.
+  that derivatives of any order exist. It has no forward mode, for which `resolve` takes `chunked`.
 - `EagerSmoothing` calls the kernels directly, in plain eager mode (no compiler, transform or dispatch mode):
   the dispatcher costs as much as copying a megabyte.
 
@@ -276,10 +276,14 @@ def apply(function: type[Function], *args: Any) -> Any:
 
 def is_plain_eager(*tensors: Tensor) -> bool:
     """Whether tensors of any shape are plain and meet no compiler, transform, tracer, mode or dual level."""
+    return is_untransformed(*tensors) and not torch._C._len_torch_dispatch_stack()
+
+
+def is_untransformed(*tensors: Tensor) -> bool:
+    """The same of tensors of any shape, but a dispatch mode may be active."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0
         or not are_plain(tensors)

@@ -10,13 +10,14 @@ from typing import NoReturn, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mhesa.errors import InputError
 from mhesa.inference.statistics import check_targets
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.checks import check_ids, check_sequences, check_state, check_weights
 from mhesa.ops.cpu.threads import new_lock
-from mhesa.settings import check_sizes
+from mhesa.settings import AT_LEAST_0, check_sizes
 
 # Values from which torch copies on all its threads (at::internal::GRAIN_SIZE).
 TORCH_PARALLEL = 1 << 15
@@ -111,8 +112,7 @@ class Decoder:
         Raises:
             InputError: a negative batch.
         """
-        if batch < 0:
-            raise InputError(f"batch must be 0 or more, not {batch}")
+        check_sizes(AT_LEAST_0, batch=batch)
         return torch.zeros(self._depth, batch, self._width, dtype=self._state_type, device=self.device)
 
     def step(self, ids: Tensor, state: Tensor) -> Tensor:
@@ -242,11 +242,12 @@ def _engine(
     if quantize not in (None, "int8"):
         raise InputError(f"quantize must be int8, not {quantize}")
     weight = model.to_logits.weight
-    native = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    # Those of other libraries are subclasses: quantised, or spread over processes.
+    plain = all(type(parameter) is Parameter for parameter in model.parameters())
+    native = plain and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
     if quantize and not native:
-        raise InputError(
-            f"{quantize} weights are for fp32 and bf16 models on cpu, not {weight.dtype} on {weight.device}"
-        )
+        kind = f"{weight.dtype} on {weight.device}" if plain else "other kinds of tensors"
+        raise InputError(f"{quantize} weights are for fp32 and bf16 models on cpu, not {kind}")
     if native:
         from mhesa.inference.decoder.native import NativeEngine
 
