@@ -6,12 +6,28 @@ import base64
 import hashlib
 import re
 from importlib import resources
+from pathlib import Path
+
+from mhesa.errors import InputError
+
+# What the pages that are written for users say of themselves, within their first bytes.
+GENERATOR, BEGINNING = b'<meta name="generator" content="mhesa">', 1024
 
 
 def read_page(package: str, name: str) -> str:
     """The text of a page that is a file of a package, with the style that all pages begin with."""
     style = resources.files("mhesa").joinpath("web_pages.css").read_text("utf-8")
     return resources.files(package).joinpath(name).read_text("utf-8").replace("{{ style }}", style)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise `InputError` if `path` holds anything else than a page of ours, which has `GENERATOR`."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(BEGINNING)
+    if start and GENERATOR not in start:
+        raise InputError(f"{path} is there, and is no page that mhesa wrote; move it, or give another place")
 
 
 def policy(text: str, *, connect: str = "'none'", scripts: str = "") -> str:

@@ -1,9 +1,11 @@
 """`mhesa generate --session` and `mhesa score` as a person uses them."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -93,6 +95,15 @@ def test_a_page_is_written(run, folder, tmp_path):
     assert (code, out) == (0, b"")
     assert err.decode().split() == ["Wrote", str(page)]
     assert page.read_text().startswith("<!doctype html>")
+    # Again, and with what else was asked for.
+    code, out, _ = run("score", folder, "--heatmap", page, "--json", data=TEXT)
+    assert (code, len(out.splitlines())) == (0, 4)
+    essay = tmp_path / "essay.txt"
+    essay.write_bytes(TEXT)
+    code, _, err = run("score", folder, "--heatmap", essay, data=TEXT)
+    assert (code, err.count(b"\n")) == (2, 1)
+    assert b"no page that mhesa wrote" in err
+    assert essay.read_bytes() == TEXT
 
 
 def test_lines_come_as_they_are_written_and_interrupting_is_quiet(folder):
@@ -192,3 +203,23 @@ def test_invalid_arguments_are_refused(fails, folder, tmp_path, monkeypatch):
     assert "standard input" in fails("score", folder)
     assert "standard input" in fails("generate", folder, "--prompt", "-")
     assert "seed" in fails("generate", folder, "--prompt", "a", "--seed", -1)
+
+
+def test_a_terminal_gets_no_control_characters(folder):
+    """Of a random model, which writes any byte; a pipe gets what it wrote."""
+    arguments = ["generate", folder, "--length", "300", "--seed", "1", "--prompt", "\x1b[31m"]
+    written = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, check=True).stdout
+    assert b"\x1b[31m" in written
+    leader, follower = os.openpty()
+    process = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=follower, stdin=subprocess.DEVNULL)
+    os.close(follower)
+    shown = b""
+    with suppress(OSError):  # at the end
+        while part := os.read(leader, 1 << 16):
+            shown += part
+    assert process.wait(timeout=60) == 0
+    os.close(leader)
+    assert shown.startswith(b"\\x1b[31m")
+    # Where colorama is there, numba imports it, and it resets colours at the end.
+    shown = shown.removesuffix(b"\x1b[0m")
+    assert not set(shown) & ({*range(32)} - set(b"\t\n\r"))

@@ -196,6 +196,11 @@ def test_weights_that_cannot_be_read_are_not_called_damaged(folder):
 def test_a_run_without_a_model_is_named(folder):
     (folder / "config.json").unlink()
     (folder / "settings.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=rf"has no model yet: start over with train --overwrite --out {folder}"
+    ):
+        load(folder)
+    (folder / "checkpoints" / "step-10").mkdir(parents=True)
     with pytest.raises(InputError, match=rf"has no model yet: go on with train --resume --out {folder}"):
         load(folder)
 

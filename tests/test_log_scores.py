@@ -16,6 +16,7 @@ from tiny_models import save_tiny_model
 
 import mhesa
 from mhesa import Reader, Session
+from mhesa.cli.score_output import SHOWN, _with_strong_span
 from mhesa.errors import InputError
 from mhesa.inference.line_scores import FalseAlarms, LineScores, most_surprising_span
 from mhesa.inference.lines import Masks, Piece, split_lines
@@ -185,6 +186,44 @@ def test_the_span_is_counted_from_the_beginning_of_a_line_in_pieces(size, highes
     assert row.bits == pytest.approx(sum(cost.sum() for cost in bits))
 
 
+def test_a_span_holds_whole_characters():
+    text = "aé日😀b\n".encode()
+    for place in range(len(text)):
+        bits = np.zeros(len(text))
+        bits[place] = 9.0
+        [row] = LineScores().read("t", [ScoredPiece(Piece(1, 0, text), bits)])
+        start, end = row.span
+        assert start <= place < end
+        assert row.span_text.decode() == text[start:end].decode() in "aé日😀b\n"
+
+
+@pytest.mark.parametrize("size", [20, 5000])
+@pytest.mark.parametrize("place", [0, 3, 19, 150, 700, 4000])
+def test_a_terminal_shows_the_part_that_stands_out(size, place):
+    """Wherever it is in a line, in at most 160 characters; blanks and line ends too."""
+    text, bits = bytearray(b"." * size + b"\n"), np.zeros(size + 1)
+    place = min(place, size)
+    text[place : place + 1], bits[place] = (b"\n" if place == size else b" "), 9.0
+    [row] = LineScores().read("t", [ScoredPiece(Piece(1, 0, bytes(text)), bits)])
+    shown = _with_strong_span(row)
+    before, strong, after = re.split("\033.*?m", shown)
+    assert strong == ("\\n" if place == size else " ")
+    assert len(before + strong + after) <= SHOWN + 2
+    assert ("…" in before) == (place >= SHOWN)
+    assert before.endswith("." * min(place, 60)) or place > SHOWN_BYTES
+
+
+@pytest.mark.parametrize("option", [["--mask", "e"], ["--preset", "numbers"], ["--false-alarms", "0.5"]])
+def test_top_ranks_by_the_score_where_there_is_one(run, folder, option):
+    rows = rows_of(run("score", folder, *option, "--json", data=LOG)[1])
+    best = sorted(rows, key=lambda row: -row["score"])[:3]
+    assert rows_of(run("score", folder, *option, "--json", "--top", 3, data=LOG)[1]) == best
+    lines = run("score", folder, *option, "--top", 3, data=LOG)[1].decode().splitlines()
+    assert [float(line.lstrip("!").split()[0]) for line in lines] == pytest.approx(
+        [row["score"] for row in best], abs=0.06
+    )
+
+
 def test_a_long_line_that_is_kept_takes_little_memory():
     def row():
         text = b"x" * (1 << 16)
@@ -221,7 +260,9 @@ def test_pieces_joined_are_the_text(parts):
         (["--only"], "--only needs --false-alarms"),
         (["--false-alarms", "2"], "between 1e-12 and 1"),
         (["--false-alarms", "1e-320"], "between 1e-12 and 1"),
-        (["--key-memory", "lots"], "--key-memory must be a size"),
+        (["--key", "(x)", "--key-memory", "lots"], "--key-memory must be a size"),
+        (["--key-memory", "1GB"], "--key-memory needs --key, --key-field or --state"),
+        (["--by", "word", "--spill", "1"], "--spill needs --tsv or --json"),
         (["--key", "(x)", "--key-memory", "1"], "too little memory for a session"),
         (["--tsv"], "--tsv needs --by word, character, sentence or token"),
         (["--by", "word", "--unit", "bans"], "unit must be bits or nats"),

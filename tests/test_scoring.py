@@ -284,12 +284,13 @@ def test_heatmap_escapes_the_text(reader):
             if self.inside:
                 self.shown += data
 
-    text = "<script>alert('&amp;')</script> Größe \U0001f600\n\x1b[31m".encode() + b"\xff end"
+    text = "<script>alert('&amp;')</script> Größe \U0001f600\r\n\x1b[31m".encode() + b"\xff end"
     file, page = io.StringIO(), Page()
     batches = Heatmap(file).follow("<b>name</b>", score(reader, [text[:40], text[40:]]))
     assert sum(len(block.text) for batch in batches for block in batch.blocks) == len(text)
     page.feed(file.getvalue())
-    assert page.shown == text.decode("utf-8", "replace").replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+    plain = text.decode("utf-8", "replace").replace("\r", "")
+    assert page.shown == plain.replace("\x1b", "\N{REPLACEMENT CHARACTER}")
     assert page.tags <= {"html", "meta", "title", "style", "h1", "h2", "p", "i", "pre", "span"}
     assert "http" not in file.getvalue()
 

@@ -1,5 +1,6 @@
 """Settings, schedule and the parts of a run that the command line's tests do not reach."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run_code
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 from training_runs import TEXT, assert_same_run, needs_compiler, rows, small_run, weights
@@ -162,6 +164,14 @@ def test_weights_that_a_step_breaks_are_found_by_the_evaluation_after_it(setting
         train(replace(diverging, steps=1, out=f"{settings.out}-1"))
 
 
+def test_a_run_goes_on_where_its_text_is_now(settings, tmp_path):
+    train(settings)
+    text = Path(settings.sources[0])
+    moved = text.rename(tmp_path / "moved.txt")
+    summary = train(replace(settings, sources=(str(moved),), steps=settings.steps + 2), resume=True)
+    assert summary.steps == settings.steps + 2
+
+
 def test_another_corpus_does_not_resume_a_run(settings):
     train(settings)
     with open(settings.sources[0], "a") as file:
@@ -171,11 +181,12 @@ def test_another_corpus_does_not_resume_a_run(settings):
 
 
 def test_early_stopping_takes_the_best(settings):
-    run = replace(settings, steps=400, eval_every=5, patience=3, lr=0.3, warmup=0.5)
-    summary = train(run)
+    run, said = replace(settings, steps=400, eval_every=5, patience=3, lr=0.3, warmup=0.5), io.StringIO()
+    summary = train(run, console=Console(file=said))
     evaluations = [row for row in rows(run) if "sample" in row]
     best = min(evaluations, key=lambda row: row["held_out_bits_per_byte"])
     assert summary.steps == best["step"] + 15 < 400
+    assert f"that of step {best['step']}, is kept" in said.getvalue()
     saved = load_file(Path(run.out) / "checkpoints" / f"step-{best['step']}" / "model.safetensors")
     assert all(torch.equal(weights(run)[name], value) for name, value in saved.items())
     assert summary.score.bits_per_byte == pytest.approx(best["held_out_bits_per_byte"])

@@ -1,6 +1,7 @@
 """Tables of surprisal: words, tokens, characters, sentences."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -123,6 +124,16 @@ def test_top_shows_the_units_that_cost_most(run, folder, by):
     rows = run("score", folder, "--by", by, "--json", data=TEXT.encode())[1].splitlines()
     top = run("score", folder, "--by", by, "--json", "--top", 3, data=TEXT.encode())[1].splitlines()
     assert top == sorted(rows, key=lambda row: -json.loads(row)["bits"])[:3]
+
+
+def test_a_unit_of_surprisal_makes_a_table_of_tokens(run, folder):
+    bits, nats = (
+        run("score", folder, "--by", "token", "--unit", unit, data=b"ab")[1] for unit in ("bits", "nats")
+    )
+    for one, other in zip(bits.splitlines(), nats.splitlines(), strict=True):
+        # Surprisal, entropy, rank, number, text
+        assert len(one.split()) == len(other.split()) == 5
+        assert float(other.split()[0]) == pytest.approx(float(one.split()[0]) * math.log(2), abs=0.02)
 
 
 def test_a_table_of_tokens(run, folder):

@@ -11,7 +11,7 @@ from mhesa.file_names import SETTINGS
 
 
 def config(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a training run.")],
 ) -> None:
     """Print the settings of a training run as YAML, for `mhesa train --config`.
 

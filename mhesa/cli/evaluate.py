@@ -70,7 +70,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(total.as_dict()))
         return
-    table = new_table("file", "loss", "bits per byte", "perplexity", "tokens", "bytes")
+    table = new_table("file", "nats per token", "bits per byte", "perplexity", "tokens", "bytes")
     rows = [(document.name, part) for document, part in zip(documents, scores, strict=True)]
     for name, part in [*rows, ("all", total)] if len(rows) > 1 else rows:
         table.add_row(

@@ -45,14 +45,14 @@ def export(
     resume_garbage_collection()
     table = new_table("file", "MB")
     written: list[Path] = []
-    if web is not None:
-        from mhesa.export.web import export_web
-
-        written.append(export_web(model, tokenizer, web, name=folder.resolve().name))
     if onnx is not None:
         from mhesa.export.onnx import DEFAULT_OPSET, export_onnx
 
         written += export_onnx(model, onnx, opset=DEFAULT_OPSET if opset is None else opset)
+    if web is not None:
+        from mhesa.export.web import export_web
+
+        written.append(export_web(model, tokenizer, web, name=folder.resolve().name))
     for path in written:
         table.add_row(str(path), f"{path.stat().st_size / 1e6:.2f}")
     show(table)

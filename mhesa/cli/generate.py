@@ -16,6 +16,7 @@ from mhesa.cli.common import Backend, Device, Folder, Precision, Quantize, read_
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.inference.sampling_settings import Sampling
+from mhesa.terminal import escape_controls
 
 
 @with_options(
@@ -78,6 +79,7 @@ def generate(
     TokenSampler(drawing, seed)  # refuses a bad seed before anything is written
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     given = standard_input() if prompt == "-" else [prompt.encode("utf-8", "surrogateescape")]
+    safe = escape_controls if sys.stdout.isatty() else str
     opened = Session.open(session, reader) if session else nullcontext(Session(reader))
     with opened as text:
         for blocks in encode_stream(reader.tokenizer, reader.token_bytes, given):
@@ -85,7 +87,7 @@ def generate(
                 text.feed_ids(torch.from_numpy(block.ids.astype("int64")))
             if echo:
                 shown = b"".join(block.text for block in blocks)
-                print(shown.decode("utf-8", "replace"), end="", flush=True)
+                print(safe(shown.decode("utf-8", "replace")), end="", flush=True)
         for part in text.stream(max_new_tokens=length, sampling=drawing, seed=seed, stop=stop or ()):
-            print(part, end="", flush=True)
+            print(safe(part), end="", flush=True)
     sys.stdout.write("\n")

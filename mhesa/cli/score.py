@@ -29,6 +29,7 @@ from mhesa.cli.common import (
 from mhesa.cli.score_input import Text, documents, find_texts, key_finder, size_in_bytes, word_list
 from mhesa.cli.score_output import Counts, Output
 from mhesa.errors import InputError
+from mhesa.web_pages import check_replaceable
 
 if TYPE_CHECKING:
     from mhesa.inference.heatmap import Heatmap
@@ -60,7 +61,8 @@ def score(
         typer.Option(metavar="line|token|document|word|character|sentence", help="What is scored."),
     ] = "line",
     top: Annotated[
-        int | None, typer.Option(metavar="N", help="Print only the N with the most bits, highest first.")
+        int | None,
+        typer.Option(metavar="N", help="Print only the N with the highest first column, highest first."),
     ] = None,
     heatmap: Annotated[
         Path | None,
@@ -80,12 +82,12 @@ def score(
         ),
     ] = None,
     key_memory: Annotated[
-        str,
+        str | None,
         _of_lines(
             metavar="SIZE",
-            help="Memory for sessions, such as 1GB; the rest, least recently used, is on disk.",
+            help="Memory for sessions, 256MB if omitted; the rest, least recently used, is on disk.",
         ),
-    ] = "256MB",
+    ] = None,
     state: Annotated[
         Path | None,
         _of_lines(
@@ -118,7 +120,9 @@ def score(
     context: Annotated[
         int, _of_lines(metavar="N", help="With --only, also print N lines before and after each.")
     ] = 0,
-    unit: Annotated[str, _of_tables(metavar="bits|nats", help="Unit of surprisal and entropy.")] = "bits",
+    unit: Annotated[
+        str | None, _of_tables(metavar="bits|nats", help="Unit of surprisal and entropy; bits if omitted.")
+    ] = None,
     spill: Annotated[
         int, _of_tables(metavar="N", help="Add columns with the surprisal of the N preceding units.")
     ] = 0,
@@ -144,8 +148,10 @@ def score(
     """Score how surprising text is to a model, while it is read: unexpected lines stand out.
 
     Surprisal is in bits: -log2 of the probability that the model gave the text. Memory does not grow with the
-    text. Columns of lines: bits, bits per byte, file and line, the text. Columns of words and other units:
-    surprisal, entropy, rank, file and offset, the text.
+    text. Columns of lines: bits, bits per byte, file and line, the text. With --false-alarms, --mask or
+    --preset the first is the score: the bits of the most surprising byte, less what they are on average in
+    lines that begin alike. Columns of words and other units: surprisal, entropy, rank, file and number, the
+    text.
 
     Bits of a token that spans lines are shared out by its bytes. With a vocabulary that has such tokens, a
     line of standard input is scored when the next one begins; with bytes, as soon as it ends.
@@ -186,18 +192,20 @@ def score(
     lines = {"--key": key, "--key-field": key_field, "--state": state, "--mask": mask, "--preset": preset}
     _only_with(by == "line", "needs --by line", lines | {"--false-alarms": false_alarms})
     _only_with(by == "word", "needs --by word", {"--correct": correct, "--words": words})
-    table = {"--spill": spill, "--skip-first": skip_first, "--tsv": tsv, "--unit": unit != "bits"}
+    table = {"--spill": spill, "--skip-first": skip_first, "--tsv": tsv, "--unit": unit}
     _only_with(by in (*UNITS, TOKEN), f"needs --by {', '.join(UNITS)} or {TOKEN}", table)
     in_units = by in UNITS or any(table.values())
     _only_with(false_alarms is not None, "needs --false-alarms", {"--only": only})
     _only_with(only, "needs --only", {"--context": context})
     _only_with(key is None, "cannot be used with --key", {"--key-field": key_field})
     _only_with(not keyed, "cannot be used with --key, --key-field or --state", {"--heatmap": heatmap})
+    _only_with(tsv or as_json, "needs --tsv or --json", {"--spill": spill})
+    _only_with(keyed, "needs --key, --key-field or --state", {"--key-memory": key_memory})
     _only_with(not tsv, "cannot be used with --tsv", {"--json": as_json, "--top": top})
-    columns = Columns(unit=unit, spill=spill, correct=correct, skip_first=skip_first)
+    columns = Columns(unit=unit or "bits", spill=spill, correct=correct, skip_first=skip_first)
     alarms = None if false_alarms is None else FalseAlarms(false_alarms)
     scores, find_key = LineScores(Masks(mask or (), preset or ())), key_finder(key, key_field)
-    memory = size_in_bytes(key_memory, "--key-memory")
+    memory = size_in_bytes(key_memory or "256MB", "--key-memory")
     files = find_texts(sources or ["-"])
     inputs = [file.path if file else 0 for file in files]
     check_outputs([1], inputs)
@@ -212,7 +220,9 @@ def score(
     with ExitStack() as stack:
         page = stack.enter_context(_page(heatmap, by)) if heatmap and rank() == 0 else None
         total = sum(file.size for file in files if file)
-        hidden = None in files or (sys.stdout.isatty() and page is None and top is None)
+        # A page alone says it all.
+        shown = rank() == 0 and (page is None or any((top, as_json, tsv, alarms)))
+        hidden = None in files or (sys.stdout.isatty() and shown and top is None)
         advance = stack.enter_context(progress("scoring", total, hidden=hidden))
         texts = documents(files, text_field, advance, whole=key_field is not None)
         log = None
@@ -228,14 +238,15 @@ def score(
         counts = Counts()
         rows = counts.of(rows)
         rows = with_context(rows, context) if only else rows
+        with_score = bool(alarms or mask or preset)
         if top is not None:
-            cost = attrgetter("surprisal" if in_units else "bits")
-            rows = iter(nlargest(top, _until_interrupted(rows), key=cost))
-        output = Output(as_json, tsv, columns, with_score=alarms is not None)
+            first = attrgetter("score" if with_score else "surprisal" if in_units else "bits")
+            rows = iter(nlargest(top, _until_interrupted(rows), key=first))
+        output = Output(as_json, tsv, columns, with_score=with_score)
         if rank() == 0:
             output.header()
         for row in rows:
-            if rank() == 0 and (page is None or top is not None):
+            if shown:
                 output.show(row)
     if rank() == 0:
         counts.report(log, alarms)
@@ -320,6 +331,7 @@ def _page(path: Path, by: str) -> Iterator[Heatmap]:
     from mhesa.inference.heatmap import Heatmap
     from mhesa.inference.units import UNITS, find_words
 
+    check_replaceable(path)
     try:
         with (
             path.open("w", encoding="utf-8", errors="backslashreplace") as file,

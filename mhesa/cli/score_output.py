@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # Characters of a text to print on one line.
 SHOWN = 160
-# How a terminal shows the most surprising part of a line.
-STRONG, PLAIN = "\033[1;31m", "\033[0m"
+# How a terminal shows the most surprising part of a line: reversed, so that blanks stand out, too.
+STRONG, PLAIN = "\033[1;7;31m", "\033[0m"
 
 Row = TypeVar("Row")
 
@@ -91,12 +91,21 @@ def one_line(text: bytes) -> str:
 
 
 def _with_strong_span(row: LineSurprisal) -> str:
-    """The start of a line, its most surprising part marked."""
-    line = row.text.removesuffix(b"\n").removesuffix(b"\r")
-    start, end = (min(place, SHOWN) for place in row.span)
-    parts = (line[:start], line[start:end], line[end:SHOWN])
+    """A line with its most surprising part marked, a line end too; of a long line what is around the part."""
+    start, end = row.span
+    parts = (row.text[:start], row.span_text, row.text[end:].removesuffix(b"\n").removesuffix(b"\r"))
     before, strong, after = (_printable(part.decode("utf-8", "replace")) for part in parts)
-    return f"{before}{STRONG}{strong}{PLAIN}{after}{'…' if len(line) > SHOWN else ''}"
+    if len(strong) > SHOWN // 2:
+        strong = strong[: SHOWN // 2] + "…"
+    room = SHOWN - len(strong)
+    # Of a line that is not kept whole, the part may lie beyond what is.
+    if len(before) > room or start > len(row.text):
+        tail = room // 2 if start <= len(row.text) else 0
+        before = before[: room // 2] + "…" + before[len(before) - tail :]
+    room -= len(before)
+    if len(after) > room or row.size > len(row.text):
+        after = after[: max(room, 0)] + "…"
+    return f"{before}{STRONG}{strong}{PLAIN}{after}"
 
 
 def _printable(text: str) -> str:

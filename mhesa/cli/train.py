@@ -12,7 +12,8 @@ from mhesa.cli.common import new_table, resume_garbage_collection, stderr
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.settings import setting_of
-from mhesa.training.settings import BY_PANEL, RUN, TrainingSettings
+from mhesa.terminal import escape_controls
+from mhesa.training.settings import BY_PANEL, RUN, TrainingSettings, with_changes
 
 SOURCES = setting_of(TrainingSettings, "sources").doc
 
@@ -61,7 +62,8 @@ def train(
     from mhesa.training.run import train as run
 
     given = {} if config is None else load_config(config)
-    given |= {name: value for name, value in settings.items() if _was_given(context_, name)}
+    options = {name: value for name, value in settings.items() if _was_given(context_, name)}
+    given = with_changes(given, options)
     if sources:
         given["sources"] = tuple(sources)
     if "out" not in given:
@@ -97,7 +99,8 @@ def _was_given(context: typer.Context, name: str) -> bool:
 
 def _print_summary(console: Console, summary: Any) -> None:
     console.rule("sample")
-    console.print(summary.sample.decode("utf-8", "replace"), markup=False, highlight=False, soft_wrap=True)
+    sample = escape_controls(summary.sample.decode("utf-8", "replace"))
+    console.print(sample, markup=False, highlight=False, soft_wrap=True)
     console.rule("held-out text")
     table = new_table("", "bits per byte", "nats per token")
     table.add_row("this model", f"{summary.score.bits_per_byte:.3f}", f"{summary.score.loss:.3f}")

@@ -24,7 +24,7 @@ from mhesa.inference.session import fingerprint
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.tokenizers import Bytes, TextTokenizer
-from mhesa.web_pages import policy, read_page
+from mhesa.web_pages import check_replaceable, policy, read_page
 
 PAGE = "index.html"
 # Parts of the file of weights, and rows of matrices, begin at multiples of this many bytes.
@@ -59,6 +59,8 @@ def export_web(
     """
     if not isinstance(tokenizer, Bytes):
         raise InputError("the page reads bytes, and this model has a vocabulary; use --onnx instead")
+    folder = Path(folder)
+    check_replaceable(folder / PAGE)
     check_finite(model)
     details = {
         "name": name,
@@ -78,7 +80,6 @@ def export_web(
     text = read_page("mhesa.export", "page.html")
     for part, value in parts.items():
         text = text.replace(f"{{{{ {part} }}}}", value)
-    folder = Path(folder)
     make_folder(folder)
     with write_file(folder / PAGE) as file:
         file.write(text.replace("{{ policy }}", policy(text, scripts="'wasm-unsafe-eval'")).encode())

@@ -19,6 +19,7 @@ STRONGEST = 8
 _HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="generator" content="mhesa">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Surprisal</title>
 <style>
@@ -75,6 +76,6 @@ class Heatmap:
 
     def _write(self, data: bytes) -> None:
         """Write escaped text, with a replacement character for each unprintable one."""
-        text = data.decode("utf-8", "replace")
+        text = data.decode("utf-8", "replace").replace("\r", "")  # of line ends
         marked = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
         self.file.write(html.escape(marked, quote=False))

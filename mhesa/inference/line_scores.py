@@ -17,6 +17,7 @@ import numpy as np
 from mhesa.errors import InputError
 from mhesa.inference.lines import SHOWN_KEY, Masks, Piece
 from mhesa.inference.scoring import SHOWN_BYTES, ScoredPiece, SpanSurprisal
+from mhesa.tokenizers.stream import character_length, character_start
 
 # Bytes that lines of one kind begin with, digits left out, and how many kinds are remembered.
 BEGINNING, KINDS = 24, 1024
@@ -47,7 +48,7 @@ class Peak:
     @cached_property
     def found(self) -> tuple[tuple[int, int], bytes]:
         """Where the part begins and ends, in bytes from the line's beginning, and its first bytes."""
-        start, end = most_surprising_span(self._bits)
+        start, end = _whole_characters(self._text, *most_surprising_span(self._bits))
         shown = self._text[start : min(end, start + SHOWN_BYTES)]
         self._text, self._bits = b"", np.zeros(0)
         return (self._offset + start, self._offset + end), shown
@@ -82,7 +83,7 @@ class LineSurprisal(SpanSurprisal):
     def as_dict(self) -> dict[str, object]:
         """The values under the names that they have in JSON."""
         found = super().as_dict() | {
-            "score": round(self.score, 4),
+            "score": round(self.score, 4) + 0.0,  # no negative zero
             "span": [*self.span],
             "span_text": self.span_text.decode("utf-8", "replace"),
         }
@@ -202,6 +203,12 @@ def most_surprising_span(bits: np.ndarray) -> tuple[int, int]:
     sums = np.concatenate([[0.0], np.cumsum(bits - 2 * bits.mean())])
     end = int(np.argmax(sums[1:] - np.minimum.accumulate(sums[:-1]))) + 1
     return int(np.argmin(sums[:end])), end
+
+
+def _whole_characters(text: bytes, start: int, end: int) -> tuple[int, int]:
+    """The span, widened to characters of UTF-8 that it cuts."""
+    after = character_start(text, end)
+    return character_start(text, start), end if after == end else after + character_length(text[after])
 
 
 class FalseAlarms:

@@ -135,7 +135,7 @@ class KeyPattern(Pattern):
     def __init__(self, text: str) -> None:
         super().__init__(text, "--key")
         if not self._compiled.groups:
-            raise InputError(f"--key {text!r} has no group; put what names the entity in parentheses")
+            raise InputError(f"--key '{text}' has no group; put what names the entity in parentheses")
 
     def find(self, line: bytes, where: str) -> str | None:
         """The key of a line, `None` if it has none.

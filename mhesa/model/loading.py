@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 from mhesa import remote_code
 from mhesa.atomic_io import read_json, sync, write_folder
 from mhesa.errors import InputError, reason
-from mhesa.file_names import CONFIG, GENERATION_CONFIG, SETTINGS, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS
+from mhesa.file_names import (
+    CHECKPOINTS,
+    CONFIG,
+    GENERATION_CONFIG,
+    SETTINGS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +183,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = f"{folder} is not a model's folder: it has no {CONFIG}"
     # Not `Path.exists`, which raises an error where the folder may not be searched.
     if os.path.exists(folder / SETTINGS):
-        missing = f"the training run in {folder} has no model yet: go on with train --resume --out {folder}"
+        begun = any((folder / CHECKPOINTS).glob("*"))
+        how = "go on with train --resume" if begun else "start over with train --overwrite"
+        missing = f"the training run in {folder} has no model yet: {how} --out {folder}"
     values = read_json(path, missing)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != MODEL_TYPE:

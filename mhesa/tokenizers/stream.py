@@ -105,7 +105,7 @@ class _Encoder:
         if self.adjacent[NEWLINE, text[place]]:
             return False
         # The next character must be complete: it is tokenised with the block.
-        return is_last or self.newline_is_alone or place + _length(text[place]) <= len(text)
+        return is_last or self.newline_is_alone or place + character_length(text[place]) <= len(text)
 
     def _end_between_words(self, text: bytes, start: int) -> int:
         values = np.frombuffer(text[start : start + BLOCK_BYTES + 1], dtype=np.uint8)
@@ -122,7 +122,7 @@ class _Encoder:
             encoded = self.tokenizer.encode_batch(blocks)
             return [Block(block, ids) for block, ids in zip(blocks, encoded, strict=True)]
         before = [self.before, *map(_last_character, blocks)]
-        after = [text[end : end + _length(text[end])] if end < len(text) else b"" for end in ends]
+        after = [text[end : end + character_length(text[end])] if end < len(text) else b"" for end in ends]
         self.before = before[-1]
         encoded = self.tokenizer.encode_batch(
             [b"".join(parts) for parts in zip(before, blocks, after, strict=False)]
@@ -161,6 +161,6 @@ def _last_character(data: bytes) -> bytes:
     return data[character_start(data, len(data) - 1) :]
 
 
-def _length(first: int) -> int:
-    """The length of a UTF-8 character that begins with this byte."""
+def character_length(first: int) -> int:
+    """The length of a UTF-8 character, in bytes, that begins with this byte."""
     return 1 + (first >= 0xC0) + (first >= 0xE0) + (first >= 0xF0)

@@ -30,7 +30,8 @@ CHANGEABLE = frozenset(
     {
         *("out", "steps", "minutes", "device", "backend", "save_every", "keep", "eval_every", "patience"),
         *("report_to", "lr", "muon_lr", "clip", "accumulate", "compile", "recompute", "fsdp"),
-        "context_parallel",
+        # What counts is their text.
+        *("context_parallel", "sources"),
     }
 )
 
@@ -78,9 +79,8 @@ def checkpoint_to_resume(settings: TrainingSettings, console: Console) -> Path:
     saved = asdict(TrainingSettings.load(folder / SETTINGS))
     for name, value in asdict(settings).items():
         if name not in CHANGEABLE and value != saved[name]:
-            raise InputError(
-                f"the run in {folder} has {name} {saved[name]}; it cannot be resumed with {value}"
-            )
+            had, given = (str(one) if one is not None else "left out" for one in (saved[name], value))
+            raise InputError(f"the run in {folder} has {name} {had}; it cannot be resumed with {given}")
     path, passed_over = checkpoint.newest(folder / CHECKPOINTS)
     if path is None:
         what = f"; {passed_over[0]}" if passed_over else ""

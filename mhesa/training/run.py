@@ -187,7 +187,8 @@ class Run:
             shared += f", {settings.context_parallel} to a window"
         often = ""
         if settings.steps is not None:
-            often = f", the text {self.windows.epochs(settings.steps):,.1f} times"
+            epochs = self.windows.epochs(settings.steps)
+            often = f", the text {epochs:,.1f} times" if epochs >= 1 else f", {epochs:.2g} of the text"
         console.print(
             f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
             f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"
@@ -230,6 +231,8 @@ class Run:
         )
         if settings.patience is not None and progress.best_step is not None and not stopped_by:
             model = self._saved(progress.best_step)
+            best = f"The best model on text held out, that of step {progress.best_step:,}, is kept."
+            self.display.console.print(best, highlight=False, soft_wrap=True)
         whole = self._whole(model)
         if rank() == 0:
             save(whole, self.tokenizer, self.folder)

@@ -321,10 +321,12 @@ class TrainingSettings(ModelSizes):
         groups = processes() // self.context_parallel
         micro_batches = self.accumulate * groups
         if (self.batch_size or micro_batches) % micro_batches:
-            shared = f" in groups of {self.context_parallel}" if self.context_parallel > 1 else ""
+            among = "" if processes() == 1 else f" for {processes()} processes"
+            if self.context_parallel > 1:
+                among += f" in groups of {self.context_parallel}"
             raise InputError(
-                f"batch_size {self.batch_size} cannot be divided into {self.accumulate} micro-batches "
-                f"for {processes()} processes{shared}; give a multiple of {micro_batches}"
+                f"batch_size {self.batch_size} cannot be divided into {self.accumulate} micro-batches"
+                f"{among}; give a multiple of {micro_batches}"
             )
         tokens = TOKENS_PER_STEP[precision] if kind == "cpu" else TOKENS_PER_STEP_ON_ACCELERATORS
         windows = max(tokens * self.context_parallel // self.context, 1)
@@ -383,9 +385,17 @@ class TrainingSettings(ModelSizes):
         path = Path(changes["out"]) / SETTINGS
         if not path.exists():
             raise InputError(f"nothing to resume: {changes['out']} holds no run")
-        if not changes.keys().isdisjoint({"steps", "minutes"}):
-            changes = {"steps": None, "minutes": None} | changes
-        return replace(cls.load(path), **changes)
+        return replace(cls.load(path), **with_changes({}, changes))
+
+
+def with_changes(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings with changes; steps replace minutes and back.
+
+    >>> with_changes({"minutes": 3.0, "dim": 64}, {"steps": 100})
+    {'minutes': None, 'dim': 64, 'steps': 100}
+    """
+    budget = {"steps": None, "minutes": None}
+    return settings | ({} if changes.keys().isdisjoint(budget) else budget) | changes
 
 
 # All settings in the order of `mhesa train --help`.
