@@ -179,7 +179,7 @@ def server(folder, tmp_path_factory):
     settings = {"limits": limits, "slots": 32, "queue": 32, "allow_origins": ["http://localhost:8123"]}
     with running(folder, log, **settings) as server:
         yield server
-        assert {event["event"] for event in server.events()} <= {"listening", "request"}
+        assert {event["event"] for event in server.events()} <= {"listening", "request", "refused", "cut"}
 
 
 @pytest.fixture(scope="session")

@@ -81,11 +81,12 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server, http):
         (b"GET / HTTP/1.1\r\nx: " + b"y" * 100_000, 431, "headers_too_large"),
         (b"GET /" + b"y" * 100_000, 431, "headers_too_large"),
         (b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 20_000, 431, "headers_too_large"),
+        (b"GET / HTTP/1.1\r\nx: " + b"y" * 17_000 + b"\r\n\r\n", 431, "headers_too_large"),
         (b"\0\xff nonsense\r\n\r\n", 400, "invalid_http"),
         (b"\0" * 100_000, 400, "invalid_http"),
         (b"GET /\r\n HTTP/1.1\r\n\r\n", 400, "invalid_http"),
     ],
-    ids=["header", "path", "headers", "bytes", "many bytes", "line"],
+    ids=["header", "path", "headers", "whole", "bytes", "many bytes", "line"],
 )
 def test_requests_that_are_not_http_are_refused(server, data, status, code):
     answer = raw(server, data)
@@ -122,9 +123,10 @@ def test_slow_senders_are_disconnected(server):
         assert list(pool.map(lambda part: raw(server, part), parts)) == [b""] * 3
 
 
-def test_slow_reader_is_disconnected(server):
+def test_slow_reader_is_disconnected(folder, tmp_path):
     body = json.dumps(FOREVER | {"stream": True, "logprobs": 20}).encode()
-    with socket.socket() as connection:
+    limits = {"max_tokens": ENDLESS, "logprob_entries": 21 * ENDLESS, "send_seconds": 1.0}
+    with running(folder, tmp_path / "log", limits=limits) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host, port = server.url.removeprefix("http://").split(":")
         connection.connect((host, int(port)))
@@ -132,6 +134,17 @@ def test_slow_reader_is_disconnected(server):
         connection.sendall(head.encode() + body)
         server.wait_for("mhesa_texts_active", 1)
         server.wait_for("mhesa_texts_active", 0)
+        cuts = [event["cut"] for event in server.events() if "cut" in event]
+    assert cuts == ["not read"]
+
+
+def test_a_stream_has_no_more_logprobs_than_an_answer(http):
+    """They are in memory until the client reads them."""
+    for stream in (False, True):
+        body = {"prompt": "x", "n": 8, "max_tokens": 4096, "logprobs": 20, "stream": stream}
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].startswith("logprobs in one answer: at most 262,144")
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -296,8 +296,18 @@ def test_an_address_in_use_is_told_in_one_line(folder):
         done = run_command("serve", folder, "--port", port, text=True)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "Loading weights" not in line] == [
-        f"Error: cannot listen on 127.0.0.1:{port}: is it in use?"
+        f"Error: cannot listen on 127.0.0.1:{port}: Address already in use"
     ]
+
+
+def test_an_address_that_is_not_of_this_machine_is_told_in_one_line(folder, tmp_path):
+    (tmp_path / "keys").write_text("me: 0123456789abcdef\n")
+    for host, why in (("192.0.2.1", "Cannot assign requested address"), ("no.such.invalid", "")):
+        done = run_command(
+            "serve", folder, "--host", host, "--keys", tmp_path / "keys", "--port", 0, text=True
+        )
+        assert done.returncode == 2
+        assert f"Error: cannot listen on {host}:0: {why}" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -335,3 +345,24 @@ def test_invalid_keys_are_refused_and_not_repeated(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as error:
         read_keys(path)
     assert "0123456789abcdef" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"messages": [{"content": "x"}]}, "messages[0].role: Field required"),
+        ({}, "messages: Field required"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type: Input should be 'text'",
+        ),
+    ],
+)
+def test_a_fault_in_a_message_is_named_where_it_is(http, body, message):
+    error = http.post("/v1/chat/completions", json=body).json()["error"]
+    assert (error["message"], error["param"]) == (message, "messages")
+
+
+def test_a_path_with_a_slash_too_many_is_not_redirected(http):
+    answer = http.post("/v1/completions/", json={"prompt": "x"})
+    assert (answer.status_code, "location" in answer.headers) == (404, False)

@@ -60,7 +60,8 @@ def test_requests_made_up_from_the_schema_find_no_fault(folder, tmp_path, exampl
             report("schemathesis, all phases, valid and invalid", summary(done.stdout))
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert server.client().get("/health").status_code == 200
-    assert {event["event"] for event in server.events()} == {"listening", "request", "stopping", "stopped"}
+    found = {event["event"] for event in server.events()} - {"refused"}
+    assert found == {"listening", "request", "stopping", "stopped"}
 
 
 @pytest.fixture(scope="module")

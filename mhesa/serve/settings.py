@@ -32,7 +32,10 @@ class Limits:
     logprob_entries: Annotated[
         int, Doc("Log-probabilities in one answer: its tokens, times the likeliest tokens and itself.")
     ] = 1 << 18
-    scored_tokens: Annotated[int, Doc("Tokens to score in one answer.")] = 1 << 16
+    scored_tokens: Annotated[
+        int,
+        Doc("Tokens to score one by one in an answer; those of lines and texts are limited as prompts are."),
+    ] = 1 << 16
     request_seconds: Annotated[float, Doc("Seconds from a request's arrival to the end of its answer.")] = 600
     receive_seconds: Annotated[float, Doc("Seconds in which a request must have arrived.")] = 8
     send_seconds: Annotated[float, Doc("Seconds that a client may leave its answer unread.")] = 30

@@ -191,6 +191,7 @@ class Answer(ABC):
             await self.submission.progress()
             for text in unfinished:
                 new, scores = text.cursor.read()
+                self.submission.check()
                 if new or text.cursor.finish:
                     size = text.echoed + len(new) + len(scores) * (2 + (self.plan.top or 0))
                     for data in await self.service.run_sized(size, self._encoded, text, new, scores):
@@ -313,7 +314,7 @@ class EventStream(Response):
                 await send_event(event)
             await send_event("[DONE]", more=False)
         except ClientGone:
-            self.answer.log_fields["cut"] = "disconnected"
+            self.answer.log_fields["cut"] = scope["state"].get("cut", "disconnected")
         except (APIError, SessionError) as error:
             failure = error if isinstance(error, APIError) else session_error(error)
             self.answer.log_fields["cut"] = failure.code

@@ -49,6 +49,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": protocol.ErrorBody, "description": what} for status, what in STATUSES.items()
 }
 SCHEMAS = "#/components/schemas/{model}"
+# Tokens that the page asks for at first.
+DEFAULT_TOKENS_OF_PAGE = 400
 SessionPath = Annotated[str, Path(pattern=protocol.SESSION_NAME, description="A session's name.")]
 
 
@@ -62,7 +64,11 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         responses=ERRORS,
         separate_input_output_schemas=False,
+        # A redirect would name this server's host and no TLS, whatever is in front of it.
+        redirect_slashes=False,
     )
+    # The first version that describes streams of events.
+    app.openapi_version = "3.2.0"
     _handle_errors(app)
     _add_pages(app, service)
     _add_models(app, service)
@@ -97,15 +103,19 @@ def _api_error(error: Exception) -> APIError:
             return APIError(500, "the server has a fault", code="internal_error")
 
 
-def _page(name: str) -> HTMLResponse:
-    """A page of this package, with a policy that allows only its own script and style."""
+def _page(name: str, **values: str) -> HTMLResponse:
+    """A page of this package with these values, and a policy that allows only its own script and style."""
     text = read_page(__package__, name)
+    for place, value in values.items():
+        text = text.replace(f"{{{{ {place} }}}}", value)
     allowed = policy(text, connect="'self'") + "; frame-ancestors 'none'"
     return HTMLResponse(text, headers={"Content-Security-Policy": allowed})
 
 
 def _add_pages(app: FastAPI, service: Service) -> None:
-    playground, reference = _page("playground.html"), _page("docs.html")
+    most = service.settings.limits.max_tokens
+    playground = _page("playground.html", most=str(most), default=str(min(DEFAULT_TOKENS_OF_PAGE, most)))
+    reference = _page("docs.html")
 
     @app.get("/", include_in_schema=False)
     async def show_playground() -> Response:

@@ -51,8 +51,8 @@ def parse(content: bytes, kind: type[Body], limits: Limits) -> Body:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise validation_error([{**first, "loc": ("body", *first["loc"])}]) from None
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        raise validation_error([{**one, "loc": ("body", *one["loc"])} for one in errors]) from None
 
 
 def _is_json(content_type: str) -> bool:

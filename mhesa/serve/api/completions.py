@@ -74,9 +74,8 @@ def _plan(
     if echo and top is not None:
         check_limit(tokens, "tokens of a prompt that is echoed with logprobs", limits.scored_tokens)
     if top is not None:
-        # A stream sends them as they come and keeps none.
-        written = 0 if body.stream else texts * limit
-        entries = (written + (tokens * n if echo else 0)) * (top + 1)
+        # Those of a stream are in memory, too, where its client does not read them.
+        entries = (texts * limit + (tokens * n if echo else 0)) * (top + 1)
         check_limit(entries, "logprobs in one answer", limits.logprob_entries)
     if body.stream_options and body.stream_options.model_dump(exclude_defaults=True) and not body.stream:
         raise invalid("stream_options is for streams only", "stream_options")

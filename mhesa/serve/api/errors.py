@@ -18,6 +18,10 @@ TYPES = {
 }
 
 
+# How pydantic names the types of a union.
+TYPE_NAMES = frozenset({"str", "int", "float", "bool"})
+
+
 class ClientGone(Exception):  # noqa: N818 not an error of ours
     """The client closed the connection."""
 
@@ -88,18 +92,22 @@ def check_limit(value: int, what: str, most: int) -> None:
 
 
 def validation_error(errors: Sequence[Any]) -> APIError:
-    """The first fault that validation found, in a sentence.
+    """A fault that validation found, in a sentence.
 
     >>> validation_error([{"loc": ("body", "n"), "msg": "Input should be at least 1", "type": "x"}]).message
     'n: Input should be at least 1'
     """
-    first = errors[0]
+    # Of the types of a union, the one that fits best has its fault deepest.
+    first = max(errors, key=lambda error: len(error["loc"]))
     where = [str(part) for part in first["loc"][1:]]
     if first["type"] == "extra_forbidden":
         name = where[-1][:64]
         what = "unsupported" if name in IGNORED_VALUES else "unrecognized"
         return invalid(f"{what} request argument: {name!r}", name, "unknown_parameter")
-    # For a union, `where` also holds the types that were tried: the parameter is the first lower-case name.
-    names = [part for part in where if part.isidentifier() and part.islower()] or where
-    name, message = "".join(names[:1]), first["msg"].removeprefix("Value error, ")
-    return invalid((f"{name}: {message}" if name else message)[:500], name or None)
+    # For a union, `where` also holds the types that were tried.
+    names = [part for part in where if part.isidentifier() and part.islower() and part not in TYPE_NAMES]
+    place = [
+        f"[{part}]" if part.isdigit() else f".{part}" for part in where if part in names or part.isdigit()
+    ]
+    name, message = "".join(place).lstrip("."), first["msg"].removeprefix("Value error, ")
+    return invalid((f"{name}: {message}" if name else message)[:500], names[0] if names else None)

@@ -46,13 +46,13 @@ class Submission:
         """
         await self._event.wait()
         self._event.clear()
-        self._check()
+        self.check()
 
     async def finish(self) -> None:
         """Wait until all jobs are done; raises as `progress` does."""
         while not all(job.done for job in self.jobs):
             await self.progress()
-        self._check()
+        self.check()
 
     def close(self) -> None:
         """Cancel the jobs that are not done, and record the times."""
@@ -69,7 +69,8 @@ class Submission:
             if longest > 1:
                 self.service.metrics.per_token.observe((now - job.first_token) / (longest - 1))
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise as `progress` does, without waiting."""
         if self._end is not None:
             raise self._end
         for job in self.jobs:

@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from mhesa.errors import InputError
+from mhesa.errors import os_errors
 from mhesa.ops.cpu.memory import share_heaps
 from mhesa.serve.api.app import create_app
 from mhesa.serve.api.errors import APIError
@@ -60,8 +60,7 @@ def serve(service: Service) -> None:
     gc.set_threshold(COLLECT_AFTER)
     share_heaps()
     _raise_file_limit()
-    # Uvicorn is not to log a failure to bind: the error below says it in one line.
-    redirect_logger("uvicorn.error", logging.CRITICAL)
+    redirect_logger("uvicorn.error", logging.ERROR)
     settings = service.settings
     config = uvicorn.Config(
         protect(create_app(service), service),
@@ -77,11 +76,10 @@ def serve(service: Service) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.limits.drain_seconds) + 5,
     )
-    try:
-        bound = config.bind_socket()
-    except SystemExit:
-        raise InputError(f"cannot listen on {settings.host}:{settings.port}: is it in use?") from None
-    redirect_logger("uvicorn.error", logging.ERROR)
+    bound = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with os_errors(f"cannot listen on {settings.host}:{settings.port}"):
+        bound.bind((settings.host, settings.port))
     try:
         _Server(config, service).run(sockets=[bound])
     finally:
@@ -177,15 +175,21 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
             elif "receive" not in self._timers:
                 self._start_timer("receive", limits.receive_seconds)
             if self._head is not None and self._head > limits.head_bytes:
-                self._refuse(431, "the request's headers are too large", "headers_too_large")
+                self._refuse_head()
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._complete = False
 
         def on_headers_complete(self) -> None:
-            super().on_headers_complete()
             self._head = None
+            if (
+                len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+                > limits.head_bytes
+            ):
+                self._refuse_head()
+                raise ValueError  # which ends the parser's call
+            super().on_headers_complete()
 
         def on_message_complete(self) -> None:
             super().on_message_complete()
@@ -207,11 +211,15 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, "this is not a valid HTTP request", "invalid_http")
 
+        def _refuse_head(self) -> None:
+            self._refuse(431, "the request's headers are too large", "headers_too_large")
+
         def _refuse(self, status: int, message: str, code: str) -> None:
             if self._refused:
                 return
             self._refused = True
             self._stop_timer("receive")
+            log("refused", status=status, code=code)
             body = bytes(APIError(status, message, code=code).response().body)
             head = (
                 f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
@@ -229,7 +237,14 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
         def _start_timer(self, name: str, seconds: float) -> None:
             # A refused request has DRAIN_SECONDS to come; a client that does not read is still cut off.
             if name == "send" or not self._refused:
-                self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
+                self._timers[name] = self.loop.call_later(seconds, self._cut, name)
+
+        def _cut(self, name: str) -> None:
+            if name == "send" and self.cycle is not None:
+                self.cycle.scope["state"]["cut"] = "not read"
+            elif self._head != 0:
+                log("cut", code="slow_request")
+            self.transport.abort()
 
         def _stop_timer(self, name: str) -> None:
             if name in self._timers:
