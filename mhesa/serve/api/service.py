@@ -75,8 +75,8 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="sessions")
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="worker")
-        # Whether large work has been done since memory was last released.
-        self._has_grown = False
+        # Whether there is memory to release: large work has been done, or an answer was given up.
+        self.has_grown = False
 
     def close(self) -> None:
         """End the threads and close the files."""
@@ -96,13 +96,13 @@ class Service:
         """
         if size < SMALL:
             return function(*args)
-        self._has_grown = True
+        self.has_grown = True
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
 
     async def release_memory(self) -> None:
-        """Give memory back to the system if large work has been done."""
-        if self._has_grown:
-            self._has_grown = False
+        """Give memory back to the system if there may be some."""
+        if self.has_grown:
+            self.has_grown = False
             await asyncio.get_running_loop().run_in_executor(self._workers, _release_memory)
 
     def submit(self, jobs: Sequence[Job]) -> None:

@@ -58,6 +58,8 @@ class Submission:
         """Cancel the jobs that are not done, and record the times."""
         self._watch.cancel()
         self._timer.cancel()
+        # What was written and nobody read goes, too.
+        self.service.has_grown |= self._end is not None
         now = time.perf_counter()
         for job in self.jobs:
             if not job.done:
