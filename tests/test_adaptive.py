@@ -211,3 +211,23 @@ def test_a_saved_model_is_the_same_behind_transformers(tmp_path):
         ids, max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0, use_cache=False
     )
     assert torch.equal(beams, uncached)
+
+
+def test_a_decoder_follows_the_models_backend():
+    """Fixed rates alone have an FFT; the reference is a loop over the model's own layers."""
+    sizes = {"num_tokens": 11, "dim": 8, "depth": 2, "heads": 2, "dim_mhesa": 4, "adaptive": True}
+    original, loop, fft = (
+        GatedExponentialSmoothingLM(**sizes, backend=b) for b in (None, "reference", "fft")
+    )
+    loop.load_state_dict(original.state_dict())
+    ids, state = torch.randint(11, (1, 20)), original.initial_state(1)
+    found = Decoder(loop).prefill(ids, state.clone())
+    with torch.no_grad():
+        torch.testing.assert_close(found, loop(ids)[:, -1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, Decoder(original).prefill(ids, state.clone()), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="backend 'fft' cannot serve a cpu tensor with rates of every step"):
+        Decoder(fft).prefill(ids, state)
+    with pytest.raises(
+        InputError, match=r"int8 weights are for fp32 and bf16 models on cpu, not .* backend fft"
+    ):
+        Decoder(fft, quantize="int8")

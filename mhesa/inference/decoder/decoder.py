@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from mhesa.errors import InputError
 from mhesa.inference.statistics import check_targets
+from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.checks import check_ids, check_sequences, check_state, check_weights
 from mhesa.ops.cpu.threads import new_lock
@@ -56,8 +57,8 @@ class Decoder:
 
     On CPU one native function runs all layers and reads each weight once: fp32 and bf16 weights as the
     model has them, or int8 by `quantize`. A sequence's results are the same bit for bit whether it is read
-    in one stretch or token by token, alone or in a batch. On other devices, and for other types, the
-    model's own layers run (on CUDA a step is one CUDA graph).
+    in one stretch or token by token, alone or in a batch. On other devices, for other types, and where the
+    model names another backend than `numba`, its own layers run (on CUDA a step is one CUDA graph).
 
     That native function has a copy of the weights and does not see later changes of the model. Python
     threads may share a decoder: their calls take turns, each on all cores. It cannot be copied or pickled.
@@ -242,12 +243,21 @@ def _engine(
     if quantize not in (None, "int8"):
         raise InputError(f"quantize must be int8, not {quantize}")
     weight = model.to_logits.weight
-    # Those of other libraries are subclasses: quantised, or spread over processes.
-    plain = all(type(parameter) is Parameter for parameter in model.parameters())
-    native = plain and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    backend = cast(GatedMHESA, model.layers[0]).mhesa.backend
+    # Other libraries' are of other types: quantised, or spread over processes.
+    kinds = {type(parameter) for parameter in model.parameters()}
+    native = (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and backend in (None, "numba")
+        and kinds == {Parameter}
+    )
     if quantize and not native:
-        kind = f"{weight.dtype} on {weight.device}" if plain else "other kinds of tensors"
-        raise InputError(f"{quantize} weights are for fp32 and bf16 models on cpu, not {kind}")
+        others = [kind.__name__ for kind in kinds - {Parameter}] + ([f"backend {backend}"] if backend else [])
+        raise InputError(
+            f"{quantize} weights are for fp32 and bf16 models on cpu, "
+            f"not {', '.join([f'{weight.dtype} on {weight.device}', *others])}"
+        )
     if native:
         from mhesa.inference.decoder.native import NativeEngine
 
