@@ -96,8 +96,9 @@ def _locked(lock: Path, what: Path) -> Iterator[None]:
     with os_errors(f"cannot write to {what}", f" ({lock})"):
         descriptor = _open_locked(lock, what)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+        with os_errors(f"cannot write to {what}", f" ({lock})"):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
         # Removed while it is locked: who has opened it meanwhile sees that it is gone, and makes another.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-# ESC, BEL, shift-out and their like; line ends and tabs stay.
-_CONTROLS = {
-    code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r"
-}
+# ESC, BEL, shift-out and their like; no line ends and tabs.
+CONTROLS = frozenset({*range(0x20), *range(0x7F, 0xA0)} - set(b"\t\n\r"))
+_ESCAPES = {code: f"\\x{code:02x}" for code in CONTROLS}
 
 
 def escape_controls(text: str) -> str:
@@ -14,4 +13,4 @@ def escape_controls(text: str) -> str:
     >>> escape_controls("a\\tb\\x1b[31m")
     'a\\tb\\\\x1b[31m'
     """
-    return text.translate(_CONTROLS)
+    return text.translate(_ESCAPES)

@@ -98,6 +98,11 @@ def test_a_refused_export_is_one_line(run, tmp_path, monkeypatch):
     code, out, err = run("export", tmp_path / "model", "--onnx", tmp_path / "out", "--opset", "9")
     assert (code, out, err.count(b"\n")) == (2, b"", 1)
     assert b"opset must be 18 to" in err
+    # Known to onnx, and not to the exporter.
+    newest = onnx.defs.onnx_opset_version()
+    code, out, err = run("export", tmp_path / "model", "--onnx", tmp_path / "out", "--opset", newest)
+    assert (code, out, err.count(b"\n")) == (2, b"", 1), err
+    assert f"cannot make opset {newest}".encode() in err
     code, out, err = run("export", tmp_path / "model", "--web", tmp_path / "out", "--opset", "18")
     assert (code, out, err) == (2, b"", b"Error: --opset needs --onnx\n")
     assert not (tmp_path / "out").exists()

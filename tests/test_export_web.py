@@ -104,6 +104,9 @@ def test_it_writes_and_measures_as_mhesa_does(page, exported, models, name):
     assert_greedy(session.reader.decoder, TEXT, greedy)
     assert page.text_content("#count") == "500"
     assert int(page.text_content("#speed").replace(",", "")) > 0
+    # A byte order mark is a character as others are.
+    read(page, "\ufeffhello")
+    assert page.locator("#heat span").all_text_contents() == list("\ufeffhello")
     # An edit far back: what is read again is as if read the first time.
     read(page, TEXT + greedy[:100] + "!" + greedy[100:])
     again = Session(Reader(*load(models[name]), quantize="int8"))
@@ -187,6 +190,9 @@ def test_it_fits_the_screen_and_works_by_keyboard(page, exported, tmp_path, sche
     page.focus("#heat")
     page.keyboard.press("ArrowRight")
     assert page.text_content("#picked").startswith('"<": ')
+    read(page, "")
+    assert page.text_content("#picked").startswith("Point at a character")
+    read(page, "<img src=x onerror=alert(1)>")
     assert page.locator("#heat img").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for name in ("body", ".figures", "label", "#go", "li button"):

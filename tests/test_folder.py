@@ -201,7 +201,9 @@ def test_a_run_without_a_model_is_named(folder):
     ):
         load(folder)
     (folder / "checkpoints" / "step-10").mkdir(parents=True)
-    with pytest.raises(InputError, match=rf"has no model yet: go on with train --resume --out {folder}"):
+    with pytest.raises(
+        InputError, match=rf"no model yet: wait for its end, or train --resume --out {folder}"
+    ):
         load(folder)
 
 

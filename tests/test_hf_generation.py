@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import DynamicCache, set_seed
 
-from mhesa.hf import MhesaCache, MhesaConfig, MhesaForCausalLM
+from mhesa import GatedExponentialSmoothingLM
+from mhesa.hf import ByteTokenizer, MhesaCache, MhesaConfig, MhesaForCausalLM
 from mhesa.hf.cache import CACHE, MhesaCacheLayer
 
 TOKENS = 12
@@ -243,3 +244,14 @@ def test_unsupported_arguments_are_refused(model, ids):
         generate(model, ids, past_values=MhesaCache(model.config))
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         generate(model, ids[:1], assistant_model=model)
+
+
+def test_stop_strings_with_their_tokenizer(ids):
+    torch.manual_seed(0)
+    plain = GatedExponentialSmoothingLM(num_tokens=257, dim=16, depth=1, heads=2, dim_mhesa=8)
+    model, tokenizer = MhesaForCausalLM.from_plain(plain), ByteTokenizer()
+    arguments = {"max_new_tokens": 60, "do_sample": True}
+    stop = next(chr(token) for token in generate(model, ids[:1], **arguments)[0, 9:] if 32 < token < 127)
+    stopped = generate(model, ids[:1], **arguments, stop_strings=[stop], tokenizer=tokenizer)
+    assert chr(stopped[0, -1]) == stop
+    assert stopped.shape[1] < 9 + 60

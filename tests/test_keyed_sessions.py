@@ -127,3 +127,12 @@ def test_a_state_that_does_not_fit_is_refused(reader, tmp_path):
 def test_too_little_memory_is_refused(reader):
     with pytest.raises(InputError, match="too little memory for a session"):
         KeyedSessions(reader, memory=100)
+
+
+def test_closed_sessions_read_nothing(reader, tmp_path):
+    with KeyedSessions(reader, path=tmp_path / "k") as sessions:
+        sessions.score(iter([("a", b"1")]))
+    with pytest.raises(InputError, match="are closed"):
+        sessions.score([("a", b"2")])
+    with KeyedSessions(reader, path=tmp_path / "k") as sessions:
+        assert len(sessions.score(line for line in [("a", b"2"), ("b", b"3")])) == 2

@@ -1,9 +1,12 @@
 """Sessions: pieces against the whole, files that are damaged, somebody else's, or cannot be written."""
 
+import copy
 import errno
+import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 
@@ -17,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
 from mhesa.hf import ByteTokenizer
+from mhesa.inference.decoder import Decoder
 from mhesa.inference.generation import stream
 from mhesa.inference.sampling import Sampling
 from mhesa.inference.session import Reader, Session, fingerprint
@@ -290,3 +294,94 @@ def test_ids_are_checked_before_any_is_read(reader, method):
         with pytest.raises(error, match="ids must be"):
             getattr(session, method)(ids)
         assert same(ended_at(session), before)
+
+
+# Interrupted
+
+
+def interrupted(monkeypatch, where, at):
+    """Ctrl-C in the middle: a decoder's method changes the state and is interrupted, at its call `at`."""
+    whole, calls = getattr(Decoder, where), itertools.count(1)
+
+    def run(self, *arguments):
+        found = whole(self, *arguments)
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Decoder, where, run)
+
+
+@pytest.mark.parametrize(("method", "where"), [("feed", "prefill"), ("score", "surprisal")])
+def test_an_interrupted_read_reads_nothing(reader, monkeypatch, tmp_path, method, where):
+    with Session.open(tmp_path / "s", reader) as kept:
+        kept.feed("hello ")
+    before = ended_at(kept)
+    monkeypatch.setattr("mhesa.inference.session.PIECE_BYTES", 10)
+    interrupted(monkeypatch, where, 3)
+    with pytest.raises(KeyboardInterrupt), Session.open(tmp_path / "s", reader) as session:
+        getattr(session, method)("abcdefgh\n" * 10)
+    assert same(ended_at(session), before)
+    assert same(ended_at(Session.load(tmp_path / "s", reader)), before)
+
+
+def test_an_interrupted_text_stands_after_what_was_given_out(reader, monkeypatch):
+    interrupted(monkeypatch, "step", 5)
+    session = Session(reader)
+    with pytest.raises(KeyboardInterrupt):
+        list(session.stream(max_new_tokens=50, seed=3))
+    monkeypatch.undo()
+    assert session.position == 5
+    other = Session(reader)
+    other.generate(max_new_tokens=5, seed=3)
+    assert same(ended_at(session), ended_at(other))
+
+
+def test_a_session_does_one_thing_at_a_time(reader):
+    session = Session(reader)
+    text = session.stream(max_new_tokens=50, seed=3)
+    next(text)
+    session.feed("x")
+    with pytest.raises(InputError, match="has read something else"):
+        list(text)
+
+
+def test_a_long_text_is_read_in_pieces_to_the_same_state(reader, monkeypatch):
+    whole, pieces = Session(reader), Session(reader)
+    text = "line one\nline two é\n" * 30
+    bits = whole.score(text)
+    monkeypatch.setattr("mhesa.inference.session.PIECE_BYTES", 37)
+    np.testing.assert_array_equal(pieces.score(text), bits)
+    assert same(ended_at(pieces), ended_at(whole))
+
+
+def test_a_repetition_penalty_sees_the_continuation_alone(reader):
+    """Not the token that the text ends with, which the model has not read yet."""
+    session = Session(reader)
+    session.feed("abx")
+    plain = session.fork().generate(max_new_tokens=1, sampling=Sampling(temperature=0))
+    for penalty in (1e-30, 1e30):
+        drawn = Sampling(temperature=0, repetition_penalty=penalty)
+        assert session.fork().generate(max_new_tokens=1, sampling=drawn, seed=np.int64(1)) == plain
+
+
+def test_one_stop_string_needs_no_list(reader):
+    texts = [Session(reader).generate(max_new_tokens=99, seed=1, stop=stop) for stop in ("ab", ["ab"])]
+    assert texts[0] == texts[1]
+
+
+def test_copies_are_refused_and_say_what_to_do(reader):
+    for make in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(InputError, match=r"use fork\(\) or save\(\)"):
+            make(Session(reader))
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused():
+    with pytest.raises(InputError, match="it has 257 tokens and the model 100"):
+        Reader(model_of(num_tokens=100), ByteTokenizer())
+
+
+def test_a_session_in_another_type_is_named(reader, tmp_path):
+    Session(Reader(model_of().double(), ByteTokenizer())).save(tmp_path / "s")
+    with pytest.raises(InputError, match=r"is a session in torch.float64; this model's are in torch.float32"):
+        Session.load(tmp_path / "s", reader)

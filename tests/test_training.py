@@ -266,3 +266,14 @@ other.kill()
 print([bool(hint) for hint in found])
 """
     assert run_code(code)[0] == "[False, True, False, False, False]\n"
+
+
+def test_a_run_does_not_depend_on_what_is_around_it(settings, tmp_path):
+    """Gradients that are off outside; sources as a list of paths; what excludes one another is refused."""
+    train(settings)
+    other = replace(settings, out=str(tmp_path / "other"), sources=[Path(name) for name in settings.sources])
+    with torch.inference_mode():
+        train(other)
+    assert_same_run(settings, other, settings.steps)
+    with pytest.raises(InputError, match="give resume or overwrite, not both"):
+        train(replace(settings, steps=99), resume=True, overwrite=True)

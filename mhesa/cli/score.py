@@ -338,6 +338,9 @@ def _page(path: Path, by: str) -> Iterator[Heatmap]:
             closing(Heatmap(file, UNITS.get(by, find_words))) as page,
         ):
             yield page
+    except KeyboardInterrupt:
+        stderr.print(f"Wrote {path}, as far as the text was read", markup=False, soft_wrap=True)
+        raise
     except OSError as error:
         if error.filename is None or Path(error.filename) != path:
             raise

@@ -74,6 +74,9 @@ def export_onnx(
         matrix, scales = quantize(layer.weight.detach())
         layer.weight = nn.Parameter(matrix * scales[:, None])
     step = _step_graph(model, opset)
+    made_for = max(one.version for one in step.opset_import if one.domain == "")
+    if made_for != opset:
+        raise InputError(f"torch.onnx of this environment cannot make opset {opset}; take a lower one")
     graphs: dict[str, Any] = {}
     for kind, graph, oracle in (("", step, model), (".int8", _in_int8(step, model), rounded)):
         made = {f"step{kind}.onnx": graph, f"prefill{kind}.onnx": _prefill_graph(graph)}
@@ -119,15 +122,17 @@ def _step_graph(model: GatedExponentialSmoothingLM, opset: int) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what torch's exporter says of itself and of packages that it does not need."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _in_int8(step: Any, model: GatedExponentialSmoothingLM) -> Any:

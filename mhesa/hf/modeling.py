@@ -33,6 +33,8 @@ from mhesa.tokenizers.bytes import END_OF_TEXT_ID
 # Arguments that collators pass with packed sequences. The offsets are found from one of them; the others are
 # for attention kernels.
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "seq_idx"}
+# What `generate` takes for itself and passes on nevertheless, for stop strings.
+LEFT_BY_GENERATE = {"tokenizer"}
 # Arguments of the loss alone.
 LOSS = {"num_items_in_batch", "ignore_index"}
 
@@ -123,7 +125,7 @@ class MhesaModel(MhesaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        for name in kwargs.keys() - PACKING:
+        for name in kwargs.keys() - PACKING - LEFT_BY_GENERATE:
             if kwargs[name] is not None and kwargs[name] is not False:
                 raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}")
         x: Tensor = self.token_emb(input_ids) if inputs_embeds is None else inputs_embeds

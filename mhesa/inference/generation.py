@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,8 @@ def generate(
         )
         for one in _seeds(seed, len(prompts))
     ]
+    for text, prompt in zip(texts, prompts, strict=True):
+        text.sampler.observe(prompt)
     new: dict[Continuation, list[int]] = {text: [] for text in texts}
     for first in range(0, len(prompts), decoder.max_batch):
         batch = slice(first, first + decoder.max_batch)
@@ -102,10 +105,11 @@ def stream(
     >>> len(list(stream(model, torch.tensor([3]), max_new_tokens=5)))
     5
     """
-    decoder = _decoder(model, 1)
+    decoder, prompt = _decoder(model, 1), _not_empty(ids)
     text = Continuation(TokenSampler(sampling, seed), max_new_tokens, end=eos_token_id)
+    text.sampler.observe(prompt)
     state = decoder.initial_state(1) if state is None else state
-    return (token for _, token in write(decoder, [_not_empty(ids)], [text], state) if token != eos_token_id)
+    return (token for _, token in write(decoder, [prompt], [text], state) if token != eos_token_id)
 
 
 def write(
@@ -125,8 +129,6 @@ def write(
     """
     if texts[0].finish is not None:
         return
-    for text, prompt in zip(texts, prompts, strict=True):
-        text.sampler.observe(prompt)
     slots = Slots(decoder, states, num_tokens)
     ended = slots.add(texts, states, decoder.prefill(prompts, states))
     while True:
@@ -150,8 +152,8 @@ def _decoder(model: GatedExponentialSmoothingLM | Decoder, batch: int) -> Decode
 def _seeds(seed: int | Sequence[int] | None, count: int) -> Sequence[int | None]:
     if seed is None:
         return [None] * count
-    if isinstance(seed, int):
-        return [seed + index for index in range(count)]
+    if isinstance(seed, (int, np.integer)):
+        return [int(seed) + index for index in range(count)]
     if len(seed) != count:
         raise InputError(f"{count} prompts need {count} seeds, not {len(seed)}")
     return seed

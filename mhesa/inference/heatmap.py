@@ -12,9 +12,12 @@ import numpy as np
 from mhesa.inference.scoring import Batch
 from mhesa.inference.statistics import Statistic, bits, entropy, rank
 from mhesa.inference.units import Segmenter, UnitReader, find_words
+from mhesa.terminal import CONTROLS
 
 # Bits per byte from which a word has the strongest colour.
 STRONGEST = 8
+# What a page cannot show, and carriage returns, which it would make line ends.
+UNPRINTABLE = dict.fromkeys([*CONTROLS, ord("\r")], "\N{REPLACEMENT CHARACTER}")
 
 _HEAD = """<!doctype html>
 <html lang="en">
@@ -28,8 +31,9 @@ body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem
 h2 { font-size: 1rem; margin: 2rem 0 .5rem; }
 pre { font: 13px/1.6 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; }
 pre { overflow-wrap: anywhere; }
+span, i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .legend i { font-style: normal; padding: 0 .6em; }
-@media (prefers-color-scheme: dark) { :root { --hot: 255, 110, 60; } }
+@media (prefers-color-scheme: dark) { :root { --hot: 170, 60, 0; } }
 """
 
 
@@ -42,6 +46,8 @@ class Heatmap:
     def __init__(self, file: TextIO, segmenter: Segmenter = find_words) -> None:
         self.file, self._segmenter = file, segmenter
         self._held: bytes | None = None
+        # A carriage return that may be half of a line end.
+        self._return = ""
         shades = range(STRONGEST + 1)
         rules = "".join(f".s{n} {{ background: rgba(var(--hot), {n / STRONGEST:.3f}); }}\n" for n in shades)
         legend = "".join(f'<i class="s{n}">{n}{"+" if n == STRONGEST else ""}</i>' for n in shades)
@@ -50,8 +56,8 @@ class Heatmap:
 
     def follow(self, name: str, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Write a text's batches, and yield them unchanged."""
-        self.file.write(f"<h2>{html.escape(name)}</h2>\n<pre>")
-        units, self._held, place = UnitReader(name, self._segmenter), b"", 0
+        self.file.write(f"<h2>{html.escape(name)}</h2>\n<pre>\n")
+        units, self._held, self._return, place = UnitReader(name, self._segmenter), b"", "", 0
         for batch in chain(batches, [None]):
             self._held += b"" if batch is None else b"".join(block.text for block in batch.blocks)
             for unit in units.add(batch or Batch([], {}, np.zeros(0))):
@@ -71,11 +77,13 @@ class Heatmap:
         """End the text that is followed, if it was not read to its end. The file stays open."""
         if self._held is not None:
             self._write(self._held)
-            self.file.write("</pre>\n")
+            self.file.write(f"{self._return}</pre>\n".translate(UNPRINTABLE))
             self._held = None
 
     def _write(self, data: bytes) -> None:
-        """Write escaped text, with a replacement character for each unprintable one."""
-        text = data.decode("utf-8", "replace").replace("\r", "")  # of line ends
-        marked = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-        self.file.write(html.escape(marked, quote=False))
+        """Write escaped text, with a replacement character for each one that is `UNPRINTABLE`."""
+        text = self._return + data.decode("utf-8", "replace")
+        # The next part may begin with the other half of a line end.
+        self._return = "\r" if text.endswith("\r") else ""
+        text = text.removesuffix("\r").replace("\r\n", "\n").translate(UNPRINTABLE)
+        self.file.write(html.escape(text, quote=False))

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -77,6 +77,7 @@ class KeyedSessions:
         self._slots: OrderedDict[bytes, int] = OrderedDict()
         # Keys whose state differs from the database.
         self._changed: set[bytes] = set()
+        self._is_closed = False
         # Whether the database is a file that outlives the process.
         self.is_kept = path is not None
         self._name = str(path) if path is not None else "a temporary file"
@@ -120,6 +121,7 @@ class KeyedSessions:
 
     def close(self) -> None:
         """Close the file without what was read since the last `commit`, and let others use it."""
+        self._is_closed = True
         self._opened.close()
 
     @property
@@ -127,12 +129,13 @@ class KeyedSessions:
         """How many keys are read together."""
         return min(self.reader.decoder.max_batch, len(self._states))
 
-    def score(self, lines: Sequence[tuple[str, bytes]]) -> list[np.ndarray]:
+    def score(self, lines: Iterable[tuple[str, bytes]]) -> list[np.ndarray]:
         """Read lines, given by key and text, in their keys' sessions; measure the surprisal of every token.
 
         Returns:
             Bits for each token of each line, fp64 `(tokens,)`.
         """
+        lines = list(lines)
         ids = self.reader.tokenizer.encode_batch([text for _, text in lines])
         keys = [key for key, _ in lines]
         return [found["bits"] for found in self.score_ids(keys, ids, BITS)]
@@ -145,6 +148,8 @@ class KeyedSessions:
         Returns:
             For each line the statistics of its tokens by name, fp64 `(tokens,)` each.
         """
+        if self._is_closed:
+            raise InputError("these sessions are closed; open them again")
         lines_of: dict[bytes, list[int]] = {}
         for line, key in enumerate(keys):
             if len(ids[line]):
@@ -248,7 +253,7 @@ class KeyedSessions:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             raise InputError(f"cannot keep sessions in {self._name}: {error}") from error
 
 

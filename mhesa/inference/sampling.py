@@ -19,7 +19,7 @@ from mhesa.ops.checks import check_logits, distinct_tokens, is_plain
 from mhesa.ops.cpu.arguments import FLOAT64, INT64, STORED, Pointer, Struct, struct
 from mhesa.ops.cpu.threads import available, new_lock
 from mhesa.ops.cpu.workers import parallel_short
-from mhesa.settings import check_sizes
+from mhesa.settings import AT_LEAST_0, check_sizes
 
 __all__ = ["BatchSampler", "Sampling", "TokenSampler"]
 
@@ -84,14 +84,14 @@ class TokenSampler:
     """
 
     def __init__(self, sampling: Sampling | None = None, seed: int | None = None) -> None:
-        if seed is not None and seed < 0:
-            raise InputError(f"seed must be 0 or more, not {seed}")
+        if seed is not None:
+            check_sizes(AT_LEAST_0, seed=seed)
         self.sampling = given = sampling or Sampling()
         penalties = (given.repetition_penalty, given.frequency_penalty, given.presence_penalty)
         self.penalises = penalties != (1, 0, 0)
         values = {**vars(given), "top_k": min(given.top_k, MAX_TOKENS - 1)}
         del values["logit_bias"]  # the notes hold it
-        random = secrets.randbits(64) if seed is None else seed % (1 << 64)
+        random = secrets.randbits(64) if seed is None else int(seed) % (1 << 64)
         self.struct = Sampler(**values, random=random)
         # Notes on tokens, the index of each token's note, and the size of the vocabulary once it is known.
         self._notes, self._indices = (Note * 8)(), dict[int, int]()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +29,12 @@ from mhesa.locks import only_writer_of_file
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.checks import check_ids
 from mhesa.tokenizers.base import Tokenizer
+from mhesa.tokenizers.stream import encode_stream
 
+T = TypeVar("T")
 FORMAT = "mhesa session 1"
+# Bytes of a text that are tokenised at once.
+PIECE_BYTES = 1 << 20
 # Sequences that are read together: as many as fill the rows of a call, if each has one.
 MAX_BATCH = 256
 
@@ -46,6 +51,9 @@ class Reader:
     def __init__(
         self, model: GatedExponentialSmoothingLM, tokenizer: Tokenizer, *, quantize: str | None = None
     ) -> None:
+        if len(tokenizer) > model.token_emb.num_embeddings:
+            tokens = f"{len(tokenizer):,} tokens and the model {model.token_emb.num_embeddings:,}"
+            raise InputError(f"the tokenizer does not fit the model: it has {tokens}")
         self.model, self.tokenizer = model, tokenizer
         self.decoder = Decoder(model, quantize=quantize, max_batch=MAX_BATCH)
 
@@ -122,14 +130,17 @@ class Session:
         # The content of files when this session last read or wrote them, as SHA-256; `None`: not there.
         self._seen: dict[str, str | None] = {}
 
+    def __getstate__(self) -> NoReturn:
+        raise InputError("a session cannot be copied or pickled; use fork() or save()")
+
     @property
     def position(self) -> int:
         """How many tokens the text has so far."""
         return self._memory.position
 
     def feed(self, text: str | bytes) -> None:
-        """Read some text."""
-        self.feed_ids(self._ids(text))
+        """Read some text, all of it or, on an error, nothing; memory does not grow with its length."""
+        self._read(self._pieces(text), self._prefill)
 
     def feed_ids(self, ids: Tensor) -> None:
         """Read some tokens, int64 `(tokens,)`.
@@ -138,10 +149,7 @@ class Session:
             InputError: ids of another type or shape.
             IndexError: an id outside the vocabulary; nothing is read.
         """
-        self._check(ids)
-        if len(ids):
-            self.reader.decoder.prefill(self._inputs(ids)[None], self._memory.state)
-            self._advance(ids)
+        self._read([ids], self._prefill)
 
     def score(self, text: str | bytes) -> np.ndarray:
         """Read some text and measure the surprisal of each of its tokens.
@@ -149,16 +157,11 @@ class Session:
         Returns:
             Bits for each token, fp64 `(tokens,)`: `-log2` of the probability the model gave it.
         """
-        return self.score_ids(self._ids(text))
+        return np.concatenate([np.zeros(0), *self._read(self._pieces(text), self._surprisal)])
 
     def score_ids(self, ids: Tensor) -> np.ndarray:
         """Read tokens, int64 `(tokens,)`, and measure the surprisal of each; see `score` and `feed_ids`."""
-        self._check(ids)
-        if not len(ids):
-            return np.zeros(0)
-        bits = check_numbers(self.reader.decoder.surprisal(self._inputs(ids), ids, self._memory.state))
-        self._advance(ids)
-        return bits
+        return np.concatenate([np.zeros(0), *self._read([ids], self._surprisal)])
 
     def generate(
         self,
@@ -183,15 +186,20 @@ class Session:
 
         The session then stands after the new text, and after the stop string or end-of-text token that ended
         it, which is not part of the result. A repetition penalty sees only the tokens of this continuation:
-        a session does not remember earlier ones.
+        a session does not remember earlier ones. Where the text is not written to its end, the session stands
+        after what was given out.
 
         Args:
             max_new_tokens: largest number of tokens to write; an end-of-text token ends the text too.
             sampling: how tokens are drawn; plain sampling if omitted.
             seed: makes the text repeatable.
-            stop: the text ends before the first of these strings.
+            stop: the text ends before the first of these strings, or before this string.
+
+        Raises:
+            InputError: the session read something else before the text was at its end.
         """
         tokenizer, memory = self.reader.tokenizer, self._memory
+        stop = [stop] if isinstance(stop, str) else stop
         text = Continuation(
             TokenSampler(sampling, seed),
             max_new_tokens,
@@ -200,12 +208,14 @@ class Session:
             stops=[string.encode("utf-8", "surrogateescape") for string in stop],
         )
         cursor = TextCursor(text)
-        prompts = [torch.tensor([memory.token], device="cpu")]
-        for _, token in write(
-            self.reader.decoder, prompts, [text], memory.state, num_tokens=self.reader.num_tokens
-        ):
-            memory.token = token
-            memory.position += 1
+        last, state = torch.tensor([memory.token], device="cpu"), memory.state.clone()
+        free = torch.empty_like(state)
+        for _, token in write(self.reader.decoder, [last], [text], state, num_tokens=self.reader.num_tokens):
+            if memory is not self._memory:
+                raise InputError("the session has read something else: end its text before, or fork it")
+            # In another tensor: an interrupted step leaves `state` half changed.
+            free, memory = memory.state, SessionState(free.copy_(state), token, memory.position + 1)
+            self._memory = memory
             if new := cursor.read()[0]:
                 yield new
 
@@ -246,7 +256,8 @@ class Session:
     def open(cls, path: str | Path, reader: Reader) -> Iterator[Session]:
         """A context with the saved session, or a new one if there is no file; saves it at the end.
 
-        Nobody else can open or save the file in the meantime.
+        So it does after an exception, as far as the session has come. Nobody else can open or save the file
+        in the meantime.
 
         Raises:
             InputError: as `load` and `save` do.
@@ -291,6 +302,8 @@ class Session:
         except (KeyError, ValueError) as error:
             raise InputError(f"{path} is damaged: token or position is missing") from error
         mine = session._memory.state[:, 0]
+        if state.is_floating_point() and state.dtype != mine.dtype:
+            raise InputError(f"{path} is a session in {state.dtype}; this model's are in {mine.dtype}")
         whole = state.shape == mine.shape and state.dtype == mine.dtype and state.isfinite().all()
         if not whole or not 0 <= token < reader.decoder.num_tokens or position < 0:
             raise InputError(f"{path} is damaged: its contents do not fit the model")
@@ -298,21 +311,38 @@ class Session:
         session._memory.token, session._memory.position = token, position
         return session
 
-    def _ids(self, text: str | bytes) -> Tensor:
+    def _pieces(self, text: str | bytes) -> Iterator[Tensor]:
+        """The tokens of a text, int64 `(tokens,)`, some of a long one at a time."""
         data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
-        return torch.from_numpy(self.reader.tokenizer.encode_bytes(data).astype("int64"))
+        if len(data) <= PIECE_BYTES:
+            found: Iterable[np.ndarray] = [self.reader.tokenizer.encode_bytes(data)]
+        else:
+            parts = (data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
+            together = encode_stream(self.reader.tokenizer, self.reader.token_bytes, parts)
+            found = (np.concatenate([block.ids for block in blocks]) for blocks in together)
+        return (torch.from_numpy(ids.astype("int64")) for ids in found)
 
-    def _check(self, ids: Tensor) -> None:
-        """Check all ids before any is read, for the last one is read by the next call."""
-        check_ids(ids, self.reader.decoder.device, self.reader.decoder.num_tokens)
+    def _read(self, pieces: Iterable[Tensor], read: Callable[[Tensor, Tensor, Tensor], T]) -> list[T]:
+        """Read tokens, int64 `(tokens,)` a piece; the session moves on when all of them are read.
 
-    def _inputs(self, ids: Tensor) -> Tensor:
-        """The tokens whose predictions are for `ids`: the last one, and all of `ids` but the last."""
-        return torch.cat([ids.new_tensor([self._memory.token]), ids[:-1]])
+        `read` gets the tokens to read, those that they predict, and the state, to be changed in place.
+        """
+        decoder, found = self.reader.decoder, []
+        memory = replace(self._memory, state=self._memory.state.clone())
+        for ids in pieces:
+            # All, because the last one is read by the next call.
+            check_ids(ids, decoder.device, decoder.num_tokens)
+            if len(ids):
+                found.append(read(torch.cat([ids.new_tensor([memory.token]), ids[:-1]]), ids, memory.state))
+                memory.token, memory.position = int(ids[-1]), memory.position + len(ids)
+        self._memory = memory
+        return found
 
-    def _advance(self, ids: Tensor) -> None:
-        self._memory.token = int(ids[-1])
-        self._memory.position += len(ids)
+    def _prefill(self, inputs: Tensor, ids: Tensor, state: Tensor) -> None:
+        self.reader.decoder.prefill(inputs[None], state)
+
+    def _surprisal(self, inputs: Tensor, ids: Tensor, state: Tensor) -> np.ndarray:
+        return check_numbers(self.reader.decoder.surprisal(inputs, ids, state))
 
 
 def fingerprint(model: GatedExponentialSmoothingLM) -> str:

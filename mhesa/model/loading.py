@@ -184,7 +184,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     # Not `Path.exists`, which raises an error where the folder may not be searched.
     if os.path.exists(folder / SETTINGS):
         begun = any((folder / CHECKPOINTS).glob("*"))
-        how = "go on with train --resume" if begun else "start over with train --overwrite"
+        how = "wait for its end, or train --resume" if begun else "start over with train --overwrite"
         missing = f"the training run in {folder} has no model yet: {how} --out {folder}"
     values = read_json(path, missing)
     kind = values.get("model_type") if isinstance(values, dict) else None

@@ -98,7 +98,8 @@ def train(
     join_processes(resolve_device(settings.device))
     settings = settings.resolve()
     console = console if console is not None and rank() == 0 else Console(quiet=True)
-    with only_run_in(Path(settings.out)):
+    # Gradients are on, whatever they are outside.
+    with only_run_in(Path(settings.out)), torch.inference_mode(False), torch.enable_grad():
         return _train(begin(settings, resume, overwrite, console), phase)
 
 
@@ -125,6 +126,8 @@ def _train(run: Run, phase: Phase) -> Summary:
 
 def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Console) -> Run:
     """Check everything that can be wrong, tokenise the text, and only then touch the folder."""
+    if resume and overwrite:
+        raise InputError("give resume or overwrite, not both")
     folder = Path(settings.out)
     start = checkpoint_to_resume(settings, console) if resume else None
     if not resume and not overwrite and rank() == 0:

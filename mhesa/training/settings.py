@@ -225,6 +225,8 @@ class TrainingSettings(ModelSizes):
     ] = "none"
 
     def __post_init__(self) -> None:
+        if isinstance(self.sources, (list, tuple)):
+            object.__setattr__(self, "sources", tuple(map(str, self.sources)))
         check_types(self)
         check_ranges(self)
         if not self.out:
