@@ -66,7 +66,10 @@ def score(
     ] = None,
     heatmap: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write an HTML page of the text, coloured by surprisal."),
+        typer.Option(
+            metavar="FILE",
+            help="Write an HTML page of the text, its words coloured by surprisal (or characters, sentences).",
+        ),
     ] = None,
     text_field: TextField = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print each score as a line of JSON.")] = False,

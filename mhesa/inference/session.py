@@ -198,26 +198,37 @@ class Session:
         Raises:
             InputError: the session read something else before the text was at its end.
         """
-        tokenizer, memory = self.reader.tokenizer, self._memory
-        stop = [stop] if isinstance(stop, str) else stop
+        tokenizer, begun = self.reader.tokenizer, self._memory
+        stops = [stop] if isinstance(stop, str) else stop
+        memory = self._memory = replace(begun, state=begun.state.clone())
         text = Continuation(
             TokenSampler(sampling, seed),
             max_new_tokens,
             end=tokenizer.eos_token_id,
             decode=lambda token: tokenizer.decode_bytes([token]),
-            stops=[string.encode("utf-8", "surrogateescape") for string in stop],
+            stops=[one.encode("utf-8", "surrogateescape") for one in stops],
         )
-        cursor = TextCursor(text)
-        last, state = torch.tensor([memory.token], device="cpu"), memory.state.clone()
-        free = torch.empty_like(state)
-        for _, token in write(self.reader.decoder, [last], [text], state, num_tokens=self.reader.num_tokens):
-            if memory is not self._memory:
-                raise InputError("the session has read something else: end its text before, or fork it")
-            # In another tensor: an interrupted step leaves `state` half changed.
-            free, memory = memory.state, SessionState(free.copy_(state), token, memory.position + 1)
-            self._memory = memory
-            if new := cursor.read()[0]:
-                yield new
+        cursor, drawn = TextCursor(text), list[int]()
+        last = torch.tensor([begun.token], device="cpu")
+        try:
+            for _, token in write(
+                self.reader.decoder, [last], [text], memory.state, num_tokens=self.reader.num_tokens
+            ):
+                if memory is not self._memory:
+                    raise InputError("the session has read something else: end its text before, or fork it")
+                drawn.append(token)
+                memory.token = token
+                memory.position += 1
+                if new := cursor.read()[0]:
+                    yield new
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # An interrupted step leaves a state half changed: read what was given out again.
+            if memory is self._memory:
+                self._memory = begun
+                self.feed_ids(torch.tensor(drawn, dtype=torch.int64, device=self.reader.decoder.device))
+            raise
 
     def fork(self) -> Session:
         """A copy of the session; the two go on independently."""
