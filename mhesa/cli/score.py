@@ -68,7 +68,7 @@ def score(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write an HTML page of the text, its words coloured by surprisal (or characters, sentences).",
+            help="Write an HTML page of the text, its words (characters, sentences) coloured by surprisal.",
         ),
     ] = None,
     text_field: TextField = "text",
