@@ -27,7 +27,10 @@ def check_replaceable(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(BEGINNING)
     if start and GENERATOR not in start:
-        raise InputError(f"{path} is there, and is no page that mhesa wrote; move it, or give another place")
+        raise InputError(
+            f"{path} is there, and is not marked as a page of mhesa (an old one is not); move it, "
+            "or give another place"
+        )
 
 
 def policy(text: str, *, connect: str = "'none'", scripts: str = "") -> str:

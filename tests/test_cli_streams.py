@@ -102,7 +102,7 @@ def test_a_page_is_written(run, folder, tmp_path):
     essay.write_bytes(TEXT)
     code, _, err = run("score", folder, "--heatmap", essay, data=TEXT)
     assert (code, err.count(b"\n")) == (2, 1)
-    assert b"no page that mhesa wrote" in err
+    assert b"is not marked as a page of mhesa" in err
     assert essay.read_bytes() == TEXT
 
 
@@ -205,11 +205,8 @@ def test_invalid_arguments_are_refused(fails, folder, tmp_path, monkeypatch):
     assert "seed" in fails("generate", folder, "--prompt", "a", "--seed", -1)
 
 
-def test_a_terminal_gets_no_control_characters(folder):
-    """Of a random model, which writes any byte; a pipe gets what it wrote."""
-    arguments = ["generate", folder, "--length", "300", "--seed", "1", "--prompt", "\x1b[31m"]
-    written = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, check=True).stdout
-    assert b"\x1b[31m" in written
+def in_a_terminal(*arguments):
+    """What the command writes on a terminal."""
     leader, follower = os.openpty()
     process = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=follower, stdin=subprocess.DEVNULL)
     os.close(follower)
@@ -219,7 +216,23 @@ def test_a_terminal_gets_no_control_characters(folder):
             shown += part
     assert process.wait(timeout=60) == 0
     os.close(leader)
-    assert shown.startswith(b"\\x1b[31m")
     # Where colorama is there, numba imports it, and it resets colours at the end.
-    shown = shown.removesuffix(b"\x1b[0m")
+    return shown.removesuffix(b"\x1b[0m")
+
+
+def test_a_terminal_gets_no_control_characters(folder):
+    """Of a random model, which writes any byte; a pipe gets what it wrote."""
+    arguments = ["generate", folder, "--length", "300", "--seed", "1", "--prompt", "\x1b[31m"]
+    written = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, check=True).stdout
+    assert b"\x1b[31m" in written
+    shown = in_a_terminal(*arguments)
+    assert shown.startswith(b"\\x1b[31m")
     assert not set(shown) & ({*range(32)} - set(b"\t\n\r"))
+
+
+@pytest.mark.parametrize("options", [[], ["--preset", "numbers"], ["--false-alarms", "0.5"]])
+def test_a_terminal_marks_the_part_that_stands_out(folder, tmp_path, options):
+    (tmp_path / "log").write_bytes(b"one line\n" * 3)
+    shown = in_a_terminal("score", folder, tmp_path / "log", *options)
+    # With a rate of false alarms only lines that are marked, here none.
+    assert shown.count(b"\x1b[1;7;31m") == (0 if "--false-alarms" in options else 3)

@@ -188,6 +188,19 @@ def test_the_span_is_counted_from_the_beginning_of_a_line_in_pieces(size, highes
 
 def test_a_span_holds_whole_characters():
     text = "aé日😀b\n".encode()
+    for binary in (
+        b"\xb0\xa1\xb0\xa2\xb0",
+        b"\x80" * 9,
+        b"\xc3\x80\x80\x80",
+        b"abc\xe2\x82",
+        "日本".encode("utf-16"),
+    ):
+        for place in range(len(binary)):
+            bits = np.zeros(len(binary))
+            bits[place] = 9.0
+            [row] = LineScores().read("t", [ScoredPiece(Piece(1, 0, binary), bits)])
+            assert row.span[0] <= place < row.span[1] <= len(binary)
+            assert row.span[1] - row.span[0] <= 3
     for place in range(len(text)):
         bits = np.zeros(len(text))
         bits[place] = 9.0

@@ -173,7 +173,7 @@ def test_ids_states_and_labels_that_do_not_fit_are_refused(model):
         (partial(model, ids, labels=ids[:, 1:]), r"labels must be \(2, 4\), as the ids, not \(2, 3\)"),
         (partial(model, ids, state=model.initial_state(3)), r"state must be \(3, 2, 6\) .*, not \(3, 3, 6\)"),
         (partial(model.step, ids[:, 0], None), r"state must be \(3, 2, 6\) .*, not NoneType"),
-        (partial(model.initial_state, -1), "batch must be 0 or more, not -1"),
+        (partial(model.step, ids, model.initial_state(2)), r"token ids must be \(batch,\), .*, not \(2, 4\)"),
     ):
         with pytest.raises(InputError, match=message):
             call()

@@ -92,6 +92,8 @@ def test_requests_that_are_not_http_are_refused(server, data, status, code):
     answer = raw(server, data)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == code
+    refused = [event for event in server.events() if event["event"] == "refused"]
+    assert (refused[-1]["status"], refused[-1]["code"]) == (status, code)
 
 
 def test_bytes_after_a_request_close_the_connection(server):
@@ -121,6 +123,8 @@ def test_slow_senders_are_disconnected(server):
     parts = [b"", b"GET / HTTP/1.1\r\nHost:", (HEAD + "Content-Length: 100\r\n\r\n{").encode()]
     with ThreadPoolExecutor() as pool:
         assert list(pool.map(lambda part: raw(server, part), parts)) == [b""] * 3
+    # The first of them has sent nothing.
+    assert [event["code"] for event in server.events() if event["event"] == "cut"].count("slow_request") >= 2
 
 
 def test_slow_reader_is_disconnected(folder, tmp_path):
@@ -134,8 +138,9 @@ def test_slow_reader_is_disconnected(folder, tmp_path):
         connection.sendall(head.encode() + body)
         server.wait_for("mhesa_texts_active", 1)
         server.wait_for("mhesa_texts_active", 0)
-        cuts = [event["cut"] for event in server.events() if "cut" in event]
-    assert cuts == ["not read"]
+        events = server.events()
+    assert [event["code"] for event in events if event["event"] == "cut"] == ["answer_not_read"]
+    assert [event["cut"] for event in events if "cut" in event] == ["disconnected"]
 
 
 def test_a_stream_has_no_more_logprobs_than_an_answer(http):

@@ -325,16 +325,17 @@ def test_an_interrupted_read_reads_nothing(reader, monkeypatch, tmp_path, method
     assert same(ended_at(Session.load(tmp_path / "s", reader)), before)
 
 
-def test_an_interrupted_text_stands_after_what_was_given_out(reader, monkeypatch):
+def test_an_interrupted_text_stands_after_the_tokens_drawn(reader, monkeypatch):
     interrupted(monkeypatch, "step", 5)
-    session = Session(reader)
+    session, given = Session(reader), []
     with pytest.raises(KeyboardInterrupt):
-        list(session.stream(max_new_tokens=50, seed=3))
+        given.extend(session.stream(max_new_tokens=50, seed=3))
     monkeypatch.undo()
     assert session.position == 5
     other = Session(reader)
-    other.generate(max_new_tokens=5, seed=3)
+    text = other.generate(max_new_tokens=5, seed=3)
     assert same(ended_at(session), ended_at(other))
+    assert text.startswith("".join(given))
 
 
 def test_a_session_does_one_thing_at_a_time(reader):

@@ -39,8 +39,12 @@ def export(
         raise InputError("give --onnx OUT or --web OUT, the folder to write to")
     if opset is not None and onnx is None:
         raise InputError("--opset needs --onnx")
+    from mhesa.export.web import PAGE, export_web
     from mhesa.model.loading import load
+    from mhesa.web_pages import check_replaceable
 
+    if web is not None:
+        check_replaceable(web / PAGE)
     model, tokenizer = load(folder)
     resume_garbage_collection()
     table = new_table("file", "MB")
@@ -50,8 +54,6 @@ def export(
 
         written += export_onnx(model, onnx, opset=DEFAULT_OPSET if opset is None else opset)
     if web is not None:
-        from mhesa.export.web import export_web
-
         written.append(export_web(model, tokenizer, web, name=folder.resolve().name))
     for path in written:
         table.add_row(str(path), f"{path.stat().st_size / 1e6:.2f}")

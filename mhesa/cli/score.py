@@ -124,7 +124,10 @@ def score(
         int, _of_lines(metavar="N", help="With --only, also print N lines before and after each.")
     ] = 0,
     unit: Annotated[
-        str | None, _of_tables(metavar="bits|nats", help="Unit of surprisal and entropy; bits if omitted.")
+        str | None,
+        _of_tables(
+            metavar="bits|nats", help="Unit of surprisal and entropy, bits by default; makes tokens a table."
+        ),
     ] = None,
     spill: Annotated[
         int, _of_tables(metavar="N", help="Add columns with the surprisal of the N preceding units.")

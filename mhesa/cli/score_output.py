@@ -70,7 +70,7 @@ class Output:
         if isinstance(row, LineSurprisal):
             if self._with_score:
                 score = f"{'!' if row.alarm else ' '}{row.score:9.1f} {row.bits_per_byte:6.2f}"
-            if self._is_terminal and (row.alarm or not self._with_score):
+            if self._is_terminal and row.alarm is not False:
                 text = _with_strong_span(row)
         return f"{score}  {_where(row)}  {text}"
 

@@ -206,9 +206,15 @@ def most_surprising_span(bits: np.ndarray) -> tuple[int, int]:
 
 
 def _whole_characters(text: bytes, start: int, end: int) -> tuple[int, int]:
-    """The span, widened to characters of UTF-8 that it cuts."""
-    after = character_start(text, end)
-    return character_start(text, start), end if after == end else after + character_length(text[after])
+    """The span, widened to the characters of UTF-8 that it cuts."""
+    return _character_around(text, start)[0], _character_around(text, end)[1]
+
+
+def _character_around(text: bytes, place: int) -> tuple[int, int]:
+    """Where the character begins and ends that `place` is inside of; `place` twice if it is in none."""
+    start = character_start(text, place)
+    end = min(start + character_length(text[start]), len(text)) if start < place else place
+    return (start, end) if start < place < end else (place, place)
 
 
 class FalseAlarms:

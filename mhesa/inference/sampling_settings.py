@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from mhesa.errors import InputError
-from mhesa.settings import AT_LEAST_0, FINITE, POSITIVE, Doc, Range, check_ranges, check_types, documented
+from mhesa.settings import AT_LEAST_0, FINITE, POSITIVE, Doc, Range, check_ranges, documented
 
 
 @documented
@@ -60,7 +60,6 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
         check_ranges(self)
         for token, bias in self.logit_bias.items():
             if token < 0 or not math.isfinite(bias):

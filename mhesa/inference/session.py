@@ -169,7 +169,7 @@ class Session:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> str:
         """Continue the text; see `stream`."""
         return "".join(self.stream(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop))
@@ -180,20 +180,20 @@ class Session:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
         """Continue the text, and give it as it is written, in whole characters.
 
         The session then stands after the new text, and after the stop string or end-of-text token that ended
         it, which is not part of the result. A repetition penalty sees only the tokens of this continuation:
         a session does not remember earlier ones. Where the text is not written to its end, the session stands
-        after what was given out.
+        after the tokens drawn, which may be more than was given out: part of a character or of a stop string.
 
         Args:
             max_new_tokens: largest number of tokens to write; an end-of-text token ends the text too.
             sampling: how tokens are drawn; plain sampling if omitted.
             seed: makes the text repeatable.
-            stop: the text ends before the first of these strings, or before this string.
+            stop: one string or several; the text ends before the first that occurs.
 
         Raises:
             InputError: the session read something else before the text was at its end.
@@ -224,7 +224,7 @@ class Session:
         except GeneratorExit:
             raise
         except BaseException:
-            # An interrupted step leaves a state half changed: read what was given out again.
+            # An interrupted step leaves a state half changed: read the tokens drawn again.
             if memory is self._memory:
                 self._memory = begun
                 self.feed_ids(torch.tensor(drawn, dtype=torch.int64, device=self.reader.decoder.device))
@@ -267,8 +267,8 @@ class Session:
     def open(cls, path: str | Path, reader: Reader) -> Iterator[Session]:
         """A context with the saved session, or a new one if there is no file; saves it at the end.
 
-        So it does after an exception, as far as the session has come. Nobody else can open or save the file
-        in the meantime.
+        So it does after an exception, as far as the session has come, unless the model gave no numbers.
+        Nobody else can open or save the file in the meantime.
 
         Raises:
             InputError: as `load` and `save` do.

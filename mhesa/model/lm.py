@@ -16,7 +16,7 @@ from mhesa.model.loss import next_token_loss
 from mhesa.ops.checks import count_sequences
 from mhesa.ops.context_parallel import ContextParallel
 from mhesa.ops.smoothing import accumulation_dtype
-from mhesa.settings import AT_LEAST_0, check_sizes
+from mhesa.settings import check_sizes
 
 
 class GatedExponentialSmoothingLM(nn.Module):
@@ -132,6 +132,8 @@ class GatedExponentialSmoothingLM(nn.Module):
         Returns:
             Logits `(batch, num_tokens)` and the new state. There is no dropout, in training either.
         """
+        if x.ndim != 1:
+            raise InputError(f"token ids must be (batch,), one for each text, not {tuple(x.shape)}")
         self._check_state(state, x.shape[0])
         hidden = self.token_emb(x)
         states = []
@@ -142,7 +144,6 @@ class GatedExponentialSmoothingLM(nn.Module):
 
     def initial_state(self, batch: int) -> Tensor:
         """The state before any token: zeros of `(depth, batch, state_size)`, fp32 (fp64 if the model is)."""
-        check_sizes(AT_LEAST_0, batch=batch)
         weight = self.to_logits.weight
         return torch.zeros(
             len(self.layers),

@@ -184,8 +184,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     # Not `Path.exists`, which raises an error where the folder may not be searched.
     if os.path.exists(folder / SETTINGS):
         begun = any((folder / CHECKPOINTS).glob("*"))
-        how = "wait for its end, or train --resume" if begun else "start over with train --overwrite"
-        missing = f"the training run in {folder} has no model yet: {how} --out {folder}"
+        how = "go on with train --resume" if begun else "start over with train --overwrite"
+        what = f"the training run in {folder} has no model yet: wait for its end"
+        missing = f"{what}; if it was stopped, {how} --out {folder}"
     values = read_json(path, missing)
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != MODEL_TYPE:

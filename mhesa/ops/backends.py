@@ -78,7 +78,7 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-# What the CPU kernels between matrix products compute in; they are by the backend "numba".
+# Types that the CPU kernels for single values read and write; the kernels belong to the backend "numba".
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -111,8 +111,8 @@ def resolve(name: str | None, device: torch.device, *, fixed_rates: bool = True)
     """
     check_backend(name)
     compiling = torch.compiler.is_compiling()
-    plain = torch.compiler.is_exporting() if compiling else forward_ad._current_level >= 0
-    best = ("chunked",) if plain else BACKENDS
+    needs_chunked = torch.compiler.is_exporting() if compiling else forward_ad._current_level >= 0
+    best = ("chunked",) if needs_chunked else BACKENDS
     for known in best if name is None else (name,):
         if BACKENDS[known].serves(device, fixed_rates=fixed_rates):
             module = BACKENDS[known].module

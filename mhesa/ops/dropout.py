@@ -20,7 +20,7 @@ from mhesa.ops.registration import apply, is_plain_eager, is_untransformed
 
 
 def dropout(x: Tensor, probability: float, training: bool = True, *, backend: str | None = None) -> Tensor:
-    """Zeros in place of random values of `x`; the others are divided by what is left of one.
+    """Set each value to zero with a probability; the others are divided by one minus it.
 
     Args:
         x: tensor of any shape and floating-point type.

@@ -280,7 +280,10 @@ def is_plain_eager(*tensors: Tensor) -> bool:
 
 
 def is_untransformed(*tensors: Tensor) -> bool:
-    """The same of tensors of any shape, but a dispatch mode may be active."""
+    """Whether tensors of any shape are plain and meet no compiler, transform, tracer or dual level.
+
+    A dispatch mode may be active.
+    """
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

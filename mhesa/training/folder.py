@@ -30,8 +30,9 @@ CHANGEABLE = frozenset(
     {
         *("out", "steps", "minutes", "device", "backend", "save_every", "keep", "eval_every", "patience"),
         *("report_to", "lr", "muon_lr", "clip", "accumulate", "compile", "recompute", "fsdp"),
-        # What counts is their text.
-        *("context_parallel", "sources"),
+        "context_parallel",
+        # Sources may move: their text is compared by its digest.
+        "sources",
     }
 )
 

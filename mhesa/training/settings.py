@@ -391,7 +391,7 @@ class TrainingSettings(ModelSizes):
 
 
 def with_changes(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Settings with changes; steps replace minutes and back.
+    """Settings with changes; steps replace minutes, and minutes steps.
 
     >>> with_changes({"minutes": 3.0, "dim": 64}, {"steps": 100})
     {'minutes': None, 'dim': 64, 'steps': 100}

@@ -253,10 +253,11 @@ def _engine(
         and kinds == {Parameter}
     )
     if quantize and not native:
-        others = [kind.__name__ for kind in kinds - {Parameter}] + ([f"backend {backend}"] if backend else [])
+        found = [f"{weight.dtype} on {weight.device}", *(kind.__name__ for kind in kinds - {Parameter})]
+        found += [f"backend {backend}"] if backend not in (None, "numba") else []
         raise InputError(
-            f"{quantize} weights are for fp32 and bf16 models on cpu, "
-            f"not {', '.join([f'{weight.dtype} on {weight.device}', *others])}"
+            f"{quantize} weights need a model in fp32 or bf16 on cpu, without another backend; "
+            f"this one is {', '.join(found)}"
         )
     if native:
         from mhesa.inference.decoder.native import NativeEngine

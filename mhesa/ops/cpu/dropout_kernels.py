@@ -45,10 +45,10 @@ PARITY = 0x1BD11BDA
 
 
 def dropout(x: Tensor, probability: float, key: int) -> Tensor:
-    """`x` of any shape and type up to fp32, with zeros of a probability, the others divided by the rest.
+    """`x`, each value set to zero with a probability; the others are divided by one minus it.
 
     Args:
-        x: the values.
+        x: tensor of any shape, in fp32, bf16 or fp16.
         probability: probability of a zero, above 0 and below 1.
         key: the generator's key, of 63 bits. The same key drops the same values.
     """

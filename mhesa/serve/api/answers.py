@@ -314,7 +314,7 @@ class EventStream(Response):
                 await send_event(event)
             await send_event("[DONE]", more=False)
         except ClientGone:
-            self.answer.log_fields["cut"] = scope["state"].get("cut", "disconnected")
+            self.answer.log_fields["cut"] = "disconnected"
         except (APIError, SessionError) as error:
             failure = error if isinstance(error, APIError) else session_error(error)
             self.answer.log_fields["cut"] = failure.code

@@ -91,14 +91,19 @@ def check_limit(value: int, what: str, most: int) -> None:
         raise invalid(f"{what}: at most {most:,}, not {value:,}", what.split()[0], "limit_exceeded")
 
 
+def _places(loc: Sequence[str | int]) -> list[int]:
+    """The places in lists that a fault is at."""
+    return [part for part in loc if isinstance(part, int)]
+
+
 def validation_error(errors: Sequence[Any]) -> APIError:
     """A fault that validation found, in a sentence.
 
     >>> validation_error([{"loc": ("body", "n"), "msg": "Input should be at least 1", "type": "x"}]).message
     'n: Input should be at least 1'
     """
-    # Of the types of a union, the one that fits best has its fault deepest.
-    first = max(errors, key=lambda error: len(error["loc"]))
+    # Of the types of a union, the one that fits best has its fault deepest and last.
+    first = max(errors, key=lambda error: (len(error["loc"]), _places(error["loc"])))
     where = [str(part) for part in first["loc"][1:]]
     if first["type"] == "extra_forbidden":
         name = where[-1][:64]

@@ -240,10 +240,9 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
                 self._timers[name] = self.loop.call_later(seconds, self._cut, name)
 
         def _cut(self, name: str) -> None:
-            if name == "send" and self.cycle is not None:
-                self.cycle.scope["state"]["cut"] = "not read"
-            elif self._head != 0:
-                log("cut", code="slow_request")
+            # A connection on which nothing was ever sent is not worth a line.
+            if name == "send" or self._head != 0:
+                log("cut", code="answer_not_read" if name == "send" else "slow_request")
             self.transport.abort()
 
         def _stop_timer(self, name: str) -> None:
