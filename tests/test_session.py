@@ -9,6 +9,7 @@ import os
 import pickle
 import platform
 import re
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -386,3 +387,17 @@ def test_a_session_in_another_type_is_named(reader, tmp_path):
     Session(Reader(model_of().double(), ByteTokenizer())).save(tmp_path / "s")
     with pytest.raises(InputError, match=r"is a session in torch.float64; this model's are in torch.float32"):
         Session.load(tmp_path / "s", reader)
+
+
+def test_no_flipped_byte_is_read_as_something_else(reader, tmp_path):
+    session = Session(reader)
+    session.feed("a text")
+    session.save(tmp_path / "s")
+    whole = (tmp_path / "s").read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 7
+        (tmp_path / "s").write_bytes(damaged)
+        # What is not read, as the name of another entry, may be anything.
+        with suppress(InputError):
+            assert same(ended_at(Session.load(tmp_path / "s", reader)), ended_at(session))

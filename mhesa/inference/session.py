@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -251,13 +251,14 @@ class Session:
         memory, name = self._memory, os.path.realpath(path)
         if name in self._seen and self._seen[name] != _digest(path):
             raise InputError(f"{path} has changed since it was read; load it again, or save to another file")
+        state = memory.state[:, 0].cpu().contiguous()
         details = {
             "format": FORMAT,
             "fingerprint": self.reader.fingerprint,
             "token": str(memory.token),
             "position": str(memory.position),
         }
-        data = save({"state": memory.state[:, 0].cpu().contiguous()}, metadata=details)
+        data = save({"state": state}, metadata=details | {"sha256": _checksum(state, details)})
         with os_errors(f"cannot write {path}"), write_file(path) as file:
             file.write(data)
         self._seen[name] = hashlib.sha256(data).hexdigest()
@@ -306,6 +307,9 @@ class Session:
         state, details = _read(Path(path))
         if details.get("format") != FORMAT:
             raise InputError(f"{path} is no saved session")
+        # Sessions of earlier versions have none.
+        if details.get("sha256") not in (None, _checksum(state, details)):
+            raise InputError(f"{path} is damaged: its contents are not those that were saved")
         if details.get("fingerprint") != reader.fingerprint:
             raise InputError(f"{path} is a session with another model; load the one it was saved with")
         try:
@@ -374,6 +378,14 @@ def _digest(path: Path) -> str | None:
     with os_errors(f"cannot read {path}"), suppress(FileNotFoundError):
         return sha256(path)
     return None
+
+
+def _checksum(state: Tensor, details: Mapping[str, str]) -> str:
+    """The SHA-256 of a state of any shape on CPU, and what goes with it."""
+    names = ("fingerprint", "token", "position")
+    digest = hashlib.sha256(json.dumps([details.get(name) for name in names]).encode())
+    digest.update(state.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
