@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import StartedCommand, run_command
 
+import mhesa
 from mhesa import GatedExponentialSmoothingLM, cli
 from mhesa.hf import ByteTokenizer, MhesaForCausalLM
 from mhesa.training.settings import TrainingSettings
@@ -236,3 +237,15 @@ def test_a_terminal_marks_the_part_that_stands_out(folder, tmp_path, options):
     shown = in_a_terminal("score", folder, tmp_path / "log", *options)
     # With a rate of false alarms only lines that are marked, here none.
     assert shown.count(b"\x1b[1;7;31m") == (0 if "--false-alarms" in options else 3)
+
+
+def test_a_prompt_that_is_interrupted_is_not_in_the_session(folder, tmp_path):
+    path = tmp_path / "talk.session"
+    process = StartedCommand("generate", folder, "--prompt", "-", "--session", path)
+    for _ in range(3):
+        process.stdin.write(b"a line\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"a line\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    assert mhesa.Session.load(path, mhesa.Reader(*mhesa.load(folder))).position == 0

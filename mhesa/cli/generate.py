@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -58,12 +60,9 @@ def generate(
 
         mhesa generate runs/mine --session talk.session --prompt 'And then '
     """
-    import torch
-
     from mhesa.data.standard_input import standard_input
     from mhesa.inference.sampling import TokenSampler
     from mhesa.inference.session import Session
-    from mhesa.tokenizers.stream import encode_stream
 
     if length < 0:
         raise InputError(f"length must be 0 or more, not {length}")
@@ -82,12 +81,16 @@ def generate(
     safe = escape_controls if sys.stdout.isatty() else str
     opened = Session.open(session, reader) if session else nullcontext(Session(reader))
     with opened as text:
-        for blocks in encode_stream(reader.tokenizer, reader.token_bytes, given):
-            for block in blocks:
-                text.feed_ids(torch.from_numpy(block.ids.astype("int64")))
-            if echo:
-                shown = b"".join(block.text for block in blocks)
-                print(safe(shown.decode("utf-8", "replace")), end="", flush=True)
+        text.feed(_echoed(given, safe) if echo else given)
         for part in text.stream(max_new_tokens=length, sampling=drawing, seed=seed, stop=stop or ()):
             print(safe(part), end="", flush=True)
     sys.stdout.write("\n")
+
+
+def _echoed(parts: Iterable[bytes], safe: Callable[[str], str]) -> Iterator[bytes]:
+    """The parts of a text, each printed as it comes."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for part in parts:
+        print(safe(decoder.decode(part)), end="", flush=True)
+        yield part
+    print(safe(decoder.decode(b"", final=True)), end="", flush=True)

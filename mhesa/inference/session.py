@@ -138,8 +138,11 @@ class Session:
         """How many tokens the text has so far."""
         return self._memory.position
 
-    def feed(self, text: str | bytes) -> None:
-        """Read some text, all of it or, on an error, nothing; memory does not grow with its length."""
+    def feed(self, text: str | bytes | Iterable[bytes]) -> None:
+        """Read some text, or its parts as they come: all of it or, on an error, nothing.
+
+        Memory does not grow with its length.
+        """
         self._read(self._pieces(text), self._prefill)
 
     def feed_ids(self, ids: Tensor) -> None:
@@ -326,15 +329,20 @@ class Session:
         session._memory.token, session._memory.position = token, position
         return session
 
-    def _pieces(self, text: str | bytes) -> Iterator[Tensor]:
+    def _pieces(self, text: str | bytes | Iterable[bytes]) -> Iterator[Tensor]:
         """The tokens of a text, int64 `(tokens,)`, some of a long one at a time."""
-        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
-        if len(data) <= PIECE_BYTES:
-            found: Iterable[np.ndarray] = [self.reader.tokenizer.encode_bytes(data)]
+        tokenizer = self.reader.tokenizer
+        text = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+        if isinstance(text, (bytes, bytearray, memoryview)):
+            if len(text) <= PIECE_BYTES:
+                return iter([torch.from_numpy(tokenizer.encode_bytes(bytes(text)).astype("int64"))])
+            parts: Iterable[bytes] = (
+                bytes(text[start : start + PIECE_BYTES]) for start in range(0, len(text), PIECE_BYTES)
+            )
         else:
-            parts = (data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
-            together = encode_stream(self.reader.tokenizer, self.reader.token_bytes, parts)
-            found = (np.concatenate([block.ids for block in blocks]) for blocks in together)
+            parts = text
+        together = encode_stream(tokenizer, self.reader.token_bytes, parts)
+        found = (np.concatenate([block.ids for block in blocks]) for blocks in together)
         return (torch.from_numpy(ids.astype("int64")) for ids in found)
 
     def _read(self, pieces: Iterable[Tensor], read: Callable[[Tensor, Tensor, Tensor], T]) -> list[T]:
