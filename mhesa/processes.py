@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhesa.errors import TrainingError
+from mhesa.errors import InputError, TrainingError
 
 T = TypeVar("T")
 
@@ -25,15 +25,23 @@ def join_processes(device: str) -> None:
     """Initialise torch.distributed, if `torchrun` or `accelerate launch` started this process among others.
 
     They say so in environment variables. Each process of a machine takes the accelerator of its LOCAL_RANK.
+
+    Raises:
+        InputError: the variables are not those of such a start.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
     kind = torch.device(device).type
-    if kind == "cpu":
-        dist.init_process_group("gloo")
-    else:
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}")
+    backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+    try:
+        if kind != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend)
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"WORLD_SIZE is set, and no other process can be joined: {error}; "
+            "start with torchrun, or unset it"
+        ) from error
     # The group's threads must have ended when the interpreter does, or the process aborts.
     atexit.register(_leave_processes)
 

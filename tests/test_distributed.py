@@ -273,3 +273,25 @@ def test_processes_cannot_score_standard_input(shared):
     done = run_processes(2, "score", shared)
     assert done.returncode == 2
     assert "many processes cannot share standard input" in done.stderr
+
+
+@pytest.mark.parametrize(("size", "said"), [("x", "invalid literal"), ("2", "MASTER_ADDR expected")])
+def test_variables_of_no_start_of_processes_are_one_line(size, said, tmp_path):
+    (tmp_path / "text").write_text("a line\n" * 1000)
+    command = [
+        sys.executable,
+        "-m",
+        "mhesa",
+        "train",
+        tmp_path / "text",
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        "1",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    environment |= {"WORLD_SIZE": size, "RANK": "0", "LOCAL_RANK": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert said in done.stderr
+    assert "start with torchrun, or unset it" in done.stderr

@@ -318,7 +318,7 @@ class TrainingSettings(ModelSizes):
         if processes() % self.context_parallel:
             raise InputError(
                 f"context_parallel {self.context_parallel} does not divide the number of processes, "
-                f"{processes()}; start a multiple of it with torchrun"
+                f"{processes()}; start a multiple of it with torchrun, or give another"
             )
         groups = processes() // self.context_parallel
         micro_batches = self.accumulate * groups
