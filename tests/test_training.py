@@ -18,6 +18,7 @@ from mhesa.data.corpus import Source, open_corpus
 from mhesa.data.windows import Windows
 from mhesa.errors import InputError, TrainingError
 from mhesa.hf import ByteTokenizer, MhesaForCausalLM
+from mhesa.training.folder import read_metrics
 from mhesa.training.optimizers import decay_groups
 from mhesa.training.run import train
 from mhesa.training.schedule import Budget, learning_rate
@@ -277,3 +278,11 @@ def test_a_run_does_not_depend_on_what_is_around_it(settings, tmp_path):
     assert_same_run(settings, other, settings.steps)
     with pytest.raises(InputError, match="give resume or overwrite, not both"):
         train(replace(settings, steps=99), resume=True, overwrite=True)
+
+
+def test_a_damaged_row_of_metrics_hides_no_other(settings):
+    train(settings)
+    path = Path(settings.out) / "metrics.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first[:-5], *others, '{"step": 9']))
+    assert read_metrics(Path(settings.out)) == [json.loads(row) for row in others]

@@ -133,16 +133,15 @@ def prepare(folder: Path, settings: TrainingSettings, facts: dict[str, Any], don
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, up to one that was cut off when a process was killed."""
+    """The rows of a run's `metrics.jsonl` that are whole: where a process was killed one is cut off."""
     path, rows = folder / METRICS, []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
