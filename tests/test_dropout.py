@@ -150,6 +150,9 @@ def test_transforms_and_compilers_get_the_operator_of_torch() -> None:
     mapped = torch.vmap(lambda row: dropout(row, 0.5), randomness="different")(x)
     torch.manual_seed(4)
     assert torch.equal(mapped, torch.vmap(lambda row: F.dropout(row, 0.5), randomness="different")(x))
+    compiled = torch.compile(_Dropout(), backend="aot_eager", fullgraph=True)(x)
+    assert ((compiled == 0) | (compiled == 2 * x)).all()
+    assert 0 < (compiled == 0).sum() < x.numel()
     exported = torch.export.export(_Dropout(), (x,))
     assert "aten.dropout.default" in {str(node.target) for node in exported.graph.nodes}
 

@@ -34,7 +34,7 @@ def dropout(x: Tensor, probability: float, training: bool = True, *, backend: st
     >>> sorted(set(y.tolist()))
     [0.0, 1.25]
     """
-    kernel = training and 0 < probability < 1 and cpu_kernels_serve([x], backend) and is_untransformed(x)
+    kernel = training and 0 < probability < 1 and is_untransformed(x) and cpu_kernels_serve([x], backend)
     if not kernel:
         return F.dropout(x, probability, training)
     key = torch.empty((), dtype=torch.int64, device="cpu").random_()
