@@ -43,6 +43,7 @@ def export(
     from mhesa.model.loading import load
     from mhesa.web_pages import check_replaceable
 
+    # Before the graphs, which take long to make.
     if web is not None:
         check_replaceable(web / PAGE)
     model, tokenizer = load(folder)

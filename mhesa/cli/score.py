@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 # The exit code where a line was marked.
 ALARM = 3
+# Memory for sessions, unless --key-memory says another.
+KEY_MEMORY = "256MB"
 # Options, by the panels of `--help`.
 _of_lines = partial(typer.Option, rich_help_panel="Logs: lines")
 _of_tables = partial(typer.Option, rich_help_panel="Tables: words, characters, sentences, tokens")
@@ -88,7 +90,7 @@ def score(
         str | None,
         _of_lines(
             metavar="SIZE",
-            help="Memory for sessions, 256MB if omitted; the rest, least recently used, is on disk.",
+            help=f"Memory for sessions, {KEY_MEMORY} if omitted; the rest, least recently used, is on disk.",
         ),
     ] = None,
     state: Annotated[
@@ -211,7 +213,7 @@ def score(
     columns = Columns(unit=unit or "bits", spill=spill, correct=correct, skip_first=skip_first)
     alarms = None if false_alarms is None else FalseAlarms(false_alarms)
     scores, find_key = LineScores(Masks(mask or (), preset or ())), key_finder(key, key_field)
-    memory = size_in_bytes(key_memory or "256MB", "--key-memory")
+    memory = size_in_bytes(key_memory or KEY_MEMORY, "--key-memory")
     files = find_texts(sources or ["-"])
     inputs = [file.path if file else 0 for file in files]
     check_outputs([1], inputs)
@@ -226,7 +228,7 @@ def score(
     with ExitStack() as stack:
         page = stack.enter_context(_page(heatmap, by)) if heatmap and rank() == 0 else None
         total = sum(file.size for file in files if file)
-        # A page alone says it all.
+        # Where only a page was asked for, no rows are printed.
         shown = rank() == 0 and (page is None or any((top, as_json, tsv, alarms)))
         hidden = None in files or (sys.stdout.isatty() and shown and top is None)
         advance = stack.enter_context(progress("scoring", total, hidden=hidden))

@@ -98,13 +98,14 @@ def _with_strong_span(row: LineSurprisal) -> str:
     if len(strong) > SHOWN // 2:
         strong = strong[: SHOWN // 2] + "…"
     room = SHOWN - len(strong)
-    # Of a line that is not kept whole, the part may lie beyond what is.
-    if len(before) > room or start > len(row.text):
-        tail = room // 2 if start <= len(row.text) else 0
-        before = before[: room // 2] + "…" + before[len(before) - tail :]
-    room -= len(before)
+    if start > len(row.text):
+        # The part lies beyond what is kept of the line.
+        before = before[: room // 2] + "…"
+    elif len(before) > room:
+        before = before[: room // 2] + "…" + before[-(room // 2) :]
+    room = max(room - len(before), 0)
     if len(after) > room or row.size > len(row.text):
-        after = after[: max(room, 0)] + "…"
+        after = after[:room] + "…"
     return f"{before}{STRONG}{strong}{PLAIN}{after}"
 
 

@@ -183,8 +183,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = f"{folder} is not a model's folder: it has no {CONFIG}"
     # Not `Path.exists`, which raises an error where the folder may not be searched.
     if os.path.exists(folder / SETTINGS):
-        begun = any((folder / CHECKPOINTS).glob("*"))
-        how = "go on with train --resume" if begun else "start over with train --overwrite"
+        has_checkpoints = any((folder / CHECKPOINTS).glob("*"))
+        how = "go on with train --resume" if has_checkpoints else "start over with train --overwrite"
         what = f"the training run in {folder} has no model yet: wait for its end"
         missing = f"{what}; if it was stopped, {how} --out {folder}"
     values = read_json(path, missing)

@@ -34,8 +34,8 @@ def dropout(x: Tensor, probability: float, training: bool = True, *, backend: st
     >>> sorted(set(y.tolist()))
     [0.0, 1.25]
     """
-    kernel = training and 0 < probability < 1 and is_untransformed(x) and cpu_kernels_serve([x], backend)
-    if not kernel:
+    has_kernel = training and 0 < probability < 1 and is_untransformed(x) and cpu_kernels_serve([x], backend)
+    if not has_kernel:
         return F.dropout(x, probability, training)
     key = torch.empty((), dtype=torch.int64, device="cpu").random_()
     if is_plain_eager(x):
@@ -43,7 +43,7 @@ def dropout(x: Tensor, probability: float, training: bool = True, *, backend: st
         return y
     # A dispatch mode, such as a counter of operations, must not change the mask: a checkpoint may run again
     # without it.
-    return _operator(x, float(probability), key)
+    return _dropout_operator(x, float(probability), key)
 
 
 class _Dropout(Function):
@@ -67,7 +67,7 @@ class _Dropout(Function):
 
 
 @custom_op("mhesa::dropout", mutates_args=(), schema="(Tensor x, float probability, Tensor key) -> Tensor")
-def _operator(x: Tensor, probability: float, key: Tensor) -> Tensor:
+def _dropout_operator(x: Tensor, probability: float, key: Tensor) -> Tensor:
     """Dropout as an operator, which dispatch modes see."""
     from mhesa.ops.cpu import dropout_kernels
 
@@ -82,8 +82,8 @@ def _save_key(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _drop_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-    return _operator(dy, ctx.probability, ctx.key), None, None
+    return _dropout_operator(dy, ctx.probability, ctx.key), None, None
 
 
-_operator.register_fake(lambda x, probability, key: x.new_empty(x.shape))
-_operator.register_autograd(_drop_gradient, setup_context=_save_key)
+_dropout_operator.register_fake(lambda x, probability, key: x.new_empty(x.shape))
+_dropout_operator.register_autograd(_drop_gradient, setup_context=_save_key)

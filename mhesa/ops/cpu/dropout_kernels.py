@@ -114,7 +114,8 @@ def _write_at(context, x, out, index, key, threshold, scale, nontemporal, lanes)
         x_0, out_0, index, key, threshold, scale, nontemporal, _ = args
         emit = Emitter(builder, x.dtype, lanes.literal_value)
         threshold, scale = (splat(emit, value) for value in (threshold, scale))
-        block = builder.mul(builder.lshr(index, I64(5)), I64(LANES))
+        # The counter of the first of its 32 values.
+        block = builder.mul(builder.udiv(index, I64(2 * LANES)), I64(LANES))
 
         def write(index: Any, word: Any, nontemporal: bool) -> None:
             kept = builder.icmp_unsigned(">=", word, threshold)
