@@ -193,3 +193,16 @@ def test_a_dataset_is_streamed_once_and_again_when_its_folder_changed(tmp_path):
     assert [document.data.decode() for document in read_sources([source])] == TEXTS
     with pytest.raises(InputError, match=r"cannot read hf:///nowhere: "):
         read_sources(["hf:///nowhere"])
+
+
+@pytest.mark.parametrize("rows", [1, 100, 60_000])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.txt"])
+def test_all_bytes_of_a_file_are_reported_as_progress(tmp_path, rows, name):
+    data = b"".join(b'{"text": "row %d"}\n' % row for row in range(rows))
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data, 0) if name.endswith("gz") else data)
+    read = []
+    (file,) = find_files([str(path)])
+    for _, chunks in file.documents("text", read.append):
+        list(chunks)
+    assert sum(read) == path.stat().st_size

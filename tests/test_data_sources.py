@@ -161,3 +161,10 @@ def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match=r"pipe is a pipe or a device; read it as standard input: - < "):
         read_sources([str(tmp_path / "pipe")])
+
+
+@pytest.mark.parametrize("source", ["", "hf://", "hf://@default:train"])
+def test_an_empty_source_is_not_the_current_folder(texts, monkeypatch, source):
+    monkeypatch.chdir(texts)
+    with pytest.raises(InputError, match="a source is empty|names no dataset"):
+        read_sources([source])

@@ -65,6 +65,21 @@ def assert_loads_as_transformers_does(folder):
     assert torch.equal(plain(ids), theirs(ids))
 
 
+def test_a_model_that_is_replaced_leaves_nothing_behind(tmp_path):
+    def model(tokens):
+        return mhesa.GatedExponentialSmoothingLM(num_tokens=tokens, dim=8, depth=1, heads=1, dim_mhesa=4)
+
+    mhesa.save(model(300), train_bpe([b"a text of words"] * 9, 300), tmp_path)
+    (tmp_path / "notes.txt").write_text("not of the model")
+    mhesa.save(model(257), Bytes(chat_template=TEMPLATE), tmp_path)
+    tokenizer = load(tmp_path)[1]
+    assert isinstance(tokenizer, Bytes)
+    assert tokenizer.chat_template == TEMPLATE
+    mhesa.save(model(257), Bytes(), tmp_path)
+    assert load(tmp_path)[1].chat_template is None
+    assert (tmp_path / "notes.txt").exists()
+
+
 @pytest.mark.parametrize("named", ["dtype", "torch_dtype", None])
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("told", ["float32", "bfloat16"])

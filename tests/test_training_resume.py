@@ -18,6 +18,7 @@ import mhesa
 from mhesa.errors import InputError
 from mhesa.model import layers
 from mhesa.model.loading import saved_name
+from mhesa.tokenizers import train_bpe
 from mhesa.training.checkpoint import Progress, load_part, newest, save, steps
 from mhesa.training.run import Stopped, train
 from mhesa.training.settings import TrainingSettings
@@ -85,6 +86,20 @@ def test_an_older_checkpoint_gives_the_same_run(settings, tmp_path, capsys):
     assert "step-24/optimizer.safetensors is damaged" in said
     assert "step-18/manifest.json is damaged" in said
     assert_same_run(torn, whole, 25)
+
+
+def test_a_run_goes_on_where_its_device_and_its_tokenizer_are_not(settings, tmp_path):
+    train_bpe([b"a text of words and numbers"] * 9, 300).save_pretrained(tmp_path / "words")
+    run = replace(settings, steps=3, tokenizer=str(tmp_path / "words"))
+    train(run)
+    shutil.rmtree(tmp_path / "words")
+    path = Path(run.out) / "settings.json"
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    changes = {"out": run.out, "device": "cpu", "steps": 5}
+    train(TrainingSettings.resumed(changes), resume=True)
+    assert figures(run)[-1]["step"] == 5
+    with pytest.raises(InputError, match="tokenizer must be bytes, bpe:N, or a folder"):
+        train(run, overwrite=True)
 
 
 OLD_RUN = Path(__file__).parent / "data" / "run_with_transformers"

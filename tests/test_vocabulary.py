@@ -32,6 +32,20 @@ def test_the_alphabet_is_that_of_tokenizers():
     assert "".join(byte_alphabet()[byte] for byte in "é\n a".encode()) == encoded[0][0]
 
 
+@pytest.mark.parametrize("use_regex", [True, False])
+def test_text_like_a_byte_token_comes_back_from_a_byte_level_vocabulary(use_regex):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>"], initial_alphabet=byte_alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["<0x41>"] * 50, trainer)
+    assert ("<0x41>" in tokenizer.get_vocab()) == (not use_regex)
+    found = TextTokenizer(tokenizer)
+    assert found.decode_bytes(found.encode_bytes(b"<0x41>")) == b"<0x41>"
+
+
 def test_a_vocabulary_has_the_size_asked_for_and_compresses():
     assert len(BPE) == 400
     assert train_bpe([TEXT.encode()], 400).fingerprint() == BPE.fingerprint()

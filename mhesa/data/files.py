@@ -140,6 +140,7 @@ def _json_lines(file: File, text_field: str, on_read: OnRead) -> Iterator[tuple[
             if raw.tell() - position >= CHUNK_BYTES:
                 on_read(raw.tell() - position)
                 position = raw.tell()
+        on_read(raw.tell() - position)
 
 
 def _parse(line: bytes, place: str) -> Any:

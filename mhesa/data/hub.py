@@ -20,10 +20,12 @@ def hub_file(source: str) -> Path:
         source: `hf://owner/name`, `hf://owner/name@configuration:split`, or `hf://` and a folder.
 
     Raises:
-        InputError: `datasets` is not installed, there is no such dataset, or a folder changed meanwhile.
+        InputError: `datasets` is not installed, there is no such dataset or none is named, or a folder changed meanwhile.
     """
     address, _, split = source.removeprefix(HUB).partition(":")
     name, _, configuration = address.partition("@")
+    if not name:
+        raise InputError(f"{source} names no dataset; give hf://owner/name")
     content = _local_content(name)
 
     def download(folder: Path) -> None:

@@ -71,6 +71,8 @@ def standard_library() -> list[Path]:
 
 
 def _expand(source: str) -> Iterator[File]:
+    if not source:
+        raise InputError("a source is empty; give a file, a folder, a pattern, - or hf://owner/name")
     if source == "-":
         yield File(save_chunks(standard_input()), "-", "")
     elif source.startswith(HUB):

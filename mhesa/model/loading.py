@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhesa import remote_code
-from mhesa.atomic_io import read_json, sync, write_folder
+from mhesa.atomic_io import read_json, remove, sync, write_folder
 from mhesa.errors import InputError, reason
 from mhesa.file_names import (
     CHECKPOINTS,
     CONFIG,
     GENERATION_CONFIG,
+    OF_TOKENIZER,
     SETTINGS,
     TOKENIZER,
     TOKENIZER_CONFIG,
@@ -52,7 +53,7 @@ def save(model: GatedExponentialSmoothingLM, tokenizer: Bytes | TextTokenizer, f
     """Write a model and its tokenizer for `load`, and for transformers: after `import mhesa.hf`, or with
     `trust_remote_code=True`.
 
-    Each file is written whole or not at all; one that is there is replaced.
+    Each file is written whole or not at all; those of a model that is there are replaced or removed.
 
     Args:
         model: the model; its `backend` is not saved.
@@ -95,8 +96,12 @@ def save(model: GatedExponentialSmoothingLM, tokenizer: Bytes | TextTokenizer, f
         (staging / CONFIG).write_text(_to_json(values))
         (staging / GENERATION_CONFIG).write_text(_to_json({"_from_model_config": True, **token_ids}))
         save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
-    for file in (folder / STAGING).iterdir():
-        file.replace(folder / file.name)
+    written = [file.name for file in (folder / STAGING).iterdir()]
+    for name in written:
+        (folder / STAGING / name).replace(folder / name)
+    # What an earlier model had besides, and this one would be loaded with.
+    for name in {*OF_TOKENIZER, INDEX}.difference(written):
+        remove(folder / name)
     (folder / STAGING).rmdir()
     sync(folder)
 

@@ -15,8 +15,11 @@ def best_device() -> str:
 
 
 def resolve_device(name: str) -> str:
-    """The best device here for `auto`; any other name as it is."""
-    return best_device() if name == "auto" else name
+    """The best device here for `auto`; any other name as it is, see `check_device`."""
+    if name == "auto":
+        return best_device()
+    check_device(name)
+    return name
 
 
 def check_device(name: str) -> None:

@@ -161,13 +161,13 @@ class TextTokenizer(base.Tokenizer):
         return table
 
     def _token_bytes(self, token: str, index: int) -> bytes:
-        if BYTE_TOKEN.fullmatch(token):
-            return bytes([int(token[3:5], 16)])
         if self._is_byte_level:
             try:
                 return bytes(map(byte_alphabet().index, token))
             except ValueError:
                 return token.encode()
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
         # Decode it twice and take the second: the first token of a text may lose its space.
         before = self.tokenizer.decode([index])
         return self.tokenizer.decode([index, index]).removeprefix(before).encode()

@@ -134,6 +134,9 @@ def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Co
         check_free(folder)
     if "-" in settings.sources and processes() > 1:
         raise InputError("many processes cannot share standard input; give a file")
+    if not resume:
+        # Before all of the text is read. A resumed run has its tokenizer in its folder.
+        settings.vocabulary_size()
     source = Source(settings.sources, text_field=settings.text_field, holdout=settings.holdout)
     if resume:
         check_same_corpus(folder, source.sha256)

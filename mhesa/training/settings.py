@@ -242,12 +242,10 @@ class TrainingSettings(ModelSizes):
             )
         if self.compile and self.context_parallel > 1:
             raise InputError("compile cannot be used with context_parallel; leave one of them out")
-        self.vocabulary_size()
+        # What this machine lacks, `resolve` refuses: a run may be resumed on another one.
+        if self.tokenizer.startswith("bpe:"):
+            self.vocabulary_size()
         self.model_config(vocab_size=1)
-        if self.device != "auto":
-            from mhesa.ops.devices import check_device
-
-            check_device(self.device)
         from mhesa.data.holdout import Holdout
 
         Holdout.parse(self.holdout)
