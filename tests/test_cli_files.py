@@ -5,10 +5,13 @@ import io
 import json
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from commands import FORKED, run_command, run_processes
@@ -18,7 +21,9 @@ import mhesa
 from mhesa import cli
 from mhesa.errors import InputError
 from mhesa.locks import only_writer_of_folder
+from mhesa.training.run import Stopped
 
+ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "mhesa"]
 LINES = b"".join(b"line %d of some\n" % n for n in range(400))
 SIZES = ("--dim", 8, "--depth", 1, "--heads", 1, "--dim-mhesa", 8, "--context", 16, "--device", "cpu")
@@ -402,3 +407,42 @@ def test_a_user_without_home_and_name_can_train(tmp_path):
     command = [sys.executable, "-c", WITHOUT_HOME, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_names_are_shown_as_they_are(run, folder, tmp_path):
+    """Rich takes brackets for markup, `[/x]` for an error in it, and words between colons for emoji."""
+    home = tmp_path / "a[b] :fire:" / "[/x]"
+    home.mkdir(parents=True)
+    names = [home / "one.txt", home / "two [red].txt"]
+    for name in names:
+        name.write_bytes(LINES)
+    shutil.copytree(folder, home / "words")
+    trained = ("--tokenizer", home / "words", "--steps", 1, *SIZES)
+    for text in (
+        run("eval", folder, *names)[1],
+        run("export", folder, "--web", home / "site")[1],
+        run("score", folder, names[0], "--heatmap", home / "map.html")[2],
+        run("train", *names, "--out", home / "run", *trained)[2],
+        run("train", "--resume", "--steps", 2, "--out", home / "run")[1],
+    ):
+        assert str(home) in text.decode()
+    assert all(str(name).encode() in run("eval", folder, *names)[1] for name in names)
+
+
+def test_interrupted_training_names_its_folder(monkeypatch, run, tmp_path):
+    def stop(settings, **options):
+        raise Stopped(signal.SIGINT, 7, Path(settings.out))
+
+    monkeypatch.setattr("mhesa.training.run.train", stop)
+    code, _, said = run("train", "--out", "runs/[/x]")
+    assert (code, said) == (130, b"Stopped after step 7. Continue with: mhesa train --resume --out runs/[/x]\n")
+
+
+def test_serving_without_its_extra_names_what_is_missing():
+    code = "import sys; sys.modules['httptools'] = None; sys.argv = ['mhesa', 'serve', {!r}]\n{}"
+    main = "from mhesa import cli; cli.main()"
+    for module in ("httptools", "fastapi"):
+        script = code.replace("httptools", module).format("models/python", main)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2
+        assert done.stderr == f"Error: serving needs {module}: pip install 'mhesa[serve]'\n"

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from http.client import HTTPConnection
 
 import httpx
@@ -25,6 +25,7 @@ from mhesa import Sampling, generate
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.slots import Slots
 from mhesa.model.loading import load
+from mhesa.serve.http import server as http_server
 from mhesa.serve.logs import log
 
 JSON = {"Content-Type": "application/json"}
@@ -101,6 +102,32 @@ def test_bytes_after_a_request_close_the_connection(server):
     request = HEAD + f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     answer = raw(server, request.encode() + body + b"\0 nonsense\r\n\r\n")
     assert b"HTTP/1.1 400 " in answer
+
+
+def serve_with_short_keep_alive(folder, log):
+    http_server.KEEP_ALIVE_SECONDS = 1
+    run_server(folder, {"keys": KEYS}, dict(os.environ), log)
+
+
+def test_line_ends_do_not_keep_an_idle_connection(folder, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("")
+    process = FORKED.Process(target=serve_with_short_keep_alive, args=(folder, str(log)))
+    process.start()
+    address = url_of(process.is_alive, log).removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        for data in (b"", b"\n", b"\r\n\r\n"):
+            connection = stack.enter_context(socket.create_connection(address, timeout=30))
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = b""
+            while not received.endswith(b"}"):
+                received += connection.recv(65536)
+            connection.sendall(data)
+            # The server closes it; without an end this raises TimeoutError.
+            assert connection.recv(65536) == b""
+    process.terminate()
+    process.join(40)
+    assert process.exitcode == 0
 
 
 def test_refusal_reaches_a_client_that_goes_on_sending(server):

@@ -21,6 +21,7 @@ from mhesa.cli.score import score
 from mhesa.cli.serve import serve
 from mhesa.cli.train import train
 from mhesa.errors import InputError, TrainingError, reason
+from mhesa.terminal import say
 
 # Typer's error for a command line that cannot be parsed. It has no public name: old versions take it from
 # click, new ones have a copy.
@@ -88,7 +89,7 @@ def _fail_usage(error: Any) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    stderr.print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    say(stderr, f"Error: {message}", style="red")
     sys.exit(code)
 
 

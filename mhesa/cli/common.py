@@ -111,7 +111,7 @@ def new_table(first: str, *others: str) -> Table:
 
 def show(table: Table) -> None:
     """Print a table to standard output; if that is not a terminal, without wrapping."""
-    output = Console()
+    output = Console(markup=False, emoji=False)
     output.width = output.width if output.is_terminal else 1000
     output.print(table)
 

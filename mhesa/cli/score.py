@@ -29,6 +29,7 @@ from mhesa.cli.common import (
 from mhesa.cli.score_input import Text, documents, find_texts, key_finder, size_in_bytes, word_list
 from mhesa.cli.score_output import Counts, Output
 from mhesa.errors import InputError
+from mhesa.terminal import say
 from mhesa.web_pages import check_replaceable
 
 if TYPE_CHECKING:
@@ -347,13 +348,13 @@ def _page(path: Path, by: str) -> Iterator[Heatmap]:
         ):
             yield page
     except KeyboardInterrupt:
-        stderr.print(f"Wrote {path}, as far as the text was read", markup=False, soft_wrap=True)
+        say(stderr, f"Wrote {path}, as far as the text was read")
         raise
     except OSError as error:
         if error.filename is None or Path(error.filename) != path:
             raise
         raise InputError(f"cannot write {path}: {error.strerror}") from error
-    stderr.print(f"Wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    say(stderr, f"Wrote {path}")
 
 
 def _until_interrupted(rows: Iterable[Any]) -> Iterator[Any]:

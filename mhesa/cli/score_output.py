@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from mhesa.cli.common import stderr
+from mhesa.terminal import say
 
 if TYPE_CHECKING:
     from mhesa.inference.line_scores import FalseAlarms, LineSurprisal
@@ -139,13 +140,9 @@ class Counts:
     def report(self, log: LogReader | None, alarms: FalseAlarms | None) -> None:
         """Print on standard error what there is to say."""
         if not self.rows:
-            _say("There was nothing to score.")
+            say(stderr, "There was nothing to score.")
         if log is not None and log.without_key:
-            _say(f"{log.without_key:,} of {self.rows:,} lines have no key; they share a session.")
+            say(stderr, f"{log.without_key:,} of {self.rows:,} lines have no key; they share a session.")
         if alarms is not None and alarms.rate * alarms.count < 1:
             needed = round(1 / alarms.rate)
-            _say(f"No line was marked: a threshold takes {needed:,} lines, and {alarms.count:,} were read.")
-
-
-def _say(text: str) -> None:
-    stderr.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(stderr, f"No line was marked: a threshold takes {needed:,} lines, and {alarms.count:,} were read.")

@@ -47,15 +47,12 @@ def serve(
         mhesa serve runs/first --host 0.0.0.0 --keys keys.txt --sessions sessions.sqlite
     """
     try:
-        import fastapi  # noqa: F401 - only to see whether the extra is installed
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
+        from mhesa.serve.api.service import Service
+        from mhesa.serve.http.server import serve
+    except ModuleNotFoundError as error:
         raise InputError(f"serving needs {error.name}: pip install 'mhesa[serve]'") from error
     from mhesa.export.checks import check_finite
     from mhesa.model.loading import load
-    from mhesa.serve.api.service import Service
-    from mhesa.serve.http.server import serve
 
     limits = Limits(max_tokens=given.pop("max_tokens"), request_seconds=given.pop("timeout"))
     name = given.pop("name") or folder.absolute().name

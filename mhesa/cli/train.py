@@ -12,7 +12,7 @@ from mhesa.cli.common import new_table, resume_garbage_collection, stderr
 from mhesa.cli.options import option, with_options
 from mhesa.errors import InputError
 from mhesa.settings import setting_of
-from mhesa.terminal import escape_controls
+from mhesa.terminal import escape_controls, say
 from mhesa.training.settings import BY_PANEL, RUN, TrainingSettings, with_changes
 
 SOURCES = setting_of(TrainingSettings, "sources").doc
@@ -81,12 +81,8 @@ def train(
         summary = run(chosen, resume=resume, overwrite=overwrite, console=stderr)
     except Stopped as stopped:
         if rank() == 0:
-            stderr.print(
-                f"Stopped after step {stopped.step:,}. "
-                f"Continue with: mhesa train --resume --out {chosen.out}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            how = f"Continue with: mhesa train --resume --out {chosen.out}"
+            say(stderr, f"Stopped after step {stopped.step:,}. {how}")
         raise typer.Exit(128 + stopped.signal) from None
     if rank() == 0:
         _print_summary(Console(), summary)
@@ -100,18 +96,16 @@ def _was_given(context: typer.Context, name: str) -> bool:
 def _print_summary(console: Console, summary: Any) -> None:
     console.rule("sample")
     sample = escape_controls(summary.sample.decode("utf-8", "replace"))
-    console.print(sample, markup=False, highlight=False, soft_wrap=True)
+    say(console, sample)
     console.rule("held-out text")
     table = new_table("", "bits per byte", "nats per token")
     table.add_row("this model", f"{summary.score.bits_per_byte:.3f}", f"{summary.score.loss:.3f}")
     for name, bits in summary.compressors.items():
         table.add_row(name, f"{bits:.3f}", "")
     console.print(table)
-    console.print(f"\n{summary.steps:,} steps in {summary.seconds:,.0f} s", highlight=False)
-    console.print(
+    say(
+        console,
+        f"\n{summary.steps:,} steps in {summary.seconds:,.0f} s\n"
         f"Saved to {summary.folder}: {', '.join(sorted(summary.files))}\n"
         f"Write with it: mhesa generate {summary.folder} --prompt TEXT",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )

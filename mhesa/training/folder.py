@@ -19,6 +19,7 @@ from mhesa.errors import InputError, os_errors
 from mhesa.file_names import CHECKPOINTS, METRICS, RUN_FILES, SETTINGS, WEIGHTS
 from mhesa.locks import only_writer_of_folder
 from mhesa.processes import broadcast, rank
+from mhesa.terminal import say
 from mhesa.training import checkpoint
 from mhesa.training.schedule import Budget
 from mhesa.training.settings import TrainingSettings
@@ -87,8 +88,7 @@ def checkpoint_to_resume(settings: TrainingSettings, console: Console) -> Path:
         what = f"; {passed_over[0]}" if passed_over else ""
         raise InputError(f"{folder} holds no whole checkpoint to resume; start over with --overwrite{what}")
     for damage in passed_over:
-        message = f"{damage}; going on from {path.name} instead"
-        console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{damage}; going on from {path.name} instead", style="yellow")
     progress = checkpoint.load_progress(path, settings.patience)
     budget = Budget(settings.steps, settings.minutes)
     budget.seconds = progress.seconds

@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mhesa.terminal import escape_controls
+from mhesa.terminal import escape_controls, say
 from mhesa.training.metrics import Row
 from mhesa.training.schedule import Budget
 
@@ -69,9 +69,9 @@ class ProgressDisplay:
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             left = self.budget.seconds * (1 - done) / max(done, 1e-9)
-            self.console.print(f"{done:4.0%}  {figures}  {left:,.0f} s left", highlight=False, soft_wrap=True)
+            say(self.console, f"{done:4.0%}  {figures}  {left:,.0f} s left")
 
     def _show_evaluation(self, row: Row) -> None:
         self.console.rule(f"step {row['step']:,}: {row['held_out_bits_per_byte']:.3f} bits/byte held out")
-        self.console.print(escape_controls(row["sample"]), markup=False, highlight=False, soft_wrap=True)
+        say(self.console, escape_controls(row["sample"]))
         self.console.rule()

@@ -29,6 +29,7 @@ from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.model.loading import load_tokenizer, plain_name, save
 from mhesa.ops.devices import resolve_device
 from mhesa.processes import barrier, broadcast, expect_processes, join_processes, processes, rank
+from mhesa.terminal import say
 from mhesa.tokenizers import Bytes, TextTokenizer, open_tokenizer, train_bpe
 from mhesa.training import checkpoint
 from mhesa.training.batches import Batches
@@ -195,20 +196,20 @@ class Run:
         if settings.steps is not None:
             epochs = self.windows.epochs(settings.steps)
             often = f", the text {epochs:,.1f} times" if epochs >= 1 else f", {epochs:.2g} of the text"
-        console.print(
-            f"[bold]{facts.training_bytes:,}[/] bytes to train on from {documents}, "
-            f"[bold]{facts.held_out_bytes:,}[/] held out ({settings.holdout})\n"
-            f"[bold]{facts.training_tokens:,}[/] tokens ({settings.tokenizer}), "
+        say(
+            console,
+            f"{facts.training_bytes:,} bytes to train on from {documents}, "
+            f"{facts.held_out_bytes:,} held out ({settings.holdout})\n"
+            f"{facts.training_tokens:,} tokens ({settings.tokenizer}), "
             f"{self.corpus.bytes_per_token:.2f} bytes each\n"
-            f"[bold]{self.config.parameters:,}[/] parameters: dim {settings.dim}, depth {settings.depth}, "
+            f"{self.config.parameters:,} parameters: dim {settings.dim}, depth {settings.depth}, "
             f"{settings.heads} heads over {settings.dim_mhesa}\n"
-            f"[bold]{budget}[/] on {settings.device} in {settings.precision}, "
+            f"{budget} on {settings.device} in {settings.precision}, "
             f"{settings.batch_size} x {settings.context} tokens a step{shared}{often}",
-            highlight=False,
         )
         if self.start is not None:
             step = int(self.start.name.removeprefix(PREFIX))
-            console.print(f"goes on from [bold]step {step:,}[/]", highlight=False)
+            say(console, f"goes on from step {step:,}")
 
     def train(self, signals: StopOnSignal, report: Report, phase: Phase) -> Summary:
         """Train, save the model and, unless a signal came, measure it."""
@@ -238,7 +239,7 @@ class Run:
         if settings.patience is not None and progress.best_step is not None and not stopped_by:
             model = self._saved(progress.best_step)
             best = f"The best model on text held out, that of step {progress.best_step:,}, is kept."
-            self.display.console.print(best, highlight=False, soft_wrap=True)
+            say(self.display.console, best)
         whole = self._whole(model)
         if rank() == 0:
             save(whole, self.tokenizer, self.folder)
@@ -255,7 +256,7 @@ class Run:
         append_metrics(self.folder, row)
         self.display.show(row)
         if hint := cores.hint():
-            self.display.console.print(hint, style="yellow", highlight=False, soft_wrap=True)
+            say(self.display.console, hint, style="yellow")
         report(row["step"], {name: value for name, value in row.items() if isinstance(value, float)})
         if time.monotonic() - self.drawn_at >= SECONDS_BETWEEN_CURVES:
             self.drawn_at = time.monotonic()

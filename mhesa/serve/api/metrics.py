@@ -44,10 +44,6 @@ class Metrics:
         """All figures in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def describe(self) -> list[Metric]:
-        """Nothing: without this method the registry would call `collect` at once."""
-        return []
-
     def collect(self) -> Iterator[Metric]:
         """The figures of the decode thread and, while their file can be used, of the sessions."""
         engine = self._engine

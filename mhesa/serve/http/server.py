@@ -165,7 +165,8 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
             self._start_timer("receive", limits.receive_seconds)
 
         def data_received(self, data: bytes) -> None:
-            if self._refused:
+            # Line ends before a request are no part of it, and must not make an idle connection look busy.
+            if self._refused or (self._complete and not data.strip(b"\r\n")):
                 return
             if self._head is not None:
                 self._head += len(data)
