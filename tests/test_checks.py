@@ -271,6 +271,8 @@ def decoders():
         yield f"prefill in {dtype}", changing(decoder.prefill), {"ids": ids, "state": state}
         one = {"ids": ids[0], "state": state[:, :1].clone()}
         yield f"prediction in {dtype}", changing(decoder.predict), one
+        surprisal = {**one, "ids": ids[0].clone(), "targets": torch.randint(TOKENS, (7,))}
+        yield f"surprisal in {dtype}", changing(decoder.surprisal), surprisal
 
 
 def samplers():

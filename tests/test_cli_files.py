@@ -435,7 +435,8 @@ def test_interrupted_training_names_its_folder(monkeypatch, run, tmp_path):
 
     monkeypatch.setattr("mhesa.training.run.train", stop)
     code, _, said = run("train", "--out", "runs/[/x]")
-    assert (code, said) == (130, b"Stopped after step 7. Continue with: mhesa train --resume --out runs/[/x]\n")
+    how = b"Continue with: mhesa train --resume --out runs/[/x]\n"
+    assert (code, said) == (130, b"Stopped after step 7. " + how)
 
 
 def test_serving_without_its_extra_names_what_is_missing():

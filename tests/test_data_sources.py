@@ -166,5 +166,5 @@ def test_a_pipe_is_refused(tmp_path):
 @pytest.mark.parametrize("source", ["", "hf://", "hf://@default:train"])
 def test_an_empty_source_is_not_the_current_folder(texts, monkeypatch, source):
     monkeypatch.chdir(texts)
-    with pytest.raises(InputError, match="a source is empty|names no dataset"):
+    with pytest.raises(InputError, match=r"a source is empty|names no dataset"):
         read_sources([source])

@@ -61,6 +61,24 @@ def test_a_log_that_grows_goes_on(run, folder, tmp_path):
     ]
 
 
+def test_a_line_without_end_is_in_no_session_when_other_logs_are_read(run, folder, tmp_path):
+    first, second, state = tmp_path / "a.log", tmp_path / "b.log", tmp_path / "state"
+    options = ("--key", r"user=(\d)", "--json", "--state", state, "--false-alarms", 0.5)
+    lines = LOG.splitlines(True)
+    found = []
+    for data in (b"".join(lines[:10]) + lines[10][:12], b"".join(lines[:20])):
+        first.write_bytes(data)
+        second.write_bytes(b"12:00:00 user=7 of another log\n")
+        found.append(rows_of(run("score", folder, first, second, *options)[1]))
+    state.unlink()
+    first.write_bytes(b"".join(lines[:10]))
+    expected = rows_of(run("score", folder, first, second, *options)[1])
+    assert [row for row in found[0] if row["number"] < 11] == expected
+    first.write_bytes(b"".join(lines[:20]))
+    expected = rows_of(run("score", folder, first, *options)[1])
+    assert [row for row in found[1] if row["source"] == str(first)] == expected
+
+
 @pytest.mark.parametrize(
     "kills", [3, pytest.param(100, marks=[pytest.mark.torture, pytest.mark.timeout(3000)])]
 )

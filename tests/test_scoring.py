@@ -26,6 +26,7 @@ from mhesa.inference.heatmap import Heatmap
 from mhesa.inference.line_scores import LineScores
 from mhesa.inference.scoring import BY, by_token, line_pieces, score
 from mhesa.inference.session import Reader, Session
+from mhesa.inference.units import surprisal_table
 from mhesa.tokenizers import TextTokenizer, train_bpe
 from mhesa.tokenizers.stream import BLOCK_BYTES, encode_stream
 
@@ -186,12 +187,31 @@ def test_a_long_line_has_the_tokens_of_the_whole_text(vocabulary):
     assert [i for block in blocks for i in block.ids.tolist()] == vocabulary.encode_bytes(data).tolist()
 
 
-def test_a_vocabulary_that_gives_no_text_back_goes_by_lines():
+def word_pieces():
     words = {"[UNK]": 0, "a": 1, "b": 2, "##c": 3}
     tokenizer = tokenizers.Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    blocks = stream_of(TextTokenizer(tokenizer), [b"A b\nac  a"])
+    return TextTokenizer(tokenizer)
+
+
+def test_blank_lines_may_have_no_tokens():
+    tokenizer = word_pieces()
+    reader = Reader(tiny_model(len(tokenizer)), tokenizer)
+    chunks = [b"\n", b" \n", b"a b\n", b"\n", b"ac\n \n"]
+    rows = list(LineScores().read("x", line_pieces(score(reader, chunks))))
+    bits = Session(reader).score("a b\nac\n")
+    assert [row.bits for row in rows] == pytest.approx([0, 0, bits[:2].sum(), 0, bits[2:].sum(), 0])
+    text = b"".join(chunks).decode()
+    assert [row.text for row in surprisal_table(reader, text)] == ["a", "b", "ac"]
+    assert [row.surprisal for row in surprisal_table(reader, text, by="token")] == pytest.approx(bits)
+    costs = [evaluate(reader.decoder, tokenizer, [Document("x", data)]) for data in (b"\n", b"".join(chunks))]
+    assert costs[0].as_dict() == {"loss": 0, "bits_per_byte": 0, "perplexity": 1, "tokens": 0, "bytes": 1}
+    assert costs[1].nats == pytest.approx(bits.sum() * math.log(2))
+
+
+def test_a_vocabulary_that_gives_no_text_back_goes_by_lines():
+    blocks = stream_of(word_pieces(), [b"A b\nac  a"])
     assert [(block.text, block.ids.tolist()) for block in blocks] == [
         (b"A b\n", [1, 2]),
         (b"ac  a", [1, 3, 1]),

@@ -10,7 +10,9 @@ from tiny_models import save_tiny_model, tiny_model
 
 from mhesa import Reader
 from mhesa.errors import InputError
-from mhesa.inference.units import GivenWords, data_frame, surprisal_table
+from mhesa.inference import units
+from mhesa.inference.scoring import score
+from mhesa.inference.units import Columns, GivenWords, data_frame, surprisal_table
 from mhesa.tokenizers import Bytes, train_bpe
 
 TEXT = "The cat, who was small, sat on the mat.  It slept!\nWhy? Nobody knew why it did"
@@ -53,6 +55,29 @@ def test_a_word_costs_the_sum_of_its_tokens(reader):
         assert row.rank == 1 + (values > values[ids[token]]).sum()
         assert row.before == tuple(rows[place - k].surprisal if place >= k else None for k in (1, 2))
         start = end
+
+
+@pytest.mark.parametrize("correct", [False, True])
+@pytest.mark.parametrize("words", [None, ["one", "two"]])
+def test_whitespace_of_any_length_is_part_of_the_next_word(monkeypatch, correct, words):
+    reader = Reader(tiny_model(257), Bytes())
+    text = "one " + " \n\t" * 50 + "two"
+    expected = surprisal_table(reader, text, correct=correct, words=words)
+    monkeypatch.setattr(units, "LONGEST", 20)
+    held = []
+    drop = units._Held.drop
+    monkeypatch.setattr(units._Held, "drop", lambda self, size: (drop(self, size), held.append(self.text)))
+    batches = score(
+        reader,
+        (letter.encode() for letter in text),
+        statistics=Columns(correct=correct).statistics(reader),
+        with_end=True,
+    )
+    segmenter = units.find_words if words is None else GivenWords(words)
+    found = list(units.read_units("text", batches, segmenter, Columns(correct=correct)))
+    assert max(map(len, held)) <= 21
+    assert [(row.text, row.offset) for row in found] == [("one", 0), ("two", 154)]
+    assert [row.surprisal for row in found] == pytest.approx([row.surprisal for row in expected], rel=1e-5)
 
 
 def test_tokens_have_the_columns_of_words(reader):

@@ -276,9 +276,9 @@ def _span_rows(
     from mhesa.inference.log_reader import mark_alarms
     from mhesa.inference.scoring import BY, line_pieces
     from mhesa.inference.scoring import score as score_text
-    from mhesa.inference.statistics import BITS
+    from mhesa.inference.statistics import BITS, STATISTICS
 
-    statistics = BITS if page is None or decoder is not None else page.statistics
+    statistics = BITS if page is None or decoder is not None else STATISTICS
     for text in texts:
         batches = score_text(reader, text.chunks, decoder, statistics)
         if page is not None:

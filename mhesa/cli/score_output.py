@@ -145,4 +145,5 @@ class Counts:
             say(stderr, f"{log.without_key:,} of {self.rows:,} lines have no key; they share a session.")
         if alarms is not None and alarms.rate * alarms.count < 1:
             needed = round(1 / alarms.rate)
-            say(stderr, f"No line was marked: a threshold takes {needed:,} lines, and {alarms.count:,} were read.")
+            read = f"{alarms.count:,} were read"
+            say(stderr, f"No line was marked: a threshold takes {needed:,} lines, and {read}.")

@@ -20,7 +20,8 @@ def hub_file(source: str) -> Path:
         source: `hf://owner/name`, `hf://owner/name@configuration:split`, or `hf://` and a folder.
 
     Raises:
-        InputError: `datasets` is not installed, there is no such dataset or none is named, or a folder changed meanwhile.
+        InputError: `datasets` is not installed, there is no such dataset or none is named, or a folder
+            changed meanwhile.
     """
     address, _, split = source.removeprefix(HUB).partition(":")
     name, _, configuration = address.partition("@")

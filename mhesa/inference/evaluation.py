@@ -11,7 +11,7 @@ import torch
 from mhesa.data.files import Document
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.parallel_decoder import WINDOW, ParallelDecoder
-from mhesa.inference.statistics import check_numbers
+from mhesa.inference.statistics import BITS, read_tokens
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.tokenizers.base import Tokenizer
 
@@ -39,8 +39,8 @@ class PredictionCost:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy in nats per token."""
-        return self.nats / self.tokens
+        """Mean cross-entropy in nats per token; 0 where there is none."""
+        return self.nats / max(self.tokens, 1)
 
     @property
     def bits_per_byte(self) -> float:
@@ -84,10 +84,10 @@ def evaluate(
     total = PredictionCost(0.0, 0, 0)
     for document in documents:
         ids = torch.from_numpy(tokenizer.encode_bytes(document.data).astype("int64"))
-        inputs = torch.cat([torch.tensor([tokenizer.eos_token_id]), ids[:-1]])
+        inputs = torch.cat([torch.tensor([tokenizer.eos_token_id]), ids])[:-1]
         state = decoder.initial_state(1)
         for read, targets in zip(inputs.split(size), ids.split(size), strict=True):
-            bits = check_numbers(decoder.surprisal(read, targets, state)).sum()
+            bits = read_tokens(decoder, read, targets, state, BITS)["bits"].sum()
             total += PredictionCost(bits * math.log(2), len(targets), 0)
             on_progress(len(targets))
         total += PredictionCost(0.0, 0, len(document.data))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TextIO
 
-import numpy as np
-
-from mhesa.inference.scoring import Batch
-from mhesa.inference.statistics import Statistic, bits, entropy, rank
-from mhesa.inference.units import Segmenter, UnitReader, find_words
+from mhesa.inference.scoring import END, Batch
+from mhesa.inference.units import Segmenter, UnitReader, UnitSurprisal, find_words
 from mhesa.terminal import CONTROLS
 
 # Bits per byte from which a word has the strongest colour.
@@ -38,10 +35,10 @@ span, i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 
 
 class Heatmap:
-    """Writes the page to an open text file; `segmenter` finds the units to colour, words if omitted."""
+    """Writes the page to an open text file; `segmenter` finds the units to colour, words if omitted.
 
-    # Statistics that are measured of each token and shown.
-    statistics: Mapping[str, Statistic] = {"bits": bits, "entropy": entropy, "rank": rank}
+    It shows what is measured of `mhesa.inference.statistics.STATISTICS`.
+    """
 
     def __init__(self, file: TextIO, segmenter: Segmenter = find_words) -> None:
         self.file, self._segmenter = file, segmenter
@@ -58,18 +55,18 @@ class Heatmap:
         """Write a text's batches, and yield them unchanged."""
         self.file.write(f"<h2>{html.escape(name)}</h2>\n<pre>\n")
         units, self._held, self._return, place = UnitReader(name, self._segmenter), b"", "", 0
-        for batch in chain(batches, [None]):
-            self._held += b"" if batch is None else b"".join(block.text for block in batch.blocks)
-            for unit in units.add(batch or Batch([], {}, np.zeros(0))):
-                start, end = unit.offset - place, unit.offset - place + unit.size
-                self._write(self._held[:start])
-                shade = min(int(unit.surprisal / max(unit.size, 1)), STRONGEST)
-                rest = f", rank {unit.rank}, entropy {unit.entropy:.2f} bits" if unit.rank else ""
-                self.file.write(f'<span class="s{shade}" title="{unit.surprisal:.2f} bits{rest}">')
-                self._write(self._held[start:end])
-                self.file.write("</span>")
-                self._held, place = self._held[end:], place + end
-            if batch is not None:
+        for batch in chain(batches, [END]):
+            self._held += b"".join(block.text for block in batch.blocks)
+            written = 0
+            try:
+                for unit in units.add(batch):
+                    start, end = unit.offset - place, unit.offset - place + unit.size
+                    self._write(self._held[written:start])
+                    self._write_unit(unit, self._held[start:end])
+                    written = end
+            finally:
+                self._held, place = self._held[written:], place + written
+            if batch is not END:
                 yield batch
         self.close()
 
@@ -79,6 +76,13 @@ class Heatmap:
             self._write(self._held)
             self.file.write(f"{self._return}</pre>\n".translate(UNPRINTABLE))
             self._held = None
+
+    def _write_unit(self, unit: UnitSurprisal, data: bytes) -> None:
+        shade = min(int(unit.surprisal / max(unit.size, 1)), STRONGEST)
+        rest = f", rank {unit.rank}, entropy {unit.entropy:.2f} bits" if unit.rank else ""
+        self.file.write(f'<span class="s{shade}" title="{unit.surprisal:.2f} bits{rest}">')
+        self._write(data)
+        self.file.write("</span>")
 
     def _write(self, data: bytes) -> None:
         """Write escaped text, with a replacement character for each one that is `UNPRINTABLE`."""

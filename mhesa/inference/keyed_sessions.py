@@ -243,6 +243,15 @@ class KeyedSessions:
             self._database.execute("COMMIT")
             self._database.execute("BEGIN")
 
+    def rollback(self) -> None:
+        """Return to the last commit, as if nothing had been read since; for sessions of a file alone."""
+        assert self.is_kept
+        with self._named_errors():
+            self._database.execute("ROLLBACK")
+            self._database.execute("BEGIN")
+        self._slots.clear()
+        self._changed.clear()
+
     def note(self, name: str) -> str | None:
         """The note of this name; `None` if there is none."""
         with self._named_errors():

@@ -48,7 +48,9 @@ class Peak:
     @cached_property
     def found(self) -> tuple[tuple[int, int], bytes]:
         """Where the part begins and ends, in bytes from the line's beginning, and its first bytes."""
-        start, end = _whole_characters(self._text, *most_surprising_span(self._bits))
+        # Widened to the characters of UTF-8 that it cuts.
+        first, last = most_surprising_span(self._bits)
+        start, end = _character_around(self._text, first)[0], _character_around(self._text, last)[1]
         shown = self._text[start : min(end, start + SHOWN_BYTES)]
         self._text, self._bits = b"", np.zeros(0)
         return (self._offset + start, self._offset + end), shown
@@ -205,11 +207,6 @@ def most_surprising_span(bits: np.ndarray) -> tuple[int, int]:
     return int(np.argmin(sums[:end])), end
 
 
-def _whole_characters(text: bytes, start: int, end: int) -> tuple[int, int]:
-    """The span, widened to the characters of UTF-8 that it cuts."""
-    return _character_around(text, start)[0], _character_around(text, end)[1]
-
-
 def _character_around(text: bytes, place: int) -> tuple[int, int]:
     """Where the character begins and ends that `place` is inside of; `place` twice if it is in none."""
     start = character_start(text, place)
@@ -273,5 +270,7 @@ class FalseAlarms:
 
     def load_json(self, text: str) -> None:
         """Go on with what `to_json` gave."""
+        self._counts.clear()
+        self.count = self._bucket = self._above = 0
         for bucket, scores in json.loads(text):
             self._count(bucket, scores)

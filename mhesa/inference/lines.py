@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import regex
@@ -107,14 +108,14 @@ class Pattern:
         except regex.error as error:
             raise InputError(f"{name} {text!r} is no regular expression: {error}") from error
 
-    def matches(self, line: str, where: str) -> list[regex.Match[str]]:
-        """All matches in a line; `where` names its place in an error.
+    def matches(self, line: str, where: str) -> Iterator[regex.Match[str]]:
+        """The matches in a line, from left to right; `where` names its place in an error.
 
         Raises:
             InputError: it takes too long.
         """
         try:
-            return list(self._compiled.finditer(line, timeout=PATTERN_SECONDS))
+            yield from self._compiled.finditer(line, timeout=PATTERN_SECONDS)
         except TimeoutError as error:
             raise InputError(
                 f"{self._name} {self._text!r} takes more than {PATTERN_SECONDS:g} s in {where};"
@@ -143,11 +144,7 @@ class KeyPattern(Pattern):
         Raises:
             InputError: the expression takes too long.
         """
-        text = as_text(line)
-        try:
-            found = self._compiled.search(text, timeout=PATTERN_SECONDS)
-        except TimeoutError:
-            found = next(iter(self.matches(text, where)), None)
+        found = next(self.matches(as_text(line), where), None)
         return found[1] if found else None
 
 
@@ -199,15 +196,11 @@ class Masks:
             InputError: an expression takes too long.
         """
         counted = np.ones(len(line), dtype=bool)
-        if not self._patterns:
-            return counted
         text = as_text(line)
-        # Where each character begins, if some have several bytes.
-        starts = None if len(text) == len(line) else character_starts(text)
+        starts = character_starts(text)
         for pattern in self._patterns:
             for found in pattern.matches(text, where):
-                start, end = found.span()
-                counted[slice(*((start, end) if starts is None else starts[[start, end]]))] = False
+                counted[starts[found.start()] : starts[found.end()]] = False
         return counted
 
 
@@ -216,7 +209,8 @@ def as_text(line: bytes) -> str:
     return line.decode("utf-8", "surrogateescape")
 
 
-def character_starts(text: str) -> np.ndarray:
-    """Where each character begins in UTF-8, and the last ends, `(characters + 1,)`."""
-    sizes = [len(character.encode("utf-8", "surrogateescape")) for character in text]
-    return np.cumsum([0, *sizes])
+def character_starts(text: str) -> Sequence[int]:
+    """Where each character of `as_text` begins in UTF-8, and the last ends."""
+    if text.isascii():
+        return range(len(text) + 1)
+    return [0, *accumulate(len(character.encode("utf-8", "surrogateescape")) for character in text)]

@@ -54,9 +54,9 @@ class LogReader:
         self.scores, self.alarms = scores or LineScores(), alarms
         # Lines whose key was asked for and not found.
         self.without_key = 0
-        for name, kept in ((KINDS, self.scores), (ALARMS, self.alarms)):
-            if kept is not None and (note := sessions.note(name)) is not None:
-                kept.load_json(note)
+        # Whether the last line that was read has an end.
+        self._is_line_whole = True
+        self._load_scores()
 
     def read(self, source: str, chunks: Iterable[bytes], name: str | None = None) -> Iterator[LineSurprisal]:
         """Read the lines of the log `source` as they come; its text may be cut anywhere.
@@ -67,6 +67,15 @@ class LogReader:
             InputError: the sessions' file cannot be written, or a pattern takes too long.
         """
         yield from mark_alarms(self.scores.read(source, self._pieces(source, chunks, name)), self.alarms)
+        if self.sessions.is_kept and not self._is_line_whole:
+            # The next run reads the line again. Its beginning must not be part of what other files commit.
+            self.sessions.rollback()
+            self._load_scores()
+
+    def _load_scores(self) -> None:
+        for name, kept in ((KINDS, self.scores), (ALARMS, self.alarms)):
+            if kept is not None:
+                kept.load_json(self.sessions.note(name) or "[]")
 
     def _pieces(self, source: str, chunks: Iterable[bytes], name: str | None) -> Iterator[ScoredPiece]:
         position, chunks = self._resume(chunks, name)
@@ -80,7 +89,8 @@ class LogReader:
                 keyed.append(replace(piece, key=key))
             yield from self._score(keyed)
             # In the middle of a line its key would be lost.
-            if keyed[-1].is_last:
+            self._is_line_whole = keyed[-1].is_last
+            if self._is_line_whole:
                 self._commit(name, position, keyed[-1])
 
     def _score(self, pieces: list[Piece]) -> Iterator[ScoredPiece]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mhesa.inference.statistics import check_numbers
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.context_parallel import ContextParallel, stretch
 
@@ -46,11 +47,14 @@ class ParallelDecoder:
 
         Returns:
             Bits, fp64 `(length,)`, the same in every process; see `Decoder.surprisal`.
+
+        Raises:
+            FloatingPointError: logits are not numbers.
         """
         size = WINDOW * self.processes
         windows = zip(inputs.split(size), targets.split(size), strict=True)
         nats = torch.cat([self._nats(*window, state) for window in windows])
-        return nats.double().cpu().numpy() / math.log(2)
+        return check_numbers(nats.double().cpu().numpy() / math.log(2))
 
     @torch.no_grad()
     def _nats(self, inputs: Tensor, targets: Tensor, state: Tensor) -> Tensor:

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mhesa.errors import InputError
 from mhesa.inference.lines import Piece
 from mhesa.inference.parallel_decoder import ParallelDecoder
 from mhesa.inference.session import Reader
-from mhesa.inference.statistics import BITS, Statistic, check_numbers, read_tokens
+from mhesa.inference.statistics import BITS, Statistic, read_tokens
 from mhesa.tokenizers.stream import Block, character_start, encode_stream
 
 # How much of the beginning of a line or document is kept to be shown.
@@ -96,6 +95,10 @@ class Batch:
             start = tokens.stop
 
 
+# A batch without blocks is the end of a text.
+END = Batch([], {"bits": np.zeros(0)}, np.zeros(0, dtype=np.int64))
+
+
 class ScoredPiece(NamedTuple):
     """A line, or a part of a long one, and the surprisal of its bytes.
 
@@ -128,26 +131,17 @@ def score(
         InputError: other statistics than bits are asked of several processes.
     """
     predictor = decoder or reader.decoder
-    if decoder is not None and set(statistics) != {"bits"}:
-        raise InputError("several processes can measure bits alone; start one process for anything else")
     state = predictor.initial_state(1)
     # Every text follows an end-of-text token.
-    last = torch.tensor([reader.tokenizer.eos_token_id])
+    last = end = torch.tensor([reader.tokenizer.eos_token_id])
     sizes = reader.token_sizes
     for blocks in encode_stream(reader.tokenizer, reader.token_bytes, chunks):
         ids = np.concatenate([block.ids for block in blocks]).astype(np.int64)
         read = torch.cat([last, torch.from_numpy(ids)])
-        if decoder is not None:
-            columns = {"bits": check_numbers(decoder.surprisal(read[:-1], read[1:], state))}
-        else:
-            columns = read_tokens(reader.decoder, read[:-1], read[1:], state, statistics)
-        yield Batch(blocks, columns, sizes[ids])
+        yield Batch(blocks, read_tokens(predictor, read[:-1], read[1:], state, statistics), sizes[ids])
         last = read[-1:]
     if with_end:
-        end = torch.tensor([reader.tokenizer.eos_token_id])
-        yield Batch(
-            [], read_tokens(reader.decoder, last, end, state, statistics), np.zeros(1, dtype=np.int64)
-        )
+        yield Batch([], read_tokens(predictor, last, end, state, statistics), np.zeros(1, dtype=np.int64))
 
 
 def share_by_byte(values: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
@@ -177,7 +171,7 @@ def line_pieces(batches: Iterable[Batch]) -> Iterator[ScoredPiece]:
     """The lines of a text, each in one or more pieces, with the surprisal of their bytes."""
     number, offset, is_first = 1, 0, True
     for batch in batches:
-        bits, place = _bits_by_byte(batch), 0
+        bits, place = bits_by_byte(batch), 0
         for block in batch.blocks:
             text, start = block.text, 0
             while start < len(text):
@@ -190,7 +184,7 @@ def line_pieces(batches: Iterable[Batch]) -> Iterator[ScoredPiece]:
         offset += place
 
 
-def _bits_by_byte(batch: Batch) -> np.ndarray:
+def bits_by_byte(batch: Batch) -> np.ndarray:
     """The surprisal of each byte of all blocks, fp64 `(bytes,)`."""
     # In one step where each token is a byte: a call for each line takes longer than its score.
     if (batch.sizes == 1).all() and all(len(block.ids) == len(block.text) for block in batch.blocks):

@@ -24,7 +24,6 @@ from mhesa.inference.continuation import Continuation, TextCursor
 from mhesa.inference.decoder import Decoder
 from mhesa.inference.generation import write
 from mhesa.inference.sampling import Sampling, TokenSampler
-from mhesa.inference.statistics import check_numbers
 from mhesa.locks import only_writer_of_file
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.checks import check_ids
@@ -160,11 +159,11 @@ class Session:
         Returns:
             Bits for each token, fp64 `(tokens,)`: `-log2` of the probability the model gave it.
         """
-        return np.concatenate([np.zeros(0), *self._read(self._pieces(text), self._surprisal)])
+        return np.concatenate([np.zeros(0), *self._read(self._pieces(text), self.reader.decoder.surprisal)])
 
     def score_ids(self, ids: Tensor) -> np.ndarray:
         """Read tokens, int64 `(tokens,)`, and measure the surprisal of each; see `score` and `feed_ids`."""
-        return np.concatenate([np.zeros(0), *self._read([ids], self._surprisal)])
+        return np.concatenate([np.zeros(0), *self._read([ids], self.reader.decoder.surprisal)])
 
     def generate(
         self,
@@ -363,9 +362,6 @@ class Session:
 
     def _prefill(self, inputs: Tensor, ids: Tensor, state: Tensor) -> None:
         self.reader.decoder.prefill(inputs[None], state)
-
-    def _surprisal(self, inputs: Tensor, ids: Tensor, state: Tensor) -> np.ndarray:
-        return check_numbers(self.reader.decoder.surprisal(inputs, ids, state))
 
 
 def fingerprint(model: GatedExponentialSmoothingLM) -> str:

@@ -71,18 +71,16 @@ class Slots:
         """Read the last token of each text and draw the next one; returns what `draw` does."""
         return self.draw(self.read())
 
-    def read(self) -> Tensor:
-        """Read the last token of each text.
+    def read(self, slot: int | None = None) -> Tensor:
+        """Read the last token of each text, or of the text in one slot.
 
         Returns:
             Logits of what comes next, `(texts, num_tokens)`.
         """
-        return self._read(self._last_tokens, self.used_states)
-
-    def read_one(self, slot: int) -> Tensor:
-        """As `read`, of the text in one slot: `(1, num_tokens)`."""
-        rows = slice(slot, slot + 1)
-        return self._read(self._last_tokens[rows], self.used_states[:, rows])
+        ids, states = self._last_tokens, self.used_states
+        if slot is not None:
+            ids, states = ids[slot : slot + 1], states[:, slot : slot + 1]
+        return self.decoder.step(ids.to(self.decoder.device), states)
 
     def draw(self, logits: Tensor, first: int = 0) -> list[int]:
         """Draw a token for some texts.
@@ -103,9 +101,6 @@ class Slots:
             if text.finish is not None or text.error is not None:
                 ended.append(slot)
         return ended[::-1]
-
-    def _read(self, ids: Tensor, states: Tensor) -> Tensor:
-        return self.decoder.step(ids.to(self.decoder.device), states)
 
     def _make_views(self) -> None:
         # Not at each step: they take 3 us to make, and a step of a small model takes 80.

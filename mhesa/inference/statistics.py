@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from mhesa.errors import NOT_NUMBERS, InputError
+from mhesa.ops.checks import INTEGERS, is_plain
 
 if TYPE_CHECKING:
     from mhesa.inference.decoder import Decoder
+    from mhesa.inference.parallel_decoder import ParallelDecoder
 
 # Rows whose log-probabilities are computed at once on a CPU: few enough to stay in a core's cache.
 ROWS = 256
@@ -54,7 +56,9 @@ def rank(logprobs: Tensor, targets: Tensor) -> Tensor:
     return (logprobs > logprobs.gather(1, targets[:, None])).sum(1) + 1
 
 
+# What may be computed of each token, by the names of columns.
 BITS: Mapping[str, Statistic] = {"bits": bits}
+STATISTICS: dict[str, Statistic] = {**BITS, "entropy": entropy, "rank": rank}
 
 
 def boundary_bits(starts: Tensor) -> Statistic:
@@ -78,12 +82,12 @@ def token_statistics(
     Raises:
         FloatingPointError: a statistic is NaN, as of logits that are not numbers.
     """
-    natively = {bits, entropy, rank} if logits.is_cpu and logits.dtype == torch.float32 else set()
+    natively = set(STATISTICS.values()) if logits.is_cpu and logits.dtype == torch.float32 else set()
     if statistics and natively.issuperset(statistics.values()):
         from mhesa.inference.decoder.statistics_kernel import measure
 
         values = measure(logits, targets, bits_only={bits}.issuperset(statistics.values()))
-        measured: dict[Statistic, np.ndarray] = dict(zip((bits, entropy, rank), values, strict=False))
+        measured: dict[Statistic, np.ndarray] = dict(zip(STATISTICS.values(), values, strict=False))
         return {name: check_numbers(measured[statistic]) for name, statistic in statistics.items()}
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     found = {name: np.empty(len(targets)) for name in statistics}
@@ -111,8 +115,7 @@ def check_targets(targets: Tensor, rows: int, num_tokens: int) -> Tensor:
         InputError: they are no integers of one dimension, or not as many.
         IndexError: one is outside the vocabulary of `num_tokens`.
     """
-    whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype is torch.bool)
-    if targets.ndim != 1 or not whole:
+    if not is_plain(targets) or targets.is_nested or targets.ndim != 1 or targets.dtype not in INTEGERS:
         shape = tuple(targets.shape)
         raise InputError(f"targets must be integers of (tokens,), not {targets.dtype} of {shape}")
     if len(targets) != rows:
@@ -124,7 +127,7 @@ def check_targets(targets: Tensor, rows: int, num_tokens: int) -> Tensor:
 
 
 def read_tokens(
-    decoder: Decoder,
+    decoder: Decoder | ParallelDecoder,
     inputs: Tensor | Sequence[Tensor],
     targets: Tensor,
     state: Tensor,
@@ -133,7 +136,7 @@ def read_tokens(
     """Read texts, and compute statistics of the predictions of the tokens that came.
 
     Args:
-        decoder: the model.
+        decoder: the model; in several processes it measures `bits` alone.
         inputs: ids of one text `(length,)`, or of each of several.
         targets: the token that came after each, one text after the other, `(tokens,)`.
         state: `(depth, texts, state_size)`, changed in place.
@@ -143,13 +146,23 @@ def read_tokens(
         By name fp64 `(tokens,)`.
 
     Raises:
-        InputError: not as many targets as inputs, or what `Decoder.read` raises.
+        InputError: not as many targets as inputs, other statistics than bits are asked of several processes,
+            or what `Decoder.read` raises.
         IndexError: an id or a target outside the vocabulary.
         FloatingPointError: logits are not numbers.
     """
-    if set(statistics.values()) == {bits}:
-        return dict.fromkeys(statistics, check_numbers(decoder.surprisal(inputs, targets, state)))
+    from mhesa.inference.decoder import Decoder
+
     read = len(inputs) if isinstance(inputs, Tensor) else sum(map(len, inputs))
+    if read == len(targets) == 0:
+        # The tokenizer makes no tokens of the text.
+        return {name: np.zeros(0) for name in statistics}
+    if set(statistics.values()) == {bits}:
+        # Several processes read one text alone.
+        measured: Callable[..., np.ndarray] = decoder.surprisal
+        return dict.fromkeys(statistics, measured(inputs, targets, state))
+    if not isinstance(decoder, Decoder):
+        raise InputError("several processes can measure bits alone; start one process for anything else")
     targets = check_targets(targets, read, decoder.num_tokens)
     # Preallocate: freed large blocks between live small ones would fragment the heap.
     found = {name: np.empty(len(targets)) for name in statistics}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,9 @@ import torch
 
 from mhesa.errors import InputError
 from mhesa.inference.lines import as_text, character_starts
-from mhesa.inference.scoring import Batch, score, share_by_byte
+from mhesa.inference.scoring import Batch, bits_by_byte, score
 from mhesa.inference.session import Reader
-from mhesa.inference.statistics import Statistic, bits, boundary_bits, entropy, rank
+from mhesa.inference.statistics import STATISTICS, Statistic, boundary_bits
 
 if TYPE_CHECKING:
     import pandas
@@ -101,12 +101,9 @@ class Columns:
         values = [value for name, value in asdict(row).items() if name != "before"]
         return dict(zip(self.names, [*values, *row.before], strict=True))
 
-    def statistics(self, reader: Reader) -> dict[str, Statistic]:
+    def statistics(self, reader: Reader) -> Mapping[str, Statistic]:
         """What has to be computed of each token."""
-        found: dict[str, Statistic] = {"bits": bits, "entropy": entropy, "rank": rank}
-        if self.correct:
-            found["boundary"] = boundary_bits(word_starts(reader))
-        return found
+        return STATISTICS | ({"boundary": boundary_bits(word_starts(reader))} if self.correct else {})
 
 
 def word_starts(reader: Reader) -> torch.Tensor:
@@ -197,6 +194,15 @@ UNITS: dict[str, Segmenter] = {
 TOKEN = "token"
 
 
+def _token_of_byte(sizes: np.ndarray, length: int) -> np.ndarray:
+    """Which token holds each byte of a text, `(length,)`; -1 if there are no tokens.
+
+    `sizes` are the bytes of each token, `(tokens,)`, scaled if they do not add up to the text.
+    """
+    ends = np.cumsum(sizes) * (length / max(sizes.sum(), 1))
+    return np.searchsorted(ends, np.arange(length), side="right").clip(max=len(sizes) - 1)
+
+
 @dataclass
 class _Held:
     """Text whose units are not complete yet, and what is known of each of its bytes."""
@@ -206,19 +212,23 @@ class _Held:
     # For each byte, the statistics of the token that holds it, by name.
     of_token: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def add(self, text: bytes, sizes: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-        self.text += text
-        self.bits = np.append(self.bits, share_by_byte(columns["bits"], sizes, len(text)))
-        ends = np.cumsum(sizes) * (len(text) / max(sizes.sum(), 1))
-        token = np.searchsorted(ends, np.arange(len(text)), side="right").clip(max=max(len(ends) - 1, 0))
-        for name, values in columns.items():
-            self.of_token[name] = np.append(self.of_token.get(name, np.zeros(0)), values[token])
+    def add(self, batch: Batch) -> None:
+        self.text += b"".join(block.text for block in batch.blocks)
+        self.bits = np.append(self.bits, bits_by_byte(batch))
+        # Appended once for all blocks: a block may be a line, and what is held long.
+        blocks = [(columns, _token_of_byte(sizes, len(text))) for text, sizes, columns in batch.by_block()]
+        for name in batch.columns:
+            # The zero is for bytes without a token.
+            parts = [np.append(columns[name], 0.0)[tokens] for columns, tokens in blocks]
+            self.of_token[name] = np.concatenate([self.of_token.get(name, np.zeros(0)), *parts])
 
     def of(self, name: str, place: int) -> float:
         """A statistic of the token that holds a byte; 0 if it was not measured."""
         return float(self.of_token[name][place]) if name in self.of_token else 0.0
 
     def drop(self, size: int) -> None:
+        if not size:
+            return
         self.text, self.bits = self.text[size:], self.bits[size:]
         self.of_token = {name: values[size:] for name, values in self.of_token.items()}
 
@@ -254,32 +264,45 @@ class UnitReader:
     def __init__(self, source: str, segmenter: Segmenter, columns: Columns | None = None) -> None:
         self._segmenter, self._rows = segmenter, _Rows(source, columns or Columns())
         self._held, self._offset = _Held(), 0
+        # What the next unit costs besides the bytes that are held.
+        self._pending = 0.0
 
     def add(self, batch: Batch) -> list[UnitSurprisal]:
         """The units that are complete with a batch of `score`; one without blocks is the end of the text."""
         held, rows = self._held, self._rows
-        for block in batch.by_block():
-            held.add(*block)
+        held.add(batch)
         is_end = not batch.blocks
         # At its end nothing but the end of text can follow.
         after = float(batch.columns["boundary"][0]) if is_end and rows.columns.correct else 0.0
+        if len(held.text) > LONGEST:
+            # The whitespace before a unit counts as part of it, but need not be held.
+            self._pay(len(held.text) - len(held.text.lstrip()))
         text = as_text(held.text)
-        starts = None if len(text) == len(held.text) else character_starts(text)
+        starts = character_starts(text)
         found: list[UnitSurprisal] = []
         paid = 0
         for span in self._segmenter(text, is_end or len(held.text) > LONGEST):
-            start, end = span if starts is None else (int(starts[span[0]]), int(starts[span[1]]))
-            cost = float(held.bits[paid:end].sum())
+            start, end = int(starts[span[0]]), int(starts[span[1]])
+            cost = self._pending + float(held.bits[paid:end].sum())
             if rows.columns.correct:
                 boundary = held.of_token["boundary"]
-                cost += float(boundary[end]) if end < len(boundary) else after
-                cost -= float(boundary[paid]) if rows.number else 0.0
+                # Counted with this unit, and not with the next.
+                end_of_word = float(boundary[end]) if end < len(boundary) else after
+                cost, self._pending = cost + end_of_word, -end_of_word
+            else:
+                self._pending = 0.0
             of_token = held.of("entropy", start), held.of("rank", start)
             found += rows.add(self._offset + start, end - start, held.text[start:end], cost, *of_token)
             paid = end
         held.drop(paid)
         self._offset += paid
         return found
+
+    def _pay(self, size: int) -> None:
+        """Drop held bytes, and keep what they cost for the next unit."""
+        self._pending += float(self._held.bits[:size].sum())
+        self._held.drop(size)
+        self._offset += size
 
 
 def read_units(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mhesa.errors import InputError
-from mhesa.inference.statistics import check_targets
+from mhesa.inference.statistics import check_numbers, check_targets
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.checks import check_ids, check_sequences, check_state, check_weights
@@ -216,6 +216,7 @@ class Decoder:
         Raises:
             InputError: as `prefill` does, or there are not as many targets as tokens.
             IndexError: an id or a target outside the vocabulary; for a target the state is unchanged.
+            FloatingPointError: logits are not numbers.
         """
         sequences = check_sequences([ids] if isinstance(ids, Tensor) else ids, self.device)
         self._check(state, len(sequences))
@@ -226,7 +227,7 @@ class Decoder:
                 rows = slice(done, done + sum(map(len, pieces)))
                 found[rows] = self._engine.surprisal(*_joined(pieces), state[:, first:last], targets[rows])
                 done = rows.stop
-        return found
+        return check_numbers(found)
 
     def _check(self, state: Tensor, batch: int) -> None:
         check_state(state, (self._depth, batch, self._width), self._state_type, self.device)

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from mhesa.inference.scoring import Batch, line_pieces
-from mhesa.inference.statistics import entropy, rank
+from mhesa.inference.scoring import END, Batch, line_pieces
+from mhesa.inference.statistics import BITS, STATISTICS
 from mhesa.inference.units import TOKEN, UNITS, UnitSurprisal, read_units, token_units
 from mhesa.serve.api import protocol
 from mhesa.serve.api.errors import check_limit, invalid
@@ -25,7 +25,8 @@ from mhesa.tokenizers.stream import Block
 # Items of an answer that are made at once, and tokens whose units are found at once.
 BATCH = 2048
 ITEMS = TypeAdapter(list[protocol.ScoredItem])
-STATISTICS = {"entropy": entropy, "rank": rank}
+# Besides the log-probability.
+OF_UNITS = {name: statistic for name, statistic in STATISTICS.items() if name not in BITS}
 
 
 async def score(service: Service, request: Request, body: protocol.ScoreRequest) -> Response:
@@ -33,7 +34,7 @@ async def score(service: Service, request: Request, body: protocol.ScoreRequest)
     service.check_model(body.model)
     prompts = await service.run_sized(len(request.state.body), _encode, service, body)
     end = service.tokenizer.eos_token_id
-    statistics = {} if body.by in protocol.PLAIN_UNITS else STATISTICS
+    statistics = {} if body.by in protocol.PLAIN_UNITS else OF_UNITS
     jobs = [
         Job(prepend(end, ids), client=queue_of(request), score=True, statistics=statistics) for ids in prompts
     ]
@@ -139,8 +140,7 @@ def _units(
     )
     if by == TOKEN:
         return token_units("", batches)
-    end_of_text = Batch([], {}, np.zeros(0, dtype=np.int64))
-    return read_units("", chain(batches, [end_of_text]), UNITS[by])
+    return read_units("", chain(batches, [END]), UNITS[by])
 
 
 def _pieces(text: bytes, sizes: np.ndarray) -> Iterator[tuple[slice, int, int]]:

@@ -333,7 +333,7 @@ class DecodeThread:
                 continue
             slot = self.slots.texts.index(text)
             try:
-                logits = self.slots.read_one(slot)
+                logits = self.slots.read(slot)
             except Exception as error:
                 self._fail(job, error)
             else:
