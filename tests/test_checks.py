@@ -204,8 +204,8 @@ def operator_gradients(dy, dfinal, x, alpha, decay, skip, initial_state):
 def changing(method):
     """A decoder's method as a function of ids and state, which also returns the state."""
 
-    def call(ids, state):
-        return method(ids, state), state
+    def call(ids, state, **others):
+        return torch.as_tensor(method(ids, state=state, **others)), state
 
     return call
 
@@ -283,8 +283,8 @@ def samplers():
 ENTRIES = (scans, operators, scan_steps, convolutions, gelus, dropouts, decoders, samplers)
 
 
-# Errors of the house; an id outside the vocabulary is an `IndexError`.
-HOUSE = (InputError, IndexError)
+# Errors of the house; an id outside the vocabulary is an `IndexError`, a NaN a `FloatingPointError`.
+HOUSE = (InputError, IndexError, FloatingPointError)
 # PyTorch checks arguments of these, with errors of its own, as it has for fake tensors among others.
 THROUGH_TORCH = (
     *(operator, operator_gradients, scan_gradients),

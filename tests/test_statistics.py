@@ -12,9 +12,13 @@ from scipy import special, stats
 from mhesa import GatedExponentialSmoothingLM
 from mhesa.errors import InputError
 from mhesa.inference.decoder import Decoder
-from mhesa.inference.decoder.statistics_kernel import LANES, MIN_PARALLEL, measure, surprisal
+from mhesa.inference.decoder.statistics_kernel import LANES, MIN_PARALLEL, measure
 from mhesa.inference.logprobs import token_logprobs
 from mhesa.inference.statistics import BITS, bits, entropy, rank, read_tokens, token_statistics
+
+
+def surprisal(logits, targets):
+    return measure(logits, targets, bits_only=True)[0]
 
 
 def log_softmax(logits):

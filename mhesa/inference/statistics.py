@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mhesa.errors import NOT_NUMBERS, InputError
-from mhesa.ops.checks import INTEGERS, is_plain
+from mhesa.ops.checks import check_targets
 
 if TYPE_CHECKING:
     from mhesa.inference.decoder import Decoder
@@ -106,24 +106,6 @@ def check_numbers(values: np.ndarray) -> np.ndarray:
     if np.isnan(values).any():
         raise FloatingPointError(NOT_NUMBERS)
     return values
-
-
-def check_targets(targets: Tensor, rows: int, num_tokens: int) -> Tensor:
-    """Tokens that came after `rows` others, as kernels read them: int64 `(rows,)` on CPU, contiguous.
-
-    Raises:
-        InputError: they are no integers of one dimension, or not as many.
-        IndexError: one is outside the vocabulary of `num_tokens`.
-    """
-    if not is_plain(targets) or targets.is_nested or targets.ndim != 1 or targets.dtype not in INTEGERS:
-        shape = tuple(targets.shape)
-        raise InputError(f"targets must be integers of (tokens,), not {targets.dtype} of {shape}")
-    if len(targets) != rows:
-        raise InputError(f"{len(targets)} targets for {rows} tokens")
-    targets = targets.to("cpu", torch.int64).contiguous()
-    if rows and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
-        raise IndexError(f"targets must be 0 to {num_tokens - 1}")
-    return targets
 
 
 def read_tokens(

@@ -190,6 +190,23 @@ def check_ids(ids: Tensor, device: torch.device, num_tokens: int | None = None) 
         raise IndexError(f"token ids must be 0 to {num_tokens - 1}")
 
 
+def check_targets(targets: Tensor, rows: int, num_tokens: int) -> Tensor:
+    """Tokens that came after `rows` others, as kernels read them: int64 `(rows,)` on CPU, contiguous.
+
+    Raises:
+        InputError: they are no integers of one dimension, or not as many.
+        IndexError: one is outside the vocabulary of `num_tokens`.
+    """
+    if not is_plain(targets) or targets.is_nested or targets.ndim != 1 or targets.dtype not in INTEGERS:
+        raise InputError(f"targets must be integers of (tokens,), not {_described(targets)}")
+    if len(targets) != rows:
+        raise InputError(f"{len(targets)} targets for {rows} tokens")
+    targets = targets.to("cpu", torch.int64).contiguous()
+    if rows and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
+        raise IndexError(f"targets must be 0 to {num_tokens - 1}")
+    return targets
+
+
 def check_sequences(ids: Tensor | Iterable[Tensor], device: torch.device) -> list[Tensor]:
     """The sequences of ids `(batch, length)`, or of one tensor each, checked as `check_ids` does."""
     if not isinstance(ids, Iterable) or (isinstance(ids, Tensor) and not (_is_dense(ids) and ids.ndim == 2)):

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mhesa.errors import InputError
-from mhesa.inference.statistics import check_numbers, check_targets
+from mhesa.inference.statistics import check_numbers
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
-from mhesa.ops.checks import check_ids, check_sequences, check_state, check_weights
+from mhesa.ops.checks import check_ids, check_sequences, check_state, check_targets, check_weights
 from mhesa.ops.cpu.threads import new_lock
 from mhesa.settings import AT_LEAST_0, check_sizes
 

@@ -27,7 +27,7 @@ from mhesa.inference.decoder.matmul import (
     padded_columns,
     quantize,
 )
-from mhesa.inference.decoder.statistics_kernel import surprisal
+from mhesa.inference.decoder.statistics_kernel import measure
 from mhesa.model.layers import GatedMHESA
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.ops.cpu.arguments import Struct
@@ -145,7 +145,7 @@ class NativeEngine:
         """See `mhesa.inference.decoder.decoder.Engine`."""
         rows = len(ids)
         if rows <= self.rows:
-            return surprisal(self.run(ids, offsets, state, True), targets)
+            return measure(self.run(ids, offsets, state, True), targets, bits_only=True)[0]
         found = np.empty(rows)
         threads = min(self._threads_for(rows), self.threads, rows // MIN_SHARE)
         self.args.share_rows = min(SHARE, padded(-(-rows // threads), LARGEST_TILE))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhesa.inference.statistics import check_targets
+from mhesa.ops.checks import check_targets
 from mhesa.ops.cpu.arguments import FLOAT32, FLOAT64, INT64, struct
 from mhesa.ops.cpu.atomics import fence, fetch_add
 from mhesa.ops.cpu.compiling import compiled, intrinsic, jit, literals, member, offset, stack_array, types
@@ -51,16 +51,6 @@ SUMS = 2 * LANES
 # No power of two times minus infinity.
 SMALLEST_EXPONENT = -1e4
 BITS_PER_NAT = 1 / math.log(2)
-
-
-def surprisal(logits: Tensor, targets: Tensor) -> np.ndarray:
-    """Surprisal in bits of the tokens that came, fp64 `(rows,)`; see `measure`.
-
-    >>> surprisal(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0])).round(6).tolist()
-    [2.0]
-    """
-    (found,) = measure(logits, targets, bits_only=True)
-    return found
 
 
 def measure(logits: Tensor, targets: Tensor, *, bits_only: bool = False) -> np.ndarray:
