@@ -136,6 +136,21 @@ def in_process(group, case, cuts):
     return case.compute(cuts[rank], cuts[rank + 1], group)
 
 
+def nothing_in_process(group, shape):
+    rates = torch.full((2, shape[2]), 0.5)
+    parallel = ContextParallel(group)
+    y, final = exponential_smoothing(
+        torch.ones(shape), *rates, return_final_state=True, backend="chunked", context_parallel=parallel
+    )
+    return y.shape, final.shape
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 2, 3), (2, 8, 0, 3)])
+def test_no_sequences_and_no_heads(run, shape):
+    batch, _, *rest = shape
+    assert run(nothing_in_process, 2, shape) == [(shape, (batch, *rest))] * 2
+
+
 def check(run, case, cuts):
     """Compare all that the processes between `cuts` compute with one process."""
     by_step, by_sequence, shared, _, _ = case.compute(0, case.length)

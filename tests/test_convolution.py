@@ -68,6 +68,13 @@ def test_packed_sequences_are_apart(lengths, taps):
         torch.testing.assert_close(final[index : index + 1], state)
 
 
+def test_offsets_may_be_on_the_cpu_with_x_elsewhere():
+    x, weight = torch.empty(1, 4, 3, device="meta"), torch.empty(2, 3, device="meta")
+    y, final = causal_convolution(x, weight, cu_seqlens=torch.tensor([0, 2, 4]))
+    assert (y.device.type, y.shape) == ("meta", x.shape)
+    assert (final.device.type, final.shape) == ("meta", (2, 1, 3))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_of_the_kernel(packed):
     torch.manual_seed(0)

@@ -51,6 +51,20 @@ def test_gradients(rates: str, packed: bool, reverse: bool, skip: bool, state: b
 
 
 @FIXED
+def test_second_derivatives_at_a_decay_of_zero(backend: str) -> None:
+    x, alpha = torch.rand(1, 5, 1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    decay = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    state = torch.rand(1, 1, 2, dtype=torch.float64)
+    y = exponential_smoothing(x, alpha, decay, initial_state=state, backend=backend)
+    (first,) = torch.autograd.grad(y.sum(), decay, create_graph=True)
+    # h[t] = x[t] + decay x[t-1] + decay^2 x[t-2] + ..., and the state is x[-1].
+    rows = torch.cat([state[:, 0], x[0, :, 0]]).sum(1)
+    torch.testing.assert_close(first[0], rows[:-1].sum())
+    (second,) = torch.autograd.grad(first, decay)
+    torch.testing.assert_close(second[0], 2 * rows[:-2].sum())
+
+
+@FIXED
 @REVERSE
 def test_the_definition_equals_a_linear_filter(backend: str, reverse: bool) -> None:
     case = Case(2, 200, 3, 4, reverse=reverse)
@@ -185,6 +199,14 @@ def test_gradients_of_a_step(rates: str) -> None:
     tensors = [tensor.requires_grad_() for tensor in tensors]
     assert torch.autograd.gradcheck(step, tensors)
     assert torch.autograd.gradgradcheck(step, tensors)
+
+
+def test_a_step_gives_a_state_of_its_own() -> None:
+    x, rate, state = torch.ones(1, 1, 2), torch.full((1,), 0.5), torch.zeros(1, 1, 2)
+    y, after = exponential_smoothing_step(x, rate, rate, state)
+    y.zero_()
+    assert after.tolist() == [[[0.5, 0.5]]]
+    assert state.tolist() == [[[0.0, 0.0]]]
 
 
 @RATES

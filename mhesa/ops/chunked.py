@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhesa.ops.plain import as_scan
+from mhesa.ops.plain import as_scan, powers_of
 
 # Rows of a chunk at a fixed decay.
 CHUNK = 64
@@ -46,7 +46,7 @@ def _smooth(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
     """`h[t] = decay * h[t-1] + x[t]` over `x` of `(heads, length, columns)`, from `(heads, 1, columns)`."""
     length = x.shape[1]
     chunk = min(CHUNK, length)
-    powers = _powers(decay, chunk)
+    powers = powers_of(decay, chunk)
     lag = torch.arange(chunk, device=x.device)
     lag = lag[:, None] - lag
     kernel = powers[:, lag.clamp(min=0)].tril().to(x.dtype)
@@ -84,10 +84,3 @@ def _states(rows: Sequence[Tensor], decays: Sequence[Tensor], state: Tensor) -> 
         state = decay.to(row.dtype) * state + row
         states.append(state)
     return states
-
-
-def _powers(decay: Tensor, n: int) -> Tensor:
-    """`decay ** [0, 1, .., n]`, `(heads, n + 1)`."""
-    # Power 0 is a constant: differentiating decay ** 0 at decay 0 gives 0 * 0 ** -1, which is NaN.
-    positive = decay[:, None] ** torch.arange(1, n + 1, device=decay.device)
-    return torch.cat([torch.ones_like(decay)[:, None], positive], dim=1)

@@ -226,7 +226,7 @@ def _transition(
         end += product[..., None] * final
         wide = decays.double()
         product = product * (wide ** (rows.stop - rows.start) if wide.ndim == 1 else wide.prod(1))
-        if product.abs().max() < smallest:
+        if (product.abs() < smallest).all():
             return torch.zeros_like(product), end
     return product, end + product[..., None] * start
 

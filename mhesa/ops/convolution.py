@@ -57,7 +57,8 @@ def causal_convolution(
     wide, weight = cast(dtype, "x", x), cast(dtype, "weight", weight)
     initial_state = cast(dtype, "initial_state", initial_state)
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(torch.int64).resolve_neg()
+        # Not as `cast` does it: the kernel reads them, whether they are negated or not.
+        cu_seqlens = cu_seqlens.to(x.device, torch.int64).resolve_neg()
     if context_parallel is not None:
         context_parallel.check(packed=cu_seqlens is not None, reverse=False)
         initial_state = zero_continued(context_parallel, initial_state)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mhesa.errors import InputError
-from mhesa.ops.plain import as_scan
+from mhesa.ops.plain import as_scan, powers_of
 
 
 def conv1d_fft(x: Tensor, weights: Tensor, dim: int = -2, weight_dim: int = -1) -> Tensor:
@@ -69,6 +69,6 @@ def _fast_length(n: int) -> int:
 @partial(as_scan, fixed_rates=True)
 def scan(x: Tensor, alpha: Tensor, decay: Tensor, initial_state: Tensor | None) -> Tensor:
     """See `mhesa.ops.exponential_smoothing`."""
-    powers = decay ** torch.arange(x.shape[1] + 1, device=x.device)[:, None]
+    powers = powers_of(decay, x.shape[1]).T
     h = conv1d_fft(x, (alpha * powers[:-1]).flip(0), dim=-3, weight_dim=-2)
     return h if initial_state is None else h + powers[1:, :, None] * initial_state[:, None]

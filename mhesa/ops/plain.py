@@ -59,6 +59,13 @@ def as_scan(smooth: Smooth, *, fixed_rates: bool = False) -> Scan:
     return scan
 
 
+def powers_of(decay: Tensor, n: int) -> Tensor:
+    """`decay ** [0, 1, .., n]` of decays `(heads,)`, as `(heads, n + 1)`."""
+    # Power 0 is a constant: differentiating decay ** 0 at decay 0 gives 0 * 0 ** -1, which is NaN.
+    positive = decay[:, None] ** torch.arange(1, n + 1, device=decay.device)
+    return torch.cat([torch.ones_like(decay)[:, None], positive], dim=1)
+
+
 def _reversed(inputs: Inputs) -> Inputs:
     """The inputs of the same scan from the first row to the last: all rows in the opposite order."""
     x, alpha, decay, skip, initial_state, cu_seqlens, _ = inputs
@@ -81,6 +88,7 @@ def _scan_as_one(smooth: Smooth, inputs: Inputs) -> tuple[Tensor, Tensor]:
     alpha, decay = (rate.expand(1, length, x.shape[2]) for rate in (alpha, decay))
     if initial_state is None:
         initial_state = wide.new_zeros(len(cu_seqlens) - 1, *x.shape[2:])
+    cu_seqlens = cu_seqlens.to(x.device)
     rows = torch.arange(length, device=x.device)
     sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
     first = (cu_seqlens[sequence] == rows)[:, None]

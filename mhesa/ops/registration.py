@@ -345,6 +345,7 @@ def _before(h: Tensor, start: Tensor, cu_seqlens: Tensor | None, reverse: bool) 
     if cu_seqlens is None:
         start = start[:, None]
         return torch.cat([h[:, 1:], start] if reverse else [start, h[:, :-1]], dim=1)[:, : h.shape[1]]
+    cu_seqlens = cu_seqlens.to(h.device)
     rows = torch.arange(h.shape[1], device=h.device)
     sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
     first = cu_seqlens[sequence + 1] - 1 if reverse else cu_seqlens[sequence]

@@ -153,7 +153,8 @@ def exponential_smoothing_step(
     wide, state = x.to(dtype), cast(dtype, "state", state)
     alpha, decay = cast(dtype, "alpha", alpha), cast(dtype, "decay", decay)
     state = decay[..., None] * state + alpha[..., None] * wide
-    y = state if skip is None else state + cast(dtype, "skip", skip) * wide
+    # A copy: a caller may change `y` in place.
+    y = state.clone() if skip is None else state + cast(dtype, "skip", skip) * wide
     return y.to(x.dtype), state
 
 
