@@ -12,9 +12,11 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,11 @@ CALLS_IN_ORDINARY_TESTS = 4
 CALLS = "openat,write,fsync,rename,mkdir,unlink,unlinkat,rmdir,sendfile,copy_file_range,ftruncate"
 
 
+# Starting a process asks all others whether they have ended, and of two threads that ask at once one is told
+# that the process ended with 255.
+ONE_THREAD = threading.Lock()
+
+
 def run_in_fork(settings, resume, ready):
     """What a process of its own does: wait until `ready` is there, then train."""
     from mhesa.training.run import train
@@ -48,8 +55,16 @@ def run_in_fork(settings, resume, ready):
 
 def start(settings, resume=False, ready=None):
     process = FORKED.Process(target=run_in_fork, args=(settings, resume, ready), daemon=True)
-    process.start()
+    with ONE_THREAD:
+        process.start()
     return process
+
+
+def exit_code(process, seconds=None):
+    """Wait until a process ends, or so many seconds; its exit code, `None` if it still runs."""
+    wait([process.sentinel], seconds)
+    with ONE_THREAD:
+        return process.exitcode
 
 
 def finish(settings):
@@ -61,9 +76,7 @@ def finish(settings):
         shutil.rmtree(settings.out, ignore_errors=True)
     elif there.name == f"step-{settings.steps}" and '"complete"' in complete.read_text():
         return False
-    process = start(settings, resume=there is not None)
-    process.join()
-    assert process.exitcode == 0
+    assert exit_code(start(settings, resume=there is not None)) == 0
     return True
 
 
@@ -94,13 +107,9 @@ def settings(tmp_path_factory):
 def whole(settings):
     """The run that nothing happens to, and how long its process takes."""
     # The first run waits until everything is imported, and compiles the kernels.
-    first = start(replace(settings, out=f"{settings.out}-first", steps=3))
-    first.join()
-    assert first.exitcode == 0
+    assert exit_code(start(replace(settings, out=f"{settings.out}-first", steps=3))) == 0
     began = time.monotonic()
-    process = start(settings)
-    process.join()
-    assert process.exitcode == 0
+    assert exit_code(start(settings)) == 0
     return Path(settings.out) / "checkpoints" / "step-20", time.monotonic() - began
 
 
@@ -124,14 +133,14 @@ def kill_one(settings, whole, tmp_path, moment):
     path, seconds = whole
     run = replace(settings, out=str(tmp_path / f"run{moment}"))
     process = start(run)
-    process.join(moment * seconds)
-    process.kill()
-    process.join()
+    exit_code(process, moment * seconds)
+    with ONE_THREAD:
+        process.kill()
+    killed = exit_code(process) == -signal.SIGKILL
     saved = newest(Path(run.out) / "checkpoints")[0] is not None
     finish(run)
     assert_same_end(run.out, path)
     shutil.rmtree(run.out)
-    killed = process.exitcode == -signal.SIGKILL
     return killed, killed and saved
 
 
@@ -178,9 +187,9 @@ def trace(settings, tmp_path, inject):
     while "attached" not in strace.stderr.readline():
         assert strace.poll() is None
     ready.touch()
-    process.join(200)
+    code = exit_code(process, 200)
     strace.communicate(timeout=30)
-    return process.exitcode, [line for line in log.read_text().splitlines() if "resumed>" not in line]
+    return code, [line for line in log.read_text().splitlines() if "resumed>" not in line]
 
 
 @dataclass(frozen=True)
