@@ -12,6 +12,7 @@ import time
 from llvmlite import ir
 
 from mhesa.ops.cpu.compiling import cgutils, intrinsic, jit, types
+from mhesa.ops.cpu.simd import I32, I64, VOID, call
 
 # Reads of a counter before a waiting thread lets another have its core: a few microseconds.
 SPINS = 256
@@ -79,8 +80,7 @@ def pause(context):
 
     def codegen(context, builder, signature, args):
         if is_x86:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+            call(builder, "llvm.x86.sse2.pause", VOID)
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -92,8 +92,7 @@ def yield_core(context):
     name = "sched_yield" if os.name == "posix" else "SwitchToThread"
 
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        call(builder, name, I32)
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -104,18 +103,13 @@ def clock(context):
     """Monotonic clock: nanoseconds, or performance-counter ticks on Windows."""
 
     def codegen(context, builder, signature, args):
-        number, word = ir.IntType(32), ir.IntType(64)
-        now = cgutils.alloca_once(builder, ir.ArrayType(word, 2))
-        address = builder.bitcast(now, word.as_pointer())
+        now = cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
+        address = builder.bitcast(now, I64.as_pointer())
         if os.name == "posix":
-            function = ir.FunctionType(number, [number, word.as_pointer()])
-            get_time = cgutils.get_or_insert_function(builder.module, function, "clock_gettime")
-            builder.call(get_time, [number(time.CLOCK_MONOTONIC), address])
-            seconds, rest = (builder.load(builder.gep(address, [word(place)])) for place in (0, 1))
-            return builder.add(builder.mul(seconds, word(10**9)), rest)
-        function = ir.FunctionType(number, [word.as_pointer()])
-        get_time = cgutils.get_or_insert_function(builder.module, function, "QueryPerformanceCounter")
-        builder.call(get_time, [address])
+            call(builder, "clock_gettime", I32, I32(time.CLOCK_MONOTONIC), address)
+            seconds, rest = (builder.load(builder.gep(address, [I64(place)])) for place in (0, 1))
+            return builder.add(builder.mul(seconds, I64(10**9)), rest)
+        call(builder, "QueryPerformanceCounter", I32, address)
         return builder.load(address)
 
     return types.int64(), codegen

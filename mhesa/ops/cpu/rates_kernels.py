@@ -177,7 +177,8 @@ def backward(args):
                 da, dd = offset(dalpha, row * rate_step), offset(ddecay, row * rate_step)
                 fill(da, 0, n)
                 fill(dd, 0, n)
-                inputs, states = (x_t, x_gap, dy_t, dy_gap), (a, d, h, p)
-                tile = (inputs, states, (out_t, skip, dskip, da, dd), skips, nontemporal)
+                tile = (
+                    x_t, x_gap, dy_t, dy_gap, a, d, h, p, out_t, skip, dskip, da, dd, skips, nontemporal
+                )  # fmt: skip
                 backward_row(x_gap == 0 and dy_gap == 0, n, head_dim, tile)
     fence()

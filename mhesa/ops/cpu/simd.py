@@ -22,7 +22,7 @@ EXP2 = tuple(math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1))
 
 
 def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
-    """Call a function of LLVM's that returns a value of type `result`."""
+    """Call a function of LLVM's or of the C library that returns a value of type `result`."""
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
@@ -73,21 +73,10 @@ class Emitter:
 
     def store(self, value: Any, pointer: Any, index: Any, nontemporal: bool = False) -> None:
         """Store a vector; past the caches if `nontemporal`, which needs the alignment of a whole vector."""
-        align = min(64, self.bytes * self.lanes) if nontemporal else self.align(pointer)
+        align = min(64, self.align(pointer) * self.lanes) if nontemporal else self.align(pointer)
         store = self.builder.store(value, self.address(pointer, index), align=align)
         if nontemporal:
             store.set_metadata("nontemporal", self.builder.module.add_metadata([I32(1)]))
-
-    @property
-    def bytes(self) -> int:
-        """The size of a stored value."""
-        return {types.float64: 8, types.float32: 4}.get(self.stored, 2)
-
-    def prefetch(self, pointer: Any, index: Any) -> None:
-        """Bring the memory of a vector into the L2 cache; an address outside the process does no harm."""
-        address = self.builder.bitcast(self.address(pointer, index), I8.as_pointer())
-        # LLVM's arguments: read (0), locality (2: L2), data cache (1).
-        call(self.builder, "llvm.prefetch.p0", VOID, address, I32(0), I32(2), I32(1))
 
     @staticmethod
     def align(pointer: Any) -> int:

@@ -9,7 +9,8 @@ from llvmlite import ir
 
 from mhesa.ops.cpu.arguments import INT64, struct
 from mhesa.ops.cpu.atomics import SPINS, clock, fence, fetch_add, load, pause, signal, wait, yield_core
-from mhesa.ops.cpu.compiling import cgutils, intrinsic, types
+from mhesa.ops.cpu.compiling import intrinsic, types
+from mhesa.ops.cpu.simd import I32, call
 
 # Nanoseconds without a call after which a worker sleeps: more than Python needs between two steps.
 IDLE = 1_000_000
@@ -46,15 +47,14 @@ def _semaphore_function(name):
     """An intrinsic that calls a function of C for a semaphore, `sem_wait` or `sem_post`."""
 
     @intrinsic
-    def call(context, semaphore):
+    def function(context, semaphore):
         def codegen(context, builder, signature, args):
-            kind = ir.FunctionType(ir.IntType(32), [args[0].type])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+            call(builder, name, I32, *args)
             return context.get_dummy_value()
 
         return types.void(semaphore), codegen
 
-    return call
+    return function
 
 
 _sleep, _wake_one = _semaphore_function("sem_wait"), _semaphore_function("sem_post")
