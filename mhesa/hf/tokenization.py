@@ -9,7 +9,7 @@ from transformers import AddedToken, PreTrainedTokenizer
 
 from mhesa import remote_code
 from mhesa.hf.auto_class import NoSourceCopies
-from mhesa.tokenizers.bytes import END_OF_TEXT, END_OF_TEXT_ID, PIECES, Bytes, to_bytes, token_splitter
+from mhesa.tokenizers.bytes import END_OF_TEXT, END_OF_TEXT_ID, Bytes, to_bytes, token_splitter
 
 ERRORS = ("replace", "surrogateescape", "ignore", "backslashreplace", "strict")
 
@@ -87,9 +87,6 @@ class ByteTokenizer(NoSourceCopies, PreTrainedTokenizer, Bytes):  # type: ignore
         pieces = token_splitter(added).split(text)
         return [token for piece in pieces for token in ([piece] if piece in added else self._tokenize(piece))]
 
-    def _added_tokens(self) -> dict[int, AddedToken]:
-        return self._added_tokens_decoder
-
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a token, or the ids of a list of them; `None` for an unknown token."""
         vocabulary = self.get_vocab()
@@ -120,15 +117,8 @@ class ByteTokenizer(NoSourceCopies, PreTrainedTokenizer, Bytes):  # type: ignore
         **kwargs: Any,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        data = self._join(ids, self._pieces(skip_special_tokens))
+        data = self._join(ids, self.pieces(skip_special_tokens))
         return data.decode("utf-8", self.errors if errors is None else _check_errors(errors))
-
-    def _pieces(self, skip_special_tokens: bool = True) -> dict[int, bytes]:
-        added = {
-            index: b"" if skip_special_tokens and token.special else to_bytes(token.content)
-            for index, token in self._added_tokens_decoder.items()
-        }
-        return PIECES | added
 
 
 def _check_errors(errors: str) -> str:

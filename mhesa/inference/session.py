@@ -56,15 +56,10 @@ class Reader:
         self.model, self.tokenizer = model, tokenizer
         self.decoder = Decoder(model, quantize=quantize, max_batch=MAX_BATCH)
 
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens can be written: the tokenizer's, where the model's vocabulary is padded."""
-        return min(self.decoder.num_tokens, len(self.tokenizer))
-
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """The bytes of every token; see the function `token_bytes`."""
-        return token_bytes(self.tokenizer, max(self.decoder.num_tokens, len(self.tokenizer)))
+        return token_bytes(self.tokenizer, self.decoder.num_tokens)
 
     @cached_property
     def token_sizes(self) -> np.ndarray:
@@ -79,14 +74,8 @@ class Reader:
 
 def token_bytes(tokenizer: Tokenizer, count: int) -> list[bytes]:
     """The bytes of the first `count` tokens, none for an id that the tokenizer lacks."""
-
-    def decode(token: int) -> bytes:
-        try:
-            return tokenizer.decode_bytes([token])
-        except ValueError:
-            return b""
-
-    return [decode(token) for token in range(count)]
+    pieces = tokenizer.pieces()
+    return [pieces.get(token, b"") for token in range(count)]
 
 
 @dataclass
@@ -214,7 +203,7 @@ class Session:
         last = torch.tensor([begun.token], device="cpu")
         try:
             for _, token in write(
-                self.reader.decoder, [last], [text], memory.state, num_tokens=self.reader.num_tokens
+                self.reader.decoder, [last], [text], memory.state, num_tokens=len(self.reader.tokenizer)
             ):
                 if memory is not self._memory:
                     raise InputError("the session has read something else: end its text before, or fork it")

@@ -55,8 +55,8 @@ class Tokenizer(ABC):
         """The tokens beside the vocabulary's own, special ones among them, by their ids."""
 
     @abstractmethod
-    def _pieces(self) -> Mapping[int, bytes]:
-        """The bytes of every token, none for a special one."""
+    def pieces(self) -> Mapping[int, bytes]:
+        """The bytes of every token by its id, none for a special one."""
 
     @abstractmethod
     def _encode_marked(self, text: str) -> list[int]:
@@ -77,7 +77,7 @@ class Tokenizer(ABC):
         Raises:
             InputError: an id that no token has.
         """
-        return self._join(ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids, self._pieces())
+        return self._join(ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids, self.pieces())
 
     def apply_chat_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> Any:
         """The ids of a conversation, a list.

@@ -48,8 +48,10 @@ class Bytes(Tokenizer):
         chat_template: str | None = None,
         pad_token: str | None = None,
     ) -> None:
-        self.added_tokens = {END_OF_TEXT_ID: AddedToken(END_OF_TEXT, special=True), **(added_tokens or {})}
-        ids = {token.content: index for index, token in self.added_tokens.items()}
+        # Called as in transformers, for the methods that `mhesa.hf.ByteTokenizer` inherits.
+        self._added_tokens_decoder = {END_OF_TEXT_ID: AddedToken(END_OF_TEXT, special=True)}
+        self._added_tokens_decoder |= added_tokens or {}
+        ids = {token.content: index for index, token in self._added_tokens().items()}
         if eos_token not in ids:
             raise InputError(f"eos_token {eos_token!r} is not one of the tokens {', '.join(ids)}")
         self.eos_token, self.eos_token_id = eos_token, ids[eos_token]
@@ -58,7 +60,7 @@ class Bytes(Tokenizer):
         self.chat_template = chat_template
 
     def __len__(self) -> int:
-        return max(self.added_tokens) + 1
+        return max(self._added_tokens()) + 1
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Ids of `data`, which may be anything, `(tokens,)`; no special token is looked for."""
@@ -80,18 +82,21 @@ class Bytes(Tokenizer):
                 "special": token.special,
                 **dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False),
             }
-            for index, token in sorted(self.added_tokens.items())
+            for index, token in sorted(self._added_tokens().items())
         }
         folder = Path(folder)
         write_config(folder, BYTE_TOKENIZER, self, added_tokens_decoder=tokens, auto_map=remote_code.BYTES)
         remote_code.write_module(folder)
 
     def _added_tokens(self) -> Mapping[int, AddedToken]:
-        return self.added_tokens
+        return self._added_tokens_decoder
 
-    def _pieces(self) -> dict[int, bytes]:
-        added = {i: b"" if it.special else to_bytes(it.content) for i, it in self.added_tokens.items()}
-        return PIECES | added
+    def pieces(self, skip_special_tokens: bool = True) -> dict[int, bytes]:
+        """The bytes of every token by its id; special ones have none, or those of their texts."""
+        return PIECES | {
+            index: b"" if skip_special_tokens and token.special else to_bytes(token.content)
+            for index, token in self._added_tokens().items()
+        }
 
     def _encode_marked(self, text: str) -> list[int]:
         special = self.special_tokens()

@@ -29,10 +29,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def read_chat_template(folder: Path) -> str | None:
-    """The chat template of a tokenizer's folder, `None` if it has none."""
+def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The chat template of a tokenizer's folder, or that in its `tokenizer_config.json`; `None` if none."""
     file = folder / CHAT_TEMPLATE
-    template = file.read_text("utf-8") if file.is_file() else read_config(folder).get("chat_template")
+    template = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
     return template if isinstance(template, str) else None
 
 

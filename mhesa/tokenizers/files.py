@@ -32,8 +32,12 @@ def open_tokenizer(path: str | Path) -> Bytes | TextTokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:
         raise InputError(f"{file} is not a tokenizer: {error}") from error
-    padding = token_text(read_config(file.parent).get("pad_token"))
-    return TextTokenizer(tokenizer, _end_of_text(file, tokenizer), read_chat_template(file.parent), padding)
+    values = read_config(file.parent)
+    # Special tokens only: an ordinary token of such a name was learnt from text.
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    likely = next((name for name in ENDS_OF_TEXT if name in special), END_OF_TEXT)
+    end, padding = token_text(values.get("eos_token")) or likely, token_text(values.get("pad_token"))
+    return TextTokenizer(tokenizer, end, read_chat_template(file.parent, values), padding)
 
 
 def _byte_tokenizer(folder: Path) -> Bytes:
@@ -47,15 +51,6 @@ def _byte_tokenizer(folder: Path) -> Bytes:
             for index, token in values.get("added_tokens_decoder", {}).items()
         }
         end = token_text(values.get("eos_token")) or END_OF_TEXT
-        return Bytes(added, end, read_chat_template(folder), token_text(values.get("pad_token")))
+        return Bytes(added, end, read_chat_template(folder, values), token_text(values.get("pad_token")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / TOKENIZER_CONFIG} is damaged: {error}") from error
-
-
-def _end_of_text(file: Path, tokenizer: Tokenizer) -> str:
-    end = token_text(read_config(file.parent).get("eos_token"))
-    if end is not None:
-        return end
-    # Special tokens only: an ordinary token of such a name was learnt from text.
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    return next((name for name in ENDS_OF_TEXT if name in special), END_OF_TEXT)

@@ -65,11 +65,7 @@ class TextTokenizer(base.Tokenizer):
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """The ids of several texts, `(tokens,)` each, computed on all cores.
-
-        Raises:
-            InputError: bytes that are not UTF-8, and the vocabulary has no tokens for bytes.
-        """
+        """The ids of several texts, `(tokens,)` each, computed on all cores; see the base class."""
         try:
             decoded = [text.decode() for text in texts]
         except UnicodeDecodeError:
@@ -147,7 +143,8 @@ class TextTokenizer(base.Tokenizer):
     def _is_byte_level(self) -> bool:
         return '"ByteLevel"' in json.dumps(json.loads(self.tokenizer.to_str()).get("decoder"))
 
-    def _pieces(self) -> dict[int, bytes]:
+    def pieces(self) -> dict[int, bytes]:
+        """The bytes of every token by its id, none for a special one."""
         return self._bytes
 
     @cached_property

@@ -55,8 +55,6 @@ def _is_nested(value: Any) -> bool:
 
 def _converted(kind: type, value: Any) -> Any:
     """A YAML value as the setting's type, where YAML has no such type or reads it as text."""
-    if isinstance(value, list):
-        return tuple(map(str, value))
     if kind is tuple and isinstance(value, str):
         return (value,)
     if kind is float and isinstance(value, str):

@@ -113,8 +113,7 @@ class Metrics:
     def _write(self, **values: Any) -> None:
         if rank() == 0:
             progress = self.progress
-            tokens = {"tokens": values.pop("tokens")} if "tokens" in values else {}
-            self.on_row({"step": progress.step, **tokens, "seconds": round(progress.seconds, 3), **values})
+            self.on_row({"step": progress.step, "seconds": round(progress.seconds, 3), **values})
 
     def _check(self, values: list[float], what: str) -> None:
         bad = next((value for value in values if not math.isfinite(value)), None)

@@ -101,10 +101,11 @@ def train(
     console = console if console is not None and rank() == 0 else Console(quiet=True)
     # Gradients are on, whatever they are outside.
     with only_run_in(Path(settings.out)), torch.inference_mode(False), torch.enable_grad():
-        return _train(begin(settings, resume, overwrite, console), phase)
+        return _finish(begin(settings, resume, overwrite, console), phase)
 
 
-def _train(run: Run, phase: Phase) -> Summary:
+def _finish(run: Run, phase: Phase) -> Summary:
+    """Train to the end, and say what stopped it in the words of `train`."""
     device = torch.device(run.settings.device)
     with (
         # Leave torch's global generators as they were.

@@ -364,12 +364,10 @@ class TrainingSettings(ModelSizes):
             raise InputError(f"{path.parent} holds no training run: it has no {path.name}")
         try:
             values = read_json(path)["settings"]
-            if isinstance(values["sources"], str):
-                raise TypeError("sources must be a list")
             unknown = set(values) - {field.name for field in fields(cls)}
             if unknown:
                 raise InputError(f"{path} holds unknown settings: {', '.join(sorted(unknown))}")
-            return cls(**{**EARLIER_DEFAULTS, **values, "sources": tuple(values["sources"])})
+            return cls(**{**EARLIER_DEFAULTS, **values})
         except (TypeError, KeyError) as error:
             raise InputError(f"{path} does not hold the settings of a training run") from error
         except ValueError as error:
