@@ -14,10 +14,20 @@ from mhesa.errors import InputError
 GENERATOR, BEGINNING = b'<meta name="generator" content="mhesa">', 1024
 
 
-def read_page(package: str, name: str) -> str:
-    """The text of a page that is a file of a package, with the style that all pages begin with."""
-    style = resources.files("mhesa").joinpath("web_pages.css").read_text("utf-8")
-    return resources.files(package).joinpath(name).read_text("utf-8").replace("{{ style }}", style)
+def read_page(package: str, name: str, **values: str) -> str:
+    """The text of a page that is a file of a package, with the style and script that pages share.
+
+    `values` are put in the places of their names, as in `{{ name }}`.
+    """
+    shared = {part: _read("mhesa", f"web_pages.{end}") for part, end in (("style", "css"), ("script", "js"))}
+    text = _read(package, name)
+    for place, value in (shared | values).items():
+        text = text.replace(f"{{{{ {place} }}}}", value)
+    return text
+
+
+def _read(package: str, name: str) -> str:
+    return resources.files(package).joinpath(name).read_text("utf-8")
 
 
 def check_replaceable(path: Path) -> None:

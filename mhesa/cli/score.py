@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from heapq import nlargest
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +27,7 @@ from mhesa.cli.common import (
     share,
     stderr,
 )
-from mhesa.cli.score_input import Text, documents, find_texts, key_finder, size_in_bytes, word_list
+from mhesa.cli.score_input import documents, find_texts, key_finder, size_in_bytes, word_list
 from mhesa.cli.score_output import Counts, Output
 from mhesa.errors import InputError
 from mhesa.terminal import say
@@ -35,12 +36,8 @@ from mhesa.web_pages import check_replaceable
 if TYPE_CHECKING:
     from mhesa.inference.heatmap import Heatmap
     from mhesa.inference.line_scores import FalseAlarms, LineScores
-    from mhesa.inference.lines import KeyField, KeyPattern
-    from mhesa.inference.log_reader import LogReader
-    from mhesa.inference.parallel_decoder import ParallelDecoder
-    from mhesa.inference.scoring import SpanSurprisal
-    from mhesa.inference.session import Reader
-    from mhesa.inference.units import Columns, Segmenter, UnitSurprisal
+    from mhesa.inference.scoring import Batch
+    from mhesa.inference.units import Columns
 
 # The exit code where a line was marked.
 ALARM = 3
@@ -183,11 +180,14 @@ def score(
 
         torchrun --nproc-per-node 4 -m mhesa score runs/mine long.txt --top 20
     """
+    from mhesa.inference.keyed_sessions import KeyedSessions
     from mhesa.inference.line_scores import FalseAlarms, LineScores
     from mhesa.inference.lines import Masks
-    from mhesa.inference.log_reader import with_context
+    from mhesa.inference.log_reader import LogReader, with_context
     from mhesa.inference.scoring import BY
-    from mhesa.inference.units import TOKEN, UNITS, Columns, GivenWords
+    from mhesa.inference.scoring import score as score_text
+    from mhesa.inference.statistics import BITS, STATISTICS
+    from mhesa.inference.units import TOKEN, UNITS, Columns
     from mhesa.processes import rank
 
     known = ("line", *BY, *UNITS)
@@ -237,13 +237,22 @@ def score(
         log = None
         rows: Iterator[Any]
         if keyed:
-            log = stack.enter_context(_log_reader(reader, memory, state, find_key, scores, alarms))
-            rows = _keyed_rows(log, texts)
-        elif in_units:
-            segmenter = UNITS.get(by) if given is None else GivenWords(given)
-            rows = _unit_rows(reader, texts, segmenter, columns, page)
+            # Closed without a commit: what was read since the last one comes again.
+            sessions = stack.enter_context(closing(KeyedSessions(reader, memory=memory, path=state)))
+            log = LogReader(sessions, find_key, scores, alarms)
+            rows = chain.from_iterable(log.read(text.name, text.chunks, text.identity) for text in texts)
         else:
-            rows = _span_rows(reader, decoder, texts, by, scores, alarms, page)
+            # Several processes measure surprisal alone.
+            shown_on_page = STATISTICS if page is not None and decoder is None else BITS
+            statistics = columns.statistics(reader) if in_units else shown_on_page
+            make_rows = _rows_maker(by, scores, alarms, given, columns if in_units else None)
+            batches = (
+                (text.name, score_text(reader, text.chunks, decoder, statistics, with_end=in_units))
+                for text in texts
+            )
+            if page is not None:
+                batches = ((name, page.follow(name, of_text)) for name, of_text in batches)
+            rows = chain.from_iterable(make_rows(name, of_text) for name, of_text in batches)
         counts = Counts()
         rows = counts.of(rows)
         rows = with_context(rows, context) if only else rows
@@ -263,69 +272,26 @@ def score(
         raise typer.Exit(ALARM)
 
 
-def _span_rows(
-    reader: Reader,
-    decoder: ParallelDecoder | None,
-    texts: Iterable[Text],
+def _rows_maker(
     by: str,
     scores: LineScores,
     alarms: FalseAlarms | None,
-    page: Heatmap | None,
-) -> Iterator[SpanSurprisal]:
-    """The lines, tokens or documents of some texts, each read from its beginning."""
+    words: Iterable[str] | None,
+    columns: Columns | None,
+) -> Callable[[str, Iterable[Batch]], Iterator[Any]]:
+    """What makes the rows of a text of its name and its batches: units with `columns`, or spans of text."""
     from mhesa.inference.log_reader import mark_alarms
     from mhesa.inference.scoring import BY, line_pieces
-    from mhesa.inference.scoring import score as score_text
-    from mhesa.inference.statistics import BITS, STATISTICS
+    from mhesa.inference.units import UNITS, GivenWords, read_units, token_units
 
-    statistics = BITS if page is None or decoder is not None else STATISTICS
-    for text in texts:
-        batches = score_text(reader, text.chunks, decoder, statistics)
-        if page is not None:
-            batches = page.follow(text.name, batches)
-        if by == "line":
-            yield from mark_alarms(scores.read(text.name, line_pieces(batches)), alarms)
-        else:
-            yield from BY[by](text.name, batches)
-
-
-def _unit_rows(
-    reader: Reader, texts: Iterable[Text], segmenter: Segmenter | None, columns: Columns, page: Heatmap | None
-) -> Iterator[UnitSurprisal]:
-    """The units of some texts; their tokens if there is no segmenter."""
-    from mhesa.inference.scoring import score as score_text
-    from mhesa.inference.units import read_units, token_units
-
-    for text in texts:
-        batches = score_text(reader, text.chunks, statistics=columns.statistics(reader), with_end=True)
-        if page is not None:
-            batches = page.follow(text.name, batches)
+    if columns is not None:
+        segmenter = UNITS.get(by) if words is None else GivenWords(words)
         if segmenter is None:
-            yield from token_units(text.name, batches, columns)
-        else:
-            yield from read_units(text.name, batches, segmenter, columns)
-
-
-def _keyed_rows(log: LogReader, texts: Iterable[Text]) -> Iterator[SpanSurprisal]:
-    for text in texts:
-        yield from log.read(text.name, text.chunks, text.identity)
-
-
-@contextmanager
-def _log_reader(
-    reader: Reader,
-    memory: int,
-    state: Path | None,
-    find_key: KeyPattern | KeyField | None,
-    scores: LineScores,
-    alarms: FalseAlarms | None,
-) -> Iterator[LogReader]:
-    from mhesa.inference.keyed_sessions import KeyedSessions
-    from mhesa.inference.log_reader import LogReader
-
-    # What was read and not committed is not to be kept: its lines come again.
-    with closing(KeyedSessions(reader, memory=memory, path=state)) as sessions:
-        yield LogReader(sessions, find_key, scores, alarms)
+            return partial(token_units, columns=columns)
+        return partial(read_units, segmenter=segmenter, columns=columns)
+    if by == "line":
+        return lambda name, batches: mark_alarms(scores.read(name, line_pieces(batches)), alarms)
+    return BY[by]
 
 
 def _only_with(holds: bool, rule: str, options: Mapping[str, object]) -> None:

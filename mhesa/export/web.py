@@ -72,14 +72,14 @@ def export_web(
         # What tokens beyond the bytes stand for.
         "pieces": {token: tokenizer.decode_bytes([token]).decode() for token in range(256, len(tokenizer))},
     }
-    parts = {
-        "details": _script_safe(json.dumps(details)),
-        "step": _base64(resources.files(__package__).joinpath("step.wasm").read_bytes()),
-        "weights": _base64(weights(model)),
-    }
-    text = read_page("mhesa.export", "page.html")
-    for part, value in parts.items():
-        text = text.replace(f"{{{{ {part} }}}}", value)
+    text = read_page(
+        "mhesa.export",
+        "page.html",
+        # Nothing in it may end the script element it stands in.
+        details=json.dumps(details).replace("<", "\\u003c"),
+        step=_base64(resources.files(__package__).joinpath("step.wasm").read_bytes()),
+        weights=_base64(weights(model)),
+    )
     make_folder(folder)
     with write_file(folder / PAGE) as file:
         file.write(text.replace("{{ policy }}", policy(text, scripts="'wasm-unsafe-eval'")).encode())
@@ -129,8 +129,3 @@ def _floats(values: Tensor) -> bytes:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def _script_safe(text: str) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return text.replace("<", "\\u003c")

@@ -20,7 +20,7 @@ from mhesa.inference.continuation import TextCursor
 from mhesa.inference.logprobs import TokenLogprob
 from mhesa.inference.sampling import Sampling
 from mhesa.serve.api import protocol
-from mhesa.serve.api.errors import APIError, ClientGone, session_error
+from mhesa.serve.api.errors import APIError, session_error
 from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.pieces import with_items
 from mhesa.serve.api.submission import Submission
@@ -313,8 +313,6 @@ class EventStream(Response):
             async for event in self.answer.stream():
                 await send_event(event)
             await send_event("[DONE]", more=False)
-        except ClientGone:
-            self.answer.log_fields["cut"] = "disconnected"
         except (APIError, SessionError) as error:
             failure = error if isinstance(error, APIError) else session_error(error)
             self.answer.log_fields["cut"] = failure.code

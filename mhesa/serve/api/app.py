@@ -17,7 +17,7 @@ import mhesa
 from mhesa.serve.api import metrics, protocol
 from mhesa.serve.api.body import Body, read_body
 from mhesa.serve.api.completions import plan_chat, plan_completions, write
-from mhesa.serve.api.errors import APIError, ClientGone, session_error, validation_error
+from mhesa.serve.api.errors import APIError, session_error, validation_error
 from mhesa.serve.api.lease import SessionLease
 from mhesa.serve.api.protocol import (
     ChatRequest,
@@ -83,7 +83,7 @@ def _handle_errors(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return _api_error(error).response()
 
-    for kind in (APIError, SessionError, RequestValidationError, HTTPException, ClientGone, Exception):
+    for kind in (APIError, SessionError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
 
 
@@ -97,17 +97,13 @@ def _api_error(error: Exception) -> APIError:
             return validation_error(error.errors())
         case HTTPException():
             return APIError(error.status_code, str(error.detail), headers=error.headers)
-        case ClientGone():
-            return APIError(499, "the client closed the connection", code="disconnected")
         case _:
             return APIError(500, "the server has a fault", code="internal_error")
 
 
 def _page(name: str, **values: str) -> HTMLResponse:
     """A page of this package with these values, and a policy that allows only its own script and style."""
-    text = read_page(__package__, name)
-    for place, value in values.items():
-        text = text.replace(f"{{{{ {place} }}}}", value)
+    text = read_page(__package__, name, **values)
     allowed = policy(text, connect="'self'") + "; frame-ancestors 'none'"
     return HTMLResponse(text, headers={"Content-Security-Policy": allowed})
 
@@ -190,17 +186,10 @@ def _post(
 
 def _describe_bodies(app: FastAPI) -> None:
     """Describe the bodies of requests and the events of streams, which FastAPI does not see."""
+    bodies = (CompletionRequest, ChatRequest, ScoreRequest, TokenizeRequest, DetokenizeRequest, ForkRequest)
+    chunks = (protocol.CompletionChunk, protocol.ChatCompletionChunk)
     _, schemas = models_json_schema(
-        [
-            (CompletionRequest, "validation"),
-            (ChatRequest, "validation"),
-            (ScoreRequest, "validation"),
-            (TokenizeRequest, "validation"),
-            (DetokenizeRequest, "validation"),
-            (ForkRequest, "validation"),
-            (protocol.CompletionChunk, "serialization"),
-            (protocol.ChatCompletionChunk, "serialization"),
-        ],
+        [*((body, "validation") for body in bodies), *((chunk, "serialization") for chunk in chunks)],
         ref_template=SCHEMAS,
     )
     app.openapi()["components"]["schemas"] |= schemas["$defs"]

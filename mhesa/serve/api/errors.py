@@ -22,10 +22,6 @@ TYPES = {
 TYPE_NAMES = frozenset({"str", "int", "float", "bool"})
 
 
-class ClientGone(Exception):  # noqa: N818 not an error of ours
-    """The client closed the connection."""
-
-
 class APIError(Exception):
     """An answer that is an error.
 
@@ -71,6 +67,11 @@ def _printable(text: str) -> str:
 def invalid(message: str, param: str | None, code: str = "invalid_value") -> APIError:
     """The error for a value that is not allowed."""
     return APIError(400, message, param=param, code=code)
+
+
+def disconnected() -> APIError:
+    """The error where nobody waits for an answer any more."""
+    return APIError(499, "the client closed the connection", code="disconnected")
 
 
 def stopping(reason: str = "the server is shutting down") -> APIError:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from starlette.requests import Request
 
-from mhesa.serve.api.errors import APIError, ClientGone, stopping
+from mhesa.serve.api.errors import APIError, disconnected, stopping
 from mhesa.serve.api.service import Service
 from mhesa.serve.engine.jobs import Job, Stopped
 from mhesa.serve.logs import log
@@ -41,8 +41,7 @@ class Submission:
         """Wait until a job has progress to report.
 
         Raises:
-            APIError: a job failed, or the request took too long.
-            ClientGone: the client closed the connection.
+            APIError: a job failed, the request took too long, or the client closed the connection.
         """
         await self._event.wait()
         self._event.clear()
@@ -85,7 +84,7 @@ class Submission:
     async def _watch_client(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        self._end_with(ClientGone())
+        self._end_with(disconnected())
 
     def _end_with(self, error: Exception) -> None:
         self._end = error

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mhesa.serve.api.errors import APIError, stopping
+from mhesa.serve.api.errors import APIError, disconnected, stopping
 from mhesa.serve.api.service import Service
 from mhesa.serve.logs import log
 from mhesa.serve.settings import is_loopback
@@ -148,7 +148,7 @@ class Guard:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise APIError(499, "the client closed the connection", code="disconnected")
+                raise disconnected()
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > limit:
