@@ -60,6 +60,8 @@ class StepKernels(NamedTuple):
     backward: Callable[[Tensor, Tensor, Inputs, Tensor | None], Gradients]
 
 
+# What kernels take.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The kernels of each backend, by its name.
 _KERNELS: dict[str, tuple[FixedKernels, StepKernels]] = {}
 # The types of `Inputs`, and of two results, as custom operators declare them.
@@ -120,9 +122,16 @@ def make_scan(name: str, fixed: FixedKernels, steps: StepKernels) -> Scan:
     return partial(_smoothing, name)
 
 
+def _kernels(name: str, dtype: torch.dtype) -> tuple[FixedKernels, StepKernels]:
+    if dtype not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise InputError(f"backend {name!r} takes {names}, not {str(dtype).removeprefix('torch.')}")
+    return _KERNELS[name]
+
+
 def _forward(name: str, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(y, final_state, states)` by a backend's kernels; `states` is `None` at fixed rates."""
-    fixed, steps = _KERNELS[name]
+    fixed, steps = _kernels(name, inputs.x.dtype)
     if inputs.alpha.ndim == inputs.decay.ndim == 1:
         return *fixed.forward(inputs), None
     return steps.forward(_at_every_step(inputs))
@@ -132,7 +141,7 @@ def _backward(
     name: str, dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None = None
 ) -> Gradients:
     """The gradients by a backend's kernels."""
-    fixed, steps = _KERNELS[name]
+    fixed, steps = _kernels(name, inputs.x.dtype)
     if inputs.alpha.ndim == inputs.decay.ndim == 1:
         return fixed.backward(dy, dfinal, inputs)
     dx, dalpha, ddecay, dskip, dinitial = steps.backward(dy, dfinal, _at_every_step(inputs), states)

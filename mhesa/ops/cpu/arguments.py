@@ -1,14 +1,6 @@
 """Arguments of native kernels by name: one C struct, filled in by Python and read by the kernel.
 
-    Arguments = struct("Arguments", next_task="int64", x=STORED, count="int64")
-    arguments = Arguments(x=x.data_ptr(), count=x.numel())                       # Python
-    parallel(compiled(kernel, x.dtype, Arguments), arguments.address, threads)
-
-    def kernel(args):                                                            # numba
-        for i in range(args.count):
-            args.x[i] *= 2
-
-This module needs no numba; `mhesa.ops.cpu.compiling` is numba's side of it. See docs/kernels.md.
+docs/kernels.md has an example. This module needs no numba; `mhesa.ops.cpu.compiling` is numba's side of it.
 """
 
 from __future__ import annotations

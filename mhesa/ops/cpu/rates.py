@@ -53,7 +53,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scan(call: _Call, initial_state: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Write the outputs to `y`, if there is one; returns the final state and those at the chunks' starts."""
-    states, final, args = call.new(len(call.cut.chunks), call.channels), call.new(*call.states), call.args
+    states, final = call.new(len(call.cut.chunks), call.channels), call.new(*call.state_shape)
+    args = call.args
     args.initial, args.final, args.states = call.parameter(initial_state), final.data_ptr(), states.data_ptr()
     args.out = 0 if y is None else y.data_ptr()
     call.run(kernels.forward, call.channels, tensors=2)
@@ -68,7 +69,7 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs, states: Tensor | None) 
     dx = empty_hugepages(x.shape, x.dtype)
     dskip = torch.zeros(x.shape[2:], dtype=call.dtype, device=CPU)
     dalpha, ddecay = call.new(*x.shape[:3]), call.new(*x.shape[:3])
-    dinitial, args = call.new(*call.states), call.args
+    dinitial, args = call.new(*call.state_shape), call.args
     args.dy, args.dy_batch, args.dy_row, args.dy_head = call.rows(dy, min_head_dim=0)
     args.out, args.dfinal, args.dinitial = dx.data_ptr(), call.parameter(dfinal), dinitial.data_ptr()
     args.dalpha, args.ddecay, args.states = dalpha.data_ptr(), ddecay.data_ptr(), states.data_ptr()
@@ -102,8 +103,8 @@ class _Call(Call):
 
     def run(self, kernel: Callable[..., None], buffer: int, *, tensors: int) -> None:
         """Run a kernel over `tensors` tensors as large as x, with memory for `buffer` values a thread."""
-        args, threads, sequences = self.args, self.threads, self.states[0]
-        relay = sequences % threads != 0 and sequences < 4 * threads
+        args, threads, sequences = self.args, self.threads, self.state_shape[0]
+        relay = not self.shares_sequences()
         args.relay, args.blocks = relay, 1
         if relay:
             pieces = math.ceil(len(self.cut.chunks) / sequences)

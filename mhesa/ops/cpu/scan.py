@@ -58,13 +58,14 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     call = _Call(inputs, inputs.reverse)
     args = call.args
     y = empty_hugepages(x.shape, x.dtype)
-    final = call.new(*call.states)
+    final = call.new(*call.state_shape)
     args.x, args.x_batch, args.x_row, args.x_head = call.rows(x, min_head_dim=call.min_head_dim)
     args.out, args.final = y.data_ptr(), final.data_ptr()
     if call.chunks.spans:
         args.entering, args.carries = args.initial, call.keep(call.new(call.chunks.spans, call.channels))
         call.enter_spans()
-    call.run(kernels.relay if call.relays() else kernels.forward, call.chunk_count, traffic=2)
+    kernel = kernels.relay if call.prepare_relay() else kernels.forward
+    call.run(kernel, call.chunk_count, traffic=2)
     return y, final
 
 
@@ -74,7 +75,7 @@ def backward(dy: Tensor, dfinal: Tensor, inputs: Inputs) -> Gradients:
     call = _Call(inputs, not inputs.reverse)
     args, groups = call.args, min(call.chunk_count, GROUPS)
     dx = empty_hugepages(x.shape, x.dtype)
-    dinitial, dskip = call.new(*call.states), call.new(*x.shape[2:])
+    dinitial, dskip = call.new(*call.state_shape), call.new(*x.shape[2:])
     dalpha, ddecay = call.new(call.heads), call.new(call.heads)
     args.x, args.x_batch, args.x_row, args.x_head = call.rows(x, min_head_dim=call.min_head_dim)
     args.dy, args.dy_batch, args.dy_row, args.dy_head = call.rows(dy, min_head_dim=call.min_head_dim)
@@ -108,13 +109,12 @@ class _Call(Call):
         self.chunks, self.chunk_count = chunks, len(chunks.table)
         self.args.chunk_count, self.args.chunks = self.chunk_count, chunks.address
 
-    def relays(self) -> bool:
-        """Whether threads take turns at each sequence; if so, cut the sequences for them."""
-        sequences = self.states[0]
-        even = sequences % self.threads == 0 or sequences >= 4 * self.threads
-        contiguous = self.args.x_head == self.head_dim
-        if even or not contiguous or self.channels < kernels.NARROW or self.bytes < RELAY_BYTES:
+    def prepare_relay(self) -> bool:
+        """Cut the sequences for threads that take turns at each, if that is faster; whether it is."""
+        contiguous, is_small = self.args.x_head == self.head_dim, self.bytes < RELAY_BYTES
+        if self.shares_sequences() or not contiguous or self.channels < kernels.NARROW or is_small:
             return False
+        sequences = self.state_shape[0]
         rows = max(RELAY_ROWS, RELAY_VALUES // self.channels)
         self.set_chunks(self.sequences.cut(_relay, rows, bool(self.args.reverse)))
         relays = math.ceil(self.threads / (RELAY_THREADS * sequences))

@@ -17,7 +17,6 @@ from mhesa.ops.cpu.arguments import ACCUMULATION, INT64, STORED, Pointer, Struct
 from mhesa.ops.cpu.memory import CPU
 from mhesa.ops.cpu.threads import available
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A block of channels has at least this many: shorter pieces of rows are read slowly.
 MIN_BLOCK = 32
 # Below this many elements, use one thread: waking a second takes longer than the scan.
@@ -160,15 +159,12 @@ class Call:
 
     def __init__(self, arguments: type[Struct], inputs: Inputs, reverse: bool) -> None:
         x = inputs.x
-        if x.dtype not in DTYPES:
-            names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-            raise InputError(f"backend 'numba' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
         batch, length, self.heads, self.head_dim = x.shape
         self.channels, self.bytes, self.stored = self.heads * self.head_dim, x.nbytes, x.dtype
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.threads = 1 if x.numel() < MIN_PARALLEL else available()
         self.sequences = find_sequences(batch, length, inputs.cu_seqlens)
-        self.states = (len(self.sequences.batch), self.heads, self.head_dim)
+        self.state_shape = (len(self.sequences.batch), self.heads, self.head_dim)
         self.kept: list[Tensor] = []
         self.args: Any = arguments(
             length=length,
@@ -177,6 +173,11 @@ class Call:
             reverse=reverse,
             skip=self.parameter(inputs.skip),
         )
+
+    def shares_sequences(self) -> bool:
+        """Whether every thread gets as many whole sequences, or nearly: otherwise they work in a relay."""
+        sequences = self.state_shape[0]
+        return sequences % self.threads == 0 or sequences >= 4 * self.threads
 
     def new(self, *shape: int) -> Tensor:
         """Memory of any shape for values of the accumulation type."""

@@ -10,12 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from mhesa.errors import InputError
 from mhesa.ops.backends import Inputs
 from mhesa.ops.checks import count_sequences
 from mhesa.ops.registration import Gradients
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Tiles whose end states the chain kernel loads at once.
 AHEAD = 16
 
@@ -64,15 +62,8 @@ def plan(
 
 
 def kernel_inputs(inputs: Inputs) -> Inputs:
-    """The inputs in layouts that kernels read: each step's channels contiguous, and so the parameters.
-
-    Raises:
-        InputError: there are no kernels for values of this type.
-    """
+    """The inputs in layouts that kernels read: each step's channels contiguous, and so the parameters."""
     x, alpha, decay, skip, initial_state, cu_seqlens, reverse = inputs
-    if x.dtype not in DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise InputError(f"backend 'triton' takes {names}, not {str(x.dtype).removeprefix('torch.')}")
     if alpha.ndim == 1:
         alpha, decay = alpha.contiguous(), decay.contiguous()
     skip, initial_state = (one if one is None else one.contiguous() for one in (skip, initial_state))
