@@ -24,7 +24,10 @@ def main() -> None:
     for panel in PANELS:
         print(f"\n### {panel}")
         table(setting for setting in settings if setting.doc.panel == panel)
-    print("\n## Sampling\n\nFields of `mhesa.Sampling`, and options of `mhesa generate`.")
+    print(
+        "\n## Sampling\n\nFields of `mhesa.Sampling`, with their defaults in Python. All but `logit_bias` "
+        "are options of `mhesa generate`, where the temperature is 0.8 by default."
+    )
     table(settings_of(Sampling))
     names = ", ".join(f"`{name}` is `{other}`" for name, other in JSON_NAMES.items())
     print(
@@ -33,8 +36,9 @@ def main() -> None:
     )
     table(settings_of(ModelConfig))
     print(
-        "\n## Serving\n\nFields of `mhesa.serve.settings.Settings`, and options of `mhesa serve` "
-        "(`allow_origins` is `--allow-origin`, which may be repeated)."
+        "\n## Serving\n\nFields of `mhesa.serve.settings.Settings`. All but `limits` are options of "
+        "`mhesa serve`: `name` may be left out there, `keys` is `--keys FILE`, and `allow_origins` is "
+        "`--allow-origin`, which may be repeated."
     )
     table(settings_of(Settings))
     print(

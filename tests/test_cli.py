@@ -310,7 +310,10 @@ def test_a_command_line_that_cannot_be_parsed(fails, arguments, message):
         (["--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["--seed", "-1"], "seed must be from 0"),
         (["--backend", "fast"], "unknown backend 'fast'; choose from"),
-        (["--backend", "triton"], "backend 'triton' cannot serve a cpu tensor here; these can: numba"),
+        (
+            ["--backend", "triton"],
+            "backend 'triton' cannot serve a cpu tensor with rates of every step here; these can: numba",
+        ),
         (
             ["--tokenizer", "words"],
             "tokenizer must be bytes, bpe:N, or a folder or file with a tokenizer.json, not words",

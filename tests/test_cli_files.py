@@ -224,6 +224,23 @@ def test_every_process_of_a_group_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
+def test_a_backend_that_cannot_serve_the_rates_replaces_no_run(run, text, tmp_path):
+    arguments = ("train", text, "--out", tmp_path / "run", "--overwrite", "--steps", 2, *SIZES)
+    assert run(*arguments)[0] == 0
+    before = files_below(tmp_path / "run")
+    message = fails(run, *arguments, "--backend", "fft")
+    assert "'fft' cannot serve a cpu tensor with rates of every step here; these can: numba," in message
+    assert files_below(tmp_path / "run") == before
+    message = fails(run, "generate", tmp_path / "run", "--backend", "fft")
+    assert "'fft' cannot serve a cpu tensor with rates of every step" in message
+    assert run(*arguments, "--backend", "fft", "--smoothing", "fixed")[0] == 0
+    assert run("generate", tmp_path / "run", "--backend", "fft", "--length", 5)[0] == 0
+
+
+def files_below(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def test_a_run_without_text_leaves_no_folder(run, tmp_path):
     fails(run, "train", tmp_path / "nothing", "--out", tmp_path / "a" / "b", *TRAIN)
     assert not (tmp_path / "a").exists()

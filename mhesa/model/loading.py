@@ -144,7 +144,6 @@ def load(
     from mhesa.ops.devices import check_device, check_serves
 
     check_device(device)
-    check_serves(backend, device)
     folder = Path(folder)
     values = read_config(folder)
     try:
@@ -152,6 +151,7 @@ def load(
         dtype = _dtype(values)
     except ValueError as error:
         raise InputError(f"{folder / CONFIG} does not describe a model: {error}") from error
+    check_serves(backend, device, fixed_rates=not sizes.adaptive)
     model = _read_weights(folder, sizes, dtype)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > sizes.num_tokens:

@@ -33,9 +33,9 @@ def check_device(name: str) -> None:
         raise InputError(f"there is no {kind} device on this machine; it has {', '.join(here)}")
 
 
-def check_serves(backend: str | None, device: str) -> None:
-    """Raise `InputError` unless the operator's backend works on the device; `None` always does."""
-    resolve(backend, torch.device(device))
+def check_serves(backend: str | None, device: str, *, fixed_rates: bool) -> None:
+    """Raise `InputError` unless the operator's backend works there, with such rates; `None` always does."""
+    resolve(backend, torch.device(device), fixed_rates=fixed_rates)
 
 
 def computes_in_bf16(kind: str) -> bool:

@@ -308,7 +308,7 @@ class TrainingSettings(ModelSizes):
         precision = self.precision
         if precision == "auto":
             precision = "bf16" if computes_in_bf16(kind) else "fp32"
-        check_serves(self.backend, device)
+        check_serves(self.backend, device, fixed_rates=self.smoothing != "adaptive")
         if self.compile and kind == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
             raise InputError("compile needs a C++ compiler on a CPU; install one or leave it out")
         if self.report_to != "none" and find_spec(self.report_to) is None:
