@@ -246,6 +246,13 @@ def test_unsupported_arguments_are_refused(model, ids):
         generate(model, ids[:1], assistant_model=model)
 
 
+def test_prompts_that_end_in_padding_are_refused(model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    with pytest.raises(ValueError, match="the prompts are padded on the right"):
+        generate(model, ids, attention_mask=mask)
+
+
 def test_stop_strings_with_their_tokenizer(ids):
     torch.manual_seed(0)
     plain = GatedExponentialSmoothingLM(num_tokens=257, dim=16, depth=1, heads=2, dim_mhesa=8)

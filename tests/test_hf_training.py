@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_models import make, padded, some_ids
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from mhesa.hf import MhesaCache
+from mhesa.hf import ByteTokenizer, MhesaCache
 
 
 @pytest.fixture
@@ -47,6 +47,39 @@ def test_gradient_checkpointing_changes_no_result(reentrant):
         runs.append([*logits, *(parameter.grad for parameter in model.parameters())])
     for ours, theirs in zip(*runs, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("loss", ["model", "trainer", "evaluation"])
+def test_the_side_of_padding_changes_no_loss(tmp_path, loss):
+    texts = ["a", "some words", "b c", "one more text"]
+    found = []
+    for side in ("left", "right"):
+        tokenizer = ByteTokenizer(padding_side=side)
+        rows = [tokenizer(text) for text in texts]
+        if loss == "model":
+            batch = tokenizer.pad(rows, return_tensors="pt")
+            found.append(make(vocab_size=257)(**batch, labels=batch["input_ids"]).loss.item())
+            continue
+        arguments = TrainingArguments(
+            tmp_path / side, max_steps=1, per_device_train_batch_size=4, per_device_eval_batch_size=4,
+            report_to=[], logging_steps=1, use_cpu=True, learning_rate=0.0,
+        )  # fmt: skip
+        trainer = Trainer(
+            make(vocab_size=257),
+            arguments,
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+            train_dataset=rows,
+            eval_dataset=rows,
+        )
+        figures = trainer.evaluate() if loss == "evaluation" else trainer.train().metrics
+        found.append(figures["eval_loss" if loss == "evaluation" else "train_loss"])
+    model, nats, tokens = make(vocab_size=257), 0.0, 0
+    for text in texts:
+        ids = torch.tensor([list(text.encode())])
+        if ids.shape[1] > 1:
+            nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+    assert found == pytest.approx([nats / tokens] * 2, rel=1e-5)
 
 
 class Bytes(torch.utils.data.Dataset):

@@ -277,11 +277,12 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cu_seqlens, cache: see
                 `MhesaModel.forward`.
             labels: `(batch, length)`, as `input_ids` are: they are shifted here. -100 is ignored, and so
-                is a token that nothing predicts: the first of a packed sequence, or one after padding.
+                are padding and a token that nothing predicts: the first of a packed sequence, or one after
+                padding.
             logits_to_keep: how many logits from the end, all if 0, or which positions.
             kwargs: `shift_labels`, `(batch, length)`, the tokens to predict at each place, instead of
-                `labels`; `num_items_in_batch` and `ignore_index`, for the loss; and those of
-                `MhesaModel.forward`.
+                `labels`; `num_items_in_batch` (labels that are not ignored, less the first of each row) and
+                `ignore_index`, for the loss; and those of `MhesaModel.forward`.
 
         Returns:
             Logits, the mean cross-entropy in nats, and the cache.
@@ -301,11 +302,19 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         ignored = for_loss.get("ignore_index", IGNORED_LABEL)
-        if labels is not None and shift_labels is None:
-            shift_labels = next_tokens(labels, cu_seqlens, ignored)
-        if shift_labels is not None and (real := real_tokens(attention_mask, shift_labels)) is not None:
+        given = labels if shift_labels is None else shift_labels
+        real = None if given is None else real_tokens(attention_mask, given)
+        if shift_labels is None and labels is not None:
+            wanted = labels if real is None else labels.where(real, ignored)
+            shift_labels = next_tokens(wanted, cu_seqlens, ignored)
+        if shift_labels is not None and real is not None:
             # Padding predicts nothing.
-            shift_labels = shift_labels.masked_fill(~real, ignored)
+            shift_labels = shift_labels.where(real, ignored)
+        if given is labels is not None and "num_items_in_batch" in for_loss:
+            # The Trainer has also counted tokens that nothing predicts.
+            counted, predicted = ((one != ignored).sum() for one in (labels[:, 1:], shift_labels))
+            share = predicted / counted.clamp(min=1)
+            for_loss["num_items_in_batch"] = for_loss["num_items_in_batch"] * share
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, tokens = self.to_logits(outputs.last_hidden_state[:, kept]), self.config.vocab_size
         loss = None
@@ -330,6 +339,9 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             )
         # A generation step takes the cache by the name that this version of transformers gives it.
         given = only_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError("the prompts are padded on the right: set tokenizer.padding_side = 'left'")
         if given is not None:
             model_kwargs[CACHE] = given
         elif generation_config.use_cache is not False:
