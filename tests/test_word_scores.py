@@ -5,15 +5,19 @@ import math
 
 import numpy as np
 import pytest
+import regex
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import save_tiny_model, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mhesa import Reader
 from mhesa.errors import InputError
 from mhesa.inference import units
 from mhesa.inference.scoring import score
 from mhesa.inference.units import Columns, GivenWords, data_frame, surprisal_table
-from mhesa.tokenizers import Bytes, train_bpe
+from mhesa.tokenizers import Bytes, TextTokenizer, train_bpe
 
 TEXT = "The cat, who was small, sat on the mat.  It slept!\nWhy? Nobody knew why it did"
 
@@ -78,6 +82,68 @@ def test_whitespace_of_any_length_is_part_of_the_next_word(monkeypatch, correct,
     assert max(map(len, held)) <= 21
     assert [(row.text, row.offset) for row in found] == [("one", 0), ("two", 154)]
     assert [row.surprisal for row in found] == pytest.approx([row.surprisal for row in expected], rel=1e-5)
+
+
+def test_no_unit_is_cut_where_much_text_comes_at_once(monkeypatch):
+    monkeypatch.setattr(units, "LONGEST", 30)
+    text = "some words here. and a sentence of more words. " * 9
+    reader = Reader(tiny_model(257), Bytes())
+    for by in ("word", "sentence"):
+        found = [row.text for row in surprisal_table(reader, text, by=by)]
+        assert found == [text[start:end] for start, end in units.UNITS[by](text, True)]
+
+
+# The definition in one pattern, which takes the square of a text without ends.
+END = r"[\p{STerm}…]+[\p{Pe}\p{Pf}\"']*(?=\s)|[\p{STerm}--[!-~]]+[\p{Pe}\p{Pf}]*|(?=\n\s*\n)"
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(st.sampled_from("ab.!?…。\uff01」)\"' \n\t\u2028"), max_size=40), st.booleans())
+def test_sentences_are_those_of_the_definition(text, is_last):
+    expected = [match.span() for match in regex.finditer(rf"(?V1)\S(?s:.)*?(?:{END})", text)]
+    rest = text[expected[-1][1] if expected else 0 :]
+    if is_last and rest.strip():
+        expected.append((len(text) - len(rest.lstrip()), len(text.rstrip())))
+    assert units.find_sentences(text, is_last) == expected
+
+
+@pytest.mark.parametrize("name", ["metaspace", "prefix", "word pieces"])
+def test_tokens_are_where_they_are_in_the_text(name):
+    """Of vocabularies that put a space before every text, or hold no spaces."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]") if name == "word pieces" else models.BPE())
+    if name == "word pieces":
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(special_tokens=["[UNK]"], vocab_size=60, show_progress=False)
+    else:
+        metaspace = name == "metaspace"
+        tokenizer.pre_tokenizer = (
+            pre_tokenizers.Metaspace() if metaspace else pre_tokenizers.ByteLevel(add_prefix_space=True)
+        )
+        tokenizer.decoder = decoders.Metaspace() if metaspace else decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    text = "the cat sat on the mat, and the cat slept"
+    tokenizer.train_from_iterator([text], trainer)
+    vocabulary = TextTokenizer(tokenizer)
+    reader = Reader(tiny_model(len(vocabulary)), vocabulary)
+    rows = surprisal_table(reader, text, by="token")
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    assert len(rows) == len(encoding.ids)
+    assert [row.offset + row.size for row in rows][-1] == len(text)
+    for row, (_, end) in zip(rows, encoding.offsets, strict=True):
+        assert row.offset + row.size == end
+    ids = torch.tensor([[vocabulary.eos_token_id, *encoding.ids]])
+    with torch.no_grad():
+        logprobs = reader.model(ids)[0].double().log_softmax(-1) / -math.log(2)
+    own = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
+    words = surprisal_table(reader, text)
+    assert [row.text for row in words] == text.split()
+    for row in words:
+        inside = [
+            cost
+            for cost, (_, end) in zip(own, encoding.offsets, strict=True)
+            if row.offset < end <= row.offset + row.size
+        ]
+        assert row.surprisal == pytest.approx(sum(inside), abs=1e-4)
 
 
 def test_tokens_have_the_columns_of_words(reader):

@@ -100,7 +100,8 @@ class LogReader:
         keys = ["none" if piece.key is None else f"key {piece.key}" for piece in pieces]
         columns = self.sessions.score_ids(keys, ids, BITS)
         for piece, tokens, found in zip(pieces, ids, columns, strict=True):
-            shares = share_by_byte(found["bits"], reader.token_sizes[tokens], len(piece.text))
+            sizes = reader.tokenizer.sizes_in_text(tokens, piece.text)
+            shares = share_by_byte(found["bits"], sizes, len(piece.text))
             yield ScoredPiece(piece, shares)
 
     def _resume(self, chunks: Iterable[bytes], name: str | None) -> tuple[Position, Iterator[bytes]]:

@@ -70,7 +70,7 @@ class Batch:
     Args:
         blocks: blocks of the text, see `Block`.
         columns: statistics of each token of all blocks by name, fp64 `(tokens,)` each; one is `bits`.
-        sizes: bytes of each token, `(tokens,)`.
+        sizes: bytes of the text that each token stands for, `(tokens,)`.
     """
 
     blocks: list[Block]
@@ -134,11 +134,11 @@ def score(
     state = predictor.initial_state(1)
     # Every text follows an end-of-text token.
     last = end = torch.tensor([reader.tokenizer.eos_token_id])
-    sizes = reader.token_sizes
     for blocks in encode_stream(reader.tokenizer, reader.token_bytes, chunks):
         ids = np.concatenate([block.ids for block in blocks]).astype(np.int64)
         read = torch.cat([last, torch.from_numpy(ids)])
-        yield Batch(blocks, read_tokens(predictor, read[:-1], read[1:], state, statistics), sizes[ids])
+        columns = read_tokens(predictor, read[:-1], read[1:], state, statistics)
+        yield Batch(blocks, columns, np.concatenate([block.sizes for block in blocks]))
         last = read[-1:]
     if with_end:
         yield Batch([], read_tokens(predictor, last, end, state, statistics), np.zeros(1, dtype=np.int64))

@@ -62,11 +62,6 @@ class Reader:
         return token_bytes(self.tokenizer, self.decoder.num_tokens)
 
     @cached_property
-    def token_sizes(self) -> np.ndarray:
-        """The size of every token in bytes, `(num_tokens,)`."""
-        return np.array([len(token) for token in self.token_bytes])
-
-    @cached_property
     def fingerprint(self) -> str:
         """See the function `fingerprint`."""
         return fingerprint(self.model)

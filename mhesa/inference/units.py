@@ -21,9 +21,17 @@ from mhesa.inference.statistics import STATISTICS, Statistic, boundary_bits
 if TYPE_CHECKING:
     import pandas
 
-# The longest unit that is held, in bytes.
-LONGEST = 1 << 20
+# The longest unit that is held, in bytes; a longer one is cut.
+LONGEST = 1 << 16
 WHITESPACE = (b" ", b"\t", b"\n", b"\r", b"\v", b"\f")
+
+# Unicode knows which characters end a sentence, and which close a quotation or a bracket. Those of ASCII end
+# it before whitespace, others anywhere, and so does an empty line. No part of a text is searched twice.
+TERMINATOR = regex.compile(r"[\p{STerm}…]")
+SENTENCE_END = (
+    r"(?V1)(?<![\p{STerm}…])[\p{STerm}…]++[\p{Pe}\p{Pf}\"']*+(?=\s)"
+    r"|[\p{STerm}--[!-~]]++[\p{Pe}\p{Pf}]*+|(?=\n[^\S\n]*+\n)"
+)
 
 # Finds the complete units in a text, as where each begins and ends; with its flag no more text will follow.
 Segmenter = Callable[[str, bool], list[tuple[int, int]]]
@@ -133,14 +141,22 @@ def find_sentences(text: str, is_last: bool) -> list[tuple[int, int]]:
     >>> find_sentences("One. Two?  Thr", False)
     [(0, 4), (5, 9)]
     """
-    # Unicode knows which characters end a sentence, and which close a quotation or a bracket.
-    end = r"[\p{STerm}…]+[\p{Pe}\p{Pf}\"']*(?=\s)|[\p{STerm}--[!-~]]+[\p{Pe}\p{Pf}]*|(?=\n\s*\n)"
-    found = _spans(rf"(?V1)\S(?s:.)*?(?:{end})", text)
-    rest = text[found[-1][1] if found else 0 :]
-    if is_last and rest.strip():
-        start = len(text) - len(rest.lstrip())
+    found: list[tuple[int, int]] = []
+    start = _next_word(text, 0)
+    for place, end in _spans(SENTENCE_END, text):
+        # The first character does not end a sentence by itself.
+        if start is not None and (place > start or (end > start + 1 and TERMINATOR.match(text, start + 1))):
+            found.append((start, end))
+            start = _next_word(text, end)
+    if is_last and start is not None:
         found.append((start, len(text.rstrip())))
     return found
+
+
+def _next_word(text: str, place: int) -> int | None:
+    """Where the next character is that is no whitespace; `None` if there is none."""
+    found = regex.compile(r"\S").search(text, place)
+    return None if found is None else found.start()
 
 
 def _spans(pattern: str, text: str) -> list[tuple[int, int]]:
@@ -269,19 +285,23 @@ class UnitReader:
 
     def add(self, batch: Batch) -> list[UnitSurprisal]:
         """The units that are complete with a batch of `score`; one without blocks is the end of the text."""
-        held, rows = self._held, self._rows
+        held, is_end = self._held, not batch.blocks
         held.add(batch)
-        is_end = not batch.blocks
         # At its end nothing but the end of text can follow.
-        after = float(batch.columns["boundary"][0]) if is_end and rows.columns.correct else 0.0
+        after = float(batch.columns["boundary"][0]) if is_end and self._rows.columns.correct else 0.0
+        found = self._take(is_end, after)
         if len(held.text) > LONGEST:
             # The whitespace before a unit counts as part of it, but need not be held.
             self._pay(len(held.text) - len(held.text.lstrip()))
-        text = as_text(held.text)
+        return found if len(held.text) <= LONGEST else found + self._take(True, after)
+
+    def _take(self, is_last: bool, after: float) -> list[UnitSurprisal]:
+        """The units that are complete, all with `is_last`; `after`: surprisal of the boundary at the end."""
+        held, rows, text = self._held, self._rows, as_text(self._held.text)
         starts = character_starts(text)
         found: list[UnitSurprisal] = []
         paid = 0
-        for span in self._segmenter(text, is_end or len(held.text) > LONGEST):
+        for span in self._segmenter(text, is_last):
             start, end = int(starts[span[0]]), int(starts[span[1]])
             cost = self._pending + float(held.bits[paid:end].sum())
             if rows.columns.correct:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,30 @@ class Tokenizer(ABC):
         """The texts of the special tokens by their ids."""
         special = {index: token.content for index, token in self._added_tokens().items() if token.special}
         return special | {self.eos_token_id: self.eos_token, self.pad_token_id: self.pad_token}
+
+    def sizes_in_text(self, ids: np.ndarray, text: bytes) -> np.ndarray:
+        """How many bytes of a text each of its tokens stands for, `(tokens,)`; together they are all of it.
+
+        Not always the token's own bytes: some tokenizers put a space before every text, and some change it.
+        """
+        sizes: np.ndarray = self._piece_sizes[ids]
+        added = sizes.sum() - len(text)
+        if added == 1 and self.pieces()[int(ids[0])].startswith(b" "):
+            sizes[0] -= 1
+        return sizes if added in (0, 1) and sizes.sum() == len(text) else self._found_sizes(ids, text)
+
+    @cached_property
+    def _piece_sizes(self) -> np.ndarray:
+        sizes = np.zeros(len(self), dtype=np.int64)
+        for token, piece in self.pieces().items():
+            sizes[token] = len(piece)
+        return sizes
+
+    def _found_sizes(self, ids: np.ndarray, text: bytes) -> np.ndarray:
+        """See `sizes_in_text`, where the tokens' own bytes are not those of the text: in their proportion."""
+        ends = np.cumsum(self._piece_sizes[ids])
+        ends = ends * len(text) // max(int(ends[-1]), 1) if len(ids) else ends
+        return np.diff(ends, prepend=0)
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """The ids of one text, see `encode_batch`."""

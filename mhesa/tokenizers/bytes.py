@@ -70,6 +70,10 @@ class Bytes(Tokenizer):
         """Ids of several texts, `(tokens,)` each: the texts' own bytes, not copied."""
         return [np.frombuffer(text, dtype=np.uint8) for text in texts]
 
+    def sizes_in_text(self, ids: np.ndarray, text: bytes) -> np.ndarray:
+        """How many bytes of a text each token stands for, `(tokens,)`: one."""
+        return np.ones(len(ids), dtype=np.int64)
+
     def fingerprint(self) -> str:
         """The same for two tokenizers only if they give the same ids for every text."""
         return "bytes"

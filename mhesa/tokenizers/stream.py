@@ -21,10 +21,12 @@ class Block:
     Args:
         text: bytes of the block.
         ids: tokens of the block, `(tokens,)`.
+        sizes: bytes of the block that each token stands for, `(tokens,)`.
     """
 
     text: bytes
     ids: np.ndarray
+    sizes: np.ndarray
 
 
 def encode_stream(
@@ -72,8 +74,7 @@ class _Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, token_bytes: Sequence[bytes]) -> None:
-        self.tokenizer = tokenizer
-        self.sizes = np.array([len(token) for token in token_bytes])
+        self.tokenizer, self.token_bytes = tokenizer, token_bytes
         # Whether some token holds one byte followed by the other, (256, 256).
         self.adjacent = np.zeros((256, 256), dtype=bool)
         for token in token_bytes:
@@ -120,26 +121,29 @@ class _Encoder:
         blocks = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         if self.only_bytes:
             encoded = self.tokenizer.encode_batch(blocks)
-            return [Block(block, ids) for block, ids in zip(blocks, encoded, strict=True)]
+            return [self._block(block, ids) for block, ids in zip(blocks, encoded, strict=True)]
         before = [self.before, *map(_last_character, blocks)]
-        after = [text[end : end + character_length(text[end])] if end < len(text) else b"" for end in ends]
+        after = [_first_character(text, end) for end in ends]
         self.before = before[-1]
         encoded = self.tokenizer.encode_batch(
             [b"".join(parts) for parts in zip(before, blocks, after, strict=False)]
         )
-        return [
-            Block(block, self._ids_of(block, len(before[index]), len(after[index]), ids))
-            for index, (block, ids) in enumerate(zip(blocks, encoded, strict=True))
-        ]
+        found = map(self._ids_of, before, blocks, after, encoded)
+        return [self._block(block, ids) for block, ids in zip(blocks, found, strict=True)]
 
-    def _ids_of(self, block: bytes, before: int, after: int, ids: np.ndarray) -> np.ndarray:
-        """The tokens of a block among those of the block and some bytes before and after it."""
-        ends = np.cumsum([0, *self.sizes[ids]])
+    def _block(self, text: bytes, ids: np.ndarray) -> Block:
+        return Block(text, ids, self.tokenizer.sizes_in_text(ids, text))
+
+    def _ids_of(self, before: bytes, block: bytes, after: bytes, ids: np.ndarray) -> np.ndarray:
+        """The tokens of a block among those of the block and the characters before and after it."""
+        pieces = [self.token_bytes[token] for token in ids.tolist()]
+        read, ends = b"".join(pieces), np.cumsum([0, *map(len, pieces)])
         # Some tokenizers put a space before every text.
-        added = ends[-1] - before - len(block) - after
-        start = before + added if before else 0
-        first, stop = np.searchsorted(ends, (start, ends[-1] - after))
-        if added not in (0, 1) or ends[first] != start or ends[stop] != ends[-1] - after:
+        added = len(read) - len(before + block + after)
+        start, end = len(before) + added if before else 0, ends[-1] - len(after)
+        first, stop = np.searchsorted(ends, (start, end))
+        is_exact = added in (0, 1) and read == b" " * added + before + block + after
+        if not is_exact or ends[first] != start or ends[stop] != end:
             return self.tokenizer.encode_bytes(block)
         return ids[first:stop]
 
@@ -155,6 +159,12 @@ def character_start(data: bytes, end: int) -> int:
     while least < place < len(data) and data[place] & 0xC0 == 0x80:
         place -= 1
     return place
+
+
+def _first_character(data: bytes, start: int) -> bytes:
+    """The character of UTF-8 that begins at `start`; none if it is not complete."""
+    end = start + character_length(data[start]) if start < len(data) else start
+    return data[start:end] if end <= len(data) else b""
 
 
 def _last_character(data: bytes) -> bytes:

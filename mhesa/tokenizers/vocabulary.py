@@ -73,6 +73,17 @@ class TextTokenizer(base.Tokenizer):
         encodings = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
+    def _found_sizes(self, ids: np.ndarray, text: bytes) -> np.ndarray:
+        """By the characters that each token was made of; those of no token belong to the next one."""
+        read = text.decode("utf-8", "surrogateescape")
+        found = self.tokenizer.encode(read, add_special_tokens=False)
+        if found.ids != ids.tolist() or not found.ids:
+            return super()._found_sizes(ids, text)
+        starts = np.cumsum([0, *(len(character.encode("utf-8", "surrogateescape")) for character in read)])
+        ends = np.maximum.accumulate(starts[[end for _, end in found.offsets]])
+        ends[-1] = len(text)
+        return np.diff(ends, prepend=0)
+
     def fingerprint(self) -> str:
         """A digest that differs between tokenizers that give different ids."""
         whole = json.loads(self.tokenizer.to_str())

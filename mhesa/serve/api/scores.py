@@ -45,7 +45,7 @@ async def score(service: Service, request: Request, body: protocol.ScoreRequest)
         submission.close()
     total = sum(map(len, prompts))
     request.state.log_fields["prompt_tokens"] = total
-    content = _json(service, jobs, body.by, total)
+    content = _json(service, _texts(body), jobs, body.by, total)
     if total < SMALL:
         return Response("".join(content), media_type="application/json")
     # Made piece by piece as the client reads it: it can be 60 times as long as the text.
@@ -57,9 +57,12 @@ async def _in_worker(service: Service, pieces: Iterator[str]) -> AsyncIterator[s
         yield piece
 
 
+def _texts(body: protocol.ScoreRequest) -> list[str]:
+    return [body.input] if isinstance(body.input, str) else body.input
+
+
 def _encode(service: Service, body: protocol.ScoreRequest) -> list[np.ndarray]:
-    limits = service.settings.limits
-    texts = [body.input] if isinstance(body.input, str) else body.input
+    limits, texts = service.settings.limits, _texts(body)
     if not texts:
         raise invalid("input must not be an empty list", "input")
     check_limit(len(texts), "input texts", min(limits.texts, service.settings.slots))
@@ -69,21 +72,23 @@ def _encode(service: Service, body: protocol.ScoreRequest) -> list[np.ndarray]:
     return prompts
 
 
-def _json(service: Service, jobs: list[Job], by: protocol.ScoreUnit, total: int) -> Iterator[str]:
+def _json(
+    service: Service, texts: list[str], jobs: list[Job], by: protocol.ScoreUnit, total: int
+) -> Iterator[str]:
     """The answer in JSON, in pieces."""
     usage = protocol.Usage(prompt_tokens=total, completion_tokens=0, total_tokens=total)
     whole = protocol.Score(object="score", model=service.settings.name, by=by, data=[], usage=usage)
-    texts = (
-        chain([","] if index else [], _scored_text(service, index, job, by)) for index, job in enumerate(jobs)
+    scored = (
+        chain([","] if index else [], _scored_text(service, index, text.encode(), job, by))
+        for index, (text, job) in enumerate(zip(texts, jobs, strict=True))
     )
-    return with_items(whole, "data", chain.from_iterable(texts))
+    return with_items(whole, "data", chain.from_iterable(scored))
 
 
-def _scored_text(service: Service, index: int, job: Job, by: str) -> Iterator[str]:
+def _scored_text(service: Service, index: int, text: bytes, job: Job, by: str) -> Iterator[str]:
     ids = job.ids[1:]
     bits = job.logprobs / -math.log(2)
-    text = service.decode(ids)
-    sizes = service.token_sizes[ids]
+    sizes = service.tokenizer.sizes_in_text(ids, text)
     cost = float(bits.sum())
     scored = protocol.ScoredText(
         index=index, bytes=len(text), bits=cost, bits_per_byte=cost / len(text) if text else None, items=[]
@@ -111,7 +116,7 @@ def _whole(text: bytes, cost: float) -> Iterator[protocol.ScoredItem]:
 def _lines(
     text: bytes, ids: np.ndarray, sizes: np.ndarray, bits: np.ndarray
 ) -> Iterator[protocol.ScoredItem]:
-    for piece, cost in line_pieces([Batch([Block(text, ids)], {"bits": bits}, sizes)]):
+    for piece, cost in line_pieces([Batch([Block(text, ids, sizes)], {"bits": bits}, sizes)]):
         line = piece.text.decode("utf-8", "replace")
         yield protocol.ScoredItem(text=line, offset=piece.offset, bytes=len(piece.text), bits=cost.sum())
 
@@ -132,7 +137,7 @@ def _units(
 ) -> Iterator[UnitSurprisal]:
     batches = (
         Batch(
-            [Block(text[start:end], ids[tokens])],
+            [Block(text[start:end], ids[tokens], sizes[tokens])],
             {name: values[tokens] for name, values in columns.items()},
             sizes[tokens],
         )

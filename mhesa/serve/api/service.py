@@ -55,7 +55,6 @@ class Service:
         self.num_tokens = min(len(tokenizer), model.token_emb.num_embeddings)
         self.token_bytes = token_bytes(tokenizer, model.token_emb.num_embeddings)
         self.id_type = np.dtype(np.uint16 if len(self.token_bytes) <= 1 << 16 else np.int32)
-        self.token_sizes = np.array([len(token) for token in self.token_bytes])
         self.special_tokens = tokenizer.special_tokens()
         self.sessions = Sessions(
             settings.sessions,
