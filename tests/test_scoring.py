@@ -210,6 +210,16 @@ def test_blank_lines_may_have_no_tokens():
     assert costs[1].nats == pytest.approx(bits.sum() * math.log(2))
 
 
+@pytest.mark.parametrize("cut", range(12))
+def test_a_character_that_is_cut_after_a_line_end_is_no_error(cut):
+    data = "ab\n漢 b\n".encode()
+    blocks = stream_of(word_pieces(), [data[:cut], data[cut:]])
+    assert [(block.text, block.ids.tolist()) for block in blocks] == [
+        (b"ab\n", [0]),
+        ("漢 b\n".encode(), [0, 2]),
+    ]
+
+
 def test_a_vocabulary_that_gives_no_text_back_goes_by_lines():
     blocks = stream_of(word_pieces(), [b"A b\nac  a"])
     assert [(block.text, block.ids.tolist()) for block in blocks] == [

@@ -46,6 +46,29 @@ def test_text_like_a_byte_token_comes_back_from_a_byte_level_vocabulary(use_rege
     assert found.decode_bytes(found.encode_bytes(b"<0x41>")) == b"<0x41>"
 
 
+@pytest.mark.parametrize("kind", ["unigram", "words"])
+def test_special_tokens_that_are_words_of_the_model_are_not_found_in_texts(kind):
+    special = ["<unk>", "</s>"]
+    if kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["the cat sat </ s > on the mat < unk >"] * 9, trainer)
+    found = TextTokenizer(tokenizer, eos_token="</s>")
+    assert found.eos_token_id in found.tokenizer.encode("the </s> cat", add_special_tokens=False).ids
+    for data in (b"the </s> cat", b"</s>", b"the cat </s>\n"):
+        assert found.eos_token_id not in found.encode_bytes(data)
+    if kind == "unigram":
+        assert found.decode_bytes(found.encode_bytes(b"the </s> cat")) == b" the </s> cat"
+    assert found.encode_with_special_tokens("cat </s>")[-1] == found.eos_token_id
+
+
 def test_a_vocabulary_has_the_size_asked_for_and_compresses():
     assert len(BPE) == 400
     assert train_bpe([TEXT.encode()], 400).fingerprint() == BPE.fingerprint()

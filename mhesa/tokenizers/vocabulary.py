@@ -70,13 +70,13 @@ class TextTokenizer(base.Tokenizer):
             decoded = [text.decode() for text in texts]
         except UnicodeDecodeError:
             return [self._encode_any(text) for text in texts]
-        encodings = self.tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
+        encodings = self._for_text.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def _found_sizes(self, ids: np.ndarray, text: bytes) -> np.ndarray:
         """By the characters that each token was made of; those of no token belong to the next one."""
         read = text.decode("utf-8", "surrogateescape")
-        found = self.tokenizer.encode(read, add_special_tokens=False)
+        found = self._for_text.encode(read, add_special_tokens=False)
         if found.ids != ids.tolist() or not found.ids:
             return super()._found_sizes(ids, text)
         starts = np.cumsum([0, *(len(character.encode("utf-8", "surrogateescape")) for character in read)])
@@ -96,6 +96,24 @@ class TextTokenizer(base.Tokenizer):
         write_config(folder, FAST_TOKENIZER, self)
         with write_file(folder / TOKENIZER) as file:
             file.write(self.tokenizer.to_str(pretty=True).encode())
+
+    @cached_property
+    def _for_text(self) -> Tokenizer:
+        """The tokenizer, or a copy that finds no special tokens in a text, if they are words of the model."""
+        names = {self.special_tokens()[token] for token in self._special_but_unknown}
+        whole = json.loads(self.tokenizer.to_str())
+        words = whole["model"]["vocab"]
+        # The merges of pairs do not make special tokens.
+        if whole["model"]["type"] == "BPE" or names.isdisjoint(word for word in dict(words)):
+            return self.tokenizer
+        # Noncharacters are in no text that is meant for others.
+        hidden = {name: f"\uffff{name}\uffff" for name in names}
+        renamed = [(hidden.get(word, word), value) for word, value in dict(words).items()]
+        whole["model"]["vocab"] = dict(renamed) if isinstance(words, dict) else renamed
+        whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] not in names]
+        copy = Tokenizer.from_str(json.dumps(whole))
+        copy.encode_special_tokens = True
+        return copy
 
     def _added_tokens(self) -> dict[int, AddedToken]:
         return self.tokenizer.get_added_tokens_decoder()
@@ -146,7 +164,7 @@ class TextTokenizer(base.Tokenizer):
                     )
                 ids.append(token)
             elif part:
-                ids += self.tokenizer.encode(part, add_special_tokens=False).ids
+                ids += self._for_text.encode(part, add_special_tokens=False).ids
             place += len(part)
         return np.array(ids, dtype=np.uint32)
 
