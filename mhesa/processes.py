@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -37,9 +37,10 @@ def join_processes(device: str) -> None:
         if kind != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
         raise InputError(
-            f"WORLD_SIZE is set, and no other process can be joined: {error}; "
+            f"WORLD_SIZE is set, and no other process can be joined: {reason}; "
             "start with torchrun, or unset it"
         ) from error
     # The group's threads must have ended when the interpreter does, or the process aborts.
@@ -52,15 +53,50 @@ def _leave_processes() -> None:
 
 
 @contextmanager
-def expect_processes(remedy: str) -> Iterator[None]:
-    """Raise `TrainingError`, with `remedy`, where an exchange fails for lack of another process."""
+def expect_processes(remedy: Callable[[], str] = lambda: "start again") -> Iterator[None]:
+    """Raise `TrainingError`, with what to do, where an exchange fails for lack of another process."""
     try:
         yield
     except RuntimeError as error:
         # torch gives the errors of gloo no class of their own.
         if processes() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise TrainingError(f"another process ended or does not answer; {remedy}") from error
+        raise TrainingError(f"another process ended or does not answer; {remedy()}") from error
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """What one process refuses inside, all refuse at its end; nothing inside may exchange anything.
+
+    Raises:
+        InputError: in every process, that of the first process that refuses.
+    """
+    refusal = None
+    try:
+        yield
+    except InputError as error:
+        refusal = error
+    first = next(filter(None, _of_all(None if refusal is None else str(refusal))), None)
+    if first is not None:
+        raise InputError(first) from refusal
+
+
+def check_same(facts: Mapping[str, object]) -> None:
+    """Raise `InputError`, in every process, unless all have the same facts."""
+    of_all = _of_all(dict(facts))
+    for index, theirs in enumerate(of_all):
+        for name, value in theirs.items():
+            if value != of_all[0][name]:
+                raise InputError(
+                    f"process {index} has {name} {value}, and process 0 {of_all[0][name]}; start all alike"
+                )
+
+
+def _of_all(value: T) -> list[T]:
+    values = [value] * processes()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def processes() -> int:

@@ -21,7 +21,7 @@ from mhesa.errors import InputError
 from mhesa.model.config import ModelConfig
 from mhesa.processes import join_processes, rank
 from mhesa.training.batches import Batches
-from mhesa.training.checkpoint import newest
+from mhesa.training.checkpoint import newest, remedy
 from mhesa.training.distributed import Grid, distribute, is_sharded, model_state
 from mhesa.training.run import train
 from mhesa.training.settings import TrainingSettings
@@ -295,3 +295,37 @@ def test_variables_of_no_start_of_processes_are_one_line(size, said, tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert said in done.stderr
     assert "start with torchrun, or unset it" in done.stderr
+
+
+def refuse_what_differs(out, text, other):
+    """One of two processes has something else, or no text: both refuse, and nothing is written."""
+    settings = TrainingSettings(out=out, sources=(text,), **OPTIONS)
+    ways = {
+        "process 1 has lr 0.5, and process 0": {"lr": 0.5},
+        "process 1 has steps 16, and process 0 15": {"steps": 16},
+        "process 1 has sources": {"sources": (other,)},
+        "no such file, folder or pattern: nowhere.txt": {"sources": ("nowhere.txt",)},
+    }
+    for message, changes in ways.items():
+        mine = replace(settings, **changes) if os.environ["RANK"] == "1" else settings
+        with pytest.raises(InputError, match=message):
+            train(mine, overwrite=True)
+    with pytest.raises(InputError, match="already holds a run"):
+        train(settings)
+
+
+def test_processes_that_were_started_otherwise_replace_no_run(run_of_one_process, tmp_path):
+    shutil.copytree(run_of_one_process.out, tmp_path / "run")
+    (tmp_path / "other.txt").write_text("another text\n" * 9000)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (text,) = run_of_one_process.sources
+    arguments = str(tmp_path / "run"), text, str(tmp_path / "other.txt")
+    call_in_processes(2, refuse_what_differs, *arguments)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_without_a_checkpoint_nobody_is_told_to_resume(tmp_path):
+    folder = tmp_path / "checkpoints"
+    assert "start over with --overwrite" in remedy(folder)
+    (folder / "step-5").mkdir(parents=True)
+    assert "--resume goes on from the newest" in remedy(folder)

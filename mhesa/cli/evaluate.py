@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from typing import Annotated
 
 import typer
@@ -57,10 +58,12 @@ def evaluate(
     from mhesa.data.sources import read_sources
     from mhesa.inference.evaluation import PredictionCost
     from mhesa.inference.evaluation import evaluate as score
-    from mhesa.processes import rank
+    from mhesa.processes import check_same, processes, rank
 
     documents = read_sources(sources, text_field)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
+    if processes() > 1:
+        check_same({"text": [sha256(document.data).hexdigest() for document in documents]})
     decoder = share(reader, quantize=quantize) or reader.decoder
     with progress("measuring", sum(len(document.data) for document in documents)) as advance:
         scores = [score(decoder, reader.tokenizer, [document], advance) for document in documents]

@@ -188,7 +188,7 @@ def score(
     from mhesa.inference.scoring import score as score_text
     from mhesa.inference.statistics import BITS, STATISTICS
     from mhesa.inference.units import TOKEN, UNITS, Columns
-    from mhesa.processes import rank
+    from mhesa.processes import check_same, rank
 
     known = ("line", *BY, *UNITS)
     if by not in known:
@@ -221,6 +221,7 @@ def score(
     check_outputs(filter(None, (heatmap, state)), [*inputs, *folder.iterdir()])
     given = None if words is None else word_list(words)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
+    check_same({"text": [(file.name, file.size) if file else "-" for file in files]})
     decoder = share(reader, quantize=quantize)
     if decoder is not None and None in files:
         raise InputError("many processes cannot share standard input; give a file")

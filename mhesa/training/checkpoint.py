@@ -76,11 +76,16 @@ def save(folder: Path, progress: Progress, parts: Parts, keep: int) -> Path:
             (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
         _rotate(folder, progress, keep)
     except (OSError, SafetensorError) as error:
-        raise TrainingError(
-            f"cannot write a checkpoint to {folder}: {reason(error)}; those that are there are whole, "
-            "and --resume goes on from the newest"
-        ) from error
+        message = f"cannot write a checkpoint to {folder}: {reason(error)}; {remedy(folder)}"
+        raise TrainingError(message) from error
     return path
+
+
+def remedy(folder: Path) -> str:
+    """How to go on after a failure of a run with these checkpoints."""
+    if not steps(folder):
+        return "there is no checkpoint yet; start over with --overwrite"
+    return "its checkpoints are whole, and --resume goes on from the newest"
 
 
 def _rotate(folder: Path, progress: Progress, keep: int) -> None:

@@ -4,7 +4,8 @@ A step, in order: 1 learning rate and dropout, 2 windows, 3 forward and backward
 6 clock and signals, 7 metrics, 8 evaluation, 9 checkpoint.
 
 All that a step computes is a function of its number and of the state before it. A run that was stopped and
-resumed therefore gives, bit for bit, what it would have given without the stop.
+resumed therefore gives, bit for bit, what it would have given without the stop. There is one exception: torch
+adds up the gradients of three processes or more, each with a copy of the model, in another order at first.
 """
 
 from __future__ import annotations

@@ -28,7 +28,16 @@ from mhesa.model.config import ModelConfig
 from mhesa.model.lm import GatedExponentialSmoothingLM
 from mhesa.model.loading import load_tokenizer, plain_name, save
 from mhesa.ops.devices import resolve_device
-from mhesa.processes import barrier, broadcast, expect_processes, join_processes, processes, rank
+from mhesa.processes import (
+    all_or_none,
+    barrier,
+    broadcast,
+    check_same,
+    expect_processes,
+    join_processes,
+    processes,
+    rank,
+)
 from mhesa.terminal import say
 from mhesa.tokenizers import Bytes, TextTokenizer, open_tokenizer, train_bpe
 from mhesa.training import checkpoint
@@ -100,7 +109,12 @@ def train(
     settings = settings.resolve()
     console = console if console is not None and rank() == 0 else Console(quiet=True)
     # Gradients are on, whatever they are outside.
-    with only_run_in(Path(settings.out)), torch.inference_mode(False), torch.enable_grad():
+    with (
+        only_run_in(Path(settings.out)),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        expect_processes(partial(checkpoint.remedy, Path(settings.out) / CHECKPOINTS)),
+    ):
         return _finish(begin(settings, resume, overwrite, console), phase)
 
 
@@ -113,21 +127,33 @@ def _finish(run: Run, phase: Phase) -> Summary:
         StopOnSignal() as signals,
         run.display,
         reporter(run.settings) as report,
-        expect_processes(f"the checkpoints in {run.folder} are whole, and --resume goes on from the newest"),
     ):
         try:
             return run.train(signals, report, phase)
         except FloatingPointError as error:
             raise TrainingError(f"{error}; start over with a lower learning rate") from error
         except (OSError, SafetensorError) as error:
-            raise TrainingError(
-                f"cannot write to {run.folder}: {reason(error)}; its checkpoints are whole, "
-                "and --resume goes on from the newest"
-            ) from error
+            how = checkpoint.remedy(run.folder / CHECKPOINTS)
+            raise TrainingError(f"cannot write to {run.folder}: {reason(error)}; {how}") from error
 
 
 def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Console) -> Run:
-    """Check everything that can be wrong, tokenise the text, and only then touch the folder."""
+    """Check everything that can be wrong, in every process, and only then touch the folder."""
+    with all_or_none():
+        run = _prepared(settings, resume, overwrite, console)
+    facts = asdict(settings) | {"sources": run.corpus.facts.sha256}
+    check_same({name: value for name, value in facts.items() if name != "device"})
+    if rank() == 0:
+        done = None if run.start is None else checkpoint.load_progress(run.start).step
+        prepare(run.folder, settings, asdict(run.corpus.facts), done)
+        run.tokenizer.save_pretrained(run.folder)
+    barrier()
+    run.announce(console)
+    return run
+
+
+def _prepared(settings: TrainingSettings, resume: bool, overwrite: bool, console: Console) -> Run:
+    """A run whose settings are checked and whose text is tokenised."""
     if resume and overwrite:
         raise InputError("give resume or overwrite, not both")
     folder = Path(settings.out)
@@ -161,19 +187,12 @@ def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Co
     )
     check_memory(settings, len(tokenizer))
     config = settings.model_config(len(tokenizer), tokenizer.eos_token_id)
-    if rank() == 0:
-        done = None if start is None else checkpoint.load_progress(start).step
-        prepare(folder, settings, asdict(corpus.facts), done)
-        tokenizer.save_pretrained(folder)
-    barrier()
-    run = Run(settings, config, folder, tokenizer, corpus, windows, start, display)
-    run.announce(console)
-    return run
+    return Run(settings, config, folder, tokenizer, corpus, windows, start, display)
 
 
 @dataclass
 class Run:
-    """A run that is ready to train: its settings checked, its folder prepared, its text tokenised."""
+    """A run that is ready to train: its settings checked, its text tokenised."""
 
     settings: TrainingSettings
     config: ModelConfig
@@ -276,15 +295,14 @@ class Run:
     ) -> PredictionCost | None:
         """The cost of a model's predictions, in the first process; `None` in the others.
 
-        Processes that share windows share texts, too: all of them run `model`, which may be sharded.
-        Otherwise the first one runs `whole` alone.
+        Several processes share each text, and run `model`, which may be sharded; one runs `whole`.
         """
-        if self.settings.context_parallel > 1:
+        if processes() > 1:
             assert dist.group.WORLD is not None
             decoder = ParallelDecoder(model.eval(), dist.group.WORLD)
             score = evaluate(decoder, self.tokenizer, documents, on_progress)
             return score if rank() == 0 else None
-        return evaluate(whole, self.tokenizer, documents, on_progress) if rank() == 0 else None
+        return evaluate(whole, self.tokenizer, documents, on_progress)
 
     def _saved(self, step: int) -> GatedExponentialSmoothingLM:
         """The model as it was saved after `step`."""
