@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 PAGES += [ROOT / "benchmarks" / "README.md"]
 COMMANDS = typer.main.get_command(app).commands
 # Options of other programs that the text names.
-FOREIGN = {"--multi_gpu", "--cpu"}
+FOREIGN = {"--max-restarts", "--multi_gpu", "--cpu"}
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:

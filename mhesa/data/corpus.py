@@ -190,5 +190,8 @@ def _tokenize(source: Source, tokenizer: Tokenizer, folder: Path, on_read: OnRea
         raise InputError(no_text_in(source.names or ["the standard library"]))
     if not facts.training_bytes or not facts.held_out_bytes:
         size = facts.training_bytes + facts.held_out_bytes
-        raise InputError(f"the corpus of {size:,} bytes is too small to hold text out; give more text")
+        what = "held out" if facts.training_bytes else "left to train on"
+        raise InputError(
+            f"of the corpus of {size:,} bytes nothing is {what}; give more text or another holdout"
+        )
     writer.finish()
