@@ -25,12 +25,8 @@ def bottles(tmp_path):
 
 def test_a_corpus_of_one_piece_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(
-        InputError, match="of the corpus of 5 bytes nothing is left to train on; give more text"
-    ):
+    with pytest.raises(InputError, match="of the 5 bytes nothing is left to train on; give more text"):
         tokens_of(tmp_path / "short.txt")
-    with pytest.raises(InputError, match="nothing is held out; give more text or another holdout"):
-        tokens_of(tmp_path / "short.txt", holdout="tail:0.01")
 
 
 def test_held_out_text_is_not_trained_on(bottles):

@@ -189,9 +189,7 @@ def _tokenize(source: Source, tokenizer: Tokenizer, folder: Path, on_read: OnRea
     if not facts.documents:
         raise InputError(no_text_in(source.names or ["the standard library"]))
     if not facts.training_bytes or not facts.held_out_bytes:
-        size = facts.training_bytes + facts.held_out_bytes
         what = "held out" if facts.training_bytes else "left to train on"
-        raise InputError(
-            f"of the corpus of {size:,} bytes nothing is {what}; give more text or another holdout"
-        )
+        size = f"{facts.training_bytes + facts.held_out_bytes:,}"
+        raise InputError(f"of the {size} bytes nothing is {what}; give more text or another holdout")
     writer.finish()
