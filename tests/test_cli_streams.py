@@ -200,6 +200,11 @@ def test_invalid_arguments_are_refused(fails, folder, tmp_path, monkeypatch):
     assert "precision" in fails("generate", folder, "--precision", "fp8")
     assert "min_p" in fails("generate", folder, "--min-p", 2)
     assert "empty" in fails("generate", folder, "--stop", "")
+    texts = tmp_path / "one.txt", tmp_path / "two.txt"
+    for text in texts:
+        text.write_text("some words")
+    message = fails("score", folder, *texts, "--by", "word", "--words", texts[0])
+    assert "--words are those of one text; give one source" in message
     monkeypatch.setattr(sys, "stdin", None)
     assert "standard input" in fails("score", folder)
     assert "standard input" in fails("generate", folder, "--prompt", "-")

@@ -219,6 +219,8 @@ def score(
     inputs = [file.path if file else 0 for file in files]
     check_outputs([1], inputs)
     check_outputs(filter(None, (heatmap, state)), [*inputs, *folder.iterdir()])
+    if words is not None and len(files) > 1:
+        raise InputError("--words are those of one text; give one source")
     given = None if words is None else word_list(words)
     reader = read_model(folder, precision=precision, quantize=quantize, device=device, backend=backend)
     check_same({"text": [(file.name, file.size) if file else "-" for file in files]})
