@@ -148,8 +148,9 @@ def test_a_time_decides_about_dropout_once_the_speed_is_known(settings, tmp_path
     train(timed)
     chosen = {row["step"]: row["dropout"] for row in rows(timed) if "loss" in row}
     assert {dropout for step, dropout in chosen.items() if step <= 20} == {0.0}
-    # So small a model reads so short a text more than 25 times in two seconds.
-    assert {dropout for step, dropout in chosen.items() if step > 20} == {0.5}
+    # In these steps alone the text was read eight times; how often in all depends on the machine.
+    (later,) = {dropout for step, dropout in chosen.items() if step > 20}
+    assert later in (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(settings):

@@ -341,7 +341,9 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         given = only_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not mask[:, -1].all():
-            raise ValueError("the prompts are padded on the right: set tokenizer.padding_side = 'left'")
+            raise ValueError(
+                "prompts end in padding: set tokenizer.padding_side = 'left', or give their attention_mask"
+            )
         if given is not None:
             model_kwargs[CACHE] = given
         elif generation_config.use_cache is not False:
