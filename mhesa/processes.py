@@ -53,7 +53,7 @@ def _leave_processes() -> None:
 
 
 @contextmanager
-def expect_processes(remedy: Callable[[], str] = lambda: "start again") -> Iterator[None]:
+def expect_processes(remedy: Callable[[], str]) -> Iterator[None]:
     """Raise `TrainingError`, with what to do, where an exchange fails for lack of another process."""
     try:
         yield
@@ -120,9 +120,14 @@ def maximum(values: Sequence[float]) -> list[float]:
     return _reduced(values, dist.ReduceOp.MAX)
 
 
+def total(values: Sequence[float]) -> list[float]:
+    """The sum of each value over all processes."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
 def mean(values: Sequence[float]) -> list[float]:
     """The mean of each value over all processes."""
-    return [total / processes() for total in _reduced(values, dist.ReduceOp.SUM)]
+    return [value / processes() for value in total(values)]
 
 
 def _reduced(values: Sequence[float], operation: Any) -> list[float]:

@@ -16,10 +16,14 @@ import torch
 from commands import call_in_processes, run_processes
 from safetensors.torch import load_file
 
+import mhesa
+from mhesa.data.corpus import Source, open_corpus
 from mhesa.data.windows import Windows
 from mhesa.errors import InputError
+from mhesa.inference.evaluation import evaluate
 from mhesa.model.config import ModelConfig
-from mhesa.processes import join_processes, rank
+from mhesa.processes import all_or_none, check_same, join_processes, rank
+from mhesa.training import run as run_module
 from mhesa.training.batches import Batches
 from mhesa.training.checkpoint import newest, remedy
 from mhesa.training.distributed import Grid, distribute, is_sharded, model_state
@@ -297,6 +301,46 @@ def test_variables_of_no_start_of_processes_are_one_line(size, said, tmp_path):
     assert "start with torchrun, or unset it" in done.stderr
 
 
+def measure_in_processes(settings, folder):
+    """Long texts are shared, short ones dealt out: the cost is that of one process."""
+    run_module.SHARED_BYTES = 200
+    train(replace(settings, out=f"{folder}/run"))
+    if os.environ["RANK"] == "0":
+        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        model, tokenizer = mhesa.load(f"{folder}/run")
+        source = Source(settings.sources, holdout=settings.holdout)
+        expected = evaluate(model, tokenizer, open_corpus(source, tokenizer).held_out)
+        assert rows[-1]["held_out_loss"] == pytest.approx(expected.loss, rel=1e-5)
+        assert rows[-1]["held_out_tokens"] == expected.tokens
+
+
+def test_measuring_is_dealt_out_and_shared(tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    lengths = [*range(1, 40), 500, 900] * 9
+    texts.write_text("".join(json.dumps({"text": "some words " * n}) + "\n" for n in lengths))
+    settings = TrainingSettings(out="run", sources=(str(texts),), holdout="tail:0.4", **OPTIONS)
+    call_in_processes(2, measure_in_processes, settings, str(tmp_path))
+
+
+def refuse_in_one():
+    with all_or_none():
+        if rank() == 1:
+            raise InputError("only here")
+
+
+def refuse_other_facts():
+    join_processes("cpu")
+    with pytest.raises(InputError, match="process 1 has text 1, and process 0 0; start all alike"):
+        check_same({"size": 7, "text": rank()})
+    with pytest.raises(InputError, match="only here"):
+        refuse_in_one()
+    check_same({"size": 7})
+
+
+def test_what_one_process_refuses_all_refuse():
+    call_in_processes(2, refuse_other_facts)
+
+
 def refuse_what_differs(out, text, other):
     """One of two processes has something else, or no text: both refuse, and nothing is written."""
     settings = TrainingSettings(out=out, sources=(text,), **OPTIONS)
@@ -304,6 +348,7 @@ def refuse_what_differs(out, text, other):
         "process 1 has lr 0.5, and process 0": {"lr": 0.5},
         "process 1 has steps 16, and process 0 15": {"steps": 16},
         "process 1 has sources": {"sources": (other,)},
+        "backend 'fft' cannot serve": {"backend": "fft"},
         "no such file, folder or pattern: nowhere.txt": {"sources": ("nowhere.txt",)},
     }
     for message, changes in ways.items():

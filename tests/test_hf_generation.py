@@ -249,7 +249,7 @@ def test_unsupported_arguments_are_refused(model, ids):
 def test_prompts_that_end_in_padding_are_refused(model, ids):
     mask = torch.ones_like(ids)
     mask[0, -1] = 0
-    with pytest.raises(ValueError, match="prompts end in padding: set tokenizer.padding_side"):
+    with pytest.raises(ValueError, match="prompts end in padding"):
         generate(model, ids, attention_mask=mask)
 
 

@@ -22,6 +22,8 @@ def test_the_loss_is_the_cross_entropy_of_shifted_labels(ids):
     torch.testing.assert_close(output.loss, F.cross_entropy(flat, targets))
     output = model(ids, labels=labels, num_items_in_batch=7)
     torch.testing.assert_close(output.loss, F.cross_entropy(flat, targets, reduction="sum") / 7)
+    assert model(ids, labels=labels, num_items_in_batch=None).loss == model(ids, labels=labels).loss
+    assert model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=7).loss == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")

@@ -1,5 +1,6 @@
 """Scores of streams against whole passes, and streams of every kind."""
 
+import functools
 import io
 import itertools
 import math
@@ -24,9 +25,10 @@ from mhesa.hf import ByteTokenizer
 from mhesa.inference.evaluation import evaluate
 from mhesa.inference.heatmap import Heatmap
 from mhesa.inference.line_scores import LineScores
-from mhesa.inference.scoring import BY, by_token, line_pieces, score
+from mhesa.inference.scoring import BY, END, by_token, line_pieces, score
 from mhesa.inference.session import Reader, Session
-from mhesa.inference.units import surprisal_table
+from mhesa.inference.statistics import STATISTICS
+from mhesa.inference.units import UNITS, read_units, surprisal_table, token_units
 from mhesa.tokenizers import TextTokenizer, train_bpe
 from mhesa.tokenizers.stream import BLOCK_BYTES, encode_stream
 
@@ -208,6 +210,58 @@ def test_blank_lines_may_have_no_tokens():
     costs = [evaluate(reader.decoder, tokenizer, [Document("x", data)]) for data in (b"\n", b"".join(chunks))]
     assert costs[0].as_dict() == {"loss": 0, "bits_per_byte": 0, "perplexity": 1, "tokens": 0, "bytes": 1}
     assert costs[1].nats == pytest.approx(bits.sum() * math.log(2))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    kind=st.sampled_from(["metaspace", "prefix", "strip", "word pieces"]),
+    text=st.lists(st.sampled_from([b"a", b"b c", b" ", b"\n", "é".encode(), b"zz", b"\xff"]), max_size=12),
+)
+def test_lines_words_tokens_and_documents_have_one_total(kind, text):
+    data, reader = b"".join(text), readers_of_odd_vocabularies()[kind]
+    if kind in ("metaspace", "word pieces"):
+        data = data.replace(b"\xff", b"")
+    batches = list(score(reader, [data], statistics=STATISTICS))
+    whole = sum(batch.bits.sum() for batch in batches)
+    for by in (by_line, BY["token"], BY["document"]):
+        assert sum(row.bits for row in by("x", batches)) == pytest.approx(whole)
+    assert sum(block.sizes.sum() for batch in batches for block in batch.blocks if len(block.ids)) == sum(
+        len(block.text) for batch in batches for block in batch.blocks if len(block.ids)
+    )
+    assert sum(row.surprisal for row in token_units("x", batches)) == pytest.approx(whole)
+    characters = read_units("x", [*batches, END], UNITS["character"])
+    assert sum(row.surprisal for row in characters) == pytest.approx(whole)
+
+
+@functools.cache
+def readers_of_odd_vocabularies():
+    """Vocabularies that put a space before a text, or change it."""
+    found = {}
+    for kind in ("metaspace", "prefix", "strip", "word pieces"):
+        tokenizer = tokenizers.Tokenizer(
+            models.WordPiece(unk_token="[UNK]") if kind == "word pieces" else models.BPE(unk_token="[UNK]")
+        )
+        trainer = trainers.BpeTrainer(special_tokens=["[UNK]"], vocab_size=300, show_progress=False)
+        if kind == "metaspace":
+            tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        elif kind == "word pieces":
+            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            trainer = trainers.WordPieceTrainer(special_tokens=["[UNK]"], vocab_size=60, show_progress=False)
+        else:
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix")
+            tokenizer.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                special_tokens=["[UNK]"],
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                vocab_size=300,
+                show_progress=False,
+            )
+            if kind == "strip":
+                tokenizer.normalizer = normalizers.Strip()
+        tokenizer.train_from_iterator(["a b c a b cc the zz\n"] * 5, trainer)
+        vocabulary = TextTokenizer(tokenizer)
+        found[kind] = Reader(tiny_model(len(vocabulary)), vocabulary)
+    return found
 
 
 @pytest.mark.parametrize("cut", range(12))

@@ -67,6 +67,10 @@ def test_special_tokens_that_are_words_of_the_model_are_not_found_in_texts(kind)
     if kind == "unigram":
         assert found.decode_bytes(found.encode_bytes(b"the </s> cat")) == b" the </s> cat"
     assert found.encode_with_special_tokens("cat </s>")[-1] == found.eos_token_id
+    tokenizer.add_special_tokens(["<extra>"])
+    tokenizer.add_tokens(["foo"])
+    added = TextTokenizer(tokenizer, eos_token="</s>")
+    assert added.encode_bytes(b"the foo")[-1] == tokenizer.token_to_id("foo")
 
 
 def test_a_vocabulary_has_the_size_asked_for_and_compresses():

@@ -19,7 +19,7 @@ from mhesa.errors import InputError
 from mhesa.tokenizers.base import Tokenizer
 
 # Counted up when the same text and tokenizer would give other files.
-FORMAT = 3
+FORMAT = 4
 # More text than this makes a vocabulary no better.
 VOCABULARY_BYTES = 1 << 28
 # File times have the resolution of the system's clock, 4 ms on Linux, or of the disk's format, 2 s on FAT: a

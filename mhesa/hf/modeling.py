@@ -310,11 +310,11 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
         if shift_labels is not None and real is not None:
             # Padding predicts nothing.
             shift_labels = shift_labels.where(real, ignored)
-        if given is labels is not None and "num_items_in_batch" in for_loss:
+        items = for_loss.get("num_items_in_batch")
+        if items is not None and given is labels is not None:
             # The Trainer has also counted tokens that nothing predicts.
             counted, predicted = ((one != ignored).sum() for one in (labels[:, 1:], shift_labels))
-            share = predicted / counted.clamp(min=1)
-            for_loss["num_items_in_batch"] = for_loss["num_items_in_batch"] * share
+            for_loss["num_items_in_batch"] = torch.where(predicted > 0, items * predicted / counted, items)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, tokens = self.to_logits(outputs.last_hidden_state[:, kept]), self.config.vocab_size
         loss = None

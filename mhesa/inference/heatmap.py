@@ -62,6 +62,7 @@ class Heatmap:
                 for unit in units.add(batch):
                     start, end = unit.offset - place, unit.offset - place + unit.size
                     self._write(self._held[written:start])
+                    written = start
                     self._write_unit(unit, self._held[start:end])
                     written = end
             finally:

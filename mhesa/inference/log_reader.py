@@ -67,7 +67,7 @@ class LogReader:
             InputError: the sessions' file cannot be written, or a pattern takes too long.
         """
         yield from mark_alarms(self.scores.read(source, self._pieces(source, chunks, name)), self.alarms)
-        if self.sessions.is_kept and not self._is_line_whole:
+        if name is not None and self.sessions.is_kept and not self._is_line_whole:
             # The next run reads the line again. Its beginning must not be part of what other files commit.
             self.sessions.rollback()
             self._load_scores()

@@ -149,8 +149,7 @@ def share_by_byte(values: np.ndarray, sizes: np.ndarray, length: int) -> np.ndar
 
     Args:
         values: value of each token, `(tokens,)`.
-        sizes: bytes of each token, `(tokens,)`. If they do not add up to the length of the text, because the
-            vocabulary does not give it back, they are scaled to.
+        sizes: bytes of the text that each token stands for, `(tokens,)`; scaled if they do not add up to it.
         length: bytes of the text.
 
     Returns:
@@ -164,7 +163,10 @@ def share_by_byte(values: np.ndarray, sizes: np.ndarray, length: int) -> np.ndar
     token_ends = np.concatenate([[0.0], np.cumsum(sizes, dtype=np.float64)])
     token_ends *= length / max(token_ends[-1], 1.0)
     before = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    return np.diff(np.interp(np.arange(length + 1), token_ends, before))
+    shares = np.interp(np.arange(length + 1), token_ends, before)
+    # The first byte pays for tokens before it, which have no bytes.
+    shares[0] = 0.0
+    return np.diff(shares)
 
 
 def line_pieces(batches: Iterable[Batch]) -> Iterator[ScoredPiece]:

@@ -89,7 +89,9 @@ class Tokenizer(ABC):
     def _found_sizes(self, ids: np.ndarray, text: bytes) -> np.ndarray:
         """See `sizes_in_text`, where the tokens' own bytes are not those of the text: in their proportion."""
         ends = np.cumsum(self._piece_sizes[ids])
-        ends = ends * len(text) // max(int(ends[-1]), 1) if len(ids) else ends
+        if len(ids):
+            ends = ends * len(text) // max(int(ends[-1]), 1)
+            ends[-1] = len(text)
         return np.diff(ends, prepend=0)
 
     def encode_bytes(self, data: bytes) -> np.ndarray:

@@ -75,11 +75,14 @@ class TextTokenizer(base.Tokenizer):
 
     def _found_sizes(self, ids: np.ndarray, text: bytes) -> np.ndarray:
         """By the characters that each token was made of; those of no token belong to the next one."""
-        read = text.decode("utf-8", "surrogateescape")
+        try:
+            read = text.decode()
+        except UnicodeDecodeError:
+            return super()._found_sizes(ids, text)
         found = self._for_text.encode(read, add_special_tokens=False)
         if found.ids != ids.tolist() or not found.ids:
             return super()._found_sizes(ids, text)
-        starts = np.cumsum([0, *(len(character.encode("utf-8", "surrogateescape")) for character in read)])
+        starts = np.cumsum([0, *(len(character.encode()) for character in read)])
         ends = np.maximum.accumulate(starts[[end for _, end in found.offsets]])
         ends[-1] = len(text)
         return np.diff(ends, prepend=0)
@@ -100,11 +103,11 @@ class TextTokenizer(base.Tokenizer):
     @cached_property
     def _for_text(self) -> Tokenizer:
         """The tokenizer, or a copy that finds no special tokens in a text, if they are words of the model."""
-        names = {self.special_tokens()[token] for token in self._special_but_unknown}
         whole = json.loads(self.tokenizer.to_str())
         words = whole["model"]["vocab"]
+        names = {self.special_tokens()[token] for token in self._special_but_unknown} & dict(words).keys()
         # The merges of pairs do not make special tokens.
-        if whole["model"]["type"] == "BPE" or names.isdisjoint(word for word in dict(words)):
+        if whole["model"]["type"] == "BPE" or not names:
             return self.tokenizer
         # Noncharacters are in no text that is meant for others.
         hidden = {name: f"\uffff{name}\uffff" for name in names}

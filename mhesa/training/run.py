@@ -20,7 +20,7 @@ from mhesa.data.cache import cached_folder
 from mhesa.data.corpus import Corpus, Source, open_corpus
 from mhesa.data.files import Document
 from mhesa.data.windows import Windows
-from mhesa.errors import InputError, TrainingError, reason
+from mhesa.errors import NOT_NUMBERS, InputError, TrainingError, reason
 from mhesa.file_names import CHECKPOINTS, CURVE
 from mhesa.inference.evaluation import PredictionCost, evaluate
 from mhesa.inference.parallel_decoder import ParallelDecoder
@@ -37,6 +37,7 @@ from mhesa.processes import (
     join_processes,
     processes,
     rank,
+    total,
 )
 from mhesa.terminal import say
 from mhesa.tokenizers import Bytes, TextTokenizer, open_tokenizer, train_bpe
@@ -69,6 +70,8 @@ from mhesa.training.settings import TrainingSettings
 SECONDS_BETWEEN_CURVES = 60.0
 # Evaluations during training read so much of the held-out text.
 EVALUATED_BYTES = 1 << 17
+# Texts of so many bytes are read by all processes together.
+SHARED_BYTES = 1 << 20
 
 
 class Stopped(Exception):  # noqa: N818 - what was asked for, not an error
@@ -106,16 +109,17 @@ def train(
         Stopped: SIGINT or SIGTERM came; the folder holds a model and a checkpoint of the last step.
     """
     join_processes(resolve_device(settings.device))
-    settings = settings.resolve()
     console = console if console is not None and rank() == 0 else Console(quiet=True)
     # Gradients are on, whatever they are outside.
     with (
-        only_run_in(Path(settings.out)),
+        expect_processes(partial(checkpoint.remedy, Path(settings.out) / CHECKPOINTS)),
         torch.inference_mode(False),
         torch.enable_grad(),
-        expect_processes(partial(checkpoint.remedy, Path(settings.out) / CHECKPOINTS)),
     ):
-        return _finish(begin(settings, resume, overwrite, console), phase)
+        with all_or_none():
+            settings = settings.resolve()
+        with only_run_in(Path(settings.out)):
+            return _finish(begin(settings, resume, overwrite, console), phase)
 
 
 def _finish(run: Run, phase: Phase) -> Summary:
@@ -295,14 +299,25 @@ class Run:
     ) -> PredictionCost | None:
         """The cost of a model's predictions, in the first process; `None` in the others.
 
-        Several processes share each text, and run `model`, which may be sharded; one runs `whole`.
+        Several processes share long texts, or all of them if `model` is sharded; others are dealt out.
         """
-        if processes() > 1:
-            assert dist.group.WORLD is not None
-            decoder = ParallelDecoder(model.eval(), dist.group.WORLD)
-            score = evaluate(decoder, self.tokenizer, documents, on_progress)
-            return score if rank() == 0 else None
-        return evaluate(whole, self.tokenizer, documents, on_progress)
+        if processes() == 1:
+            return evaluate(whole, self.tokenizer, documents, on_progress)
+        assert dist.group.WORLD is not None
+        shortest = 0 if self.settings.context_parallel > 1 or is_sharded(model) else SHARED_BYTES
+        shared = [document for document in documents if len(document.data) >= shortest]
+        dealt = [document for document in documents if len(document.data) < shortest][rank() :: processes()]
+        decoder = ParallelDecoder(model.eval(), dist.group.WORLD)
+        score = evaluate(decoder, self.tokenizer, shared, on_progress)
+        try:
+            own = evaluate(model, self.tokenizer, dealt, on_progress) if dealt else PredictionCost(0.0, 0, 0)
+        except FloatingPointError:
+            # All processes must know.
+            own = PredictionCost(math.nan, 0, 0)
+        nats, tokens, size = total([own.nats, own.tokens, own.bytes])
+        if math.isnan(nats):
+            raise FloatingPointError(NOT_NUMBERS)
+        return score + PredictionCost(nats, int(tokens), int(size)) if rank() == 0 else None
 
     def _saved(self, step: int) -> GatedExponentialSmoothingLM:
         """The model as it was saved after `step`."""
