@@ -347,7 +347,7 @@ def refuse_what_differs(out, text, other):
     ways = {
         "process 1 has lr 0.5, and process 0": {"lr": 0.5},
         "process 1 has steps 16, and process 0 15": {"steps": 16},
-        "process 1 has sources": {"sources": (other,)},
+        "process 1 has text": {"sources": (other,)},
         "backend 'fft' cannot serve": {"backend": "fft"},
         "no such file, folder or pattern: nowhere.txt": {"sources": ("nowhere.txt",)},
     }

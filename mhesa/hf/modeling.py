@@ -311,9 +311,13 @@ class MhesaForCausalLM(MhesaPreTrainedModel, GenerationMixin):
             # Padding predicts nothing.
             shift_labels = shift_labels.where(real, ignored)
         items = for_loss.get("num_items_in_batch")
-        if items is not None and given is labels is not None:
-            # The Trainer has also counted tokens that nothing predicts.
-            counted, predicted = ((one != ignored).sum() for one in (labels[:, 1:], shift_labels))
+        if items is not None and labels is not None and given is labels:
+            # The Trainer has also counted tokens that nothing predicts: those after padding, and before
+            # https://github.com/huggingface/transformers/pull/46204 the first of each row.
+            whole, shifted, predicted = (
+                (one != ignored).sum() for one in (labels, labels[:, 1:], shift_labels)
+            )
+            counted = torch.where(items == whole, whole, shifted)
             for_loss["num_items_in_batch"] = torch.where(predicted > 0, items * predicted / counted, items)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, tokens = self.to_logits(outputs.last_hidden_state[:, kept]), self.config.vocab_size

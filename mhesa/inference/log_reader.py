@@ -56,6 +56,8 @@ class LogReader:
         self.without_key = 0
         # Whether the last line that was read has an end.
         self._is_line_whole = True
+        # What is kept where the sessions have no note of it yet.
+        self._at_first = {name: kept.to_json() for name, kept in self._kept()}
         self._load_scores()
 
     def read(self, source: str, chunks: Iterable[bytes], name: str | None = None) -> Iterator[LineSurprisal]:
@@ -72,10 +74,14 @@ class LogReader:
             self.sessions.rollback()
             self._load_scores()
 
+    def _kept(self) -> Iterator[tuple[str, LineScores | FalseAlarms]]:
+        yield KINDS, self.scores
+        if self.alarms is not None:
+            yield ALARMS, self.alarms
+
     def _load_scores(self) -> None:
-        for name, kept in ((KINDS, self.scores), (ALARMS, self.alarms)):
-            if kept is not None:
-                kept.load_json(self.sessions.note(name) or "[]")
+        for name, kept in self._kept():
+            kept.load_json(self.sessions.note(name) or self._at_first[name])
 
     def _pieces(self, source: str, chunks: Iterable[bytes], name: str | None) -> Iterator[ScoredPiece]:
         position, chunks = self._resume(chunks, name)
@@ -122,9 +128,7 @@ class LogReader:
     def _commit(self, name: str | None, position: Position, last: Piece) -> None:
         if not self.sessions.is_kept:
             return
-        notes = {KINDS: self.scores.to_json()}
-        if self.alarms is not None:
-            notes[ALARMS] = self.alarms.to_json()
+        notes = {name: kept.to_json() for name, kept in self._kept()}
         if name is not None:
             now = replace(position, offset=last.offset + len(last.text), number=last.number + 1)
             notes[POSITION + name] = json.dumps(vars(now))

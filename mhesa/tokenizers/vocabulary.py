@@ -103,11 +103,13 @@ class TextTokenizer(base.Tokenizer):
     @cached_property
     def _for_text(self) -> Tokenizer:
         """The tokenizer, or a copy that finds no special tokens in a text, if they are words of the model."""
+        # The merges of pairs make no special tokens.
+        if isinstance(self.tokenizer.model, models.BPE):
+            return self.tokenizer
         whole = json.loads(self.tokenizer.to_str())
         words = whole["model"]["vocab"]
         names = {self.special_tokens()[token] for token in self._special_but_unknown} & dict(words).keys()
-        # The merges of pairs do not make special tokens.
-        if whole["model"]["type"] == "BPE" or not names:
+        if not names:
             return self.tokenizer
         # Noncharacters are in no text that is meant for others.
         hidden = {name: f"\uffff{name}\uffff" for name in names}
@@ -147,7 +149,7 @@ class TextTokenizer(base.Tokenizer):
 
     @cached_property
     def _special_but_unknown(self) -> set[int]:
-        """The special tokens but the one that stands for unknown text."""
+        """The special tokens without the one that stands for unknown text."""
         unknown = getattr(self.tokenizer.model, "unk_token", None)
         return {token for token, text in self.special_tokens().items() if text != unknown}
 

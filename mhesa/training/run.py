@@ -145,8 +145,9 @@ def begin(settings: TrainingSettings, resume: bool, overwrite: bool, console: Co
     """Check everything that can be wrong, in every process, and only then touch the folder."""
     with all_or_none():
         run = _prepared(settings, resume, overwrite, console)
-    facts = asdict(settings) | {"sources": run.corpus.facts.sha256}
-    check_same({name: value for name, value in facts.items() if name != "device"})
+    facts = asdict(settings) | {"text": run.corpus.facts.sha256}
+    # Text may be at another place, and every process has a device of its own.
+    check_same({name: value for name, value in facts.items() if name not in ("sources", "device")})
     if rank() == 0:
         done = None if run.start is None else checkpoint.load_progress(run.start).step
         prepare(run.folder, settings, asdict(run.corpus.facts), done)

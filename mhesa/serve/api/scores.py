@@ -25,7 +25,7 @@ from mhesa.tokenizers.stream import Block
 # Items of an answer that are made at once, and tokens whose units are found at once.
 BATCH = 2048
 ITEMS = TypeAdapter(list[protocol.ScoredItem])
-# Besides the log-probability.
+# What units have besides bits.
 OF_UNITS = {name: statistic for name, statistic in STATISTICS.items() if name not in BITS}
 
 
