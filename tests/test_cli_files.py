@@ -456,11 +456,9 @@ def test_interrupted_training_names_its_folder(monkeypatch, run, tmp_path):
     assert (code, said) == (130, b"Stopped after step 7. " + how)
 
 
-def test_serving_without_its_extra_names_what_is_missing():
-    code = "import sys; sys.modules['httptools'] = None; sys.argv = ['mhesa', 'serve', {!r}]\n{}"
-    main = "from mhesa import cli; cli.main()"
-    for module in ("httptools", "fastapi"):
-        script = code.replace("httptools", module).format("models/python", main)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 2
-        assert done.stderr == f"Error: serving needs {module}: pip install 'mhesa[serve]'\n"
+def test_serving_without_a_part_of_its_extra_names_it():
+    code = "import sys; sys.modules['httptools'] = None; sys.argv = ['mhesa', 'serve', 'models/python']"
+    script = f"{code}\nfrom mhesa import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == "Error: serving needs httptools: pip install 'mhesa[serve]'\n"
