@@ -76,23 +76,24 @@ def all_or_none() -> Iterator[None]:
         yield
     except InputError as error:
         refusal = error
-    first = next(filter(None, _of_all(None if refusal is None else str(refusal))), None)
+    first = next(filter(None, _gather_objects(None if refusal is None else str(refusal))), None)
     if first is not None:
         raise InputError(first) from refusal
 
 
 def check_same(facts: Mapping[str, object]) -> None:
     """Raise `InputError`, in every process, unless all have the same facts."""
-    of_all = _of_all(dict(facts))
-    for index, theirs in enumerate(of_all):
+    everyone = _gather_objects(dict(facts))
+    for index, theirs in enumerate(everyone):
         for name, value in theirs.items():
-            if value != of_all[0][name]:
+            if value != everyone[0][name]:
                 raise InputError(
-                    f"process {index} has {name} {value}, and process 0 {of_all[0][name]}; start all alike"
+                    f"process {index} has {name} {value}, and process 0 {everyone[0][name]}; start all alike"
                 )
 
 
-def _of_all(value: T) -> list[T]:
+def _gather_objects(value: T) -> list[T]:
+    """Every process's value, in the order of the processes."""
     values = [value] * processes()
     if len(values) > 1:
         dist.all_gather_object(values, value)

@@ -56,8 +56,8 @@ class LogReader:
         self.without_key = 0
         # Whether the last line that was read has an end.
         self._is_line_whole = True
-        # What is kept where the sessions have no note of it yet.
-        self._at_first = {name: kept.to_json() for name, kept in self._kept()}
+        # What scores and alarms begin with where the sessions have no note of them.
+        self._initial = {name: kept.to_json() for name, kept in self._kept()}
         self._load_scores()
 
     def read(self, source: str, chunks: Iterable[bytes], name: str | None = None) -> Iterator[LineSurprisal]:
@@ -81,7 +81,7 @@ class LogReader:
 
     def _load_scores(self) -> None:
         for name, kept in self._kept():
-            kept.load_json(self.sessions.note(name) or self._at_first[name])
+            kept.load_json(self.sessions.note(name) or self._initial[name])
 
     def _pieces(self, source: str, chunks: Iterable[bytes], name: str | None) -> Iterator[ScoredPiece]:
         position, chunks = self._resume(chunks, name)

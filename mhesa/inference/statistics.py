@@ -56,7 +56,7 @@ def rank(logprobs: Tensor, targets: Tensor) -> Tensor:
     return (logprobs > logprobs.gather(1, targets[:, None])).sum(1) + 1
 
 
-# What may be computed of each token, by the names of columns.
+# What may be computed of each token, by the names of columns, in the order of the native kernel's results.
 BITS: Mapping[str, Statistic] = {"bits": bits}
 STATISTICS: dict[str, Statistic] = {**BITS, "entropy": entropy, "rank": rank}
 

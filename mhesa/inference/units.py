@@ -280,7 +280,8 @@ class UnitReader:
     def __init__(self, source: str, segmenter: Segmenter, columns: Columns | None = None) -> None:
         self._segmenter, self._rows = segmenter, _Rows(source, columns or Columns())
         self._held, self._offset = _Held(), 0
-        # What the next unit costs besides the bytes that are held.
+        # Surprisal that the next unit has besides that of the bytes that are held: of whitespace that was
+        # dropped, less, with `correct`, that of the boundary that the last unit ended with.
         self._pending = 0.0
 
     def add(self, batch: Batch) -> list[UnitSurprisal]:
@@ -292,7 +293,7 @@ class UnitReader:
         found = self._take(is_end, after)
         if len(held.text) > LONGEST:
             # The whitespace before a unit counts as part of it, but need not be held.
-            self._pay(len(held.text) - len(held.text.lstrip()))
+            self._drop_but_charge(len(held.text) - len(held.text.lstrip()))
         return found if len(held.text) <= LONGEST else found + self._take(True, after)
 
     def _take(self, is_last: bool, after: float) -> list[UnitSurprisal]:
@@ -318,8 +319,8 @@ class UnitReader:
         self._offset += paid
         return found
 
-    def _pay(self, size: int) -> None:
-        """Drop held bytes, and keep what they cost for the next unit."""
+    def _drop_but_charge(self, size: int) -> None:
+        """Drop held bytes, and charge their surprisal to the next unit."""
         self._pending += float(self._held.bits[:size].sum())
         self._held.drop(size)
         self._offset += size
